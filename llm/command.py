@@ -1,0 +1,109 @@
+"""What every command shares: flags, devices, the compilation cache, and how errors end."""
+import os
+import sys
+import traceback
+from typing import Callable
+
+import jax
+import psutil
+from absl import flags, logging
+
+from llm import config as config_lib
+from llm import sharding
+from llm.core import UserError
+from llm.data import cache
+
+OUT_OF_MEMORY = (
+    "out of memory on a device: use a smaller config.training.batch_size, more "
+    "config.optimizer.grad_accum_steps, config.model.remat=full, config.model.loss_chunk=128, or "
+    "split the parameters with config.mesh.fsdp")
+
+
+def run(main: Callable[[], int | None], argv: list[str] | None = None):
+  """Parses flags, calls main and exits: 0, or 2 with one line for a mistake of the user's.
+
+  A fault of ours keeps its traceback and exits with 1.
+  """
+  logging.set_verbosity(logging.ERROR)
+  try:
+    status = _guarded(main, sys.argv if argv is None else argv)
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    status = 2
+  except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    status = 130
+  sys.stdout.flush()
+  sys.exit(status or 0)
+
+
+def _guarded(main, argv):
+  try:
+    rest = flags.FLAGS(_checked_overrides(argv))
+    if len(rest) > 1:
+      raise UserError(f"unexpected argument {rest[1]!r}; flags are --NAME=VALUE (--help lists them)")
+    use_compilation_cache()
+    return main()
+  except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+    if isinstance(error, flags.Error) or _from_config_file(error):
+      raise UserError(_first_line(error))
+    if isinstance(error, OSError) and error.filename and not _is_ours(error):
+      raise UserError(f"{error.filename}: {error.strerror}")
+    raise
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower():
+      raise UserError(OUT_OF_MEMORY)
+    raise
+
+
+def _first_line(error: BaseException) -> str:
+  lines = [line.strip() for line in str(error).strip("'\" \n").splitlines() if line.strip()]
+  return (lines[-1] if lines and "parsing config file" in lines[0] else lines[0]) if lines else repr(error)
+
+
+def _from_config_file(error: BaseException) -> bool:
+  """Whether an exception was raised while flags and config files were read."""
+  frames = traceback.extract_tb(error.__traceback__)
+  return any("ml_collections" in f.filename for f in frames)
+
+
+def _is_ours(error: BaseException) -> bool:
+  return traceback.extract_tb(error.__traceback__)[-1].filename.endswith("cache.py")
+
+
+def _checked_overrides(argv: list[str]) -> list[str]:
+  """Names the nearest key for an override that no config has, before ml_collections sees it."""
+  for argument in argv[1:]:
+    if argument == "--":
+      break
+    if not argument.startswith(("--config.", "-config.")):
+      continue
+    key = argument.lstrip("-").partition("=")[0]
+    parts = key.split(".")[1:]
+    if parts[0] in config_lib.ELSEWHERE:
+      raise config_lib.unknown_key("config", parts[0], ())
+    if parts[0] != "objective" and parts[0] not in config_lib.GROUPS:
+      raise config_lib.unknown_key("config", parts[0], [*config_lib.GROUPS, "objective"])
+    if parts[0] in config_lib.GROUPS and len(parts) > 1:
+      known = config_lib.GROUPS[parts[0]].__dataclass_fields__
+      if parts[1] not in known or len(parts) > 2:
+        raise config_lib.unknown_key(f"config.{parts[0]}", ".".join(parts[1:]), known)
+  return argv
+
+
+def use_compilation_cache():
+  """Compiled programs are kept between runs, under ~/.cache/pretune/xla or JAX_COMPILATION_CACHE_DIR."""
+  if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    jax.config.update("jax_compilation_cache_dir", str(cache.cache_dir() / "xla"))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def use_cpu_cores(rows: int, state_bytes: int = 0):
+  """Makes the CPU cores devices; must come before JAX is first used. Nothing on an accelerator."""
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+  count = sharding.cpu_devices(rows, cores, state_bytes, psutil.virtual_memory().total)
+  try:
+    if jax.config.jax_num_cpu_devices <= 0:  # set by the user: JAX_NUM_CPU_DEVICES
+      jax.config.update("jax_num_cpu_devices", count)
+  except RuntimeError:
+    pass  # JAX runs already: a command of several phases keeps its devices

@@ -1,0 +1,53 @@
+"""Names that every file shares. Imports nothing of ours.
+
+Dimension legend, used as suffixes (`tokens_BxT`, `kernel_DxHxK`):
+
+  B batch rows          T target or token position   S source (key) position
+  M masked slots a row  D model width                H attention heads
+  K head width          F feed-forward width         V vocabulary, padded to a multiple of 128
+  L layers              C classes                    N number of something named beside it
+
+A `Batch` is a dict of fixed-shape arrays, B rows each:
+
+  tokens, segments, positions  BxT int32; segment 0 is padding, 1.. the documents of a packed row
+  types                        BxT int32, where the model has token types
+  targets, weights             BxT, causal language modelling
+  masked_positions, masked_targets, masked_weights   BxM, masked language modelling
+  next_sentence, pair_weights  B int32 and float32, 1 where the second part follows the first
+  labels, label_weights        B, classification (int32) and regression (float32)
+"""
+from typing import Any
+
+import flax.struct
+import jax
+from flax import traverse_util
+
+Batch = dict[str, jax.Array]
+Params = dict[str, Any]
+
+
+class UserError(Exception):
+  """A mistake of the user's: printed as one line, without a traceback, exit status 2."""
+
+
+class TrainState(flax.struct.PyTreeNode):
+  """All that a training step changes. `trained` and `frozen` are path -> array dicts."""
+  step: jax.Array
+  trained: dict[str, jax.Array]
+  frozen: dict[str, jax.Array]
+  opt_state: Any
+
+
+def flatten(tree: Params) -> dict[str, Any]:
+  """Nested parameters -> {"backbone/layers/mlp/up/kernel": leaf}."""
+  return traverse_util.flatten_dict(tree, sep="/")
+
+
+def unflatten(leaves: dict[str, Any]) -> Params:
+  """The inverse of `flatten`."""
+  return traverse_util.unflatten_dict(leaves, sep="/")
+
+
+def round_up(n: int, multiple: int) -> int:
+  """The smallest multiple of `multiple` that is at least n."""
+  return -(-n // multiple) * multiple

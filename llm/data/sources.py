@@ -1,0 +1,230 @@
+"""Where text comes from: one string names a source or a weighted mixture of them.
+
+  embedded:reviews[test]   text:PATH-OR-GLOB   jsonl:PATH-OR-GLOB   csv:PATH-OR-GLOB
+  tfds:glue/mrpc[validation]   hf:ORG/NAME:CONFIG[split]   text:a.txt@0.7,embedded:wikipedia@0.3
+
+A source gives records: dicts with `text`, and `text_pair` and `label` where the task has them.
+In text files a blank line parts the documents, and each is a record.
+"""
+import csv
+import dataclasses
+import glob
+import json
+import pathlib
+import re
+from typing import Iterator
+
+from llm.config import DataConfig
+from llm.core import UserError
+from llm.data import cache, embedded
+
+KINDS = ("embedded", "text", "jsonl", "csv", "tfds", "hf")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """One source, parsed. `weight` is its share of the rows of a mixture (not yet normalised)."""
+  kind: str
+  name: str
+  split: str
+  weight: float
+  fields: tuple[tuple[str, str], ...]   # (our name, theirs)
+  cache: pathlib.Path
+
+  @property
+  def spec(self) -> str:
+    return f"{self.kind}:{self.name}" + (f"[{self.split}]" if self.split else "")
+
+  def files(self) -> list[pathlib.Path]:
+    """The files of a text, jsonl or csv source. Raises UserError if there are none."""
+    paths = [pathlib.Path(p) for p in sorted(glob.glob(self.name, recursive=True))]
+    if not paths and pathlib.Path(self.name).exists():
+      paths = [pathlib.Path(self.name)]
+    if not paths:
+      raise UserError(f"{self.spec}: no such file, and no file matches it as a pattern")
+    for path in paths:
+      if path.is_dir():
+        raise UserError(f"{self.spec}: {path} is a folder; name its files, e.g. {path}/*")
+    return paths
+
+  def digest(self) -> str:
+    """A name for the content: what was made from it is valid while this stays the same."""
+    if self.kind in ("text", "jsonl", "csv"):
+      content = [cache.file_digest(path) for path in self.files()]
+    elif self.kind == "embedded":
+      content = [embedded.ARCHIVES.get(self.name, ("", "", ""))[1], self.split]
+    elif self.kind == "tfds":
+      content = [_tfds_builder(self).info.full_name, self.split]
+    else:
+      content = [_hf_dataset(self)._fingerprint]
+    return cache.digest(self.kind, repr(self.fields), *content)
+
+  def records(self) -> Iterator[dict]:
+    """The records, fields renamed. Raises UserError naming file and line of what is broken."""
+    readers = {"embedded": lambda: embedded.records(self.name, self.split or "train", self.cache),
+               "text": lambda: _each_file(self, _text_records),
+               "jsonl": lambda: _each_file(self, _jsonl_records),
+               "csv": lambda: _each_file(self, _csv_records),
+               "tfds": lambda: _tfds_records(self), "hf": lambda: _hf_records(self)}
+    empty = True
+    for record in readers[self.kind]():
+      empty = False
+      yield self._renamed(record)
+    if empty:
+      raise UserError(f"{self.spec}: there is nothing in it")
+
+  def _renamed(self, record: dict) -> dict:
+    for ours, theirs in self.fields:
+      if theirs not in record:
+        raise UserError(f"{record.get('_where', self.spec)}: no field {theirs!r} (config.data.fields "
+                        f"asks for it); the fields are {_field_names(record)}")
+      record = {**record, ours: record[theirs]}
+    if not isinstance(record.get("text"), str):
+      raise UserError(
+          f"{record.get('_where', self.spec)}: the field 'text' must be a string; the fields are "
+          f"{_field_names(record)}; rename with config.data.fields='text=THEIR_NAME'")
+    return record
+
+
+def _field_names(record: dict) -> str:
+  return ", ".join(sorted(k for k in record if k != "_where")) or "none"
+
+
+def parse(spec: str, config: DataConfig) -> tuple[Source, ...]:
+  """"A@0.7,B@0.3" -> the sources. Raises UserError on what is not a source."""
+  fields = []
+  for item in filter(None, config.fields.split(",")):
+    ours, _, theirs = item.partition("=")
+    if ours.strip() not in ("text", "text_pair", "label") or not theirs.strip():
+      raise UserError(f"config.data.fields: {item!r} is not of the form text=NAME, text_pair=NAME "
+                      "or label=NAME")
+    fields.append((ours.strip(), theirs.strip()))
+  sources = []
+  for item in re.split(rf",(?=(?:{'|'.join(KINDS)}):)", spec):
+    kind, colon, name = item.partition(":")
+    if not colon or kind not in KINDS:
+      raise UserError(f"{item!r} is not a source: expected KIND:NAME with KIND one of "
+                      f"{', '.join(KINDS)}, e.g. text:corpus.txt")
+    weight, split = 1.0, ""
+    if match := re.fullmatch(r"(.*)@([0-9.]+)", name):
+      name = match[1]
+      try:
+        weight = float(match[2])
+      except ValueError:
+        weight = 0.0
+      if weight <= 0:
+        raise UserError(f"{item!r}: the weight after @ must be a positive number")
+    if kind in ("embedded", "tfds", "hf") and (match := re.fullmatch(r"(.*)\[(.*)\]", name)):
+      name, split = match.groups()
+    if not name:
+      raise UserError(f"{item!r}: a name is missing after {kind}:")
+    sources.append(Source(kind, name, split, weight, tuple(fields), cache.cache_dir(config.cache)))
+  return tuple(sources)
+
+
+def _each_file(source: Source, read) -> Iterator[dict]:
+  for path in source.files():
+    yield from read(path)
+
+
+def _lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
+  number = 0
+  try:
+    with open(path, encoding="utf-8-sig", errors="strict", newline=None) as file:
+      for number, line in enumerate(file, 1):
+        yield number, line
+  except UnicodeDecodeError as error:
+    raise UserError(f"{path}: not UTF-8 after line {number} ({error.reason}); "
+                    "convert it, e.g. with iconv -t utf-8")
+  except OSError as error:
+    raise UserError(f"{path}: {error.strerror}")
+
+
+def _text_records(path) -> Iterator[dict]:
+  block = []
+  for _, line in _lines(path):
+    if line.strip():
+      block.append(line.strip())
+    elif block:
+      yield {"text": "\n".join(block)}
+      block = []
+  if block:
+    yield {"text": "\n".join(block)}
+
+
+def _jsonl_records(path) -> Iterator[dict]:
+  for number, line in _lines(path):
+    if not line.strip():
+      continue
+    try:
+      record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+      raise UserError(f"{path}:{number}: not JSON: {str(error).splitlines()[0]}")
+    if not isinstance(record, dict):
+      raise UserError(f"{path}:{number}: expected a JSON object, e.g. {{\"text\": \"...\"}}")
+    yield {**record, "_where": f"{path}:{number}"}
+
+
+def _csv_records(path) -> Iterator[dict]:
+  reader = csv.DictReader((line for _, line in _lines(path)), strict=True)
+  try:
+    for record in reader:
+      if None in record or None in record.values():
+        raise UserError(f"{path}:{reader.line_num}: expected {len(reader.fieldnames)} columns "
+                        f"({', '.join(reader.fieldnames)})")
+      yield {**record, "_where": f"{path}:{reader.line_num}"}
+  except csv.Error as error:
+    raise UserError(f"{path}:{reader.line_num}: not CSV: {error}")
+
+
+def _tfds_builder(source: Source):
+  import tensorflow_datasets as tfds
+  try:
+    return tfds.builder(source.name, file_format="array_record")
+  except Exception as error:  # many kinds: unknown name, no network, unreadable folder
+    raise UserError(f"{source.spec}: {str(error).strip().splitlines()[0]}")
+
+
+def _tfds_records(source: Source) -> Iterator[dict]:
+  import tensorflow_datasets as tfds
+  builder = _tfds_builder(source)
+  try:
+    builder.download_and_prepare(file_format="array_record")
+    data = builder.as_data_source(split=source.split or "train")
+  except Exception as error:
+    raise UserError(f"{source.spec}: {str(error).strip().splitlines()[0]}")
+  names = {key: feature for key, feature in builder.info.features.items()
+           if isinstance(feature, tfds.features.ClassLabel)}
+  for number in range(len(data)):
+    record = {}
+    for key, value in data[number].items():
+      if isinstance(value, bytes):
+        record[key] = value.decode("utf-8")
+      elif key in names:
+        record[key] = names[key].int2str(int(value)) if value >= 0 else None
+      else:
+        record[key] = value.item() if hasattr(value, "item") and value.ndim == 0 else value
+    yield {**record, "_where": f"{source.spec} record {number}"}
+
+
+def _hf_dataset(source: Source):
+  try:
+    import datasets
+  except ImportError:
+    raise UserError(f"{source.spec} needs the extra hf: pip install -e '.[hf]'")
+  name, _, config = source.name.partition(":")
+  try:
+    return datasets.load_dataset(name, config or None, split=source.split or "train")
+  except Exception as error:
+    raise UserError(f"{source.spec}: {str(error).strip().splitlines()[0]}")
+
+
+def _hf_records(source: Source) -> Iterator[dict]:
+  data = _hf_dataset(source)
+  names = {key: feature.names for key, feature in data.features.items()
+           if hasattr(feature, "names")}
+  for number, record in enumerate(data):
+    for key, classes in names.items():
+      if isinstance(record[key], int):
+        record[key] = classes[record[key]] if record[key] >= 0 else None
+    yield {**record, "_where": f"{source.spec} record {number}"}

@@ -1,0 +1,202 @@
+"""Text to ids and back: SentencePiece (trained here or loaded), WordPiece vocabularies, bytes.
+
+All three have the attributes of `Tokenizer`; an id that a vocabulary does not have is -1.
+"""
+import io
+import json
+import pathlib
+from typing import Iterable, Sequence
+
+import numpy as np
+import sentencepiece
+import tokenizers
+
+from llm.config import TokenizerConfig
+from llm.core import UserError
+from llm.data import cache
+
+SPECIAL = ("pad", "unk", "cls", "sep", "mask", "eos")
+
+
+class Tokenizer:
+  """What the rest of the code knows of a tokenizer.
+
+  pad, unk, cls, sep, mask, eos: ids or -1. pieces: the V strings. starts_word_V: bool, whether a
+  piece begins a word. files: what `save` writes, by name.
+  """
+  name: str
+  pieces: list[str]
+  starts_word_V: np.ndarray
+  files: dict[str, bytes]
+  lowercase: bool = False
+  pad = unk = cls = sep = mask = eos = -1
+
+  def encode(self, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of each text, no special ones added."""
+    raise NotImplementedError
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """The text of ids; special ones are left out."""
+    raise NotImplementedError
+
+  @property
+  def vocab_size(self) -> int:
+    return len(self.pieces)
+
+  @property
+  def special_ids(self) -> np.ndarray:
+    """The ids that no mask may hide and no random replacement may be."""
+    return np.array(sorted({getattr(self, s) for s in SPECIAL} - {-1}), np.int32)
+
+  def require(self, *names: str):
+    """Raises UserError unless the vocabulary has these special ids."""
+    if missing := [n for n in names if getattr(self, n) == -1]:
+      raise UserError(f"the {self.name} vocabulary has no piece for {', '.join(missing)}, which "
+                      "this objective needs; train one (config.tokenizer.path='')")
+
+  def digest(self) -> str:
+    return cache.digest(self.name, str(self.lowercase), *self.files.values())
+
+  def save(self, folder: pathlib.Path):
+    """Writes the files and tokenizer_config.json; `load` reads them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in self.files.items():
+      (folder / name).write_bytes(data)
+    meta = {"name": self.name, "lowercase": self.lowercase}
+    (folder / "tokenizer_config.json").write_text(json.dumps(meta))
+
+
+class SentencePieceTokenizer(Tokenizer):
+  """A SentencePiece model (Kudo and Richardson 2018)."""
+  name = "sentencepiece"
+  FILE = "spiece.model"
+
+  def __init__(self, model: bytes, lowercase: bool = False):
+    self.files, self.lowercase = {self.FILE: model}, lowercase
+    self._sp = sentencepiece.SentencePieceProcessor()
+    try:
+      self._sp.LoadFromSerializedProto(model)
+    except RuntimeError:
+      raise UserError("not a SentencePiece model")
+    size = self._sp.GetPieceSize()
+    self.pieces = [self._sp.IdToPiece(i) for i in range(size)]
+    self.starts_word_V = np.array([p.startswith("▁") for p in self.pieces])
+    self.pad, self.unk, self.eos = self._sp.pad_id(), self._sp.unk_id(), self._sp.eos_id()
+    known = {p: i for i, p in enumerate(self.pieces)}
+    self.cls, self.sep, self.mask = (known.get(p, -1) for p in ("[CLS]", "[SEP]", "[MASK]"))
+
+  def encode(self, texts):
+    return self._sp.Encode(list(texts))
+
+  def decode(self, ids):
+    return self._sp.Decode([int(i) for i in ids])
+
+
+class WordPieceTokenizer(Tokenizer):
+  """BERT's WordPiece (Devlin et al. 2019, section 3), from a vocabulary file."""
+  name = "wordpiece"
+  FILE = "vocab.txt"
+
+  def __init__(self, vocabulary: bytes, lowercase: bool = True):
+    self.files, self.lowercase = {self.FILE: vocabulary}, lowercase
+    try:
+      self.pieces = vocabulary.decode("utf-8").splitlines()
+    except UnicodeDecodeError:
+      raise UserError("the WordPiece vocabulary is not UTF-8")
+    known = {p: i for i, p in enumerate(self.pieces)}
+    self.starts_word_V = np.array([not p.startswith("##") for p in self.pieces])
+    for name in ("pad", "unk", "cls", "sep", "mask"):
+      setattr(self, name, known.get(f"[{name.upper()}]", -1))
+    if self.unk == -1:
+      raise UserError("the WordPiece vocabulary has no [UNK]: one piece a line, as BERT's vocab.txt")
+    self.eos = self.sep
+    self._fast = tokenizers.BertWordPieceTokenizer(known, lowercase=lowercase)
+
+  def encode(self, texts):
+    return [e.ids for e in self._fast.encode_batch(list(texts), add_special_tokens=False)]
+
+  def decode(self, ids):
+    return self._fast.decode([int(i) for i in ids])
+
+
+class ByteTokenizer(Tokenizer):
+  """UTF-8 bytes, and the special ids after them. A word starts with its space."""
+  name = "bytes"
+
+  def __init__(self):
+    self.files = {}
+    self.pieces = [f"<{b:02X}>" for b in range(256)] + [f"[{s.upper()}]" for s in SPECIAL]
+    self.pad, self.unk, self.cls, self.sep, self.mask, self.eos = range(256, 262)
+    self.starts_word_V = np.arange(262) == ord(" ")
+
+  def encode(self, texts):
+    return [list(text.encode("utf-8")) for text in texts]
+
+  def decode(self, ids):
+    return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
+
+
+def train_sentencepiece(texts: Iterable[str], vocab_size: int, lowercase: bool) -> bytes:
+  """A unigram model of at most vocab_size pieces, [PAD] [UNK] </s> [CLS] [SEP] [MASK] first.
+
+  A corpus too small for so many pieces gets fewer.
+  """
+  model = io.BytesIO()
+  lines = (line for text in texts for line in text.splitlines())
+  try:
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=lines, model_writer=model, vocab_size=vocab_size,
+        hard_vocab_limit=False, model_type="unigram", max_sentence_length=16384,
+        input_sentence_size=1_000_000, shuffle_input_sentence=False,
+        normalization_rule_name="nmt_nfkc_cf" if lowercase else "nmt_nfkc",
+        pad_id=0, unk_id=1, eos_id=2, bos_id=-1, pad_piece="[PAD]", unk_piece="[UNK]",
+        control_symbols=["[CLS]", "[SEP]", "[MASK]"], minloglevel=2)
+  except (RuntimeError, OSError) as error:
+    raise UserError(f"cannot train a SentencePiece model of {vocab_size} pieces on this text: "
+                    f"{str(error).strip().splitlines()[-1]}")
+  return model.getvalue()
+
+
+def _read(path: str) -> bytes:
+  try:
+    return pathlib.Path(path).read_bytes()
+  except OSError as error:
+    raise UserError(f"config.tokenizer.path={path}: {error.strerror}")
+
+
+def load(folder: pathlib.Path) -> Tokenizer:
+  """What `save` wrote."""
+  meta = json.loads((folder / "tokenizer_config.json").read_text())
+  kinds = {"sentencepiece": SentencePieceTokenizer, "wordpiece": WordPieceTokenizer}
+  if meta["name"] == "bytes":
+    return ByteTokenizer()
+  kind = kinds[meta["name"]]
+  return kind((folder / kind.FILE).read_bytes(), meta["lowercase"])
+
+
+def make(config: TokenizerConfig, sources, cache_folder: pathlib.Path) -> Tokenizer:
+  """The tokenizer of a config: loaded from `path`, or SentencePiece trained on the sources (once).
+
+  Raises UserError on a missing or unreadable file and where a kind cannot be trained.
+  """
+  if config.name == "bytes":
+    return ByteTokenizer()
+  if config.name == "wordpiece":
+    if not config.path:
+      raise UserError("config.tokenizer.name='wordpiece' needs config.tokenizer.path, a vocab.txt")
+    return WordPieceTokenizer(_read(config.path), config.lowercase)
+  if config.name != "sentencepiece":
+    raise UserError("config.tokenizer.name must be set (sentencepiece, wordpiece, bytes) where no "
+                    "checkpoint is transferred")
+  if config.path:
+    return SentencePieceTokenizer(_read(config.path), config.lowercase)
+  key = cache.digest("unigram", str(config.vocab_size), str(config.lowercase),
+                     *(s.digest() for s in sources))
+
+  def train(folder):
+    print(f"training a SentencePiece model of {config.vocab_size} pieces ...", flush=True)
+    texts = (record["text"] for source in sources for record in source.records())
+    model = train_sentencepiece(texts, config.vocab_size, config.lowercase)
+    SentencePieceTokenizer(model, config.lowercase).save(folder)
+
+  return load(cache.made_once(cache_folder / "tokenizers" / key[:32], train))

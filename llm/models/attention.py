@@ -1,0 +1,52 @@
+"""Who sees whom, and attention over it.
+
+Visibility is data (segments and positions), not a mask, so that other backends can serve it; only
+the reference backend below ever makes a mask of B x 1 x T x S.
+"""
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+
+class Visibility(flax.struct.PyTreeNode):
+  """A query sees a key of the same segment and, if causal, of no later position."""
+  q_segments_BxT: jax.Array
+  kv_segments_BxS: jax.Array
+  q_positions_BxT: jax.Array
+  kv_positions_BxS: jax.Array
+  causal: bool = flax.struct.field(pytree_node=False, default=False)
+
+
+def self_visibility(batch, *, causal: bool) -> Visibility:
+  """Visibility of a batch for itself. Positions restart in every packed document."""
+  return Visibility(batch["segments"], batch["segments"], batch["positions"], batch["positions"],
+                    causal)
+
+
+def _mask_Bx1xTxS(visibility: Visibility) -> jax.Array:
+  visible = visibility.q_segments_BxT[:, :, None] == visibility.kv_segments_BxS[:, None, :]
+  if visibility.causal:
+    visible &= visibility.kv_positions_BxS[:, None, :] <= visibility.q_positions_BxT[:, :, None]
+  return visible[:, None]
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+  """Zeroes a share `rate` of x and scales the rest up; `key` None means evaluation."""
+  if key is None or rate == 0.0:
+    return x
+  keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+  return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+
+
+def attend(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, visibility: Visibility, *, scale: float,
+           dropout_rate: float = 0.0, key: jax.Array | None = None) -> jax.Array:
+  """Scaled dot-product attention (Vaswani et al. 2017, section 3.2.1) -> BxTxHxK.
+
+  Scores and softmax are float32. Padding (segment 0) sees padding, so no row is empty.
+  """
+  scores_BxHxTxS = jnp.einsum("BTHK,BSHK->BHTS", q_BxTxHxK * scale, k_BxSxHxK,
+                              preferred_element_type=jnp.promote_types(q_BxTxHxK.dtype, jnp.float32))
+  scores_BxHxTxS = jnp.where(_mask_Bx1xTxS(visibility), scores_BxHxTxS, -1e30)
+  weights_BxHxTxS = jax.nn.softmax(scores_BxHxTxS, axis=-1).astype(v_BxSxHxK.dtype)
+  weights_BxHxTxS = dropout(weights_BxHxTxS, dropout_rate, key)
+  return jnp.einsum("BHTS,BSHK->BTHK", weights_BxHxTxS, v_BxSxHxK)

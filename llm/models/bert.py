@@ -1,0 +1,38 @@
+"""BERT (Devlin et al. 2019): encoder, post-norm, exact GELU, learned positions, token types."""
+import jax
+from flax import linen as nn
+
+from llm.config import ModelConfig
+from llm.models import attention, transformer
+from llm.models.layers import Embed, LayerNorm
+from llm.sharding import BATCH, constrain
+
+STYLE = transformer.Style(post_norm=True, causal=False, activation="gelu", norm_epsilon=1e-12,
+                          scaled_residual_init=False)
+
+# The published shapes (google-research/bert, release of 11 March 2020).
+SIZES = {
+    name: dict(num_layers=layers, width=width, num_heads=width // 64, mlp_dim=4 * width,
+               max_length=512, dropout=0.1)
+    for name, layers, width in (("tiny", 2, 128), ("mini", 4, 256), ("small", 4, 512),
+                                ("medium", 8, 512), ("base", 12, 768), ("large", 24, 1024))}
+
+
+class Backbone(nn.Module):
+  """Embeddings and stack. The output is normalised already."""
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, batch, *, train: bool) -> tuple[jax.Array, jax.Array]:
+    cfg, dtype = self.config, transformer.compute_dtype(self.config)
+    x_BxTxD, table_VxD = Embed(transformer.padded_vocab(cfg.vocab_size), cfg.width, dtype,
+                               name="token")(batch["tokens"])
+    x_BxTxD += Embed(cfg.max_length, cfg.width, dtype, name="position")(batch["positions"])[0]
+    x_BxTxD += Embed(2, cfg.width, dtype, name="type")(batch["types"])[0]
+    x_BxTxD = LayerNorm(STYLE.norm_epsilon, name="embedding_norm")(x_BxTxD)
+    key = self.make_rng("dropout") if train and cfg.dropout else None
+    x_BxTxD = attention.dropout(x_BxTxD, cfg.dropout, key)
+    x_BxTxD = constrain(x_BxTxD, BATCH, "context", None)
+    visibility = attention.self_visibility(batch, causal=STYLE.causal)
+    x_BxTxD = transformer.stack(cfg, STYLE, x_BxTxD, visibility, train=train)
+    return x_BxTxD, table_VxD

@@ -1,0 +1,38 @@
+"""GPT-2 (Radford et al. 2019): decoder, pre-norm, tanh GELU, learned positions, tied output."""
+import jax
+from flax import linen as nn
+
+from llm.config import ModelConfig
+from llm.models import attention, transformer
+from llm.models.layers import Embed, LayerNorm, normal
+from llm.sharding import BATCH, constrain
+
+STYLE = transformer.Style(post_norm=False, causal=True, activation="gelu_tanh",
+                          norm_epsilon=1e-5, scaled_residual_init=True)
+
+# small to xl are the published shapes (124M, 355M, 774M, 1.56B); tiny is a laptop's.
+SIZES = {
+    name: dict(num_layers=layers, width=width, num_heads=heads, mlp_dim=4 * width,
+               max_length=length, dropout=0.1)
+    for name, layers, width, heads, length in (
+        ("tiny", 4, 128, 4, 256), ("small", 12, 768, 12, 1024), ("medium", 24, 1024, 16, 1024),
+        ("large", 36, 1280, 20, 1024), ("xl", 48, 1600, 25, 1024))}
+
+
+class Backbone(nn.Module):
+  """Embeddings, stack and final norm."""
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, batch, *, train: bool) -> tuple[jax.Array, jax.Array]:
+    cfg, dtype = self.config, transformer.compute_dtype(self.config)
+    x_BxTxD, table_VxD = Embed(transformer.padded_vocab(cfg.vocab_size), cfg.width, dtype,
+                               name="token")(batch["tokens"])
+    x_BxTxD += Embed(cfg.max_length, cfg.width, dtype, normal(0.01),
+                     name="position")(batch["positions"])[0]
+    key = self.make_rng("dropout") if train and cfg.dropout else None
+    x_BxTxD = attention.dropout(x_BxTxD, cfg.dropout, key)
+    x_BxTxD = constrain(x_BxTxD, BATCH, "context", None)
+    visibility = attention.self_visibility(batch, causal=STYLE.causal)
+    x_BxTxD = transformer.stack(cfg, STYLE, x_BxTxD, visibility, train=train)
+    return LayerNorm(STYLE.norm_epsilon, name="final_norm")(x_BxTxD), table_VxD

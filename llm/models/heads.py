@@ -1,0 +1,129 @@
+"""Heads: what is computed from the hidden states, and only where something is predicted.
+
+A head is called as `head(hidden_BxTxD, batch, table_VxD, train=)` and returns a dict of arrays.
+"""
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from llm.config import ModelConfig
+from llm.models import attention
+from llm.models.layers import ACTIVATIONS, LayerNorm, Linear
+from llm.models.transformer import compute_dtype, padded_vocab
+from llm.sharding import BATCH, constrain
+
+
+class Model(nn.Module):
+  """A backbone with a head; parameters are {"backbone": ..., "head": ...}."""
+  backbone: nn.Module
+  head: nn.Module
+
+  def __call__(self, batch, *, train: bool) -> dict[str, jax.Array]:
+    hidden_BxTxD, table_VxD = self.backbone(batch, train=train)
+    return self.head(hidden_BxTxD, batch, table_VxD, train=train)
+
+
+def token_losses(hidden_BxTxD, table_VxD, bias_V, targets_BxT, *, vocab_size: int, chunk: int):
+  """Cross-entropy of each target in nats and whether it was the likeliest token, both BxT float32.
+
+  Logits of the padding of the vocabulary do not count. With `chunk`, that many positions at a
+  time, recomputed in the backward pass, so that BxTxV logits never exist.
+  """
+  def losses(hidden_BxTxD, targets_BxT):
+    exact = jnp.promote_types(hidden_BxTxD.dtype, jnp.float32)
+    logits_BxTxV = jnp.einsum("BTD,VD->BTV", hidden_BxTxD, table_VxD, preferred_element_type=exact)
+    if bias_V is not None:
+      logits_BxTxV += bias_V
+    logits_BxTxV = constrain(logits_BxTxV, BATCH, None, "tensor")
+    real_V = jnp.arange(table_VxD.shape[0]) < vocab_size
+    logits_BxTxV = jnp.where(real_V, logits_BxTxV, -1e30)
+    target_BxT = jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None], axis=-1)[..., 0]
+    best_BxT = jax.lax.stop_gradient(logits_BxTxV.max(-1))
+    total_BxT = jnp.exp(logits_BxTxV - best_BxT[..., None]).sum(-1)
+    return best_BxT + jnp.log(total_BxT) - target_BxT, (target_BxT >= best_BxT).astype(exact)
+
+  length = targets_BxT.shape[1]
+  if not chunk or chunk >= length:
+    return losses(hidden_BxTxD, targets_BxT)
+  rest = -length % chunk
+  pieces = [jnp.pad(a, ((0, 0), (0, rest)) + ((0, 0),) * (a.ndim - 2))
+            .reshape(a.shape[0], -1, chunk, *a.shape[2:]).swapaxes(0, 1)
+            for a in (hidden_BxTxD, targets_BxT)]
+  chunks = jax.lax.map(lambda piece: jax.checkpoint(losses)(*piece), tuple(pieces))
+  return tuple(a.swapaxes(0, 1).reshape(a.shape[1], -1)[:, :length] for a in chunks)
+
+
+class CausalLMHead(nn.Module):
+  """Next-token losses through the tied embedding table; no parameters of its own."""
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, hidden_BxTxD, batch, table_VxD, *, train: bool):
+    losses, correct = token_losses(hidden_BxTxD, table_VxD, None, batch["targets"],
+                                   vocab_size=self.config.vocab_size, chunk=self.config.loss_chunk)
+    return {"losses": losses, "correct": correct}
+
+
+def pooler(hidden_BxTxD, dtype):
+  """tanh(W h + b) of the first token: of BERT's published code, where both phases share it."""
+  width = hidden_BxTxD.shape[-1]
+  return jnp.tanh(Linear((width, width), dtype=dtype, name="pooler")(hidden_BxTxD[:, 0]))
+
+
+class MaskedLMHead(nn.Module):
+  """Losses at the masked positions (transform, tied decoder) and of next-sentence prediction."""
+  config: ModelConfig
+  next_sentence: bool
+
+  @nn.compact
+  def __call__(self, hidden_BxTxD, batch, table_VxD, *, train: bool):
+    cfg, dtype = self.config, compute_dtype(self.config)
+    masked_BxMxD = jnp.take_along_axis(hidden_BxTxD, batch["masked_positions"][..., None], axis=1)
+    masked_BxMxD = Linear((cfg.width, cfg.width), dtype=dtype, name="transform")(masked_BxMxD)
+    masked_BxMxD = LayerNorm(1e-12, name="transform_norm")(ACTIVATIONS["gelu"](masked_BxMxD))
+    bias_V = LMBias(padded_vocab(cfg.vocab_size), name="lm")()
+    losses, correct = token_losses(masked_BxMxD, table_VxD, bias_V, batch["masked_targets"],
+                                   vocab_size=cfg.vocab_size, chunk=cfg.loss_chunk)
+    outputs = {"losses": losses, "correct": correct}
+    if self.next_sentence:
+      pooled_BxD = pooler(hidden_BxTxD, dtype)
+      outputs["pair_logits"] = Linear((cfg.width, 2), dtype=dtype, name="next_sentence")(
+          pooled_BxD).astype(losses.dtype)
+    return outputs
+
+
+class LMBias(nn.Module):
+  """The output bias of the masked language model."""
+  size: int
+
+  @nn.compact
+  def __call__(self):
+    return self.param("bias", nn.initializers.zeros, (self.size,))
+
+
+class ClassificationHead(nn.Module):
+  """Logits BxC from one vector a row.
+
+  pooling: first (BERT's pooled first token), last (the last token of a decoder), mean (of all
+  real tokens).
+  """
+  config: ModelConfig
+  num_classes: int
+  pooling: str
+
+  @nn.compact
+  def __call__(self, hidden_BxTxD, batch, table_VxD, *, train: bool):
+    cfg, dtype = self.config, compute_dtype(self.config)
+    real_BxT = (batch["segments"] > 0).astype(hidden_BxTxD.dtype)
+    if self.pooling == "first":
+      pooled_BxD = pooler(hidden_BxTxD, dtype)
+    elif self.pooling == "last":
+      last_B = jnp.maximum(real_BxT.sum(-1).astype(jnp.int32) - 1, 0)
+      pooled_BxD = jnp.take_along_axis(hidden_BxTxD, last_B[:, None, None], axis=1)[:, 0]
+    else:
+      total_BxD = jnp.einsum("BTD,BT->BD", hidden_BxTxD, real_BxT)
+      pooled_BxD = total_BxD / jnp.maximum(real_BxT.sum(-1, keepdims=True), 1)
+    key = self.make_rng("dropout") if train and cfg.dropout else None
+    pooled_BxD = attention.dropout(pooled_BxD, cfg.dropout, key)
+    logits_BxC = Linear((cfg.width, self.num_classes), dtype=dtype, name="classifier")(pooled_BxD)
+    return {"logits": logits_BxC.astype(jnp.promote_types(dtype, jnp.float32))}

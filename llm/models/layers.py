@@ -1,0 +1,79 @@
+"""The parts of a block: linear, layer norm, embedding, feed-forward."""
+import math
+from typing import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+normal = nn.initializers.normal
+
+ACTIVATIONS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+class Linear(nn.Module):
+  """Contracts the last dimensions of x with those of `shape` not in `out`: x @ kernel + bias.
+
+  shape: of the kernel, e.g. (D, H, K). out: how many of its trailing dimensions are new.
+  """
+  shape: tuple[int, ...]
+  out: int = 1
+  dtype: jnp.dtype = jnp.float32
+  init: Callable = normal(0.02)
+
+  @nn.compact
+  def __call__(self, x):
+    kernel = self.param("kernel", self.init, self.shape).astype(self.dtype)
+    bias = self.param("bias", nn.initializers.zeros, self.shape[-self.out:]).astype(self.dtype)
+    inside = len(self.shape) - self.out
+    # One matrix product whatever the number of head dimensions: the compiler then needs no
+    # transposes.
+    rows = math.prod(self.shape[:inside])
+    y = x.reshape(*x.shape[:x.ndim - inside], rows) @ kernel.reshape(rows, -1)
+    return y.reshape(*x.shape[:x.ndim - inside], *self.shape[inside:]) + bias
+
+
+class LayerNorm(nn.Module):
+  """Layer normalisation over the last dimension (Ba et al. 2016), in float32 or better."""
+  epsilon: float
+
+  @nn.compact
+  def __call__(self, x):
+    scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+    bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+    y = x.astype(scale.dtype)
+    y = y - y.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
+    return (y * scale + bias).astype(x.dtype)
+
+
+class Embed(nn.Module):
+  """A table of rows. Returns (rows at the ids, the table)."""
+  num_rows: int
+  width: int
+  dtype: jnp.dtype
+  init: Callable = normal(0.02)
+
+  @nn.compact
+  def __call__(self, ids_BxT):
+    table = self.param("embedding", self.init, (self.num_rows, self.width)).astype(self.dtype)
+    return jnp.take(table, ids_BxT, axis=0), table
+
+
+class MLP(nn.Module):
+  """down(activation(up(x))) (Vaswani et al. 2017, section 3.3)."""
+  mlp_dim: int
+  activation: str
+  dtype: jnp.dtype
+  out_init: Callable
+
+  @nn.compact
+  def __call__(self, x_BxTxD):
+    width = x_BxTxD.shape[-1]
+    h_BxTxF = Linear((width, self.mlp_dim), dtype=self.dtype, name="up")(x_BxTxD)
+    h_BxTxF = ACTIVATIONS[self.activation](h_BxTxF)
+    return Linear((self.mlp_dim, width), dtype=self.dtype, init=self.out_init,
+                  name="down")(h_BxTxF)

@@ -1,0 +1,127 @@
+"""The mesh, and the one table that says how every array lies on it.
+
+Axes: `data` (batch), `fsdp` (batch; parameters and optimizer state split), `tensor` (heads,
+feed-forward, vocabulary), `context` (token positions).
+"""
+import re
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+
+from llm.config import MeshConfig
+from llm.core import UserError
+
+AXES = ("data", "fsdp", "tensor", "context")
+BATCH = ("data", "fsdp")
+
+# Path -> axes of the trailing dimensions, so that stacked layers need no rule of their own. The
+# optimizer's moments end in the same paths. The first match counts; no match is an error.
+RULES = (
+    (r"token/embedding$", ("tensor", "fsdp")),
+    (r"(position|type)/embedding$", (None, "fsdp")),
+    (r"(query|key|value)/kernel$", ("fsdp", "tensor", None)),
+    (r"(query|key|value)/bias$", ("tensor", None)),
+    (r"attention/out/kernel$", ("tensor", None, "fsdp")),
+    (r"mlp/up/kernel$", ("fsdp", "tensor")),
+    (r"mlp/up/bias$", ("tensor",)),
+    (r"mlp/down/kernel$", ("tensor", "fsdp")),
+    (r"lm/bias$", ("tensor",)),
+    (r"(pooler|transform)/kernel$", ("fsdp", "tensor")),
+    (r"(next_sentence|classifier)/kernel$", ("fsdp", None)),
+    (r"(out|down|pooler|transform|next_sentence|classifier)/bias$", (None,)),
+    (r"norm[a-z_]*/(scale|bias)$", (None,)),
+)
+
+
+def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
+  """Axis sizes whose product is num_devices; -1 is filled in.
+
+  Raises UserError if the axes do not fill the devices.
+  """
+  sizes = {axis: getattr(config, axis) for axis in AXES}
+  wild = [axis for axis, size in sizes.items() if size == -1]
+  if len(wild) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+    raise UserError(f"config.mesh axes must be positive, at most one of them -1, not {sizes}")
+  fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+  if wild and num_devices % fixed == 0:
+    sizes[wild[0]] = num_devices // fixed
+  if int(np.prod(list(sizes.values()))) != num_devices:
+    raise UserError(f"config.mesh {sizes} does not fill the {num_devices} devices: the product of "
+                    "its axes must be their number (one axis may be -1)")
+  if sizes["data"] % config.slices:
+    raise UserError(f"config.mesh.slices={config.slices} must divide mesh.data={sizes['data']}")
+  return sizes
+
+
+def make_mesh(config: MeshConfig, devices=None) -> Mesh:
+  """The mesh of `config` over `devices` (default: all)."""
+  devices = jax.devices() if devices is None else devices
+  sizes = mesh_shape(config, len(devices))
+  if config.slices > 1:
+    from jax.experimental import mesh_utils
+    per_slice = {**sizes, "data": sizes["data"] // config.slices}
+    grid = mesh_utils.create_hybrid_device_mesh(
+        tuple(per_slice.values()), (config.slices, 1, 1, 1), devices=devices)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES),
+                       devices=devices)
+
+
+def parameter_spec(path: str, ndim: int) -> P:
+  """How the array of `ndim` dimensions at `path` is split. Raises KeyError where no rule matches."""
+  if ndim == 0:
+    return P()
+  for pattern, axes in RULES:
+    if re.search(pattern, path):
+      return P(*(None,) * (ndim - len(axes)), *axes)
+  raise KeyError(f"no rule of llm/sharding.py matches the parameter {path!r}")
+
+
+def shardings(tree, mesh: Mesh):
+  """A NamedSharding for every leaf of a tree of parameters or optimizer state.
+
+  Raises UserError naming parameter, dimension, axis and size where an axis does not divide.
+  """
+  def one(key_path, leaf):
+    path = jax.tree_util.keystr(key_path, simple=True, separator="/")
+    spec = parameter_spec(path, leaf.ndim)
+    for dim, axis in enumerate(spec):
+      if axis and leaf.shape[dim] % mesh.shape[axis]:
+        raise UserError(f"config.mesh.{axis}={mesh.shape[axis]} does not divide dimension {dim} of "
+                        f"{path}, which has size {leaf.shape[dim]}")
+    return NamedSharding(mesh, spec)
+  return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Rows of a batch over data and fsdp."""
+  return NamedSharding(mesh, P(BATCH))
+
+
+def check_batch(batch_size: int, accum_steps: int, mesh: Mesh):
+  """Raises UserError unless rows divide over accumulation steps and batch axes."""
+  rows = mesh.shape["data"] * mesh.shape["fsdp"]
+  if batch_size % (rows * accum_steps):
+    raise UserError(
+        f"config.training.batch_size={batch_size} must be a multiple of mesh.data x mesh.fsdp x "
+        f"optimizer.grad_accum_steps = {mesh.shape['data']} x {mesh.shape['fsdp']} x {accum_steps}")
+
+
+def constrain(x: jax.Array, *axes) -> jax.Array:
+  """Asks the compiler to split x's dimensions over mesh axes; nothing where no mesh is set."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return x
+  return jax.lax.with_sharding_constraint(x, P(*axes))
+
+
+def cpu_devices(rows: int, cores: int, state_bytes: int, memory_bytes: int) -> int:
+  """How many devices the CPU cores become: the largest divisor of the rows up to the cores, at most
+  8, whose copies of the state fit a quarter of the memory.
+
+  A core a device was 1.2 to 1.6 times faster than one device of many threads, and every local run
+  takes the sharded path.
+  """
+  most = min(cores, 8, max(1, int(memory_bytes / 4 / max(state_bytes, 1))))
+  return max(n for n in range(1, most + 1) if rows % n == 0)

@@ -1,0 +1,32 @@
+"""Pretrain or fine-tune: one config in, one checkpoint out.
+
+python -m llm.train --config=configs/pretrain_bert.py:tiny --workdir=DIR [--config.KEY=VALUE ...]
+"""
+from absl import flags
+from ml_collections import config_flags
+
+from llm import command
+from llm import config as config_lib
+from llm.core import UserError
+from llm.training import loop
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with its argument after a colon.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept, and goes on from if it is there.")
+_GO_ON = flags.DEFINE_bool("go_on", False, "Go on in a workdir that was begun with another config.")
+
+
+def read_config() -> config_lib.Config:
+  """The config of the command line. Raises UserError if there is none or it is not valid."""
+  if _CONFIG.value is None:
+    raise UserError("--config is missing, e.g. --config=configs/pretrain_bert.py:tiny")
+  return config_lib.freeze(_CONFIG.value)
+
+
+def main():
+  if not _WORKDIR.value:
+    raise UserError("--workdir is missing: the folder where the run is kept")
+  loop.train(read_config(), _WORKDIR.value, go_on=_GO_ON.value, use_devices=command.use_cpu_cores)
+
+
+if __name__ == "__main__":
+  command.run(main)

@@ -1,0 +1,136 @@
+"""From a config to all that a run is made of, on the host alone: no device is touched here."""
+import dataclasses
+import math
+import pathlib
+from typing import Callable
+
+from llm.checkpoints import manager
+from llm.config import Config, ModelConfig
+from llm import config as config_lib
+from llm.core import UserError
+from llm.data import cache, sources, tokenizer as tokenizer_lib
+from llm.data.batches import Batches
+from llm.models import build_backbone
+from llm.models.heads import Model
+from llm.models.transformer import padded_vocab
+from llm.objectives import base
+
+SHAPE = ("name", "num_layers", "width", "num_heads", "mlp_dim", "max_length")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """A config with everything resolved: the model's shape, the tokenizer, the classes, the rows."""
+  config: Config
+  objective: base.Objective
+  tokenizer: tokenizer_lib.Tokenizer
+  model: Model
+  batches: Batches | None = None
+  eval_rows: base.Rows | None = None
+  names: tuple[str, ...] = ()      # of the training sources
+
+  def description(self) -> dict:
+    """What a checkpoint says of itself."""
+    return {"config": config_lib.thaw(self.config)}
+
+
+def _following(model: ModelConfig, start: dict | None, vocab_size: int) -> ModelConfig:
+  """The model with what is not set taken from the checkpoint that the run starts from."""
+  if start:
+    same = start["config"]["model"]
+    unset = {k: same[k] for k in SHAPE if not getattr(model, k)}
+    if model.dropout < 0:
+      unset["dropout"] = same["dropout"]
+    model = dataclasses.replace(model, **unset)
+  if missing := [k for k in SHAPE if not getattr(model, k)]:
+    raise UserError(f"config.model.{missing[0]} is not set: give config.transfer.checkpoint, which has "
+                    "a model, or set the model's keys")
+  if model.vocab_size and model.vocab_size != vocab_size:
+    raise UserError(f"config.model.vocab_size={model.vocab_size} but the tokenizer has {vocab_size} pieces; "
+                    "0 takes the tokenizer's")
+  if model.width % model.num_heads:
+    raise UserError(f"config.model.width={model.width} must be a multiple of num_heads={model.num_heads}")
+  if model.dropout >= 1:
+    raise UserError(f"config.model.dropout must lie in [0, 1), not {model.dropout}")
+  return dataclasses.replace(model, vocab_size=vocab_size, dropout=max(model.dropout, 0.0))
+
+
+def _own_or_transferred(config: Config, own: pathlib.Path | None, say) -> pathlib.Path | None:
+  if own:
+    return own
+  return manager.find(config.transfer.checkpoint, say) if config.transfer.checkpoint else None
+
+
+def _tokenizer(config: Config, start: pathlib.Path | None, train) -> tokenizer_lib.Tokenizer:
+  if start and not config.tokenizer.name:
+    return manager.load_tokenizer(start)
+  made = tokenizer_lib.make(config.tokenizer, train, cache.cache_dir(config.data.cache))
+  if start and made.digest() != manager.load_tokenizer(start).digest():
+    raise UserError("the vocabulary does not fit the checkpoint: config.tokenizer makes another one than "
+                    f"{start} was trained with (config.tokenizer.name='' takes the checkpoint's)")
+  return made
+
+
+def _steps(config: Config, batches: Batches) -> int:
+  if bool(config.training.steps) == bool(config.training.epochs):
+    raise UserError("set either config.training.steps or config.training.epochs, the other to 0")
+  return config.training.steps or max(1, math.ceil(config.training.epochs * batches.steps_an_epoch()))
+
+
+def prepare(config: Config, own: pathlib.Path | None = None, say: Callable = print) -> Experiment:
+  """Everything that a run of `config` needs. own: the run's own checkpoint, when it goes on.
+
+  Raises UserError on bad input of every kind.
+  """
+  if not config.data.train:
+    raise UserError("config.data.train is not set: give a source, e.g. text:corpus.txt")
+  if config.training.keep_best and not (
+      config.training.keep_best.startswith(("max:", "min:")) and config.data.eval):
+    raise UserError("config.training.keep_best must be 'max:METRIC' or 'min:METRIC' and needs config.data.eval")
+  start = _own_or_transferred(config, own, say)
+  description = manager.describe(start) if start else None
+  if own:
+    objective = base.build(description["config"]["objective"])
+  else:
+    objective = base.build(config.objective)
+  train = sources.parse(config.data.train, config.data)
+  tokenizer = _tokenizer(config, start, train)
+  model = _following(config.model, description, tokenizer.vocab_size)
+  length = config.training.sequence_length
+  if length > model.max_length:
+    raise UserError(f"config.training.sequence_length={length} is longer than the model's "
+                    f"{model.max_length} positions (config.model.max_length)")
+  objective = objective.fit(train)
+  rows = [objective.rows(s, tokenizer, config.data, model, length) for s in train]
+  batches = Batches(rows, [s.weight for s in train], objective.example, config.training.batch_size,
+                    config.training.seed)
+  eval_rows = None
+  if config.data.eval:
+    held_out = sources.parse(config.data.eval, config.data)
+    if len(held_out) > 1:
+      raise UserError("config.data.eval must be one source")
+    eval_rows = objective.rows(held_out[0], tokenizer, config.data, model, length)
+  resolved = dataclasses.replace(
+      config, model=model, objective=base.to_mapping(objective),
+      training=dataclasses.replace(config.training, steps=_steps(config, batches), epochs=0.0))
+  return Experiment(resolved, objective, tokenizer, build(objective, model), batches, eval_rows,
+                    tuple(s.spec for s in train))
+
+
+def build(objective: base.Objective, model: ModelConfig) -> Model:
+  """Backbone and head."""
+  return Model(build_backbone(model), objective.head(model))
+
+
+def from_checkpoint(step: pathlib.Path) -> Experiment:
+  """The experiment that wrote a step, without its data."""
+  config = config_lib.freeze(manager.describe(step)["config"])
+  objective = base.build(config.objective)
+  return Experiment(config, objective, manager.load_tokenizer(step), build(objective, config.model))
+
+
+def state_bytes(model: ModelConfig) -> int:
+  """Roughly what parameters, gradients and two moments take in float32."""
+  block = 4 * model.width ** 2 + 2 * model.width * model.mlp_dim
+  rows = padded_vocab(model.vocab_size) + model.max_length
+  return 16 * (model.num_layers * block + rows * model.width)

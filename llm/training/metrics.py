@@ -1,0 +1,95 @@
+"""Sums to means, counted FLOPs, and the peak they are held against."""
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+from llm.models.heads import Model
+
+# bf16 dense peak of one JAX device in FLOP/s, from the makers' data sheets.
+PEAKS = {
+    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12, "TPU v6e": 918e12, "A100": 312e12, "H100": 989e12, "H200": 989e12,
+    "L4": 121e12, "V100": 125e12,
+}
+
+
+def means(history: list[dict]) -> dict[str, float]:
+  """(sum, weight) pairs of several steps -> one mean each.
+
+  `loss` is the sum of the terms called *_loss where an objective has several.
+  """
+  totals = {}
+  for metrics in history:
+    for name, (value, weight) in metrics.items():
+      sums = totals.setdefault(name, [0.0, 0.0])
+      sums[0] += float(value)
+      sums[1] += float(weight)
+  out = {name: value / weight if weight else 0.0 for name, (value, weight) in totals.items()}
+  if "loss" not in out:
+    out = {"loss": sum(v for k, v in out.items() if k.endswith("_loss")), **out}
+  return out
+
+
+def _dot_flops(jaxpr) -> float:
+  """2 x multiplications of every dot_general of a jaxpr, scanned bodies as often as they run."""
+  total = 0.0
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "dot_general":
+      (contracted, _), _ = eqn.params["dimension_numbers"]
+      depth = np.prod([eqn.invars[0].aval.shape[i] for i in contracted])
+      total += 2.0 * depth * np.prod(eqn.outvars[0].aval.shape)
+    times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
+    for value in jax.tree.leaves(eqn.params, is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")):
+      inner = getattr(value, "jaxpr", value)
+      if hasattr(inner, "eqns"):
+        total += times * _dot_flops(inner)
+  return total
+
+
+def model_flops(model: Model, params, batch, *, causal: bool) -> float:
+  """FLOPs that one training step on `batch` needs: 3 x those of the forward pass.
+
+  Forward FLOPs are 2 a multiply-add of every matrix product, counted in the traced program (heads
+  included, at the positions where they are computed, over the padded vocabulary). A causal model
+  needs half of its attention products: 4 B T^2 D L FLOPs forward, of which half are taken off
+  (PaLM, appendix B, counts without this halving). Recomputation does not count.
+  """
+  traced = jax.make_jaxpr(lambda p, b: model.apply({"params": p}, b, train=False))(params, batch)
+  forward = _dot_flops(traced.jaxpr)
+  if causal:
+    rows, length = batch["tokens"].shape
+    cfg = model.backbone.config
+    forward -= 2.0 * rows * length ** 2 * cfg.width * cfg.num_layers
+  return 3.0 * forward
+
+
+def peak_flops(mesh: Mesh) -> tuple[float, str]:
+  """FLOP/s that the devices of the mesh can reach together, and where the figure comes from.
+
+  Of an accelerator, its data sheet; on CPU a float32 matrix product measured now, all devices at
+  once; (nan, "unknown") for a device that is not in the table.
+  """
+  device = mesh.devices.flat[0]
+  if device.platform == "cpu":
+    return _matmul_ceiling(mesh), "measured float32 matmul"
+  kinds = sorted((k for k in PEAKS if k.lower() in device.device_kind.lower()), key=len)
+  if not kinds:
+    return float("nan"), "unknown"
+  return PEAKS[kinds[-1]] * mesh.size, f"{kinds[-1]} data sheet, bf16"
+
+
+def _matmul_ceiling(mesh: Mesh, size: int = 1024) -> float:
+  rows = NamedSharding(mesh, P(mesh.axis_names))
+  a = jax.device_put(np.ones((size * mesh.size, size), np.float32), rows)
+  b = jax.device_put(np.ones((size, size), np.float32), NamedSharding(mesh, P()))
+  multiply = jax.jit(jnp.matmul)
+  multiply(a, b).block_until_ready()
+  best = 0.0
+  for _ in range(5):
+    start = time.perf_counter()
+    multiply(a, b).block_until_ready()
+    best = max(best, 2.0 * size ** 3 * mesh.size / (time.perf_counter() - start))
+  return best
