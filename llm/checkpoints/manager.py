@@ -7,14 +7,12 @@ is verified when the step is read.
 """
 import hashlib
 import json
-import logging
 import pathlib
-import re
 import shutil
-import threading
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from llm.core import Params, UserError
@@ -115,18 +113,12 @@ def restore(step: pathlib.Path, item: str, like=None):
     try:
       if like is None:
         tree = reader.metadata(step / item).item_metadata.tree
-        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=jax.numpy.ndarray), tree)
-        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=_numpy()), tree)
+        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         return reader.restore(step / item, restore_args=args)
       return reader.restore(step / item, item=like,
                             restore_args=ocp.checkpoint_utils.construct_restore_args(like))
     except (ValueError, FileNotFoundError, KeyError, TypeError) as error:
       raise Damaged(f"{step}: {item} does not fit this run: {str(error).splitlines()[0]}")
-
-
-def _numpy():
-  import numpy as np
-  return np.ndarray
 
 
 class Manager:

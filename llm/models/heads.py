@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from llm.config import ModelConfig
 from llm.models import attention
-from llm.models.layers import ACTIVATIONS, LayerNorm, Linear
+from llm.models.layers import ACTIVATIONS, LayerNorm, Linear, matmul
 from llm.models.transformer import compute_dtype, padded_vocab
 from llm.sharding import BATCH, constrain
 
@@ -31,7 +31,7 @@ def token_losses(hidden_BxTxD, table_VxD, bias_V, targets_BxT, *, vocab_size: in
   """
   def losses(hidden_BxTxD, targets_BxT):
     exact = jnp.promote_types(hidden_BxTxD.dtype, jnp.float32)
-    logits_BxTxV = jnp.einsum("BTD,VD->BTV", hidden_BxTxD, table_VxD, preferred_element_type=exact)
+    logits_BxTxV = matmul(hidden_BxTxD, table_VxD.T).astype(exact)
     if bias_V is not None:
       logits_BxTxV += bias_V
     logits_BxTxV = constrain(logits_BxTxV, BATCH, None, "tensor")

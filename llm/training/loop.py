@@ -1,9 +1,11 @@
 """The training loop: resume, else transfer, else scratch; train, evaluate, save; stop cleanly."""
 import contextlib
 import dataclasses
+import importlib
 import importlib.metadata
 import json
 import math
+import os
 import pathlib
 import platform
 import signal
@@ -98,7 +100,7 @@ def _run_record() -> dict:
   return {"command": sys.argv, **_revision(), "python": platform.python_version(),
           "versions": {p: importlib.metadata.version(p) for p in packages},
           "devices": [str(d) for d in jax.devices()], "processes": jax.process_count(),
-          "xla_flags": __import__("os").environ.get("XLA_FLAGS", "")}
+          "xla_flags": os.environ.get("XLA_FLAGS", "")}
 
 
 def _differences(old: dict, new: dict) -> list[str]:
@@ -278,8 +280,8 @@ def _train(experiment, own, workdir, mesh, stop: Stop, say) -> dict:
   tokens = training.batch_size * training.sequence_length
   first_profiled, last_profiled = _profile_range(training.profile)
   history, checked, saved, figures, paces = [], start, start if own else -1, {}, []
-  mark = time.perf_counter()
-  paused = 0.0
+  mark, paused = time.perf_counter(), 0.0
+  on_cpu = jax.default_backend() == "cpu"
 
   def settle(number) -> list[dict]:
     """The metrics since the last call, on the host, finite."""
@@ -301,6 +303,8 @@ def _train(experiment, own, workdir, mesh, stop: Stop, say) -> dict:
       if number == first_profiled:
         jax.profiler.start_trace(str(workdir / "profile"))
       state, found = train_step(state, next(stream), training.seed)
+      if on_cpu:   # steps queued up on several CPU devices can wait for each other for ever
+        jax.block_until_ready(found)
       history.append(found)
       done = number + 1
       log.advance()
@@ -352,7 +356,7 @@ def _train(experiment, own, workdir, mesh, stop: Stop, say) -> dict:
 
 
 def _causal(name: str) -> bool:
-  return __import__("importlib").import_module(f"llm.models.{name}").STYLE.causal
+  return importlib.import_module(f"llm.models.{name}").STYLE.causal
 
 
 def _say_extension(own, config: Config, start: int, say):

@@ -1,0 +1,136 @@
+"""Look at a batch, at how parameters lie on the mesh, or into a checkpoint.
+
+python -m llm.show batch      --config=... [--step=N --rows=N]
+python -m llm.show sharding   --config=...
+python -m llm.show checkpoint --checkpoint=DIR
+"""
+import math
+import sys
+
+import jax
+import numpy as np
+import tabulate
+from absl import flags
+
+from llm import command, sharding
+from llm.checkpoints import manager
+from llm.core import UserError, flatten
+from llm.train import read_config
+from llm.training import experiment as experiment_lib
+from llm.training import optimizer as optimizer_lib
+from llm.training import step as step_lib
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir, its checkpoints folder or one step.")
+_STEP = flags.DEFINE_integer("step", 0, "Which batch.", lower_bound=0)
+_ROWS = flags.DEFINE_integer("rows", 2, "How many of its rows.", lower_bound=1)
+
+
+def _decoded(tokenizer, ids) -> str:
+  return " ".join(tokenizer.pieces[int(i)] for i in ids)
+
+
+def render_row(batch: dict, row: int, tokenizer, classes=()) -> str:
+  """One row in words: its documents, what is masked and how, the pair's label, what bears loss."""
+  part = {k: v[row] for k, v in batch.items()}
+  segments = part["segments"]
+  lines = [f"{int((segments > 0).sum())} of {len(segments)} positions used, {segments.max()} document(s)"]
+  masked = {int(p): int(t) for p, t, w in zip(
+      part.get("masked_positions", ()), part.get("masked_targets", ()), part.get("masked_weights", ())) if w}
+  for segment in range(1, segments.max() + 1):
+    at = np.flatnonzero(segments == segment)
+    words = []
+    for position in at:
+      piece = tokenizer.pieces[int(part["tokens"][position])]
+      if position in masked:
+        piece = f"<{tokenizer.pieces[masked[position]]} => {piece}>"
+      words.append(piece)
+    lines.append(f"  document {segment}, positions {part['positions'][at[0]]}..{part['positions'][at[-1]]}: "
+                 + " ".join(words))
+    if "targets" in part:
+      bearing = at[part["weights"][at] > 0]
+      lines.append(f"    targets (bear loss): {_decoded(tokenizer, part['targets'][bearing])}")
+  if masked:
+    kinds = {"[MASK]": 0, "kept": 0, "random": 0}
+    for position, target in masked.items():
+      now = int(part["tokens"][position])
+      kinds["[MASK]" if now == tokenizer.mask else "kept" if now == target else "random"] += 1
+    lines.append(f"  loss at {len(masked)} positions: " + ", ".join(f"{v} {k}" for k, v in kinds.items())
+                 + "; shown as <original => what the model sees>")
+  if "next_sentence" in part:
+    second = _decoded(tokenizer, part["tokens"][(part["types"] == 1) & (segments > 0)])
+    lines.append(f"  next sentence: {'true' if part['next_sentence'] else 'another document'}; second part: {second}")
+  if "labels" in part:
+    label = part["labels"]
+    lines.append(f"  label: {classes[int(label)] if classes else float(label)}")
+  return "\n".join(lines)
+
+
+def show_batch():
+  """Prints decoded rows of one training batch."""
+  made = experiment_lib.prepare(read_config())
+  count = min(_ROWS.value, made.config.training.batch_size)
+  batch = made.batches.read(_STEP.value, range(count))
+  print(f"batch {_STEP.value}, {count} of {made.config.training.batch_size} rows")
+  for row in range(count):
+    print(f"row {row}: " + render_row(batch, row, made.tokenizer, getattr(made.objective, "classes", ())))
+
+
+def show_sharding():
+  """Prints every parameter and moment: shape, type, axes, bytes a device."""
+  made = experiment_lib.prepare(read_config())
+  command.use_cpu_cores(made.config.training.batch_size, experiment_lib.state_bytes(made.config.model))
+  mesh = sharding.make_mesh(made.config.mesh)
+  one = made.batches.read(0, range(1))
+  params = jax.eval_shape(lambda: step_lib.init_params(made.model, one, jax.random.key(0)))
+  leaves = flatten(params)
+  optimizer = optimizer_lib.make(made.config.optimizer, leaves, made.config.model.num_layers,
+                                 made.config.training.steps)
+  state = {"params": leaves, "optimizer": jax.eval_shape(optimizer.init, leaves)}
+  rows, total = [], 0
+  for (path, leaf), placed in zip(jax.tree_util.tree_leaves_with_path(state),
+                                  jax.tree.leaves(sharding.shardings(state, mesh))):
+    size = math.prod(placed.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    total += size
+    rows.append((jax.tree_util.keystr(path, simple=True, separator="/"), "x".join(map(str, leaf.shape)),
+                 str(leaf.dtype), " ".join(str(a) for a in placed.spec) or "-",
+                 "replicated" if placed.is_fully_replicated and mesh.size > 1 else "", f"{size:,}"))
+  print(tabulate.tabulate(rows, headers=("array", "shape", "type", "axes", "", "bytes a device"),
+                          colalign=("left", "left", "left", "left", "left", "right")))
+  print(f"mesh {dict(mesh.shape)}: {total:,} bytes a device")
+
+
+def show_checkpoint():
+  """Prints what a checkpoint holds."""
+  if not _CHECKPOINT.value:
+    raise UserError("--checkpoint is missing: a workdir of llm.train, its checkpoints folder or one step")
+  step = manager.find(_CHECKPOINT.value)
+  description = manager.describe(step)
+  tokenizer = manager.load_tokenizer(step)
+  leaves = flatten(manager.restore(step, "params"))
+  print(f"{step}: whole (every digest verified), step {description['step']}, "
+        f"objective {description['config']['objective']['name']}")
+  print(f"tokenizer {tokenizer.name}, {tokenizer.vocab_size} pieces; metrics {description['metrics']}")
+  print(f"model {description['config']['model']}")
+  rows = [(path, "x".join(map(str, leaf.shape)), str(leaf.dtype), f"{leaf.size:,}",
+           f"{float(np.std(leaf)):.4g}") for path, leaf in sorted(leaves.items())]
+  print(tabulate.tabulate(rows, headers=("parameter", "shape", "type", "size", "standard deviation")))
+  print(f"{sum(leaf.size for leaf in leaves.values()):,} parameters, the vocabulary padded")
+
+
+VERBS = {"batch": show_batch, "sharding": show_sharding, "checkpoint": show_checkpoint}
+
+
+def main(argv=None):
+  """`llm.show VERB --flags`: the verb is taken off before the flags are parsed."""
+  argv = list(sys.argv if argv is None else argv)
+  verb = argv.pop(1) if len(argv) > 1 else ""
+
+  def chosen():
+    if verb not in VERBS:
+      raise UserError(f"llm.show needs one of {', '.join(VERBS)} first, not {verb!r}")
+    return VERBS[verb]()
+  command.run(chosen, argv)
+
+
+if __name__ == "__main__":
+  main()
