@@ -9,7 +9,8 @@ from flax import linen as nn
 normal = nn.initializers.normal
 
 ACTIVATIONS = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    # Written with erf: jax.nn.gelu takes erfc, which is several times slower on CPU.
+    "gelu": lambda x: 0.5 * x * (1.0 + jax.lax.erf(x * 2 ** -0.5)),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
 

@@ -3,6 +3,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from llm.config import OptimizerConfig
@@ -18,11 +19,11 @@ def warmup_steps(config: OptimizerConfig, steps: int) -> int:
 def schedule(config: OptimizerConfig, learning_rate, steps: int, warmup: int):
   """step -> learning rate: linear from 0 during the warm-up, then as config.schedule says.
 
-  `learning_rate` may be traced. The rate of step 0 is one warm-up step above 0.
+  `learning_rate`, `steps` and `warmup` may be traced. The rate of step 0 is one warm-up step above 0.
   """
   def rate(step):
-    rising = jnp.minimum((step + 1) / max(warmup, 1), 1.0)
-    progress = jnp.clip((step - warmup) / max(steps - warmup, 1), 0.0, 1.0)
+    rising = jnp.minimum((step + 1) / jnp.maximum(warmup, 1), 1.0)
+    progress = jnp.clip((step - warmup) / jnp.maximum(steps - warmup, 1), 0.0, 1.0)
     falling = {"linear": 1.0 - progress,
                "cosine": 0.1 + 0.45 * (1.0 + jnp.cos(jnp.pi * progress)),
                "constant": 1.0}[config.schedule]
@@ -83,7 +84,7 @@ def make(config: OptimizerConfig, trained: dict, num_layers: int, steps: int,
   parts = [optax.clip_by_global_norm(config.grad_clip_norm)] if config.grad_clip_norm else []
   parts += [optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
             optax.add_decayed_weights(config.weight_decay, mask=decays)]
-  if any(jnp.any(jnp.asarray(f) != 1.0) for f in factors.values()):
+  if any(np.any(f != 1.0) for f in factors.values()):
     parts.append(optax.stateless(lambda updates, _: jax.tree.map(
         lambda u, f: u * jnp.asarray(f, u.dtype), updates, factors)))
   return optax.chain(*parts, optax.scale_by_learning_rate(rate))

@@ -1,0 +1,232 @@
+"""How many labels is pretraining worth? Two arms of one architecture, and the classical models.
+
+For each number of labels several draws of the training labels; the arms (pretrained and scratch)
+see the same draws, batches and fresh head. Learning rate and epochs of each arm, and the
+regularisation of the classical models, are chosen on the validation split; the test split is looked
+at once, with what was chosen.
+"""
+import dataclasses
+import itertools
+from typing import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.stats
+import tqdm
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+from llm.config import OptimizerConfig
+from llm.core import flatten
+from llm.objectives import classification
+from llm.studies import classical
+from llm.training import experiment, optimizer as optimizer_lib, partition, step as step_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """One point of the label curve. labels: 0 is all. searched: draws that the search runs on."""
+  labels: int
+  draws: int
+  searched: int
+  learning_rates: tuple[float, ...]
+  epochs: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One fine-tuning: an arm, the rows it is trained on, how."""
+  arm: str
+  rows: tuple[int, ...]
+  learning_rate: float
+  epochs: int
+  seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+  """A split as texts, labels and the arrays of a batch over all of its rows."""
+  texts: list[str]
+  labels: np.ndarray
+  arrays: dict[str, np.ndarray]
+
+
+def encode(objective: classification.Objective, source, tokenizer, model, length: int) -> Split:
+  """All rows of a source as one batch on the host."""
+  records = list(source.records())
+  rows = objective.encode(records, tokenizer, model, length, source)
+  examples = [objective.example(rows[i], None) for i in range(len(rows))]
+  return Split([r["text"] for r in records], rows.labels.astype(int),
+               {k: np.stack([e[k] for e in examples]) for k in examples[0]})
+
+
+class FineTuner:
+  """Fine-tunes many small runs, one on each device at a time, with one compiled step for all.
+
+  Learning rate, length and warm-up of the schedule are arguments of the step, so a search compiles
+  nothing. starts: arm -> parameters at step 0.
+  """
+
+  def __init__(self, objective, model_config, starts: dict, batch_size: int, mesh: Mesh):
+    self.model = experiment.build(objective, model_config)
+    self.objective, self.starts, self.batch_size, self.mesh = objective, starts, batch_size, mesh
+    self.by_device = NamedSharding(mesh, P(mesh.axis_names))
+    some = flatten(next(iter(starts.values())))
+    self.marks = {path: [False] for path in some}
+    self.settings = OptimizerConfig(schedule="linear")
+    layers = model_config.num_layers
+
+    def optimizer(rate, steps, trained):
+      return optimizer_lib.make(self.settings, trained, layers, steps, rate, warmup=steps // 10)
+
+    def first(params):
+      return step_lib.init_state(params, {}, optimizer(0.0, 1, params))
+
+    def train(state, batch, rate, steps, seed):
+      return step_lib.train_step(self.model, objective, optimizer(rate, steps, state.trained),
+                                 self.marks, 1, state, batch, seed)[0]
+
+    def guess(params, batch):
+      outputs = self.model.apply({"params": partition.merge(params, {}, self.marks)}, batch, train=False)
+      return outputs["logits"].argmax(-1)
+
+    self.first = jax.jit(jax.vmap(first))
+    self.train = jax.jit(jax.vmap(train), donate_argnums=0)
+    self.guess = jax.jit(jax.vmap(guess))
+
+  def accuracies(self, runs: Sequence[Run], train: Split, held_out: Split, bar) -> list[float]:
+    """Accuracy of every run on held_out, in order."""
+    order = sorted(range(len(runs)), key=lambda i: self._steps(runs[i]))
+    out = [0.0] * len(runs)
+    lanes = self.mesh.size
+    while order:
+      steps = self._steps(runs[order[0]])
+      together = [i for i in order[:lanes] if self._steps(runs[i]) == steps]
+      order = order[len(together):]
+      filled = [runs[i] for i in together] + [runs[together[0]]] * (lanes - len(together))
+      for i, value in zip(together, self._accuracies(filled, steps, train, held_out)):
+        out[i] = value
+        bar.update()
+    return out
+
+  def _steps(self, run: Run) -> int:
+    return -(-len(run.rows) // self.batch_size) * run.epochs
+
+  def _put(self, tree):
+    return jax.device_put(tree, self.by_device)
+
+  def _accuracies(self, runs, steps, train, held_out):
+    stacked = lambda values: self._put(np.stack(values))
+    params = {path: stacked([np.asarray(flatten(self.starts[r.arm])[path]) for r in runs])
+              for path in self.marks}
+    state = self.first(params)
+    rates, seeds = stacked([np.float32(r.learning_rate) for r in runs]), stacked([r.seed for r in runs])
+    lengths = stacked([np.int32(steps)] * len(runs))
+    orders = [self._order(run) for run in runs]
+    for number in range(steps):
+      here = slice(number * self.batch_size, (number + 1) * self.batch_size)
+      batch = {k: stacked([v[o[here]] for o in orders]) for k, v in train.arrays.items()}
+      state = jax.block_until_ready(self.train(state, batch, rates, lengths, seeds))
+    return self._score(state.trained, len(runs), held_out)
+
+  def _order(self, run: Run) -> np.ndarray:
+    """Rows of all batches: each epoch shuffled, its last batch filled up from its beginning."""
+    rng = np.random.default_rng((run.seed, 1))
+    rows, size = np.array(run.rows), -(-len(run.rows) // self.batch_size) * self.batch_size
+    return np.concatenate([np.resize(rng.permutation(rows), size) for _ in range(run.epochs)])
+
+  def _score(self, params, lanes, held_out) -> list[float]:
+    guesses, size = [], 256
+    for start in range(0, len(held_out.labels), size):
+      rows = np.arange(start, start + size) % len(held_out.labels)
+      batch = {k: self._put(np.stack([v[rows]] * lanes)) for k, v in held_out.arrays.items()}
+      guesses.append(np.asarray(self.guess(params, batch)))
+    found = np.concatenate(guesses, axis=1)[:, :len(held_out.labels)]
+    return [float(v) for v in (found == held_out.labels).mean(1)]
+
+
+def draw(train: Split, labels: int, number: int) -> tuple[int, ...]:
+  """The rows of one draw of the labels; all rows where labels is 0."""
+  if not labels:
+    return tuple(range(len(train.labels)))
+  rng = np.random.default_rng((labels, number))
+  return tuple(int(i) for i in rng.choice(len(train.labels), labels, replace=False))
+
+
+def measure(tuner: FineTuner, setting: Setting, train: Split, validation: Split, test: Split, bar):
+  """Result rows of one setting: each arm and each classical model, {"model", "labels", ...}."""
+  draws = [draw(train, setting.labels, n) for n in range(setting.draws)]
+  count = setting.labels or len(train.labels)
+  rows = []
+  for arm in tuner.starts:
+    choices = list(itertools.product(setting.learning_rates, setting.epochs))
+    searched = [Run(arm, draws[n], rate, epochs, n) for rate, epochs in choices
+                for n in range(setting.searched)]
+    found = np.array(tuner.accuracies(searched, train, validation, bar)).reshape(len(choices), -1)
+    rate, epochs = choices[int(found.mean(1).argmax())]
+    final = [Run(arm, rows_, rate, epochs, n) for n, rows_ in enumerate(draws)]
+    rows.append(_row(arm, count, tuner.accuracies(final, train, test, bar),
+                     {"learning_rate": rate, "epochs": epochs, "validation": float(found.mean(1).max())}))
+  for name in classical.MODELS:
+    rows.append(_classical(name, count, draws, setting, train, validation, test, bar))
+  return rows
+
+
+def work(setting: Setting, arms: int) -> int:
+  """How many fits `measure` makes: for the progress bar."""
+  neural = setting.draws + len(setting.learning_rates) * len(setting.epochs) * setting.searched
+  linear = _distinct(setting) + len(classical.STRENGTHS) * min(setting.searched, _distinct(setting))
+  return arms * neural + len(classical.MODELS) * linear
+
+
+def _distinct(setting: Setting) -> int:
+  """Draws that differ: with all labels, a linear model gives the same each time."""
+  return setting.draws if setting.labels else 1
+
+
+def _classical(name, count, draws, setting, train, validation, test, bar):
+  def taken(split: Split, rows):
+    return [split.texts[i] for i in rows], split.labels[list(rows)]
+
+  def accuracy(strength, rows, held_out):
+    bar.update()
+    return classical.accuracy(name, strength, taken(train, rows), (held_out.texts, held_out.labels))
+  draws = draws[:_distinct(setting)]
+  found = [np.mean([accuracy(s, rows, validation) for rows in draws[:setting.searched]])
+           for s in classical.STRENGTHS]
+  strength = classical.STRENGTHS[int(np.argmax(found))]
+  return _row(name, count, [accuracy(strength, rows, test) for rows in draws],
+              {"strength": strength, "validation": float(max(found))})
+
+
+def _row(model, labels, accuracies, chosen):
+  return {"model": model, "labels": labels, "seeds": len(accuracies),
+          "accuracy_mean": float(np.mean(accuracies)),
+          "accuracy_std": float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else 0.0,
+          "accuracies": accuracies, "chosen": chosen}
+
+
+def paired_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
+  """Mean of a - b and its 95% interval (Student's t over the pairs)."""
+  difference = np.asarray(a) - np.asarray(b)
+  mean = float(difference.mean())
+  if len(difference) < 2 or difference.std() == 0:
+    return mean, mean, mean
+  half = scipy.stats.t.ppf(0.975, len(difference) - 1) * difference.std(ddof=1) / len(difference) ** 0.5
+  return mean, mean - float(half), mean + float(half)
+
+
+def run(tuner: FineTuner, settings: Sequence[Setting], train: Split, validation: Split, test: Split):
+  """All settings, with a progress bar -> (rows, differences)."""
+  rows, differences = [], []
+  total = sum(work(s, len(tuner.starts)) for s in settings)
+  with tqdm.tqdm(desc="fine-tuning", total=total, unit=" runs", disable=None) as bar:
+    for setting in settings:
+      found = {r["model"]: r for r in measure(tuner, setting, train, validation, test, bar)}
+      rows += found.values()
+      mean, low, high = paired_difference(found["pretrained"]["accuracies"], found["scratch"]["accuracies"])
+      differences.append({"labels": found["pretrained"]["labels"], "pretrained_minus_scratch": mean,
+                          "low": low, "high": high})
+      tqdm.tqdm.write(f"{differences[-1]['labels']} labels: " + ", ".join(
+          f"{r['model']} {100 * r['accuracy_mean']:.1f}" for r in found.values()))
+  return rows, differences

@@ -1,0 +1,138 @@
+"""What the models must not do: look ahead, mix documents, depend on how they are computed."""
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm.config import ModelConfig
+from llm.models import bert, gpt
+from llm.objectives import base
+from llm.training import experiment, loop, step as step_lib
+
+SMALL = dict(num_layers=3, width=32, num_heads=4, mlp_dim=64, vocab_size=100, max_length=16, dropout=0.0)
+T = 16
+
+
+def batch_of(rows: int, seed: int = 0, segments=None):
+  """A batch with everything that both objectives need."""
+  rng = np.random.default_rng(seed)
+  tokens = rng.integers(0, 100, (rows, T)).astype(np.int32)
+  segments = np.ones((rows, T), np.int32) if segments is None else np.tile(segments, (rows, 1)).astype(np.int32)
+  positions = np.stack([np.concatenate([np.arange((s == v).sum()) for v in dict.fromkeys(s)]) for s in segments])
+  return {"tokens": tokens, "segments": segments, "positions": positions.astype(np.int32),
+          "types": np.zeros_like(tokens), "targets": np.roll(tokens, -1, 1), "weights": np.ones((rows, T), np.float32),
+          "masked_positions": np.tile(np.array([1, 4, 9], np.int32), (rows, 1)),
+          "masked_targets": tokens[:, [1, 4, 9]], "masked_weights": np.ones((rows, 3), np.float32),
+          "next_sentence": (np.arange(rows) % 2).astype(np.int32), "pair_weights": np.ones(rows, np.float32)}
+
+
+def model_of(name: str, **changes):
+  config = dataclasses.replace(ModelConfig(name=name, **SMALL), **changes)
+  return experiment.build(base.build(base.defaults("masked_lm" if name == "bert" else "causal_lm")), config)
+
+
+def params_of(model, seed=0):
+  return step_lib.init_params(model, batch_of(1), jax.random.key(seed))
+
+
+def hidden(model, params, batch):
+  return model.backbone.apply({"params": params["backbone"]}, batch, train=False)[0]
+
+
+def test_gpt_never_looks_ahead():
+  model = model_of("gpt")
+  params, batch = params_of(model), batch_of(1)
+  table = params["backbone"]["token"]["embedding"]
+
+  def outputs(embedded):   # gradients with respect to each position's token embedding
+    moved = {**params["backbone"], "token": {"embedding": jnp.concatenate([table, embedded])}}
+    there = {**batch, "tokens": len(table) + np.arange(T, dtype=np.int32)[None]}
+    return model.backbone.apply({"params": moved}, there, train=False)[0][0]
+
+  big = dataclasses.replace(model.backbone.config, vocab_size=len(table) + T)
+  model = model.clone(backbone=gpt.Backbone(big), parent=None)
+  rows = -(-(len(table) + T) // 128) * 128 - len(table)
+  embedded = jnp.concatenate([table[batch["tokens"][0]], jnp.zeros((rows - T, 32))])
+  weights = np.random.default_rng(0).normal(size=32)   # a plain sum would be constant after the norm
+  slopes = jax.jacobian(lambda e: outputs(e) @ weights)(embedded)   # T x rows x D
+  reach = np.abs(np.asarray(slopes))[:, :T].sum(-1) > 0
+  assert (reach == np.tril(np.ones((T, T), bool))).all()
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt"])
+def test_packed_documents_are_alone(name):
+  model = model_of(name)
+  params = params_of(model)
+  packed = batch_of(1, segments=[1] * 5 + [2] * 7 + [0] * 4)
+  out = np.asarray(hidden(model, params, packed))
+  for start, stop in ((0, 5), (5, 12)):
+    alone = {k: packed[k][:, start:stop] for k in ("tokens", "types", "positions")}
+    alone["segments"] = np.ones((1, stop - start), np.int32)
+    np.testing.assert_allclose(np.asarray(hidden(model, params, alone))[0], out[0, start:stop], atol=2e-6)
+  for perturbed, kept in ((slice(0, 5), slice(5, 12)), (slice(5, 12), slice(0, 5)), (slice(12, 16), slice(0, 12))):
+    tokens = packed["tokens"].copy()
+    tokens[:, perturbed] = (tokens[:, perturbed] + 7) % 100
+    moved = np.asarray(hidden(model, params, {**packed, "tokens": tokens}))
+    assert (moved[0, kept] == out[0, kept]).all()
+    assert not (moved[0, perturbed] == out[0, perturbed]).all()
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt"])
+def test_padding_changes_nothing(name):
+  model = model_of(name)
+  params = params_of(model)
+  short = {k: batch_of(1)[k][:, :9] for k in ("tokens", "types", "positions")}
+  short["segments"] = np.ones((1, 9), np.int32)
+  padded = {k: np.pad(v, ((0, 0), (0, 7))) for k, v in short.items()}
+  np.testing.assert_allclose(np.asarray(hidden(model, params, padded))[0, :9],
+                             np.asarray(hidden(model, params, short))[0], atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt"])
+@pytest.mark.parametrize("change", [{"scan": "scan"}, {"remat": "full"}, {"remat": "full", "scan": "scan"},
+                                    {"loss_chunk": 5}])
+def test_how_it_is_computed_does_not_matter(name, change):
+  objective = base.build(base.defaults("masked_lm" if name == "bert" else "causal_lm"))
+  batch = batch_of(4)
+
+  def gradients(model):
+    def loss(p):
+      return objective.loss(model.apply({"params": p}, batch, train=False), batch, objective.totals(batch))[0]
+    return jax.jit(jax.value_and_grad(loss))
+  plain = model_of(name, scan="unroll")
+  params = params_of(plain)
+  expected, found = gradients(plain)(params), gradients(model_of(name, **{"scan": "unroll", **change}))(params)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), expected, found)
+
+
+# Stated exactly: google-research/bert and its miniatures with both pretraining heads (as
+# BertForPreTraining counts them), GPT-2 as openai/gpt-2.
+PUBLISHED = {
+    ("bert", "tiny"): 4_433_468, ("bert", "mini"): 11_267_900, ("bert", "small"): 29_058_876,
+    ("bert", "medium"): 41_668_412, ("bert", "base"): 110_106_428, ("bert", "large"): 336_226_108,
+    ("gpt", "small"): 124_439_808, ("gpt", "medium"): 354_823_168, ("gpt", "large"): 774_030_080,
+    ("gpt", "xl"): 1_557_611_200,
+}
+
+
+@pytest.mark.parametrize("name, size", list(PUBLISHED))
+def test_parameter_counts_are_the_published_ones(name, size):
+  shape = {"bert": bert, "gpt": gpt}[name].SIZES[size]
+  vocab = {"bert": 30_522, "gpt": 50_257}[name]
+  config = ModelConfig(name=name, vocab_size=vocab, scan="scan", **shape)
+  model = experiment.build(base.build(base.defaults("masked_lm" if name == "bert" else "causal_lm")), config)
+  shapes = jax.eval_shape(lambda: step_lib.init_params(model, batch_of(1), jax.random.key(0)))
+  assert loop.count_parameters(shapes, vocab) == PUBLISHED[name, size]
+
+
+def test_padding_of_the_vocabulary_takes_no_probability():
+  model = model_of("gpt")
+  params = params_of(model)
+  batch = batch_of(2)
+  losses = model.apply({"params": params}, batch, train=False)["losses"]
+  table = params["backbone"]["token"]["embedding"]
+  logits = np.asarray(hidden(model, params, batch), np.float64) @ np.asarray(table, np.float64)[:100].T
+  expected = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
+  np.testing.assert_allclose(losses, expected, rtol=1e-5)

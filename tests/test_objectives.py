@@ -1,0 +1,167 @@
+"""Masking, pairing, next tokens and labels: what an example says of its text."""
+import collections
+import json
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from llm.config import DataConfig, ModelConfig
+from llm.core import UserError
+from llm.data import documents as documents_lib
+from llm.data import sources, tokenizer as tokenizer_lib
+from llm.objectives import causal_lm, classification, masked_lm
+
+BERT, GPT = ModelConfig(name="bert"), ModelConfig(name="gpt")
+
+
+def rows_of(objective, path, tokenizer, length=64, model=BERT):
+  data = DataConfig(sentences="lines")
+  return objective.rows(sources.parse(f"text:{path}", data)[0], tokenizer, data, model, length)
+
+
+def unmasked(example):
+  tokens = example["tokens"].copy()
+  real = example["masked_weights"] > 0
+  tokens[example["masked_positions"][real]] = example["masked_targets"][real]
+  return tokens
+
+
+def within(count, total, share, z=4.5):
+  return abs(count - total * share) <= z * (total * share * (1 - share)) ** 0.5
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+def test_masking_is_as_published(corpus, byte_tokenizer, pairs):
+  objective = masked_lm.Objective(next_sentence=pairs)
+  rows = rows_of(objective, corpus, byte_tokenizer)
+  kinds = collections.Counter()
+  rng = np.random.default_rng(0)
+  for epoch in range(20):
+    for i in range(len(rows)):
+      example = objective.example(rows[i], rng)
+      real = example["masked_weights"] > 0
+      positions, targets = example["masked_positions"][real], example["masked_targets"][real]
+      now = example["tokens"][positions]
+      assert (np.diff(positions) > 0).all()
+      assert not np.isin(targets, byte_tokenizer.special_ids).any()
+      kinds["mask"] += int((now == byte_tokenizer.mask).sum())
+      kinds["kept"] += int((now == targets).sum())
+      kinds["chosen"] += len(targets)
+      candidates = (example["segments"] > 0) & ~np.isin(unmasked(example), (byte_tokenizer.cls, byte_tokenizer.sep))
+      assert len(targets) == max(1, round(0.15 * candidates.sum()))
+      kinds["random"] += int(((now != byte_tokenizer.mask) & (now != targets)).sum())
+      others = now[(now != byte_tokenizer.mask) & (now != targets)]
+      assert not np.isin(others, byte_tokenizer.special_ids).any()
+  assert within(kinds["mask"], kinds["chosen"], 0.8)
+  assert within(kinds["kept"], kinds["chosen"], 0.1 + 0.1 / 256)
+  assert within(kinds["random"], kinds["chosen"], 0.1)
+
+
+def test_masked_positions_are_uniform(corpus, byte_tokenizer):
+  objective = masked_lm.Objective(next_sentence=False)
+  row = rows_of(objective, corpus, byte_tokenizer)[0]
+  counts = np.zeros(64)
+  rng = np.random.default_rng(0)
+  for _ in range(4000):
+    example = objective.example(row, rng)
+    counts[example["masked_positions"][example["masked_weights"] > 0]] += 1
+  free = counts[counts > 0]
+  assert scipy.stats.chisquare(free).pvalue > 1e-4
+
+
+def test_whole_words_are_masked_whole(tmp_path, corpus):
+  pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz.",
+            *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz")]
+  tokenizer = tokenizer_lib.WordPieceTokenizer("\n".join(pieces).encode())
+  objective = masked_lm.Objective(whole_word=True, next_sentence=False, mask_rate=0.3)
+  rows = rows_of(objective, corpus, tokenizer)
+  rng, whole = np.random.default_rng(0), 0
+  for i in range(len(rows)):
+    example = objective.example(rows[i], rng)
+    tokens, chosen = unmasked(example), np.zeros(64, bool)
+    chosen[example["masked_positions"][example["masked_weights"] > 0]] = True
+    begins = np.array([not tokenizer.pieces[t].startswith("##") for t in tokens])
+    begins[1:] |= np.isin(tokens[:-1], tokenizer.special_ids)   # a piece may begin inside a word
+    words = np.cumsum(begins)
+    for word in np.unique(words[chosen]):
+      assert chosen[words == word].all()
+      whole += (words == word).sum() > 1
+  assert whole > 50
+
+
+def test_pairs_are_balanced_and_true(corpus, byte_tokenizer):
+  objective = masked_lm.Objective()
+  rows = rows_of(objective, corpus, byte_tokenizer, length=96)
+  text = [byte_tokenizer.decode(rows.documents.tokens_N[a:b]) for a, b in
+          zip(rows.documents.bounds(), rows.documents.bounds()[1:])]
+  rng, labels, short = np.random.default_rng(0), [], 0
+  for _ in range(40):
+    for i in range(len(rows)):
+      example = objective.example(rows[i], rng)
+      tokens, used = unmasked(example), example["segments"] > 0
+      a = byte_tokenizer.decode(tokens[used & (example["types"] == 0)])
+      b = byte_tokenizer.decode(tokens[used & (example["types"] == 1)])
+      own = text[int(rows.anchors[i][0])]
+      assert a and b and a in own
+      if example["next_sentence"]:
+        assert a + b in own
+      else:
+        assert any(b in other for other in text if other is not own)
+      labels.append(int(example["next_sentence"]))
+      assert used.sum() == len(a) + len(b) + 3
+  assert within(sum(labels), len(labels), 0.5)
+
+
+def test_next_tokens_follow_and_end(corpus, byte_tokenizer):
+  objective = causal_lm.Objective()
+  rows = rows_of(objective, corpus, byte_tokenizer, length=48, model=GPT)
+  ends, seen = 0, collections.Counter()
+  for i in range(len(rows)):
+    example = objective.example(rows[i], None)
+    for segment in range(1, example["segments"].max() + 1):
+      at = np.flatnonzero(example["segments"] == segment)
+      assert (example["positions"][at] == np.arange(len(at))).all()
+      assert (example["targets"][at[:-1]] == example["tokens"][at[1:]]).all()
+      ends += example["targets"][at[-1]] == byte_tokenizer.eos
+    seen.update(example["tokens"][example["segments"] > 0].tolist())
+    assert (example["weights"] == (example["segments"] > 0)).all()
+  assert ends == len(rows.documents)
+  assert seen == collections.Counter(np.asarray(rows.documents.tokens_N).tolist())   # no token dropped or doubled
+
+
+def jsonl(tmp_path, records, name="data.jsonl"):
+  path = tmp_path / name
+  path.write_text("\n".join(map(json.dumps, records)))
+  return sources.parse(f"jsonl:{path}", DataConfig())[0]
+
+
+def test_pairs_of_texts_are_put_together_as_bert_does(tmp_path, byte_tokenizer):
+  source = jsonl(tmp_path, [{"text": "abc", "text_pair": "defgh", "label": "x"}, {"text": "q" * 50, "text_pair": "r" * 9, "label": "y"}])
+  objective = classification.Objective().fit([source])
+  rows = objective.rows(source, byte_tokenizer, DataConfig(), BERT, 16)
+  first, second = (objective.example(rows[i], None) for i in range(2))
+  cls, sep = byte_tokenizer.cls, byte_tokenizer.sep
+  assert first["tokens"][:11].tolist() == [cls, *b"abc", sep, *b"defgh", sep]
+  assert first["types"][:11].tolist() == [0] * 5 + [1] * 6 and first["segments"].sum() == 11
+  assert second["tokens"].tolist() == [cls, *b"q" * 7, sep, *b"r" * 6, sep] or second["segments"].sum() == 16
+  assert rows.truncated == 1 and (first["labels"], second["labels"]) == (0, 1)
+
+
+def test_classes_come_from_the_data(tmp_path, byte_tokenizer):
+  objective = classification.Objective().fit([jsonl(tmp_path, [{"text": "a", "label": n} for n in (10, 9, 2, 10)])])
+  assert objective.classes == ("2", "9", "10") and objective.num_classes == 3
+  with pytest.raises(UserError, match="unknown label '7'.*2, 9, 10"):
+    objective.rows(jsonl(tmp_path, [{"text": "a", "label": 7}]), byte_tokenizer, DataConfig(), BERT, 16)
+
+
+def test_figures_agree_with_hand_worked_ones():
+  rows = type("Rows", (), {"labels": np.array([0, 0, 1, 1, 1, 0])})
+  objective = classification.Objective(classes=("no", "yes"), num_classes=2)
+  guesses = np.array([0, 1, 1, 1, 0, 0])   # tp 2, fp 1, fn 1, tn 2
+  figures = objective.score({"probabilities": np.eye(2)[guesses]}, rows)
+  assert figures == pytest.approx({"accuracy": 4 / 6, "f1": 2 / 3, "macro_f1": 2 / 3, "mcc": 3 / 9})
+  rows.labels = np.array([0.0, 1.0, 2.0, 4.0, 3.0, 9.0])
+  figures = classification.Objective(num_classes=1).score({"score": np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])}, rows)
+  assert figures["spearman"] == pytest.approx(1 - 6 * 2 / (6 * 35))
+  assert figures["pearson"] == pytest.approx(np.corrcoef(rows.labels, np.arange(6))[0, 1])

@@ -1,0 +1,59 @@
+"""The floors: a file imports only from below. And every config key is read somewhere."""
+import ast
+import dataclasses
+import pathlib
+import re
+
+from llm import config as config_lib
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+FLOORS = [("core",), ("config",), ("sharding",), ("models", "data"), ("objectives",), ("checkpoints",),
+          ("training",), ("studies",)]
+
+
+def floor_of(module: str) -> int:
+  part = module.split(".")[1] if "." in module else ""
+  for number, names in enumerate(FLOORS):
+    if part in names:
+      return number
+  return len(FLOORS)   # the entry points
+
+
+def imports(path):
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      yield from (a.name for a in node.names)
+    elif isinstance(node, ast.ImportFrom) and node.module:
+      yield from (f"{node.module}.{a.name}" for a in node.names)
+
+
+def violations():
+  for path in sorted((ROOT / "llm").rglob("*.py")):
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    here = floor_of(module)
+    for name in imports(path):
+      if not name.startswith("llm."):
+        continue
+      there = floor_of(name)
+      same_folder = name.split(".")[1] == module.split(".")[1]
+      if there > here or there == here and not same_folder and here < len(FLOORS):
+        yield f"{module} imports {name}"
+
+
+def test_a_file_imports_only_from_below():
+  assert list(violations()) == []
+
+
+def test_models_and_data_do_not_know_each_other():
+  for folder, other in (("models", "llm.data"), ("data", "llm.models")):
+    for path in (ROOT / "llm" / folder).glob("*.py"):
+      assert not [n for n in imports(path) if n.startswith(other)], path
+
+
+def test_every_config_key_is_read():
+  text = "\n".join(p.read_text() for p in (ROOT / "llm").rglob("*.py") if p.name != "config.py")
+  for group, cls in config_lib.GROUPS.items():
+    for field in dataclasses.fields(cls):
+      if group == "mesh" or (group, field.name) == ("optimizer", "name"):
+        continue   # axes are read by name; adamw is the only choice so far
+      assert re.search(rf"\.{field.name}\b|\"{field.name}\"", text), f"nothing reads config.{group}.{field.name}"
