@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from llm.sharding import constrain
+
 normal = nn.initializers.normal
 
 ACTIVATIONS = {
@@ -76,16 +78,18 @@ class LayerNorm(nn.Module):
 
 
 class Embed(nn.Module):
-  """A table of rows. Returns (rows at the ids, the table)."""
+  """A table of rows. Returns (rows at the ids, the table). split: mesh axis of the rows."""
   num_rows: int
   width: int
   dtype: jnp.dtype
   init: Callable = normal(0.02)
+  split: str | None = None
 
   @nn.compact
   def __call__(self, ids_BxT):
     table = self.param("embedding", self.init, (self.num_rows, self.width)).astype(self.dtype)
-    return jnp.take(table, ids_BxT, axis=0), table
+    # Gathering one table over fsdp first is cheap; otherwise the activations of the whole batch are.
+    return jnp.take(constrain(table, self.split, None), ids_BxT, axis=0), table
 
 
 class MLP(nn.Module):

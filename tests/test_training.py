@@ -1,0 +1,307 @@
+"""Steps: the same on every mesh and under accumulation; resuming is exact; stopping is clean."""
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm import config as config_lib
+from llm import sharding
+from llm.checkpoints import manager
+from llm.config import MeshConfig, OptimizerConfig
+from llm.core import UserError, flatten
+from llm.data import batches as batches_lib
+from llm.training import experiment, loop, metrics, optimizer, partition, step as step_lib
+from tests.conftest import tiny
+from tests.test_models import batch_of, model_of, params_of
+from llm.objectives import base
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+MESHES = [MeshConfig(data=1), MeshConfig(data=2), MeshConfig(data=4), MeshConfig(data=8),
+          MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(fsdp=2, tensor=2, context=2)]
+
+
+def gradients(name, mesh_config, accum, dtype):
+  """Loss and gradients of one batch with uneven masked counts on a mesh."""
+  objective = base.build(base.defaults("masked_lm" if name == "bert" else "causal_lm"))
+  model = model_of(name, dtype=dtype)
+  batch = batch_of(8)
+  batch["masked_weights"] = (np.arange(24).reshape(8, 3) % 5 > 1).astype(np.float32)
+  batch["weights"] = (np.random.default_rng(0).random((8, 16)) < np.linspace(0.1, 1, 8)[:, None]).astype(np.float32)
+  with jax.enable_x64(False):   # else the draw itself would differ
+    params = params_of(model)
+  params = jax.tree.map(lambda x: np.asarray(x, dtype), params)
+  marks = partition.frozen_layers(params, "")
+  seen = {}
+
+  class Catch:   # an optimizer that hands out what it is given
+    init = staticmethod(lambda params: params)
+    update = staticmethod(lambda grads, state, params: (jax.tree.map(jnp.zeros_like, grads), grads))
+
+  size = int(np.prod([s for s in (mesh_config.data, mesh_config.fsdp, mesh_config.tensor, mesh_config.context) if s > 0]))
+  mesh = sharding.make_mesh(mesh_config, jax.devices()[:max(size, 1)])
+  with jax.set_mesh(mesh):
+    trained, frozen = partition.split(jax.device_put(params, sharding.shardings(params, mesh)), marks)
+    state = step_lib.init_state(trained, frozen, Catch)
+    placed = jax.device_put(batch, sharding.batch_sharding(mesh))
+    state, found = step_lib.make_train_step(model, objective, Catch, marks, accum)(state, placed, 0)
+  return metrics.means([jax.device_get(found)])["loss"], {k: np.asarray(v) for k, v in state.opt_state.items()}
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt"])
+def test_meshes_and_accumulation_agree(name):
+  """Gradients in float64 to 1e-9, losses in float32 to 1e-5."""
+  loss32, _ = gradients(name, MESHES[0], 1, "float32")
+  for mesh, accum in ((MESHES[3], 1), (MESHES[4], 1)):
+    assert gradients(name, mesh, accum, "float32")[0] == pytest.approx(loss32, rel=1e-5)
+  with jax.enable_x64(True):
+    loss, expected = gradients(name, MESHES[0], 1, "float64")
+    assert loss == pytest.approx(loss32, rel=1e-5)
+    for mesh, accum in [(m, 1) for m in MESHES[1:]] + [(MESHES[0], 4), (MESHES[1], 2)]:
+      found = gradients(name, mesh, accum, "float64")[1]
+      for path, value in expected.items():
+        scale = max(np.abs(v).max() for v in expected.values())
+        assert np.abs(found[path] - value).max() <= 1e-9 * scale, (path, mesh, accum)
+
+
+def test_adamw_is_torchs_by_hand():
+  """Three steps of one weight, worked out from the paper (algorithm 2, with bias correction)."""
+  config = OptimizerConfig(learning_rate=0.1, schedule="constant", warmup_steps=0, weight_decay=0.5,
+                           grad_clip_norm=0.0, no_decay="bias$")
+  params = {"w/kernel": jnp.array([1.0]), "w/bias": jnp.array([1.0])}
+  opt = optimizer.make(config, params, 1, 10)
+  state = opt.init(params)
+  expected = {k: 1.0 for k in params}
+  m = v = 0.0
+  for t, g in enumerate((0.3, -0.2, 0.7), 1):
+    updates, state = opt.update({k: jnp.array([g]) for k in params}, state, params)
+    params = jax.tree.map(jnp.add, params, updates)
+    m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+    move = (m / (1 - 0.9 ** t)) / ((v / (1 - 0.999 ** t)) ** 0.5 + 1e-6)
+    expected = {"w/kernel": expected["w/kernel"] - 0.1 * (move + 0.5 * expected["w/kernel"]),
+                "w/bias": expected["w/bias"] - 0.1 * move}
+  assert {k: float(x[0]) for k, x in params.items()} == pytest.approx(expected, rel=1e-5)
+
+
+def test_schedules():
+  rate = lambda schedule: np.array([float(optimizer.schedule(OptimizerConfig(schedule=schedule), 2.0, 10, 4)(s)) for s in range(11)])
+  assert rate("linear") == pytest.approx([0.5, 1, 1.5, 2, 2, 5 / 3, 4 / 3, 1, 2 / 3, 1 / 3, 0])
+  assert rate("cosine")[[3, 4, 7, 10]] == pytest.approx([2, 2, 1.1, 0.2])
+  assert rate("constant")[[0, 4, 10]] == pytest.approx([0.5, 2, 2])
+
+
+def test_multipliers_and_layer_decay_address_single_layers():
+  leaves = flatten(params_of(model_of("gpt")))
+  config = OptimizerConfig(layer_decay=0.5, multipliers=(r"layers/1/mlp=10.0",))
+  found = optimizer.multipliers(config, leaves, 3)
+  assert found["backbone/layers/mlp/up/kernel"].ravel().tolist() == [0.125, 2.5, 0.5]
+  assert found["backbone/layers/attention/query/kernel"].ravel().tolist() == [0.125, 0.25, 0.5]
+  assert found["backbone/token/embedding"] == 0.0625
+  with pytest.raises(UserError, match="'nothing' matches no"):
+    optimizer.multipliers(OptimizerConfig(multipliers=("nothing=2.0",)), leaves, 3)
+
+
+@pytest.mark.parametrize("freeze", [r"^backbone/", r"layers/[01]/|embedding", r"layers/1/"])
+def test_frozen_parameters_stay_and_cost_no_moments(freeze, corpus, tmp_path):
+  config = tiny("gpt", f"text:{corpus}", model__num_layers=3, optimizer__freeze=freeze, training__steps=2)
+  if freeze == r"^backbone/":
+    config = tiny("bert", f"text:{corpus}", optimizer__freeze=freeze, training__steps=2)
+  made = experiment.prepare(config)
+  with jax.set_mesh(sharding.make_mesh(config.mesh)) as mesh:
+    mesh = sharding.make_mesh(config.mesh)
+    state, *_ = loop.first_state(made, None, tmp_path, mesh, print)
+    before = jax.device_get(state)
+  loop.train(config, tmp_path)
+  after = flatten(manager.restore(manager.find(tmp_path), "params"))
+  marks = partition.frozen_layers(manager.restore(manager.find(tmp_path), "params"), freeze)
+  start = flatten(partition.merge(before.trained, before.frozen, marks))
+  moved = 0
+  for path, mark in marks.items():
+    for layer, frozen in enumerate(mark):
+      same = np.array_equal(start[path][layer], after[path][layer]) if len(mark) > 1 else np.array_equal(start[path], after[path])
+      assert same or not frozen, path
+      moved += not same
+  assert moved
+  sizes = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+  assert sizes(before.opt_state) <= 2 * sizes(before.trained) + 8
+
+
+def test_flops_are_the_formula():
+  """Counted in the trace = 6 x weights x tokens + attention, by hand."""
+  for name, scan in (("gpt", "scan"), ("gpt", "unroll"), ("bert", "scan")):
+    model = model_of(name, scan=scan)
+    batch, width, layers = batch_of(4), 32, 3
+    tokens = 4 * 16
+    block = 2 * tokens * (4 * width ** 2 + 2 * width * 64)
+    attention = 4 * tokens * 16 * width
+    if name == "gpt":
+      expected = 3 * (layers * (block + attention / 2) + 2 * tokens * width * 128)
+    else:
+      head = 2 * 12 * (width ** 2 + width * 128) + 2 * 4 * (width ** 2 + 2 * width)
+      expected = 3 * (layers * (block + attention) + head)
+    params = jax.eval_shape(lambda: params_of(model))
+    assert metrics.model_flops(model, params, batch, causal=name == "gpt") == pytest.approx(expected, rel=1e-9)
+
+
+def final_state(workdir):
+  step = manager.find(workdir)
+  return int(step.name), manager.restore(step, "params"), manager.restore(step, "opt_state")
+
+
+def same(a, b):
+  return jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), a, b))
+
+
+def test_a_run_continued_is_the_run_uninterrupted(corpus, tmp_path):
+  """In one process: stop at step 4 of 6 by a shorter run of the same schedule."""
+  config = tiny("bert", f"text:{corpus}", optimizer__schedule="constant", optimizer__warmup_steps=0)
+  loop.train(config, tmp_path / "whole")
+  short = config_lib.freeze({**config_lib.thaw(config), "training": {**config_lib.thaw(config)["training"], "steps": 4}})
+  loop.train(short, tmp_path / "parts")
+  loop.train(config, tmp_path / "parts")
+  assert same(final_state(tmp_path / "whole"), final_state(tmp_path / "parts"))
+  steps = [json.loads(l)["step"] for l in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+  assert steps == [2, 4, 6]
+
+
+RUN = """
+import os, signal, sys
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+from llm import command, config
+command.use_compilation_cache()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+from llm.training import loop, step
+from llm.checkpoints import manager
+import llm.data.batches
+{patch}
+import json
+loop.train(config.freeze(json.loads(sys.argv[1])), sys.argv[2])
+"""
+
+# Where the process is killed, as a patch of the running program.
+KILLS = {
+    "in a step": """
+make = step.make_train_step
+def killing(*args):
+  train = make(*args)
+  count = [0]
+  def wrapped(*a):
+    count[0] += 1
+    if count[0] == 4: os.kill(os.getpid(), signal.SIGKILL)
+    return train(*a)
+  return wrapped
+step.make_train_step = killing
+""",
+    "in an asynchronous save": """
+finish = manager.Manager._finish
+def killing(self):
+  if self._pending[0] == 4: os.kill(os.getpid(), signal.SIGKILL)
+  finish(self)
+manager.Manager._finish = killing
+""",
+    "in the writing of digests": """
+write = manager.write_manifest
+def killing(folder):
+  if "4.orbax" in str(folder):
+    (folder / "manifest.json").write_text("{")
+    os.kill(os.getpid(), signal.SIGKILL)
+  write(folder)
+manager.write_manifest = killing
+""",
+    "in evaluation": """
+evaluate = loop.evaluate
+count = [0]
+def killing(*args, **kw):
+  count[0] += 1
+  if count[0] == 2: os.kill(os.getpid(), signal.SIGKILL)
+  return evaluate(*args, **kw)
+loop.evaluate = killing
+""",
+    "at an epoch's end": """
+read = llm.data.batches.Batches.read
+def killing(self, number, rows):
+  if number == int(self.steps_an_epoch()): os.kill(os.getpid(), signal.SIGKILL)
+  return read(self, number, rows)
+llm.data.batches.Batches.read = killing
+""",
+}
+
+
+def start(config, workdir, patch=""):
+  return subprocess.Popen([sys.executable, "-c", RUN.format(patch=patch), json.dumps(config_lib.thaw(config)), str(workdir)],
+                          cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+@pytest.fixture(scope="module")
+def killable(tmp_path_factory, corpus):
+  text = corpus.read_text().split("\n\n")
+  path = tmp_path_factory.mktemp("kill") / "some.txt"
+  path.write_text("\n\n".join(text[:12]))
+  config = tiny("bert", f"text:{path}", data__eval=f"text:{path}", training__steps=8, training__save_every=2,
+                training__eval_every=3, optimizer__grad_accum_steps=2)
+  assert 2 < experiment.prepare(config).batches.steps_an_epoch() < 7
+  workdir = tmp_path_factory.mktemp("whole")
+  process = start(config, workdir)
+  assert process.wait() == 0, process.stdout.read()
+  return config, final_state(workdir)
+
+
+@pytest.mark.parametrize("where", list(KILLS))
+def test_killed_and_resumed_ends_bit_equal(where, killable, tmp_path):
+  config, expected = killable
+  first = start(config, tmp_path, KILLS[where])
+  assert first.wait() == -signal.SIGKILL, first.stdout.read()
+  second = start(config, tmp_path)
+  output = second.communicate()[0]
+  assert second.returncode == 0 and "resumed from" in output, output
+  assert same(final_state(tmp_path), expected)
+
+
+def test_sigterm_saves_and_says_how_to_go_on(killable, tmp_path):
+  config, expected = killable
+  patch = KILLS["in a step"].replace("SIGKILL", "SIGTERM")
+  first = start(config, tmp_path, patch)
+  output = first.communicate()[0]
+  assert first.returncode == 128 + signal.SIGTERM and "the same command goes on from there" in output, output
+  assert final_state(tmp_path)[0] == 4
+  assert start(config, tmp_path).wait() == 0
+  assert same(final_state(tmp_path), expected)
+
+
+def test_a_loss_that_is_not_finite_stops_before_anything_is_saved_over(corpus, tmp_path):
+  config = tiny("gpt", f"text:{corpus}", training__save_every=2)
+  loop.train(config, tmp_path)
+  kept = final_state(tmp_path)
+  longer = tiny("gpt", f"text:{corpus}", training__save_every=2, training__steps=20, optimizer__learning_rate=1e38)
+  with pytest.raises(UserError, match=r"not finite at step \d+ \(batch \d+\)"):
+    loop.train(longer, tmp_path, go_on=True)
+  assert same(final_state(tmp_path), kept)
+
+
+def test_the_best_checkpoint_stays(corpus, tmp_path):
+  config = tiny("gpt", f"text:{corpus}", data__eval=f"text:{corpus}", training__eval_every=1, training__keep=1,
+                training__keep_best="max:loss", training__steps=6)
+  loop.train(config, tmp_path)
+  losses = {l["step"]: l["loss"] for l in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+            if l["split"] == "eval"}
+  assert set(manager.steps(tmp_path / "checkpoints")) == {6, max(losses, key=losses.get)}
+
+
+def test_a_batch_out_of_memory_is_one_line(corpus, tmp_path, monkeypatch, capsys):
+  from llm import command
+  def explode(*args):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+  monkeypatch.setattr(step_lib, "make_train_step", lambda *a: explode)
+  with pytest.raises(SystemExit) as stop:
+    command.run(lambda: loop.train(tiny("gpt", f"text:{corpus}"), tmp_path), ["train"])
+  assert stop.value.code == 2 and "remat=full" in capsys.readouterr().err
