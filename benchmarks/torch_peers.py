@@ -130,7 +130,7 @@ def peers(kind: str, layers: int, width: int, heads: int, vocab: int, batch: dic
   return {
       f"{name} eager": _stepper(make_hf(), hf_loss),
       f"{name} compiled": _compiled(make_hf(), hf_loss),
-      "plain module": _stepper(_init(make_plain()), plain_loss),
+      "plain module": _stepper(make_plain(), plain_loss),
       "plain module compiled": _compiled(make_plain(), plain_loss),
   }
 

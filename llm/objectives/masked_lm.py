@@ -224,10 +224,10 @@ def _pair(rows: PairRows, anchor, short_share: float, rng) -> dict[str, np.ndarr
     room = int(rng.integers(2, room + 1))
   stop = min(stop, start + room)
   true_pair = rng.random() < 0.5
-  middle = _split_point(rows.documents, doc, start, stop, rng)
+  middle, whole = _split_point(rows.documents, doc, start, stop, rng)
   a = rows.documents.tokens_N[start:middle]
   b = (rows.documents.tokens_N[middle:stop] if true_pair
-       else _elsewhere(rows.documents, doc, stop - middle, room - len(a), rng))
+       else _elsewhere(rows.documents, doc, stop - middle, whole, rng))
   used = len(a) + len(b) + 3
   out = {k: np.zeros(rows.length, np.int32) for k in ("segments", "positions", "types")}
   out["tokens"] = np.full(rows.length, rows.vocabulary.pad, np.int32)
@@ -238,20 +238,28 @@ def _pair(rows: PairRows, anchor, short_share: float, rng) -> dict[str, np.ndarr
   return {**out, "next_sentence": np.int32(true_pair), "pair_weights": np.float32(1)}
 
 
-def _split_point(documents, doc: int, start: int, stop: int, rng) -> int:
-  """A sentence end between start and stop; inside the sentence where there is none."""
+def _split_point(documents, doc: int, start: int, stop: int, rng) -> tuple[int, bool]:
+  """Where B begins, and whether a sentence does: inside a sentence only where there is no other end."""
   ends = documents.sentences[documents.documents[doc]:documents.documents[doc + 1]]
   inside = ends[np.searchsorted(ends, start, "right"):np.searchsorted(ends, stop, "left")]
-  return int(rng.choice(inside)) if len(inside) else int(rng.integers(start + 1, stop))
+  if len(inside):
+    return int(rng.choice(inside)), True
+  return int(rng.integers(start + 1, stop)), False
 
 
-def _elsewhere(documents, doc: int, wanted: int, room: int, rng) -> np.ndarray:
-  """Text of another document, as long as the text it stands for (so that length tells nothing)."""
+def _elsewhere(documents, doc: int, wanted: int, whole: bool, rng) -> np.ndarray:
+  """`wanted` tokens of another document, at a sentence's start if `whole`, inside one if not.
+
+  So neither the length of B nor how it begins tells whether the pair is true. A document that has
+  less gives what it has.
+  """
   other = int(rng.integers(len(documents) - 1))
   other += other >= doc
   first, last = documents.documents[other], documents.documents[other + 1]
-  start = documents.sentences[int(rng.integers(first, last))]
-  stop = documents.sentences[last]
-  if stop - start < wanted:
-    start = max(documents.sentences[first], stop - wanted)
-  return documents.tokens_N[start:min(stop, start + min(wanted, room))]
+  begin, end = int(documents.sentences[first]), int(documents.sentences[last])
+  if whole:
+    start = int(documents.sentences[int(rng.integers(first, last))])
+  else:
+    start = int(rng.integers(min(begin + 1, end - 1), end))
+  start = max(begin, min(start, end - wanted))
+  return documents.tokens_N[start:start + wanted]

@@ -1,0 +1,33 @@
+"""Plots of the studies."""
+import pathlib
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+STYLES = {
+    "pretrained": ("pretrained, then fine-tuned", "#1b6ca8", "o-"),
+    "scratch": ("same architecture from scratch", "#d1495b", "s-"),
+    "nbsvm": ("NBSVM", "#6c757d", "^--"),
+    "tfidf_lr": ("TF-IDF + logistic regression", "#adb5bd", "v--"),
+}
+
+
+def label_curve(rows: list[dict], path: pathlib.Path, title: str):
+  """Accuracy against the number of labels, mean and standard deviation over the draws, to a PNG."""
+  figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+  for model, (label, colour, style) in STYLES.items():
+    points = sorted((r for r in rows if r["model"] == model), key=lambda r: r["labels"])
+    if points:
+      axes.errorbar([r["labels"] for r in points], [100 * r["accuracy_mean"] for r in points],
+                    yerr=[100 * r["accuracy_std"] for r in points], fmt=style, color=colour, capsize=3, label=label)
+  counts = sorted({r["labels"] for r in rows})
+  axes.set_xscale("log")
+  axes.set_xticks(counts, [f"{n:,}" for n in counts])
+  axes.minorticks_off()
+  axes.axhline(50, color="black", linewidth=0.5, linestyle=":")
+  axes.set(xlabel="labels", ylabel="test accuracy, %", title=title)
+  axes.legend(frameon=False)
+  figure.savefig(path, dpi=150)
+  plt.close(figure)
