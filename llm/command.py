@@ -73,9 +73,14 @@ def _is_ours(error: BaseException) -> bool:
 
 def _checked_overrides(argv: list[str]) -> list[str]:
   """Names the nearest key for an override that no config has, before ml_collections sees it."""
-  for argument in argv[1:]:
+  for number, argument in enumerate(argv[1:], 1):
     if argument == "--":
       break
+    name, _, value = argument.lstrip("-").partition("=")
+    if name == "config" and argument.startswith("-"):
+      path = (value or (argv + [""])[number + 1]).split(":")[0]
+      if not os.path.isfile(path):
+        raise UserError(f"--config={path}: no such config file")
     if not argument.startswith(("--config.", "-config.")):
       continue
     key = argument.lstrip("-").partition("=")[0]

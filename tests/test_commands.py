@@ -112,7 +112,11 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize("arguments, message", MISTAKES, ids=[a[-1][:40] for a, _ in MISTAKES])
+OFTEN = {1, 3, 13}   # a process each: the others run with -m slow
+
+
+@pytest.mark.parametrize("arguments, message", [pytest.param(
+    *m, marks=[] if i in OFTEN else [pytest.mark.slow], id=m[0][-1][:40]) for i, m in enumerate(MISTAKES)])
 def test_mistakes_are_one_line_and_status_2(arguments, message, corpus, tmp_path):
   data = [f"--config.data.train=text:{corpus}", "--config.data.eval=", *SMALL] if len(arguments) > 2 else []
   arguments = [a.replace("--workdir=W", f"--workdir={tmp_path}/w") for a in arguments]

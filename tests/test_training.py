@@ -160,9 +160,10 @@ def same(a, b):
   return jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), a, b))
 
 
-def test_a_run_continued_is_the_run_uninterrupted(corpus, tmp_path):
+@pytest.mark.parametrize("name", ["bert", "gpt"])
+def test_a_run_continued_is_the_run_uninterrupted(name, corpus, tmp_path):
   """In one process: stop at step 4 of 6 by a shorter run of the same schedule."""
-  config = tiny("bert", f"text:{corpus}", optimizer__schedule="constant", optimizer__warmup_steps=0)
+  config = tiny(name, f"text:{corpus}", optimizer__schedule="constant", optimizer__warmup_steps=0)
   loop.train(config, tmp_path / "whole")
   short = config_lib.freeze({**config_lib.thaw(config), "training": {**config_lib.thaw(config)["training"], "steps": 4}})
   loop.train(short, tmp_path / "parts")
@@ -229,7 +230,9 @@ loop.evaluate = killing
     "at an epoch's end": """
 read = llm.data.batches.Batches.read
 def killing(self, number, rows):
-  if number == int(self.steps_an_epoch()): os.kill(os.getpid(), signal.SIGKILL)
+  if number == int(self.steps_an_epoch()):
+    while not os.path.exists(sys.argv[2] + "/checkpoints/2"): pass   # read ahead of the steps
+    os.kill(os.getpid(), signal.SIGKILL)
   return read(self, number, rows)
 llm.data.batches.Batches.read = killing
 """,
@@ -246,9 +249,9 @@ def start(config, workdir, patch=""):
 def killable(tmp_path_factory, corpus):
   text = corpus.read_text().split("\n\n")
   path = tmp_path_factory.mktemp("kill") / "some.txt"
-  path.write_text("\n\n".join(text[:12]))
+  path.write_text("\n\n".join(text[:3]))
   config = tiny("bert", f"text:{path}", data__eval=f"text:{path}", training__steps=8, training__save_every=2,
-                training__eval_every=3, optimizer__grad_accum_steps=2)
+                training__eval_every=3, optimizer__grad_accum_steps=2, data__prefetch=1)
   assert 2 < experiment.prepare(config).batches.steps_an_epoch() < 7
   workdir = tmp_path_factory.mktemp("whole")
   process = start(config, workdir)
@@ -256,7 +259,10 @@ def killable(tmp_path_factory, corpus):
   return config, final_state(workdir)
 
 
-@pytest.mark.parametrize("where", list(KILLS))
+OFTEN = ("in an asynchronous save",)   # two processes each: the others run with -m slow
+
+
+@pytest.mark.parametrize("where", [w if w in OFTEN else pytest.param(w, marks=pytest.mark.slow) for w in KILLS])
 def test_killed_and_resumed_ends_bit_equal(where, killable, tmp_path):
   config, expected = killable
   first = start(config, tmp_path, KILLS[where])

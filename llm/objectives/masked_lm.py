@@ -262,4 +262,4 @@ def _elsewhere(documents, doc: int, wanted: int, whole: bool, rng) -> np.ndarray
   else:
     start = int(rng.integers(min(begin + 1, end - 1), end))
   start = max(begin, min(start, end - wanted))
-  return documents.tokens_N[start:start + wanted]
+  return documents.tokens_N[start:min(end, start + wanted)]

@@ -12,9 +12,11 @@ from llm.training import partition
 
 
 def init_params(model: Model, batch: Batch, rng: jax.Array):
-  """Fresh parameters {"backbone": ..., "head": ...}. Pure: under jax.eval_shape it allocates nothing."""
-  params = model.init(rng, batch, train=False)["params"]
-  return {"head": {}, **params}
+  """Fresh parameters {"backbone": ..., "head": ...}, no head where it has no parameters of its own.
+
+  Pure: under jax.eval_shape it allocates nothing.
+  """
+  return model.init(rng, batch, train=False)["params"]
 
 
 def init_state(trained: dict, frozen: dict, optimizer: optax.GradientTransformation) -> TrainState:
