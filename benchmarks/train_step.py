@@ -82,7 +82,6 @@ def ours(shape):
 
 def theirs(shape):
   import torch_peers
-  import torch
   import transformers
   transformers.logging.set_verbosity_error()
   kind, layers, width, heads, vocab, rows, length, _ = shape

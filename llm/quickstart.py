@@ -15,7 +15,6 @@ import time
 
 import jax
 import numpy as np
-import psutil
 import tabulate
 from absl import flags
 
@@ -132,7 +131,7 @@ def main():
   began = time.time()
   if _OFFLINE.value:
     os.environ["PRETUNE_OFFLINE"] = "1"
-  workdir = pathlib.Path(_WORKDIR.value).expanduser()
+  workdir = pathlib.Path(_WORKDIR.value).expanduser().absolute()
   config = pretraining_config(_QUICK.value)
   print("phase 1: pretraining", flush=True)
   pretraining = loop.train(config, workdir / "pretrained", use_devices=command.use_cpu_cores)

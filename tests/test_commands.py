@@ -7,7 +7,6 @@ import sys
 
 import pytest
 
-from llm import command
 from llm import config as config_lib
 from llm.checkpoints import manager
 from llm.core import UserError
@@ -78,6 +77,8 @@ def test_show(pretrained, corpus):
   assert status == 0 and "params/backbone/token/embedding" in out and "optimizer/" in out, err
   status, out, err = run("llm.show", "checkpoint", f"--checkpoint={pretrained}")
   assert status == 0 and "every digest verified" in out and "head/lm/bias" in out, err
+  relative = os.path.relpath(pretrained, ROOT)
+  assert run("llm.show", "checkpoint", f"--checkpoint={relative}")[1].count("head/lm/bias") == 1
   assert run("llm.show", "nothing")[0] == 2
 
 

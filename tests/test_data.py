@@ -1,5 +1,4 @@
 """Sources, tokenizers, documents and plans, and what bad input is told."""
-import json
 import zipfile
 
 import numpy as np

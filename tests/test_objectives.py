@@ -8,7 +8,6 @@ import scipy.stats
 
 from llm.config import DataConfig, ModelConfig
 from llm.core import UserError
-from llm.data import documents as documents_lib
 from llm.data import sources, tokenizer as tokenizer_lib
 from llm.objectives import causal_lm, classification, masked_lm
 
@@ -95,7 +94,7 @@ def test_pairs_are_balanced_and_true(corpus, byte_tokenizer):
   rows = rows_of(objective, corpus, byte_tokenizer, length=96)
   text = [byte_tokenizer.decode(rows.documents.tokens_N[a:b]) for a, b in
           zip(rows.documents.bounds(), rows.documents.bounds()[1:])]
-  rng, labels, short = np.random.default_rng(0), [], 0
+  rng, labels = np.random.default_rng(0), []
   for _ in range(40):
     for i in range(len(rows)):
       example = objective.example(rows[i], rng)

@@ -5,8 +5,6 @@ import pathlib
 import signal
 import subprocess
 import sys
-import textwrap
-import time
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +16,6 @@ from llm import sharding
 from llm.checkpoints import manager
 from llm.config import MeshConfig, OptimizerConfig
 from llm.core import UserError, flatten
-from llm.data import batches as batches_lib
 from llm.training import experiment, loop, metrics, optimizer, partition, step as step_lib
 from tests.conftest import tiny
 from tests.test_models import batch_of, model_of, params_of
@@ -40,7 +37,6 @@ def gradients(name, mesh_config, accum, dtype):
     params = params_of(model)
   params = jax.tree.map(lambda x: np.asarray(x, dtype), params)
   marks = partition.frozen_layers(params, "")
-  seen = {}
 
   class Catch:   # an optimizer that hands out what it is given
     init = staticmethod(lambda params: params)
@@ -301,6 +297,11 @@ def test_the_best_checkpoint_stays(corpus, tmp_path):
   losses = {l["step"]: l["loss"] for l in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
             if l["split"] == "eval"}
   assert set(manager.steps(tmp_path / "checkpoints")) == {6, max(losses, key=losses.get)}
+
+
+def test_a_profile_is_written(corpus, tmp_path):
+  loop.train(tiny("gpt", f"text:{corpus}", training__profile="2:4", training__steps=4), tmp_path)
+  assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
 def test_a_batch_out_of_memory_is_one_line(corpus, tmp_path, monkeypatch, capsys):

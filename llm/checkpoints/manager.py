@@ -80,7 +80,7 @@ def newest_valid(root: pathlib.Path, say=print) -> pathlib.Path | None:
 
 def find(path: str | pathlib.Path, say=print) -> pathlib.Path:
   """A workdir, its checkpoints/ or one step -> a verified step folder. Raises UserError."""
-  path = pathlib.Path(path).expanduser()
+  path = pathlib.Path(path).expanduser().absolute()   # Orbax reads no metadata by a relative path
   if not path.is_dir():
     raise UserError(f"{path}: no such checkpoint folder")
   if (path / MANIFEST).exists() or path.name.isdigit() and path.parent.name == "checkpoints":

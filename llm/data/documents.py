@@ -1,7 +1,6 @@
 """Tokenized documents, made once and kept on disk by the digest of what they were made from."""
 import dataclasses
 import pathlib
-from typing import Iterator
 
 import numpy as np
 import sentencex

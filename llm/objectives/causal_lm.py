@@ -1,7 +1,6 @@
 """Next-token prediction (GPT) on packed documents."""
 import dataclasses
 
-import jax
 import numpy as np
 
 from llm.data import documents as documents_lib

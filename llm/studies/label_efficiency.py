@@ -10,7 +10,6 @@ import itertools
 from typing import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 import tqdm

@@ -21,7 +21,7 @@ from llm import config as config_lib
 from llm import sharding
 from llm.checkpoints import manager, transfer
 from llm.config import Config
-from llm.core import TrainState, UserError, flatten, unflatten
+from llm.core import TrainState, UserError, flatten
 from llm.data import batches as batches_lib
 from llm.models.transformer import padded_vocab
 from llm.training import experiment as experiment_lib
@@ -254,6 +254,63 @@ def train(config: Config, workdir: str | pathlib.Path, *, go_on: bool = False, s
       return _train(experiment, own, workdir, mesh, stop, say)
 
 
+@dataclasses.dataclass
+class Meter:
+  """What the steps since the last log line were: their metrics and their time."""
+  checked: int                    # steps known to be finite
+  tokens: int                     # a step
+  waiting: list = dataclasses.field(default_factory=list)    # on the device, not looked at
+  unlogged: list = dataclasses.field(default_factory=list)   # on the host, finite
+  paces: list = dataclasses.field(default_factory=list)      # tokens a second
+  mark: float = dataclasses.field(default_factory=time.perf_counter)
+  paused: float = 0.0             # evaluation and saving since the mark
+
+  def settle(self, step: int):
+    """Brings the waiting metrics to the host. Raises UserError if one is not finite."""
+    found, self.waiting = jax.device_get(self.waiting), []
+    _check_finite(found, self.checked)
+    self.unlogged += found
+    self.checked = step
+
+  def figures(self, step: int) -> dict[str, float]:
+    """Means and pace since the last call."""
+    self.settle(step)
+    pace = len(self.unlogged) * self.tokens / (time.perf_counter() - self.mark - self.paused)
+    self.paces.append(pace)
+    means = metrics_lib.means(self.unlogged)
+    self.unlogged, self.mark, self.paused = [], time.perf_counter(), 0.0
+    return {**means, "tokens_per_second": pace}
+
+  @contextlib.contextmanager
+  def pause(self):
+    """Time in here is not training time."""
+    began = time.perf_counter()
+    yield
+    self.paused += time.perf_counter() - began
+
+
+@contextlib.contextmanager
+def _profiler(text: str, workdir: pathlib.Path):
+  """Gives a function to call before every step, which profiles those of `text`, e.g. "10:15"."""
+  first, last = _profile_range(text)
+  running = False
+
+  def at(step: int, state):
+    nonlocal running
+    if step == first:
+      jax.profiler.start_trace(str(workdir / "profile"))
+      running = True
+    elif running and step == last:
+      jax.block_until_ready(state)
+      jax.profiler.stop_trace()
+      running = False
+  try:
+    yield at
+  finally:
+    if running:
+      jax.profiler.stop_trace()
+
+
 def _train(experiment, own, workdir, mesh, stop: Stop, say) -> dict:
   config, objective = experiment.config, experiment.objective
   training, steps = config.training, config.training.steps
@@ -264,99 +321,84 @@ def _train(experiment, own, workdir, mesh, stop: Stop, say) -> dict:
   train_step = step_lib.make_train_step(experiment.model, objective, optimizer, marks,
                                         config.optimizer.grad_accum_steps)
   eval_step = step_lib.make_eval_step(experiment.model, objective, marks)
-  merge = lambda: partition.merge(state.trained, state.frozen, marks)
-  params = jax.eval_shape(merge)
+  params = jax.eval_shape(lambda: partition.merge(state.trained, state.frozen, marks))
   count = count_parameters(params, config.model.vocab_size)
   _write_json(workdir / "run.json", _run_record())
   _header(experiment, mesh, count, origin, start, say)
-  peak, peak_source = metrics_lib.peak_flops(mesh)
-  one = experiment.batches.read(0, range(1))
-  flops = training.batch_size * metrics_lib.model_flops(
-      experiment.model, params, one, causal=_causal(config.model.name))
-  say(f"peak        {peak / 1e9:,.0f} GFLOP/s ({peak_source}), {flops / 1e9:,.1f} GFLOP a step")
+  mfu_of_pace = _mfu(experiment, params, mesh, say)
   saver = manager.Manager(workdir, training.keep, training.keep_best, experiment.tokenizer)
   log = Log(workdir, start, steps)
   stream = batches_lib.stream(experiment.batches, start, steps, mesh, config.data.prefetch)
-  tokens = training.batch_size * training.sequence_length
-  first_profiled, last_profiled = _profile_range(training.profile)
-  history, checked, saved, figures, paces = [], start, start if own else -1, {}, []
-  mark, paused = time.perf_counter(), 0.0
+  meter = Meter(start, training.batch_size * training.sequence_length)
   on_cpu = jax.default_backend() == "cpu"
+  figures, done = {}, start
 
-  def settle(number) -> list[dict]:
-    """The metrics since the last call, on the host, finite."""
-    nonlocal history, checked
-    found, history = jax.device_get(history), []
-    _check_finite(found, checked)
-    checked = number
-    return found
+  def evaluated() -> dict:
+    return evaluate(eval_step, state.trained, state.frozen, objective, experiment.eval_rows,
+                    training.batch_size, mesh, training.eval_batches, stop) or {}
 
-  def save(number, results):
-    nonlocal saved
-    if saved != number:
-      saver.save(number, merge(), state.opt_state, {**experiment.description(), "metrics": results})
-      saved = number
-
-  unlogged: list[dict] = []
   try:
-    for number in range(start, steps):
-      if number == first_profiled:
-        jax.profiler.start_trace(str(workdir / "profile"))
-      state, found = train_step(state, next(stream), training.seed)
-      if on_cpu:   # steps queued up on several CPU devices can wait for each other for ever
-        jax.block_until_ready(found)
-      history.append(found)
-      done = number + 1
-      log.advance()
-      if done == last_profiled:
-        jax.block_until_ready(state)
-        jax.profiler.stop_trace()
-      if done % training.log_every == 0 or done == steps:
-        unlogged += settle(done)
-        seconds = time.perf_counter() - mark - paused
-        pace = len(unlogged) * tokens / seconds
-        paces.append(pace)
-        log.metrics(done, {**metrics_lib.means(unlogged), "tokens_per_second": pace,
-                           "mfu": flops * pace / tokens / peak})
-        unlogged, mark, paused = [], time.perf_counter(), 0.0
-      pause = time.perf_counter()
-      results = {}
-      if experiment.eval_rows is not None and (
-          done == steps or training.eval_every and done % training.eval_every == 0):
-        unlogged += settle(done)
-        found = evaluate(eval_step, state.trained, state.frozen, objective, experiment.eval_rows,
-                         training.batch_size, mesh, training.eval_batches, stop)
-        if found is not None:
-          results = figures = found
-          log.metrics(done, found, "eval")
-      due = training.save_every and done % training.save_every == 0 or training.keep_best and results
-      if due or done == steps or stop.signal:
-        unlogged += settle(done)
-        save(done, results)
+    with _profiler(training.profile, workdir) as profile:
+      for number in range(start, steps):
+        profile(number, state)
+        state, found = train_step(state, next(stream), training.seed)
+        if on_cpu:   # steps queued up on several CPU devices can wait for each other for ever
+          jax.block_until_ready(found)
+        meter.waiting.append(found)
+        done, last = number + 1, number + 1 == steps
+        log.advance()
+        if _due(done, training.log_every, last):
+          shown = meter.figures(done)
+          log.metrics(done, {**shown, "mfu": mfu_of_pace(shown["tokens_per_second"])})
+        with meter.pause():
+          results = {}
+          if experiment.eval_rows is not None and _due(done, training.eval_every, last):
+            meter.settle(done)
+            if results := evaluated():
+              figures = results
+              log.metrics(done, results, "eval")
+          if _due(done, training.save_every, last) or stop.signal or training.keep_best and results:
+            meter.settle(done)
+            saver.save(done, partition.merge(state.trained, state.frozen, marks), state.opt_state,
+                       {**experiment.description(), "metrics": results})
         if stop.signal:
           break
-      paused += time.perf_counter() - pause
   finally:
     log.close()
     saver.close()
   if stop.signal:
     say(f"saved step {done}; the same command goes on from there")
     raise Stopped(128 + stop.signal)
-  if start >= steps and not figures and experiment.eval_rows is not None:
-    figures = evaluate(eval_step, state.trained, state.frozen, objective, experiment.eval_rows,
-                       training.batch_size, mesh, training.eval_batches)
-  result = {"step": steps, "parameters": count, "origin": origin, "seconds": time.time() - began,
-            "tokens_per_second": float(np.median(paces)) if paces else None,
-            "mfu": float(np.median(paces)) * flops / tokens / peak if paces else None,
+  finished = workdir / "result.json"
+  if start >= steps and finished.exists():
+    say(f"already done: step {start} in {workdir}")
+    return json.loads(finished.read_text())
+  if start >= steps and experiment.eval_rows is not None:   # stopped between its last save and its result
+    figures = evaluated()
+  pace = float(np.median(meter.paces)) if meter.paces else None
+  result = {"step": done, "parameters": count, "origin": origin, "seconds": time.time() - began,
+            "tokens_per_second": pace, "mfu": pace and mfu_of_pace(pace),
             "data": {name: {"epochs": epochs, "tokens": seen} for name, (epochs, seen) in
-                     zip(experiment.names, experiment.batches.usage(steps))}, "eval": figures}
-  _write_json(workdir / "result.json", result)
-  say(f"done: step {steps} in {workdir}, {duration(result['seconds'])}")
+                     zip(experiment.names, experiment.batches.usage(done))}, "eval": figures}
+  _write_json(finished, result)
+  say(f"done: step {done} in {workdir}, {duration(result['seconds'])}")
   return result
 
 
-def _causal(name: str) -> bool:
-  return importlib.import_module(f"llm.models.{name}").STYLE.causal
+def _due(step: int, every: int, last: bool) -> bool:
+  """Whether something that happens every so many steps (0: at the end only) happens now."""
+  return last or bool(every) and step % every == 0
+
+
+def _mfu(experiment, params, mesh, say) -> Callable[[float], float]:
+  """A function from tokens a second to the share of the peak that the model's FLOPs are."""
+  training = experiment.config.training
+  peak, source = metrics_lib.peak_flops(mesh)
+  one = experiment.batches.read(0, range(1))
+  causal = importlib.import_module(f"llm.models.{experiment.config.model.name}").STYLE.causal
+  a_row = metrics_lib.model_flops(experiment.model, params, one, causal=causal)
+  say(f"peak        {peak / 1e9:,.0f} GFLOP/s ({source}), {a_row * training.batch_size / 1e9:,.1f} GFLOP a step")
+  return lambda pace: a_row / training.sequence_length * pace / peak
 
 
 def _say_extension(own, config: Config, start: int, say):
