@@ -39,14 +39,14 @@ LENGTH = 48          # holds nine review sentences of ten
 BATCH_SIZE = 32      # of fine-tuning
 
 # Where labels are few, 20 draws of them; the search for each arm runs on its first draws.
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (3e-4, 1e-3)
 FULL = (
-    Setting(64, draws=20, searched=4, learning_rates=RATES, epochs=(20,)),
-    Setting(256, draws=20, searched=2, learning_rates=RATES, epochs=(10,)),
-    Setting(1024, draws=4, searched=2, learning_rates=RATES, epochs=(4,)),
-    Setting(0, draws=2, searched=1, learning_rates=(3e-4, 1e-3), epochs=(1, 3)),
+    Setting(64, draws=20, searched=2, learning_rates=RATES, epochs=(20,)),
+    Setting(256, draws=20, searched=2, learning_rates=RATES, epochs=(5,)),
+    Setting(1024, draws=3, searched=1, learning_rates=RATES, epochs=(4,)),
+    Setting(0, draws=2, searched=1, learning_rates=RATES, epochs=(2,)),
 )
-QUICK = (Setting(64, draws=10, searched=2, learning_rates=RATES, epochs=(20,)),)
+QUICK = (Setting(64, draws=10, searched=2, learning_rates=RATES, epochs=(10,)),)
 
 
 def pretraining_config(quick: bool) -> config_lib.Config:
