@@ -42,9 +42,8 @@ BATCH_SIZE = 32      # of fine-tuning
 RATES = (3e-4, 1e-3)
 FULL = (
     Setting(64, draws=20, searched=2, learning_rates=RATES, epochs=(20,)),
-    Setting(256, draws=20, searched=2, learning_rates=RATES, epochs=(5,)),
-    Setting(1024, draws=3, searched=1, learning_rates=RATES, epochs=(4,)),
-    Setting(0, draws=2, searched=1, learning_rates=RATES, epochs=(2,)),
+    Setting(256, draws=6, searched=1, learning_rates=RATES, epochs=(5,)),
+    Setting(0, draws=2, searched=1, learning_rates=RATES, epochs=(1,)),
 )
 QUICK = (Setting(64, draws=10, searched=2, learning_rates=RATES, epochs=(10,)),)
 
@@ -57,7 +56,7 @@ def pretraining_config(quick: bool) -> config_lib.Config:
   config.tokenizer.update(name="sentencepiece", vocab_size=4096)
   config.objective.mask_rate = 0.4   # more to learn from each row than 0.15 (Wettig et al. 2023)
   config.optimizer.update(learning_rate=1e-3, beta2=0.98)
-  config.training.update(steps=500 if quick else 3500, batch_size=32, sequence_length=LENGTH,
+  config.training.update(steps=500 if quick else 3000, batch_size=32, sequence_length=LENGTH,
                          log_every=100 if quick else 250)
   return config_lib.freeze(config)
 
