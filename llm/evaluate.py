@@ -13,6 +13,7 @@ from ml_collections import config_flags
 
 from llm import command, sharding
 from llm.checkpoints import manager
+from llm.config import MeshConfig
 from llm.core import UserError, flatten
 from llm.data import sources
 from llm.training import experiment as experiment_lib
@@ -42,7 +43,7 @@ def main():
     raise UserError("config.data.eval must be one source")
   rows = saved.objective.rows(source, saved.tokenizer, data, saved.config.model, training.sequence_length)
   command.use_cpu_cores(training.batch_size)
-  mesh = sharding.make_mesh(dataclasses.replace(saved.config.mesh, data=-1, fsdp=1, tensor=1, context=1))
+  mesh = sharding.make_mesh(MeshConfig())
   with jax.set_mesh(mesh):
     params = flatten(manager.restore(step, "params"))
     placed = jax.device_put(params, sharding.shardings(params, mesh))

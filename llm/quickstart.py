@@ -31,7 +31,7 @@ from llm.training import experiment, loop, step as step_lib
 from llm.training.log import duration
 
 _WORKDIR = flags.DEFINE_string("workdir", "quickstart", "Where runs and report are kept.")
-_QUICK = flags.DEFINE_bool("quick", False, "Three minutes: little pretraining, fewer draws.")
+_QUICK = flags.DEFINE_bool("quick", False, "Little pretraining, fewer draws.")
 _CACHE = flags.DEFINE_string("cache", "", "Where fetched archives are kept; default ~/.cache/pretune.")
 _OFFLINE = flags.DEFINE_bool("offline", False, "Fetch nothing: the archives are in the cache.")
 

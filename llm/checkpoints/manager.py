@@ -5,7 +5,6 @@ metrics), tokenizer/ and manifest.json (size and SHA-256 of every other file). T
 written before Orbax renames the folder to its final name, so a step that has its name is whole; it
 is verified when the step is read.
 """
-import hashlib
 import json
 import pathlib
 import shutil
@@ -16,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from llm.core import Params, UserError
+from llm.data import cache
 from llm.data import tokenizer as tokenizer_lib
 
 MANIFEST = "manifest.json"
@@ -31,14 +31,9 @@ def _files(folder: pathlib.Path):
   return sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in CHANGING)
 
 
-def _digest(path: pathlib.Path) -> str:
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_manifest(folder: pathlib.Path):
   """Size and digest of every file of a step."""
-  entries = {str(p.relative_to(folder)): [p.stat().st_size, _digest(p)] for p in _files(folder)}
+  entries = {str(p.relative_to(folder)): [p.stat().st_size, cache.file_digest(p)] for p in _files(folder)}
   (folder / MANIFEST).write_text(json.dumps(entries, indent=0))
 
 
@@ -56,7 +51,7 @@ def verify(folder: pathlib.Path):
       raise Damaged(f"{folder}: {name} is missing")
     if path.stat().st_size != size:
       raise Damaged(f"{folder}: {name} has {path.stat().st_size} bytes, {size} were written")
-    if _digest(path) != digest:
+    if cache.file_digest(path) != digest:
       raise Damaged(f"{folder}: {name} is damaged (its SHA-256 is not the one that was written)")
 
 

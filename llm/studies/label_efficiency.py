@@ -68,10 +68,10 @@ class FineTuner:
 
   def __init__(self, objective, model_config, starts: dict, batch_size: int, mesh: Mesh):
     self.model = experiment.build(objective, model_config)
-    self.objective, self.starts, self.batch_size, self.mesh = objective, starts, batch_size, mesh
+    self.batch_size, self.mesh = batch_size, mesh
     self.by_device = NamedSharding(mesh, P(mesh.axis_names))
-    some = flatten(next(iter(starts.values())))
-    self.marks = {path: [False] for path in some}
+    self.starts = {arm: jax.tree.map(np.asarray, flatten(params)) for arm, params in starts.items()}
+    self.marks = {path: [False] for path in next(iter(self.starts.values()))}
     self.settings = OptimizerConfig(schedule="linear")
     layers = model_config.num_layers
 
@@ -116,7 +116,7 @@ class FineTuner:
 
   def _accuracies(self, runs, steps, train, held_out):
     stacked = lambda values: self._put(np.stack(values))
-    params = {path: stacked([np.asarray(flatten(self.starts[r.arm])[path]) for r in runs])
+    params = {path: stacked([self.starts[r.arm][path] for r in runs])
               for path in self.marks}
     state = self.first(params)
     rates, seeds = stacked([np.float32(r.learning_rate) for r in runs]), stacked([r.seed for r in runs])

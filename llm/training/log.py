@@ -54,7 +54,6 @@ class Log:
     self.events = tensorboardX.SummaryWriter(str(workdir / "events"), purge_step=start or None)
     self.bar = tqdm.tqdm(total=steps, initial=start, unit=" steps", disable=None, leave=False,
                          dynamic_ncols=True)
-    self.paused = 0.0
 
   def say(self, text: str):
     """A line on the console, above the bar."""
