@@ -1,4 +1,5 @@
 """What every command shares: flags, devices, the compilation cache, and how errors end."""
+import ctypes
 import os
 import sys
 import traceback
@@ -105,6 +106,7 @@ def use_compilation_cache():
 
 def use_cpu_cores(rows: int, state_bytes: int = 0):
   """Makes the CPU cores devices; must come before JAX is first used. Nothing on an accelerator."""
+  _keep_freed_memory()
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
   count = sharding.cpu_devices(rows, cores, state_bytes, psutil.virtual_memory().total)
   try:
@@ -112,3 +114,17 @@ def use_cpu_cores(rows: int, state_bytes: int = 0):
       jax.config.update("jax_num_cpu_devices", count)
   except RuntimeError:
     pass  # JAX runs already: a command of several phases keeps its devices
+
+
+def _keep_freed_memory():
+  """Has glibc keep what a step frees for the next one.
+
+  Otherwise every step gets its temporary memory anew from the kernel, zeroed page by page: 20% of a
+  step of BERT 2L/128 (32 x 48 tokens).
+  """
+  no_mmap, trim_threshold = -4, -1   # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
+  if sys.platform == "linux":
+    glibc = ctypes.CDLL(None)
+    if hasattr(glibc, "mallopt"):
+      glibc.mallopt(no_mmap, 0)
+      glibc.mallopt(trim_threshold, 2 ** 31 - 1)
