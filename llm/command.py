@@ -38,6 +38,18 @@ def run(main: Callable[[], int | None], argv: list[str] | None = None):
   sys.exit(status or 0)
 
 
+def run_verb(name: str, verbs: dict[str, Callable], argv: list[str]):
+  """`python -m NAME VERB --flags`: the verb is taken off before the flags are parsed."""
+  argv = list(argv)
+  verb = argv.pop(1) if len(argv) > 1 else ""
+
+  def chosen():
+    if verb not in verbs:
+      raise UserError(f"{name} needs one of {', '.join(verbs)} first, not {verb!r}")
+    return verbs[verb]()
+  run(chosen, argv)
+
+
 def _guarded(main, argv):
   try:
     rest = flags.FLAGS(_checked_overrides(argv))

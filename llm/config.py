@@ -44,8 +44,8 @@ class DataConfig:
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
   """How text becomes ids. In a run with `transfer.checkpoint`, "" follows the checkpoint."""
-  name: str = ""            # sentencepiece, wordpiece, bytes
-  path: str = ""            # a .model or vocab.txt to load; "" : train one on data.train
+  name: str = ""            # sentencepiece, wordpiece, huggingface, bytes
+  path: str = ""            # a .model, vocab.txt or tokenizer.json to load; "" : train one
   vocab_size: int = 8192    # of a tokenizer that is trained
   lowercase: bool = True    # of a tokenizer that is trained, or a wordpiece vocabulary
 
@@ -53,7 +53,7 @@ class TokenizerConfig:
 @dataclasses.dataclass(frozen=True)
 class TransferConfig:
   """Which parameters of another run are the start of this one (checkpoints/transfer.py)."""
-  checkpoint: str = ""      # a workdir, its checkpoints/ folder or one step of it
+  checkpoint: str = ""      # a workdir, its checkpoints/ or a step of it; a folder of transformers; hf:NAME
   skip: tuple = ()          # regexes: stay fresh in this model, are dropped from the checkpoint
   rename: tuple = ()        # "pattern=>replacement", applied to the checkpoint's paths
   adapt: tuple = ()         # regexes: may differ in length along one axis: the overlap is copied
@@ -138,7 +138,7 @@ CHOICES = {
     "model.dtype": ("auto", "float32", "bfloat16", "float64"),
     "model.scan": ("auto", "scan", "unroll"), "model.remat": ("none", "full"),
     "model.name": ("", "bert", "gpt"), "data.sentences": ("split", "lines"),
-    "tokenizer.name": ("", "sentencepiece", "wordpiece", "bytes"),
+    "tokenizer.name": ("", "sentencepiece", "wordpiece", "huggingface", "bytes"),
 }
 
 NON_NEGATIVE = {"num_layers", "width", "num_heads", "mlp_dim", "vocab_size", "max_length",

@@ -25,6 +25,8 @@ from flax import traverse_util
 Batch = dict[str, jax.Array]
 Params = dict[str, Any]
 
+STACKED = "/layers/"   # in the path of a leaf that holds all layers of a stack, along its first axis
+
 
 class UserError(Exception):
   """A mistake of the user's: printed as one line, without a traceback, exit status 2."""

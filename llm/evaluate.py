@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from llm import command, sharding
-from llm.checkpoints import manager
+from llm.checkpoints import locate, manager
 from llm.config import MeshConfig
 from llm.core import UserError, flatten
 from llm.data import sources
@@ -32,7 +32,7 @@ def _replaced(group, overrides):
 def main():
   if not _CHECKPOINT.value:
     raise UserError("--checkpoint is missing: a workdir of llm.train, its checkpoints folder or one step")
-  step = manager.find(_CHECKPOINT.value)
+  step = locate.find(_CHECKPOINT.value)
   saved = experiment_lib.from_checkpoint(step)
   data = _replaced(saved.config.data, _CONFIG.value.data)
   training = _replaced(saved.config.training, _CONFIG.value.training)

@@ -13,7 +13,7 @@ import tqdm
 from absl import flags
 
 from llm import command, sharding
-from llm.checkpoints import manager
+from llm.checkpoints import locate, manager
 from llm.config import DataConfig, MeshConfig
 from llm.core import UserError
 from llm.data import batches as batches_lib
@@ -69,7 +69,7 @@ def main():
   if not _CHECKPOINT.value:
     raise UserError("--checkpoint is missing: a workdir of llm.train, its checkpoints folder or one step")
   records = _records()
-  step = manager.find(_CHECKPOINT.value)
+  step = locate.find(_CHECKPOINT.value)
   command.use_cpu_cores(BATCH_SIZE)
   results = predict(step, records)
   if _TEXT.value is not None:

@@ -13,7 +13,7 @@ import tabulate
 from absl import flags
 
 from llm import command, sharding
-from llm.checkpoints import manager
+from llm.checkpoints import locate, manager
 from llm.core import UserError, flatten
 from llm.train import read_config
 from llm.training import experiment as experiment_lib
@@ -103,7 +103,7 @@ def show_checkpoint():
   """Prints what a checkpoint holds."""
   if not _CHECKPOINT.value:
     raise UserError("--checkpoint is missing: a workdir of llm.train, its checkpoints folder or one step")
-  step = manager.find(_CHECKPOINT.value)
+  step = locate.find(_CHECKPOINT.value)
   description = manager.describe(step)
   tokenizer = manager.load_tokenizer(step)
   leaves = flatten(manager.restore(step, "params"))
@@ -120,17 +120,5 @@ def show_checkpoint():
 VERBS = {"batch": show_batch, "sharding": show_sharding, "checkpoint": show_checkpoint}
 
 
-def main(argv=None):
-  """`llm.show VERB --flags`: the verb is taken off before the flags are parsed."""
-  argv = list(sys.argv if argv is None else argv)
-  verb = argv.pop(1) if len(argv) > 1 else ""
-
-  def chosen():
-    if verb not in VERBS:
-      raise UserError(f"llm.show needs one of {', '.join(VERBS)} first, not {verb!r}")
-    return VERBS[verb]()
-  command.run(chosen, argv)
-
-
 if __name__ == "__main__":
-  main()
+  command.run_verb("llm.show", VERBS, sys.argv)

@@ -9,7 +9,7 @@ import pytest
 from llm.config import ModelConfig
 from llm.models import bert, gpt
 from llm.objectives import base
-from llm.training import experiment, loop, step as step_lib
+from llm.training import experiment, metrics, step as step_lib
 
 SMALL = dict(num_layers=3, width=32, num_heads=4, mlp_dim=64, vocab_size=100, max_length=16, dropout=0.0)
 T = 16
@@ -124,7 +124,7 @@ def test_parameter_counts_are_the_published_ones(name, size):
   config = ModelConfig(name=name, vocab_size=vocab, scan="scan", **shape)
   model = experiment.build(base.build(base.defaults("masked_lm" if name == "bert" else "causal_lm")), config)
   shapes = jax.eval_shape(lambda: step_lib.init_params(model, batch_of(1), jax.random.key(0)))
-  assert loop.count_parameters(shapes, vocab) == PUBLISHED[name, size]
+  assert metrics.count_parameters(shapes, vocab) == PUBLISHED[name, size]
 
 
 def test_padding_of_the_vocabulary_takes_no_probability():

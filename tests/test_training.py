@@ -16,7 +16,7 @@ from llm import sharding
 from llm.checkpoints import manager
 from llm.config import MeshConfig, OptimizerConfig
 from llm.core import UserError, flatten
-from llm.training import experiment, loop, metrics, optimizer, partition, step as step_lib
+from llm.training import experiment, loop, metrics, optimizer, partition, start as start_lib, step as step_lib
 from tests.conftest import tiny
 from tests.test_models import batch_of, model_of, params_of
 from llm.objectives import base
@@ -113,7 +113,7 @@ def test_frozen_parameters_stay_and_cost_no_moments(freeze, corpus, tmp_path):
   made = experiment.prepare(config)
   with jax.set_mesh(sharding.make_mesh(config.mesh)) as mesh:
     mesh = sharding.make_mesh(config.mesh)
-    state, *_ = loop.first_state(made, None, tmp_path, mesh, print)
+    state, *_ = start_lib.first_state(made, None, tmp_path, mesh, print)
     before = jax.device_get(state)
   loop.train(config, tmp_path)
   after = flatten(manager.restore(manager.find(tmp_path), "params"))

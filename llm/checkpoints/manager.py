@@ -131,7 +131,10 @@ class Manager:
         async_options=ocp.AsyncOptions(post_finalization_callback=self._finish))
 
   def save(self, step: int, params: Params, opt_state, description: dict):
-    """Starts saving; waits for the save before this one. Raises UserError on a full disk."""
+    """Starts saving; waits for the save before this one. opt_state None: parameters alone.
+
+    Raises UserError on a full disk.
+    """
     self.wait()
     self._prune()
     self._pending = step, description
@@ -140,8 +143,8 @@ class Manager:
       if jax.process_index() == 0:  # a damaged one that was passed over
         shutil.rmtree(folder)
     try:
-      self._writer.save(folder, ocp.args.Composite(
-          params=ocp.args.PyTreeSave(params), opt_state=ocp.args.PyTreeSave(opt_state)))
+      items = {"params": params} if opt_state is None else {"params": params, "opt_state": opt_state}
+      self._writer.save(folder, ocp.args.Composite(**{k: ocp.args.PyTreeSave(v) for k, v in items.items()}))
     except OSError as error:
       raise self._failed(error)
 

@@ -1,6 +1,7 @@
-"""Text to ids and back: SentencePiece (trained here or loaded), WordPiece vocabularies, bytes.
+"""Text to ids and back: SentencePiece (trained here or loaded), WordPiece vocabularies, the tokenizer.json
+of published checkpoints, bytes.
 
-All three have the attributes of `Tokenizer`; an id that a vocabulary does not have is -1.
+All of them have the attributes of `Tokenizer`; an id that a vocabulary does not have is -1.
 """
 import io
 import json
@@ -15,6 +16,7 @@ from llm.config import TokenizerConfig
 from llm.core import UserError
 from llm.data import cache
 
+META = "tokenizer_config.json"
 SPECIAL = ("pad", "unk", "cls", "sep", "mask", "eos")
 
 
@@ -58,12 +60,12 @@ class Tokenizer:
     return cache.digest(self.name, str(self.lowercase), *self.files.values())
 
   def save(self, folder: pathlib.Path):
-    """Writes the files and tokenizer_config.json; `load` reads them."""
+    """Writes the files, and what they are; `load` reads them."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in self.files.items():
       (folder / name).write_bytes(data)
     meta = {"name": self.name, "lowercase": self.lowercase}
-    (folder / "tokenizer_config.json").write_text(json.dumps(meta))
+    (folder / META).write_text(json.dumps(meta))
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -119,6 +121,40 @@ class WordPieceTokenizer(Tokenizer):
     return self._fast.decode([int(i) for i in ids])
 
 
+class HuggingFaceTokenizer(Tokenizer):
+  """A tokenizer.json of the `tokenizers` package, whatever is in it."""
+  name = "huggingface"
+  FILE = "tokenizer.json"
+  SPELLINGS = {"pad": ("[PAD]", "<pad>"), "unk": ("[UNK]", "<unk>"), "cls": ("[CLS]", "<s>"),
+               "sep": ("[SEP]", "</s>"), "mask": ("[MASK]", "<mask>"),
+               "eos": ("<|endoftext|>", "</s>", "<|im_end|>", "[SEP]")}
+
+  def __init__(self, definition: bytes, lowercase: bool = False):
+    self.files = {self.FILE: definition}
+    try:
+      self._fast = tokenizers.Tokenizer.from_buffer(definition)
+    except Exception as error:   # the package raises nothing narrower
+      raise UserError(f"tokenizer.json cannot be read: {str(error).splitlines()[0]}")
+    self._fast.no_truncation()   # files of published checkpoints may carry both
+    self._fast.no_padding()
+    known = self._fast.get_vocab(with_added_tokens=True)
+    self.pieces = [""] * (max(known.values()) + 1)
+    for piece, i in known.items():
+      self.pieces[i] = piece
+    for name, spellings in self.SPELLINGS.items():
+      setattr(self, name, next((known[s] for s in spellings if s in known), -1))
+    if any(p.startswith("##") for p in self.pieces):
+      self.starts_word_V = np.array([not p.startswith("##") for p in self.pieces])
+    else:
+      self.starts_word_V = np.array([p.startswith(("Ġ", "▁")) for p in self.pieces])
+
+  def encode(self, texts):
+    return [e.ids for e in self._fast.encode_batch(list(texts), add_special_tokens=False)]
+
+  def decode(self, ids):
+    return self._fast.decode([int(i) for i in ids])
+
+
 class ByteTokenizer(Tokenizer):
   """UTF-8 bytes, and the special ids after them. A word starts with its space."""
   name = "bytes"
@@ -166,8 +202,8 @@ def _read(path: str) -> bytes:
 
 def load(folder: pathlib.Path) -> Tokenizer:
   """What `save` wrote."""
-  meta = json.loads((folder / "tokenizer_config.json").read_text())
-  kinds = {"sentencepiece": SentencePieceTokenizer, "wordpiece": WordPieceTokenizer}
+  meta = json.loads((folder / META).read_text())
+  kinds = {k.name: k for k in (SentencePieceTokenizer, WordPieceTokenizer, HuggingFaceTokenizer)}
   if meta["name"] == "bytes":
     return ByteTokenizer()
   kind = kinds[meta["name"]]
@@ -181,12 +217,13 @@ def make(config: TokenizerConfig, sources, cache_folder: pathlib.Path) -> Tokeni
   """
   if config.name == "bytes":
     return ByteTokenizer()
-  if config.name == "wordpiece":
-    if not config.path:
-      raise UserError("config.tokenizer.name='wordpiece' needs config.tokenizer.path, a vocab.txt")
-    return WordPieceTokenizer(_read(config.path), config.lowercase)
+  for kind in (WordPieceTokenizer, HuggingFaceTokenizer):
+    if config.name == kind.name:
+      if not config.path:
+        raise UserError(f"config.tokenizer.name={kind.name!r} needs config.tokenizer.path, a {kind.FILE}")
+      return kind(_read(config.path), config.lowercase)
   if config.name != "sentencepiece":
-    raise UserError("config.tokenizer.name must be set (sentencepiece, wordpiece, bytes) where no "
+    raise UserError("config.tokenizer.name must be set (sentencepiece, wordpiece, huggingface, bytes) where no "
                     "checkpoint is transferred")
   if config.path:
     return SentencePieceTokenizer(_read(config.path), config.lowercase)

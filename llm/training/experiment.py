@@ -4,7 +4,7 @@ import math
 import pathlib
 from typing import Callable
 
-from llm.checkpoints import manager
+from llm.checkpoints import locate, manager
 from llm.config import Config, ModelConfig
 from llm import config as config_lib
 from llm.core import UserError
@@ -58,7 +58,7 @@ def _following(model: ModelConfig, start: dict | None, vocab_size: int) -> Model
 def _own_or_transferred(config: Config, own: pathlib.Path | None, say) -> pathlib.Path | None:
   if own:
     return own
-  return manager.find(config.transfer.checkpoint, say) if config.transfer.checkpoint else None
+  return locate.find(config.transfer.checkpoint, say, config.data.cache) if config.transfer.checkpoint else None
 
 
 def _tokenizer(config: Config, start: pathlib.Path | None, train) -> tokenizer_lib.Tokenizer:

@@ -1,15 +1,11 @@
-"""The training loop: resume, else transfer, else scratch; train, evaluate, save; stop cleanly."""
+"""The training loop: train, evaluate, save, stop cleanly."""
 import contextlib
 import dataclasses
 import importlib
-import importlib.metadata
 import json
 import math
-import os
 import pathlib
-import platform
 import signal
-import subprocess
 import sys
 import time
 from typing import Callable
@@ -17,23 +13,18 @@ from typing import Callable
 import jax
 import numpy as np
 
-from llm import config as config_lib
 from llm import sharding
-from llm.checkpoints import manager, transfer
+from llm.checkpoints import manager
 from llm.config import Config
-from llm.core import TrainState, UserError, flatten
+from llm.core import UserError
 from llm.data import batches as batches_lib
-from llm.models.transformer import padded_vocab
 from llm.training import experiment as experiment_lib
 from llm.training import metrics as metrics_lib
-from llm.training import optimizer as optimizer_lib
-from llm.training import partition, step as step_lib
+from llm.training import partition
+from llm.training import start as start_lib
+from llm.training import step as step_lib
+from llm.training import workdir as workdir_lib
 from llm.training.log import Log, duration
-
-# What may differ between a run and its continuation.
-MAY_CHANGE = {"data.prefetch", "data.cache", "mesh", "model.scan", "model.remat", "model.loss_chunk",
-              *(f"training.{k}" for k in ("steps", "epochs", "log_every", "eval_every", "eval_batches",
-                                          "save_every", "keep", "keep_best", "profile"))}
 
 
 class Stopped(SystemExit):
@@ -62,125 +53,6 @@ class Stop:
     finally:
       for number, handler in old.items():
         signal.signal(number, handler)
-
-
-def count_parameters(params, vocab_size: int) -> int:
-  """Parameters without the rows that pad the vocabulary."""
-  padding = padded_vocab(vocab_size) - vocab_size
-  total = 0
-  for path, leaf in flatten(params).items():
-    total += math.prod(leaf.shape)
-    if path == "backbone/token/embedding":
-      total -= padding * leaf.shape[1]
-    elif path == "head/lm/bias":
-      total -= padding
-  return total
-
-
-def _revision() -> dict:
-  """The source revision and whether the working tree was clean; unknown outside a checkout."""
-  root = pathlib.Path(__file__).resolve().parents[2]
-  git = lambda *args: subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True)
-  try:
-    head = git("rev-parse", "HEAD")
-    return {"revision": head.stdout.strip() or "unknown", "clean": not git("status", "--porcelain").stdout}
-  except OSError:
-    return {"revision": "unknown", "clean": None}
-
-
-def _write_json(path: pathlib.Path, value):
-  if jax.process_index() == 0:
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(value, indent=1))
-    scratch.replace(path)
-
-
-def _run_record() -> dict:
-  packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
-  return {"command": sys.argv, **_revision(), "python": platform.python_version(),
-          "versions": {p: importlib.metadata.version(p) for p in packages},
-          "devices": [str(d) for d in jax.devices()], "processes": jax.process_count(),
-          "xla_flags": os.environ.get("XLA_FLAGS", "")}
-
-
-def _differences(old: dict, new: dict) -> list[str]:
-  found = []
-  for group in sorted({*old, *new} - MAY_CHANGE):
-    a, b = old.get(group, {}), new.get(group, {})
-    for key in sorted({*a, *b}):
-      left, right = (json.dumps(x.get(key)) for x in (a, b))
-      if left != right and f"{group}.{key}" not in MAY_CHANGE:
-        found.append(f"{group}.{key} was {left}, is {right}")
-  return found
-
-
-def _claim(workdir: pathlib.Path, config: Config, go_on: bool):
-  """Makes the workdir this config's. Raises UserError if it holds a run of another one."""
-  path = workdir / "config.json"
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UserError(f"--workdir={workdir}: {error.strerror}")
-  if path.exists() and not go_on:
-    try:
-      old = json.loads(path.read_text())
-    except ValueError:
-      raise UserError(f"{path} is damaged; --go_on replaces it")
-    if found := _differences(old, json.loads(json.dumps(config_lib.thaw(config)))):
-      raise UserError(f"{workdir} holds a run of another config ({'; '.join(found[:4])}): choose another "
-                      "--workdir, or --go_on to go on with the new one")
-  _write_json(path, config_lib.thaw(config))
-
-
-def _fresh_params(experiment, batch, mesh, seed: int):
-  """Fresh parameters, made in place on the mesh: values do not depend on its shape."""
-  init = lambda: step_lib.init_params(experiment.model, batch, jax.random.key(seed))
-  placed = sharding.shardings(jax.eval_shape(init), mesh)
-  return jax.jit(init, out_shardings=placed)()
-
-
-def _transferred(experiment, fresh, workdir, say):
-  """Fresh parameters with those of config.transfer.checkpoint in their place; writes the audit."""
-  found = manager.find(experiment.config.transfer.checkpoint, say)
-  loaded = manager.restore(found, "params")
-  params, audit = transfer.transfer(fresh, loaded, experiment.config.transfer)
-  say(transfer.table(audit))
-  _write_json(workdir / "transfer.json",
-              {"checkpoint": str(found), "parameters": [dataclasses.asdict(e) for e in audit]})
-  placed = jax.tree.map(lambda old, new: jax.device_put(new, old.sharding).astype(old.dtype), fresh, params)
-  return placed, f"transferred from {found}"
-
-
-def first_state(experiment, own: pathlib.Path | None, workdir, mesh, say):
-  """(state, optimizer, marks, where the parameters came from)."""
-  config = experiment.config
-  one = jax.tree.map(lambda x: np.asarray(x), experiment.batches.read(0, range(1)))
-  shapes = jax.eval_shape(lambda: step_lib.init_params(experiment.model, one, jax.random.key(0)))
-  marks = partition.frozen_layers(shapes, config.optimizer.freeze)
-  trained_shapes, _ = jax.eval_shape(lambda p: partition.split(p, marks), shapes)
-  optimizer = optimizer_lib.make(config.optimizer, trained_shapes, config.model.num_layers,
-                                 config.training.steps)
-  if own:
-    like = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p),
-                        shapes, sharding.shardings(shapes, mesh))
-    params, origin = manager.restore(own, "params", like), f"resumed from {own}"
-  else:
-    params, origin = _fresh_params(experiment, one, mesh, config.training.seed), "random initialisation"
-    if config.transfer.checkpoint:
-      params, origin = _transferred(experiment, params, workdir, say)
-  # Each tree is placed by the one table; the moments end in the paths of their parameters.
-  placed = sharding.shardings(jax.eval_shape(lambda p: partition.split(p, marks), params), mesh)
-  trained, frozen = jax.jit(lambda p: partition.split(p, marks), out_shardings=placed)(params)
-  opt_shapes = jax.eval_shape(optimizer.init, trained)
-  opt_placed = sharding.shardings(opt_shapes, mesh)
-  if own:
-    like = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), opt_shapes, opt_placed)
-    opt_state, number = manager.restore(own, "opt_state", like), manager.describe(own)["step"]
-  else:
-    opt_state, number = jax.jit(optimizer.init, out_shardings=opt_placed)(trained), 0
-  scalar = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  state = TrainState(jax.device_put(np.int32(number), scalar), trained, frozen, opt_state)
-  return state, optimizer, marks, origin
 
 
 def host_rows(array: jax.Array) -> np.ndarray:
@@ -249,7 +121,7 @@ def train(config: Config, workdir: str | pathlib.Path, *, go_on: bool = False, s
                   experiment_lib.state_bytes(experiment.config.model))
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.training.batch_size, config.optimizer.grad_accum_steps, mesh)
-    _claim(workdir, config, go_on)
+    workdir_lib.claim(workdir, config, go_on)
     with jax.set_mesh(mesh):
       return _train(experiment, own, workdir, mesh, stop, say)
 
@@ -315,15 +187,15 @@ def _train(experiment, own, workdir, mesh, stop: Stop, say) -> dict:
   config, objective = experiment.config, experiment.objective
   training, steps = config.training, config.training.steps
   began = time.time()
-  state, optimizer, marks, origin = first_state(experiment, own, workdir, mesh, say)
+  state, optimizer, marks, origin = start_lib.first_state(experiment, own, workdir, mesh, say)
   start = int(state.step)
   _say_extension(own, config, start, say)
   train_step = step_lib.make_train_step(experiment.model, objective, optimizer, marks,
                                         config.optimizer.grad_accum_steps)
   eval_step = step_lib.make_eval_step(experiment.model, objective, marks)
   params = jax.eval_shape(lambda: partition.merge(state.trained, state.frozen, marks))
-  count = count_parameters(params, config.model.vocab_size)
-  _write_json(workdir / "run.json", _run_record())
+  count = metrics_lib.count_parameters(params, config.model.vocab_size)
+  workdir_lib.write_json(workdir / "run.json", workdir_lib.run_record())
   _header(experiment, mesh, count, origin, start, say)
   mfu_of_pace = _mfu(experiment, params, mesh, say)
   saver = manager.Manager(workdir, training.keep, training.keep_best, experiment.tokenizer)
@@ -380,7 +252,7 @@ def _train(experiment, own, workdir, mesh, stop: Stop, say) -> dict:
             "tokens_per_second": pace, "mfu": pace and mfu_of_pace(pace),
             "data": {name: {"epochs": epochs, "tokens": seen} for name, (epochs, seen) in
                      zip(experiment.names, experiment.batches.usage(done))}, "eval": figures}
-  _write_json(finished, result)
+  workdir_lib.write_json(finished, result)
   say(f"done: step {done} in {workdir}, {duration(result['seconds'])}")
   return result
 

@@ -1,4 +1,5 @@
 """Sums to means, counted FLOPs, and the peak they are held against."""
+import math
 import time
 
 import jax
@@ -6,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
+from llm.core import flatten
 from llm.models.heads import Model
+from llm.models.transformer import padded_vocab
 
 # bf16 dense peak of one JAX device in FLOP/s, from the makers' data sheets.
 PEAKS = {
@@ -93,3 +96,16 @@ def _matmul_ceiling(mesh: Mesh, size: int = 1024) -> float:
     multiply(a, b).block_until_ready()
     best = max(best, 2.0 * size ** 3 * mesh.size / (time.perf_counter() - start))
   return best
+
+
+def count_parameters(params, vocab_size: int) -> int:
+  """Parameters without the rows that pad the vocabulary."""
+  padding = padded_vocab(vocab_size) - vocab_size
+  total = 0
+  for path, leaf in flatten(params).items():
+    total += math.prod(leaf.shape)
+    if path == "backbone/token/embedding":
+      total -= padding * leaf.shape[1]
+    elif path == "head/lm/bias":
+      total -= padding
+  return total

@@ -9,9 +9,7 @@ from typing import Callable
 import jax.numpy as jnp
 import numpy as np
 
-from llm.core import Params, UserError, flatten, unflatten
-
-STACKED = "/layers/"
+from llm.core import STACKED, Params, UserError, flatten, unflatten
 
 
 def virtual_paths(path: str, leaf) -> list[str]:

@@ -1,0 +1,181 @@
+"""How the architectures of `transformers` are ours: their config keys, their tensors' names and layouts.
+
+A family is a table. Their tensors are named as in the library's classes with a language-model head; a
+layer's number stands as {}.
+"""
+import dataclasses
+import re
+from typing import Any, Callable, Mapping
+
+import numpy as np
+
+from llm.config import ModelConfig
+from llm.core import UserError
+from llm.models import bert, gpt
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+  """One tensor of theirs and the leaves of ours that it holds.
+
+  ours: one path, or several where theirs is fused along its outputs. transposed: theirs is outputs x
+  inputs, as torch.nn.Linear keeps it. inputs: how many leading dimensions of our kernel are contracted.
+  reverse: their classes come in the other order.
+  """
+  theirs: str
+  ours: tuple[str, ...]
+  transposed: bool = False
+  inputs: int = 1
+  reverse: bool = False
+
+  def to_ours(self, tensor: np.ndarray, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
+    """Their tensor of one layer -> our leaves of one layer. Raises ValueError if the sizes differ."""
+    tensor = tensor.T if self.transposed else tensor
+    tensor = tensor[..., ::-1] if self.reverse else tensor
+    return [np.ascontiguousarray(part).reshape(shape)
+            for part, shape in zip(np.split(tensor, len(shapes), axis=-1), shapes)]
+
+  def to_theirs(self, leaves: list[np.ndarray]) -> np.ndarray:
+    """The inverse of `to_ours`."""
+    flat = leaves
+    if self.ours[0].endswith("kernel"):
+      flat = [leaf.reshape(int(np.prod(leaf.shape[:self.inputs])), -1) for leaf in leaves]
+    elif self.ours[0].endswith("bias"):
+      flat = [leaf.reshape(-1) for leaf in leaves]
+    tensor = np.concatenate(flat, axis=-1)
+    tensor = tensor[..., ::-1] if self.reverse else tensor
+    return np.ascontiguousarray(tensor.T if self.transposed else tensor)
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """One architecture of theirs. prefix: what its names may begin with or not. buffers: a regex of
+  tensors that carry nothing. tied: their name of a copy -> of what it copies."""
+  model_type: str
+  prefix: str
+  tensors: tuple[Tensor, ...]
+  buffers: str
+  tied: Mapping[str, str]
+  model: Callable[[Mapping[str, Any]], ModelConfig]
+  config: Callable[[ModelConfig], dict[str, Any]]
+
+
+def _linear(theirs: str, ours: str, **how) -> tuple[Tensor, Tensor]:
+  return (Tensor(f"{theirs}.weight", (f"{ours}/kernel",), transposed=True, **how),
+          Tensor(f"{theirs}.bias", (f"{ours}/bias",), reverse=how.get("reverse", False)))
+
+
+def _norm(theirs: str, ours: str) -> tuple[Tensor, Tensor]:
+  return Tensor(f"{theirs}.weight", (f"{ours}/scale",)), Tensor(f"{theirs}.bias", (f"{ours}/bias",))
+
+
+def _fused(theirs: str, ours: tuple[str, ...], inputs: int = 1) -> tuple[Tensor, Tensor]:
+  """GPT-2's Conv1D: inputs x outputs, as ours."""
+  return (Tensor(f"{theirs}.weight", tuple(f"{o}/kernel" for o in ours), inputs=inputs),
+          Tensor(f"{theirs}.bias", tuple(f"{o}/bias" for o in ours)))
+
+
+def _expect(config: Mapping[str, Any], wanted: Mapping[str, Any]):
+  """Raises UserError where their config asks for what our architecture does not do."""
+  for key, value in wanted.items():
+    if config.get(key, value) != value:
+      raise UserError(f"config.json: {key}={config[key]!r} is not supported, only {value!r}")
+
+
+def _number(config: Mapping[str, Any], key: str) -> int:
+  value = config.get(key)
+  if type(value) is not int or value < 1:
+    raise UserError(f"config.json: {key} must be a positive integer, not {value!r}")
+  return value
+
+
+def _bert_model(config) -> ModelConfig:
+  _expect(config, {"hidden_act": "gelu", "layer_norm_eps": bert.STYLE.norm_epsilon, "type_vocab_size": 2,
+                   "position_embedding_type": "absolute", "is_decoder": False, "tie_word_embeddings": True})
+  n = lambda key: _number(config, key)
+  return ModelConfig(name="bert", num_layers=n("num_hidden_layers"), width=n("hidden_size"),
+                     num_heads=n("num_attention_heads"), mlp_dim=n("intermediate_size"), vocab_size=n("vocab_size"),
+                     max_length=n("max_position_embeddings"), dropout=float(config.get("hidden_dropout_prob", 0.1)))
+
+
+def _bert_config(model: ModelConfig) -> dict[str, Any]:
+  return {"model_type": "bert", "hidden_act": "gelu", "layer_norm_eps": bert.STYLE.norm_epsilon, "type_vocab_size": 2,
+          "num_hidden_layers": model.num_layers, "hidden_size": model.width, "num_attention_heads": model.num_heads,
+          "intermediate_size": model.mlp_dim, "vocab_size": model.vocab_size,
+          "max_position_embeddings": model.max_length, "hidden_dropout_prob": model.dropout,
+          "attention_probs_dropout_prob": model.dropout, "tie_word_embeddings": True}
+
+
+_LAYER, _OURS = "bert.encoder.layer.{}.", "backbone/layers/"
+
+BERT = Family(
+    "bert", "bert.",
+    (Tensor("bert.embeddings.word_embeddings.weight", ("backbone/token/embedding",)),
+     Tensor("bert.embeddings.position_embeddings.weight", ("backbone/position/embedding",)),
+     Tensor("bert.embeddings.token_type_embeddings.weight", ("backbone/type/embedding",)),
+     *_norm("bert.embeddings.LayerNorm", "backbone/embedding_norm"),
+     *_linear(f"{_LAYER}attention.self.query", f"{_OURS}attention/query"),
+     *_linear(f"{_LAYER}attention.self.key", f"{_OURS}attention/key"),
+     *_linear(f"{_LAYER}attention.self.value", f"{_OURS}attention/value"),
+     *_linear(f"{_LAYER}attention.output.dense", f"{_OURS}attention/out", inputs=2),
+     *_norm(f"{_LAYER}attention.output.LayerNorm", f"{_OURS}attention_norm"),
+     *_linear(f"{_LAYER}intermediate.dense", f"{_OURS}mlp/up"),
+     *_linear(f"{_LAYER}output.dense", f"{_OURS}mlp/down"),
+     *_norm(f"{_LAYER}output.LayerNorm", f"{_OURS}mlp_norm"),
+     *_linear("bert.pooler.dense", "head/pooler"),
+     *_linear("cls.predictions.transform.dense", "head/transform"),
+     *_norm("cls.predictions.transform.LayerNorm", "head/transform_norm"),
+     Tensor("cls.predictions.bias", ("head/lm/bias",)),
+     # Their class 0 is "B follows A", which is our class 1.
+     *_linear("cls.seq_relationship", "head/next_sentence", reverse=True),
+     *_linear("classifier", "head/classifier")),
+    buffers=r"embeddings\.position_ids$",
+    tied={"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+          "cls.predictions.decoder.bias": "cls.predictions.bias"},
+    model=_bert_model, config=_bert_config)
+
+
+def _gpt_model(config) -> ModelConfig:
+  _expect(config, {"activation_function": "gelu_new", "layer_norm_epsilon": gpt.STYLE.norm_epsilon,
+                   "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
+                   "tie_word_embeddings": True})
+  n = lambda key: _number(config, key)
+  return ModelConfig(name="gpt", num_layers=n("n_layer"), width=n("n_embd"), num_heads=n("n_head"),
+                     mlp_dim=config.get("n_inner") or 4 * n("n_embd"), vocab_size=n("vocab_size"),
+                     max_length=n("n_positions"), dropout=float(config.get("resid_pdrop", 0.1)))
+
+
+def _gpt_config(model: ModelConfig) -> dict[str, Any]:
+  return {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": gpt.STYLE.norm_epsilon,
+          "n_layer": model.num_layers, "n_embd": model.width, "n_head": model.num_heads, "n_inner": model.mlp_dim,
+          "vocab_size": model.vocab_size, "n_positions": model.max_length, "resid_pdrop": model.dropout,
+          "embd_pdrop": model.dropout, "attn_pdrop": model.dropout, "tie_word_embeddings": True}
+
+
+_BLOCK = "transformer.h.{}."
+
+GPT2 = Family(
+    "gpt2", "transformer.",
+    (Tensor("transformer.wte.weight", ("backbone/token/embedding",)),
+     Tensor("transformer.wpe.weight", ("backbone/position/embedding",)),
+     *_norm(f"{_BLOCK}ln_1", f"{_OURS}attention_norm"),
+     *_fused(f"{_BLOCK}attn.c_attn", tuple(f"{_OURS}attention/{part}" for part in ("query", "key", "value"))),
+     *_fused(f"{_BLOCK}attn.c_proj", (f"{_OURS}attention/out",), inputs=2),
+     *_norm(f"{_BLOCK}ln_2", f"{_OURS}mlp_norm"),
+     *_fused(f"{_BLOCK}mlp.c_fc", (f"{_OURS}mlp/up",)),
+     *_fused(f"{_BLOCK}mlp.c_proj", (f"{_OURS}mlp/down",)),
+     *_norm("transformer.ln_f", "backbone/final_norm")),
+    buffers=r"\.attn\.(bias|masked_bias)$",
+    tied={"lm_head.weight": "transformer.wte.weight"},
+    model=_gpt_model, config=_gpt_config)
+
+FAMILIES = {family.model_type: family for family in (BERT, GPT2)}
+BY_MODEL = {"bert": BERT, "gpt": GPT2}
+
+
+def full_name(family: Family, name: str) -> str:
+  """A tensor's name as the tables have it: with the prefix, and the norms' newer names."""
+  name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
+  known = {t.theirs.replace("{}", "0") for t in family.tensors} | set(family.tied)
+  numbered = re.sub(r"\.\d+\.", ".0.", name, count=1)
+  return family.prefix + name if numbered not in known and family.prefix + numbered in known else name

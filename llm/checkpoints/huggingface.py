@@ -1,0 +1,270 @@
+"""Checkpoints in the layout of `transformers`, in and out, without torch.
+
+A folder of config.json, *.safetensors and tokenizer files becomes a checkpoint of ours, or is made from
+one; what goes where stands in families.py.
+"""
+import dataclasses
+import json
+import pathlib
+import re
+from typing import Any, Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+import tokenizers
+
+from llm import config as config_lib
+from llm.checkpoints import families, manager
+from llm.checkpoints.families import Family
+from llm.config import ModelConfig
+from llm.core import STACKED, Params, UserError, flatten, unflatten
+from llm.data import tokenizer as tokenizer_lib
+from llm.models import build_backbone
+from llm.models.heads import Model
+from llm.models.transformer import padded_vocab
+from llm.objectives import base
+
+INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+
+
+def is_layout(folder: pathlib.Path) -> bool:
+  """Whether a folder is one of transformers: its config.json says what model it is."""
+  return (folder / "config.json").is_file() and "model_type" in _json(folder / "config.json")
+
+
+def _json(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    found = json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    raise UserError(f"{path} cannot be read as JSON: {error}")
+  if not isinstance(found, dict):
+    raise UserError(f"{path} must hold an object")
+  return found
+
+
+def fetch(name: str) -> pathlib.Path:
+  """A checkpoint of the hub, ORG/NAME, in the hub's own cache. Raises UserError without network."""
+  try:
+    import huggingface_hub
+  except ImportError:
+    raise UserError(f"hf:{name} needs the package huggingface_hub: pip install -e '.[hf]'")
+  try:
+    return pathlib.Path(huggingface_hub.snapshot_download(
+        name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+  except Exception as error:   # its network, name and cache errors have no common base
+    raise UserError(f"hf:{name} cannot be fetched: {str(error).strip().splitlines()[0]}")
+
+
+class Weights:
+  """The tensors of a folder by name, read one at a time. Raises UserError on what is damaged or unsafe."""
+
+  def __init__(self, folder: pathlib.Path):
+    self.folder, self._files = folder, {}
+    if (folder / INDEX).is_file():
+      where = _json(folder / INDEX).get("weight_map")
+      if not isinstance(where, dict):
+        raise UserError(f"{folder / INDEX} has no weight_map")
+      names = set(where.values())
+    elif (folder / WEIGHTS).is_file():
+      names = {WEIGHTS}
+    else:
+      pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+      raise UserError(f"{folder} has no {WEIGHTS}" + (
+          f": {pickles[0]} is a pickle, which can run code when it is read; convert it where you trust it, "
+          "with save_pretrained(..., safe_serialization=True)" if pickles else ""))
+    for name in sorted(names):
+      for key in self._open(name).keys():
+        self._files[key] = name
+
+  def _open(self, name):
+    if not isinstance(name, str) or pathlib.PurePath(name).name != name:
+      raise UserError(f"{self.folder / INDEX}: the shard {name!r} must be a file of the same folder")
+    path = self.folder / name
+    if not path.is_file():
+      raise UserError(f"{self.folder / INDEX} names {name}, which is not there")
+    # The hub's cache links to its own folder of blobs; a link to anywhere else is refused.
+    roots = (self.folder.resolve(), self.folder.resolve().parent.parent / "blobs")
+    if path.resolve().parent not in roots:
+      raise UserError(f"{path} is a link to a file outside its folder")
+    try:
+      return safetensors.safe_open(path, framework="numpy")
+    except Exception as error:   # SafetensorError, and MemoryError or OSError on a lying header
+      raise UserError(f"{path} is damaged or no safetensors file: {str(error).splitlines()[0]}")
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._files)
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    with self._open(self._files[name]) as file:
+      return np.asarray(file.get_tensor(name), np.float32)
+
+
+def shapes(model: ModelConfig, objective: base.Objective) -> dict[str, tuple[int, ...]]:
+  """path -> shape of every parameter of a model with the head of an objective."""
+  ids = jnp.zeros((1, 1), jnp.int32)
+  batch = dict.fromkeys(("tokens", "segments", "positions", "types", "targets", "masked_positions",
+                         "masked_targets"), ids)
+  whole = Model(build_backbone(model), objective.head(model))
+  tree = jax.eval_shape(lambda: whole.init(jax.random.key(0), batch, train=False)["params"])
+  return {path: leaf.shape for path, leaf in flatten(tree).items()}
+
+
+def _objective(family: Family, names: set[str], config: Mapping[str, Any]) -> base.Objective:
+  """What the checkpoint was made for, by the heads that it has."""
+  if family.model_type == "gpt2":
+    return base.build({"name": "causal_lm"})
+  if "classifier.weight" in names:
+    labels = config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
+    classes = tuple(labels[key] for key in sorted(labels, key=int))
+    regression = len(classes) == 1
+    return base.build({"name": "classification", "num_classes": len(classes), "classes": () if regression else classes})
+  return base.build({"name": "masked_lm", "next_sentence": any("seq_relationship" in n for n in names)})
+
+
+def _stack(family: Family, weights: Weights, wanted: dict[str, tuple[int, ...]], model: ModelConfig) -> Params:
+  """Our parameters, layers stacked and the vocabulary padded."""
+  theirs = {families.full_name(family, name): name for name in weights}
+  for name, original in list(theirs.items()):
+    if re.search(family.buffers, name):
+      del theirs[name]
+    elif name in family.tied and family.tied[name] in theirs:
+      if not np.array_equal(weights[original], weights[theirs[family.tied[name]]]):
+        raise UserError(f"{original} is not tied to {family.tied[name]}: untied output layers are not supported")
+      del theirs[name]
+  leaves = {}
+  for tensor in family.tensors:
+    if not all(path in wanted for path in tensor.ours):
+      continue
+    stacked = STACKED in tensor.ours[0]
+    found = [theirs.pop(tensor.theirs.format(i), None) for i in range(model.num_layers if stacked else 1)]
+    if None in found:
+      if tensor.ours[0].startswith("head/"):
+        continue   # a checkpoint without this head; transfer says what then stays fresh
+      raise UserError(f"{weights.folder}: the tensor {tensor.theirs.format(found.index(None))} is missing")
+    one = [wanted[path][1:] if stacked else wanted[path] for path in tensor.ours]
+    for path, parts in zip(tensor.ours, zip(*(_parts(tensor, weights, name, one, model) for name in found))):
+      leaves[path] = np.stack(parts) if stacked else parts[0]
+  if theirs:
+    raise UserError(f"{weights.folder}: no place for {', '.join(sorted(theirs.values())[:4])}"
+                    + (f" and {len(theirs) - 4} more tensors" if len(theirs) > 4 else ""))
+  return unflatten(leaves)
+
+
+def _parts(tensor: families.Tensor, weights: Weights, name: str, one, model: ModelConfig) -> list[np.ndarray]:
+  found = weights[name]
+  if tensor.ours[0] in ("backbone/token/embedding", "head/lm/bias") and len(found) == model.vocab_size:
+    found = np.pad(found, [(0, padded_vocab(model.vocab_size) - len(found))] + [(0, 0)] * (found.ndim - 1))
+  try:
+    return tensor.to_ours(found, one)
+  except ValueError:
+    raise UserError(f"{weights.folder}: {name} has shape {found.shape}, which does not fit config.json")
+
+
+def read_tokenizer(folder: pathlib.Path) -> tokenizer_lib.Tokenizer:
+  """The tokenizer of a folder: tokenizer.json, vocab.txt, vocab.json with merges.txt, or spiece.model."""
+  has = lambda *names: all((folder / name).is_file() for name in names)
+  if has("tokenizer.json"):
+    return tokenizer_lib.HuggingFaceTokenizer((folder / "tokenizer.json").read_bytes())
+  if has("vocab.txt"):
+    lowercase = _json(folder / "tokenizer_config.json").get("do_lower_case", True) if has("tokenizer_config.json") else True
+    return tokenizer_lib.WordPieceTokenizer((folder / "vocab.txt").read_bytes(), lowercase)
+  if has("vocab.json", "merges.txt"):
+    fast = tokenizers.ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    fast.add_special_tokens([t for t in ("<|endoftext|>",) if fast.token_to_id(t) is not None])
+    return tokenizer_lib.HuggingFaceTokenizer(fast.to_str().encode())
+  if has("spiece.model"):
+    return tokenizer_lib.SentencePieceTokenizer((folder / "spiece.model").read_bytes())
+  raise UserError(f"{folder} has no tokenizer: tokenizer.json, vocab.txt, vocab.json with merges.txt, or spiece.model")
+
+
+def read(folder: pathlib.Path) -> tuple[Params, config_lib.Config, tokenizer_lib.Tokenizer]:
+  """A folder of transformers -> (parameters, config, tokenizer). Raises UserError on what cannot be exact."""
+  theirs = _json(folder / "config.json")
+  family = families.FAMILIES.get(theirs.get("model_type"))
+  if family is None:
+    raise UserError(f"{folder / 'config.json'}: model_type {theirs.get('model_type')!r} is not supported; supported: "
+                    f"{', '.join(sorted(families.FAMILIES))}")
+  model, tokenizer, weights = family.model(theirs), read_tokenizer(folder), Weights(folder)
+  if tokenizer.vocab_size != model.vocab_size:
+    raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} pieces and the embedding {model.vocab_size} rows")
+  objective = _objective(family, set(weights), theirs)
+  wanted = shapes(model, objective)
+  if family is families.BERT:   # a pooler without its head is kept too
+    pretraining = shapes(model, base.build({"name": "masked_lm"}))
+    wanted |= {path: pretraining[path] for path in ("head/pooler/kernel", "head/pooler/bias")}
+  params = _stack(family, weights, wanted, model)
+  config = config_lib.freeze(config_lib.defaults(base.to_mapping(objective)))
+  training = dataclasses.replace(config.training, sequence_length=min(config.training.sequence_length, model.max_length))
+  return params, dataclasses.replace(config, model=model, training=training), tokenizer
+
+
+def convert(folder: pathlib.Path, workdir: pathlib.Path):
+  """Makes `workdir` hold a folder of transformers as a checkpoint of ours, step 0."""
+  params, config, tokenizer = read(folder)
+  writer = manager.Manager(workdir, keep=1, keep_best="", tokenizer=tokenizer)
+  writer.save(0, params, None, {"config": config_lib.thaw(config), "metrics": {}, "source": str(folder)})
+  writer.close()
+
+
+ARCHITECTURES = {
+    ("bert", "masked_lm"): "BertForPreTraining", ("bert", "classification"): "BertForSequenceClassification",
+    ("gpt", "causal_lm"): "GPT2LMHeadModel"}
+
+
+def _architecture(model: ModelConfig, objective: Mapping[str, Any]) -> str:
+  kind = (model.name, objective["name"])
+  if kind not in ARCHITECTURES or objective.get("pooling", "auto") not in ("auto", "first"):
+    raise UserError(f"transformers has no class for {model.name} with {objective['name']}"
+                    + (f" pooled by {objective['pooling']}" if "pooling" in objective else "")
+                    + f"; there is one for {', '.join(f'{m} with {o}' for m, o in ARCHITECTURES)}")
+  if kind == ("bert", "masked_lm") and not objective["next_sentence"]:
+    return "BertForMaskedLM"
+  return ARCHITECTURES[kind]
+
+
+def export(step: pathlib.Path, folder: pathlib.Path):
+  """Writes a verified checkpoint as a folder that `from_pretrained` loads. Raises UserError where
+  transformers has no such class."""
+  config = config_lib.freeze(manager.describe(step)["config"])
+  model, tokenizer = config.model, manager.load_tokenizer(step)
+  family = families.BY_MODEL[model.name]
+  theirs = family.config(model) | {"architectures": [_architecture(model, config.objective)], "dtype": "float32"}
+  special = ("pad",) if model.name == "bert" else ("bos", "eos")
+  theirs |= {f"{name}_token_id": i for name in special if (i := getattr(tokenizer, name.replace("bos", "eos"))) >= 0}
+  if config.objective["name"] == "classification":
+    classes = config.objective["classes"] or ("LABEL_0",)
+    theirs |= {"id2label": {str(i): c for i, c in enumerate(classes)}, "label2id": {c: i for i, c in enumerate(classes)},
+               "problem_type": "single_label_classification" if len(classes) > 1 else "regression"}
+  leaves = {path: np.asarray(leaf) for path, leaf in flatten(manager.restore(step, "params")).items()}
+  tensors = {}
+  for tensor in family.tensors:
+    if any(path not in leaves for path in tensor.ours):
+      continue
+    parts = [leaves.pop(path) for path in tensor.ours]
+    if tensor.ours[0] in ("backbone/token/embedding", "head/lm/bias"):
+      parts = [parts[0][:model.vocab_size]]
+    if STACKED in tensor.ours[0]:
+      for layer in range(model.num_layers):
+        tensors[tensor.theirs.format(layer)] = tensor.to_theirs([part[layer] for part in parts])
+    else:
+      tensors[tensor.theirs] = tensor.to_theirs(parts)
+  if leaves:
+    raise UserError(f"{step}: transformers has no place for {', '.join(sorted(leaves))}")
+  safetensors.numpy.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+  (folder / "config.json").write_text(json.dumps(theirs, indent=2))
+  write_tokenizer(tokenizer, folder, model.max_length)
+
+
+def write_tokenizer(tokenizer: tokenizer_lib.Tokenizer, folder: pathlib.Path, max_length: int):
+  """The tokenizer's files, as AutoTokenizer reads them."""
+  for name, data in tokenizer.files.items():
+    (folder / name).write_bytes(data)
+  special = {f"{name}_token": tokenizer.pieces[getattr(tokenizer, name)]
+             for name in ("pad", "unk", "cls", "sep", "mask", "eos") if getattr(tokenizer, name) >= 0}
+  kind = {"wordpiece": "BertTokenizer"}.get(tokenizer.name, "PreTrainedTokenizerFast")
+  (folder / "tokenizer_config.json").write_text(json.dumps(
+      {"tokenizer_class": kind, "do_lower_case": tokenizer.lowercase, "model_max_length": max_length, **special}, indent=2))

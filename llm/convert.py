@@ -1,0 +1,57 @@
+"""Checkpoints in the layout of transformers, in and out.
+
+python -m llm.convert from_hf --source=DIR|hf:NAME --output=DIR      ours, from a folder or the hub
+python -m llm.convert to_hf   --checkpoint=DIR     --output=DIR      a folder that from_pretrained loads
+"""
+import pathlib
+import sys
+
+from absl import flags
+
+from llm import command
+from llm.checkpoints import huggingface, locate
+from llm.core import UserError
+from llm.data import cache
+
+_SOURCE = flags.DEFINE_string("source", None, "A folder in the layout of transformers, or hf:ORG/NAME.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir, its checkpoints folder or one step.")
+_OUTPUT = flags.DEFINE_string("output", None, "The folder to write; must not exist.")
+
+
+def _output() -> pathlib.Path:
+  if not _OUTPUT.value:
+    raise UserError("--output is missing: the folder to write")
+  output = pathlib.Path(_OUTPUT.value).expanduser().absolute()
+  if output.exists():
+    raise UserError(f"--output={output} exists: choose another, or remove it")
+  return output
+
+
+def from_hf():
+  """A folder of transformers becomes a workdir of ours."""
+  output = _output()
+  if not _SOURCE.value:
+    raise UserError("--source is missing: a folder in the layout of transformers, or hf:ORG/NAME")
+  source = _SOURCE.value
+  folder = huggingface.fetch(source[3:]) if source.startswith("hf:") else pathlib.Path(source).expanduser().absolute()
+  if not huggingface.is_layout(folder):
+    raise UserError(f"{folder} is no folder of transformers: it has no config.json with a model_type")
+  cache.made_once(output, lambda scratch: huggingface.convert(folder, scratch))
+  print(f"{output} is a checkpoint: `python -m llm.show checkpoint --checkpoint={output}` lists it")
+
+
+def to_hf():
+  """A checkpoint of ours becomes a folder of transformers."""
+  output = _output()
+  if not _CHECKPOINT.value:
+    raise UserError("--checkpoint is missing: a workdir of llm.train, its checkpoints folder or one step")
+  step = locate.find(_CHECKPOINT.value)
+  cache.made_once(output, lambda scratch: huggingface.export(step, scratch))
+  print(f"{output} is a folder of transformers: from_pretrained({str(output)!r}) loads it")
+
+
+VERBS = {"from_hf": from_hf, "to_hf": to_hf}
+
+
+if __name__ == "__main__":
+  command.run_verb("llm.convert", VERBS, sys.argv)

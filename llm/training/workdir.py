@@ -1,0 +1,76 @@
+"""The workdir of a run: whose it is, and the records that stand in it."""
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+
+import jax
+
+from llm import config as config_lib
+from llm.config import Config
+from llm.core import UserError
+
+# What may differ between a run and its continuation.
+MAY_CHANGE = {"data.prefetch", "data.cache", "mesh", "model.scan", "model.remat", "model.loss_chunk",
+              *(f"training.{k}" for k in ("steps", "epochs", "log_every", "eval_every", "eval_batches",
+                                          "save_every", "keep", "keep_best", "profile"))}
+
+
+def _revision() -> dict:
+  """The source revision and whether the working tree was clean; unknown outside a checkout."""
+  root = pathlib.Path(__file__).resolve().parents[2]
+  git = lambda *args: subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True)
+  try:
+    head = git("rev-parse", "HEAD")
+    return {"revision": head.stdout.strip() or "unknown", "clean": not git("status", "--porcelain").stdout}
+  except OSError:
+    return {"revision": "unknown", "clean": None}
+
+
+def write_json(path: pathlib.Path, value):
+  """Written whole or not at all, by process 0."""
+  if jax.process_index() == 0:
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(value, indent=1))
+    scratch.replace(path)
+
+
+def run_record() -> dict:
+  """run.json: what ran where."""
+  packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
+  return {"command": sys.argv, **_revision(), "python": platform.python_version(),
+          "versions": {p: importlib.metadata.version(p) for p in packages},
+          "devices": [str(d) for d in jax.devices()], "processes": jax.process_count(),
+          "xla_flags": os.environ.get("XLA_FLAGS", "")}
+
+
+def _differences(old: dict, new: dict) -> list[str]:
+  found = []
+  for group in sorted({*old, *new} - MAY_CHANGE):
+    a, b = old.get(group, {}), new.get(group, {})
+    for key in sorted({*a, *b}):
+      left, right = (json.dumps(x.get(key)) for x in (a, b))
+      if left != right and f"{group}.{key}" not in MAY_CHANGE:
+        found.append(f"{group}.{key} was {left}, is {right}")
+  return found
+
+
+def claim(workdir: pathlib.Path, config: Config, go_on: bool):
+  """Makes the workdir this config's. Raises UserError if it holds a run of another one."""
+  path = workdir / "config.json"
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f"--workdir={workdir}: {error.strerror}")
+  if path.exists() and not go_on:
+    try:
+      old = json.loads(path.read_text())
+    except ValueError:
+      raise UserError(f"{path} is damaged; --go_on replaces it")
+    if found := _differences(old, json.loads(json.dumps(config_lib.thaw(config)))):
+      raise UserError(f"{workdir} holds a run of another config ({'; '.join(found[:4])}): choose another "
+                      "--workdir, or --go_on to go on with the new one")
+  write_json(path, config_lib.thaw(config))

@@ -1,0 +1,101 @@
+"""Makes the folders beside it: tiny random models of transformers with what torch computes from them.
+
+  pip install -e '.[parity]' && python tests/golden/make.py
+
+Each folder is a checkpoint in their layout and expected.npz: inputs, log-probabilities (or class logits,
+next-sentence logits), the loss, and its gradient for every tensor under `grad:NAME`.
+"""
+import json
+import pathlib
+
+import numpy as np
+import tokenizers
+import torch
+import transformers
+from tokenizers import models, pre_tokenizers, trainers
+
+HERE = pathlib.Path(__file__).parent
+TEXT = ["the cat sat on the mat", "a café in Zürich, naïve façade", "it is raining cats and dogs today"] * 4
+
+
+def bert_tokenizer(folder):
+  letters = sorted({c for t in TEXT for c in t.lower() if c.isascii() and c != " "})
+  pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters), "the", "cat", "##s"]
+  pieces = list(dict.fromkeys(pieces))
+  (folder / "vocab.txt").write_text("\n".join(pieces) + "\n")
+  return len(pieces)
+
+
+def gpt_tokenizer(folder):
+  tokenizer = tokenizers.Tokenizer(models.BPE())
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = tokenizers.decoders.ByteLevel()
+  tokenizer.train_from_iterator(TEXT, trainers.BpeTrainer(
+      vocab_size=270, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+  tokenizer.save(str(folder / "tokenizer.json"))
+  return tokenizer.get_vocab_size()
+
+
+def randomized(model):
+  """Every parameter random, biases and norms too, so that none can be mistaken for another."""
+  generator = torch.Generator().manual_seed(0)
+  with torch.no_grad():
+    for name, p in model.named_parameters():
+      p.copy_(torch.randn(p.shape, generator=generator) * 0.2 + (1.0 if "norm" in name.lower() and "weight" in name else 0.0))
+  return model.eval()
+
+
+def save(folder, model, inputs, outputs, loss):
+  loss.backward()
+  model.save_pretrained(folder)
+  grads = {f"grad:{n}": p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
+  np.savez_compressed(folder / "expected.npz", **inputs, **{k: v.detach().numpy() for k, v in outputs.items()},
+                      loss=loss.item(), **grads)
+
+
+def ids(vocab, rows=3, length=12):
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(1, vocab, (rows, length))   # torch gives the row of [PAD] no gradient
+  lengths = np.array([length, length - 3, length - 5])
+  return tokens, (np.arange(length) < lengths[:, None]).astype(np.int64), np.tile(np.arange(length) >= 5, (rows, 1)).astype(np.int64)
+
+
+def bert(name, cls, **more):
+  folder = HERE / name
+  folder.mkdir(exist_ok=True)
+  vocab = bert_tokenizer(folder)
+  config = transformers.BertConfig(vocab_size=vocab, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                                   intermediate_size=24, max_position_embeddings=20, **more)
+  model = randomized(cls(config))
+  tokens, mask, types = ids(vocab)
+  out = model(input_ids=torch.tensor(tokens), attention_mask=torch.tensor(mask), token_type_ids=torch.tensor(types))
+  inputs = {"tokens": tokens, "segments": mask, "types": types}
+  if cls is transformers.BertForPreTraining:
+    logp = torch.log_softmax(out.prediction_logits, -1)
+    follows = torch.tensor([0, 1, 0])   # 0: B follows A
+    loss = -logp[:, 1, 3].mean() + torch.nn.functional.cross_entropy(out.seq_relationship_logits, follows)
+    save(folder, model, inputs, {"log_probs": logp, "pair_logits": out.seq_relationship_logits}, loss)
+  else:
+    save(folder, model, inputs, {"logits": out.logits},
+         torch.nn.functional.cross_entropy(out.logits, torch.tensor([0, 1, 2])))
+
+
+def gpt2():
+  folder = HERE / "gpt2"
+  folder.mkdir(exist_ok=True)
+  vocab = gpt_tokenizer(folder)
+  model = randomized(transformers.GPT2LMHeadModel(transformers.GPT2Config(
+      vocab_size=vocab, n_embd=16, n_layer=2, n_head=2, n_positions=20, bos_token_id=0, eos_token_id=0)))
+  tokens, mask, _ = ids(vocab)
+  logp = torch.log_softmax(model(input_ids=torch.tensor(tokens), attention_mask=torch.tensor(mask)).logits, -1)
+  targets, weights = torch.tensor(np.roll(tokens, -1, 1)), torch.tensor(mask, dtype=torch.float32)
+  losses = -logp.gather(-1, targets[..., None])[..., 0]
+  save(folder, model, {"tokens": tokens, "segments": mask}, {"log_probs": logp}, (losses * weights).sum() / weights.sum())
+
+
+if __name__ == "__main__":
+  bert("bert_pretraining", transformers.BertForPreTraining)
+  bert("bert_classifier", transformers.BertForSequenceClassification, num_labels=3,
+       id2label={0: "no", 1: "maybe", 2: "yes"}, label2id={"no": 0, "maybe": 1, "yes": 2})
+  gpt2()
+  print(json.dumps({p.name: sum(f.stat().st_size for f in p.iterdir()) for p in HERE.iterdir() if p.is_dir()}))

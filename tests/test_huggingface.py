@@ -1,0 +1,217 @@
+"""Checkpoints of transformers: exact in and out, and what a bad one is told.
+
+The folders under golden/ were made with torch by golden/make.py.
+"""
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from llm import config as config_lib
+from llm.checkpoints import families, huggingface, locate, manager, transfer
+from llm.core import UserError, flatten, unflatten
+from llm.objectives import base
+from llm.training import experiment
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+NAMES = ("bert_pretraining", "bert_classifier", "gpt2")
+
+
+def _batch(expected) -> dict:
+  """The golden inputs, with every target at every position as slots of their own."""
+  tokens, segments = (expected[k].astype(np.int32) for k in ("tokens", "segments"))
+  rows, length = tokens.shape
+  return {"tokens": tokens, "segments": segments, "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+          "types": expected["types"].astype(np.int32) if "types" in expected else np.zeros_like(tokens)}
+
+
+def _log_probs(made, params, batch, vocab):
+  """Log-probabilities B x T x V, read from the losses of every target at every position."""
+  rows, length = batch["tokens"].shape
+  if made.config.model.name == "gpt":
+    losses = [made.model.apply({"params": params}, batch | {"targets": np.full((rows, length), v, np.int32)},
+                               train=False)["losses"] for v in range(vocab)]
+    return -np.stack(losses, -1)
+  positions = np.tile(np.repeat(np.arange(length, dtype=np.int32), vocab), (rows, 1))
+  targets = np.tile(np.tile(np.arange(vocab, dtype=np.int32), length), (rows, 1))
+  out = made.model.apply({"params": params}, batch | {"masked_positions": positions, "masked_targets": targets}, train=False)
+  return -np.asarray(out["losses"]).reshape(rows, length, vocab), np.asarray(out["pair_logits"])
+
+
+def _loaded(name):
+  params, config, tokenizer = huggingface.read(GOLDEN / name)
+  objective = base.build(config.objective)
+  made = experiment.Experiment(config, objective, tokenizer, experiment.build(objective, config.model))
+  return made, params, dict(np.load(GOLDEN / name / "expected.npz"))
+
+
+def _close(found, expected, tolerance=1e-4):
+  np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.abs(expected).max() + 1e-7)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_are_torchs(name):
+  made, params, expected = _loaded(name)
+  batch = _batch(expected)
+  if name == "bert_classifier":
+    _close(made.model.apply({"params": params}, batch, train=False)["logits"], expected["logits"])
+  else:
+    found = _log_probs(made, params, batch, made.config.model.vocab_size)
+    log_probs = found[0] if made.config.model.name == "bert" else found
+    real = batch["segments"] > 0   # what stands at padding is nobody's business
+    _close(log_probs[real], expected["log_probs"][real])
+    if made.config.model.name == "bert":
+      _close(found[1][:, ::-1], expected["pair_logits"])   # their class 0 is our 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_torchs(name):
+  made, params, expected = _loaded(name)
+  batch = _batch(expected)
+  rows = len(batch["tokens"])
+  if name == "bert_classifier":
+    batch |= {"labels": np.arange(3, dtype=np.int32), "label_weights": np.ones(3, np.float32)}
+  elif name == "gpt2":
+    batch |= {"targets": np.roll(batch["tokens"], -1, 1), "weights": batch["segments"].astype(np.float32)}
+  else:
+    batch |= {"masked_positions": np.full((rows, 1), 1, np.int32), "masked_targets": np.full((rows, 1), 3, np.int32),
+              "masked_weights": np.ones((rows, 1), np.float32), "next_sentence": np.array([1, 0, 1], np.int32),
+              "pair_weights": np.ones(rows, np.float32)}
+
+  def loss(p):
+    return made.objective.loss(made.model.apply({"params": p}, batch, train=False), batch, made.objective.totals(batch))[0]
+  value, grads = jax.value_and_grad(loss)(jax.tree.map(jnp.asarray, params))
+  np.testing.assert_allclose(value, expected["loss"], rtol=1e-5)
+  found, family = {k: np.asarray(v) for k, v in flatten(grads).items()}, families.BY_MODEL[made.config.model.name]
+  seen = 0
+  for tensor in family.tensors:
+    if any(path not in found for path in tensor.ours):
+      continue
+    layers = range(2) if "/layers/" in tensor.ours[0] else [None]
+    for layer in layers:
+      theirs = expected[f"grad:{tensor.theirs.format(layer)}"]
+      ours = tensor.to_theirs([found[p] if layer is None else found[p][layer] for p in tensor.ours])
+      _close(ours[:len(theirs)], theirs, 1e-3)
+      seen += 1
+  assert seen == sum(k.startswith("grad:") for k in expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_and_out_is_bit_equal(name, tmp_path):
+  huggingface.convert(GOLDEN / name, tmp_path / "ours")
+  (tmp_path / "theirs").mkdir()
+  huggingface.export(manager.find(tmp_path / "ours"), tmp_path / "theirs")
+  before, after = (safetensors.numpy.load_file(f / "model.safetensors") for f in (GOLDEN / name, tmp_path / "theirs"))
+  assert set(before) == set(after)
+  for key, tensor in before.items():
+    np.testing.assert_array_equal(tensor, after[key])
+  old, new = (json.loads((f / "config.json").read_text()) for f in (GOLDEN / name, tmp_path / "theirs"))
+  given = [k for k in new if old.get(k) is not None]
+  assert {k: old[k] for k in given} == {k: new[k] for k in given}
+
+
+def test_a_folder_of_theirs_is_a_start_like_ours(tmp_path, reviews):
+  """Fine-tuning follows the foreign checkpoint's model and tokenizer; nothing else is set."""
+  from llm.training import loop
+  config = config_lib.defaults(base.defaults("classification"))
+  config.transfer.update(checkpoint=str(GOLDEN / "bert_pretraining"), skip=(r"^head/(?!pooler)",))
+  config.data.update(train=f"jsonl:{reviews}/train.jsonl", eval=f"jsonl:{reviews}/eval.jsonl")
+  config.training.update(steps=2, batch_size=8, sequence_length=16)
+  loop.train(config_lib.freeze(config), tmp_path / "run")
+  saved = experiment.from_checkpoint(manager.find(tmp_path / "run"))
+  assert (saved.config.model.width, saved.config.model.num_layers, saved.tokenizer.name) == (16, 2, "wordpiece")
+  audit = json.loads((tmp_path / "run" / "transfer.json").read_text())["parameters"]
+  assert {e["action"] for e in audit} == {"copied", "fresh", "dropped"}
+  assert locate.find(GOLDEN / "bert_pretraining") == locate.find(GOLDEN / "bert_pretraining")
+
+
+@pytest.fixture
+def copy(tmp_path):
+  """A copy of a golden folder that may be spoilt."""
+  return pathlib.Path(shutil.copytree(GOLDEN / "bert_pretraining", tmp_path / "spoilt"))
+
+
+def _edit_config(folder, **changes):
+  found = json.loads((folder / "config.json").read_text())
+  (folder / "config.json").write_text(json.dumps(found | changes))
+
+
+def _pickle(folder):
+  (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def _cut(folder):
+  path = folder / "model.safetensors"
+  path.write_bytes(path.read_bytes()[:-100])
+
+
+def _lying_header(folder):
+  path = folder / "model.safetensors"
+  path.write_bytes((2 << 30).to_bytes(8, "little") + path.read_bytes()[8:])
+
+
+def _overlap(folder):
+  data = (folder / "model.safetensors").read_bytes()
+  size = int.from_bytes(data[:8], "little")
+  header = json.loads(data[8:8 + size])
+  first, second = [k for k in header if k != "__metadata__"][:2]
+  header[second]["data_offsets"] = header[first]["data_offsets"]
+  new = json.dumps(header).encode()
+  (folder / "model.safetensors").write_bytes(len(new).to_bytes(8, "little") + new + data[8 + size:])
+
+
+def _index(name):
+  def spoil(folder):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
+  return spoil
+
+
+def _link(folder):
+  (folder / "model.safetensors").rename(folder.parent / "elsewhere.safetensors")
+  (folder / "model.safetensors").symlink_to(folder.parent / "elsewhere.safetensors")
+
+
+BAD = {
+    "pickle": (_pickle, "pickle"), "cut": (_cut, "damaged"), "header": (_lying_header, "damaged"),
+    "overlap": (_overlap, "damaged"), "missing shard": (_index("model-1.safetensors"), "not there"),
+    "outside": (_index("../x.safetensors"), "same folder"), "absolute": (_index("/x.safetensors"), "same folder"),
+    "link": (_link, "outside its folder"),
+    "family": (lambda f: _edit_config(f, model_type="mamba"), "supported: bert, gpt2"),
+    "shape": (lambda f: _edit_config(f, intermediate_size=32), "does not fit config.json"),
+    "layers": (lambda f: _edit_config(f, num_hidden_layers=3), "is missing"),
+    "fewer layers": (lambda f: _edit_config(f, num_hidden_layers=1), "no place for"),
+    "activation": (lambda f: _edit_config(f, hidden_act="swish"), "hidden_act"),
+    "no number": (lambda f: _edit_config(f, hidden_size="16"), "positive integer"),
+    "tokenizer": (lambda f: (f / "vocab.txt").write_text((f / "vocab.txt").read_text() + "more\n"), "44 pieces"),
+    "no tokenizer": (lambda f: (f / "vocab.txt").unlink(), "no tokenizer"),
+    "config": (lambda f: (f / "config.json").write_text("{"), "JSON"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_folder_is_named(case, copy):
+  spoil, words = BAD[case]
+  spoil(copy)
+  with pytest.raises(UserError, match=words):
+    huggingface.read(copy)
+
+
+def test_a_hub_name_without_network_is_one_line(monkeypatch):
+  monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+  with pytest.raises(UserError, match="hf:nobody/nothing"):
+    locate.find("hf:nobody/nothing")
+
+
+def test_what_transformers_has_no_class_for_is_refused(tmp_path):
+  huggingface.convert(GOLDEN / "bert_classifier", tmp_path / "ours")
+  step = manager.find(tmp_path / "ours")
+  described = json.loads((step / "description.json").read_text())
+  described["config"]["objective"]["pooling"] = "mean"
+  (step / "description.json").write_text(json.dumps(described))
+  with pytest.raises(UserError, match="no class for bert with classification pooled by mean"):
+    huggingface.export(step, tmp_path)
