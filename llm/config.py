@@ -16,14 +16,18 @@ from llm.core import UserError
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """The network. In a run with `transfer.checkpoint`, what is not set follows the checkpoint."""
-  name: str = ""            # bert, gpt
+  name: str = ""            # bert, gpt, llama
   num_layers: int = 0
   width: int = 0
   num_heads: int = 0
+  num_kv_heads: int = 0     # heads of keys and values (llama); 0: num_heads
   mlp_dim: int = 0
   vocab_size: int = 0       # 0: the tokenizer's
   max_length: int = 0       # positions that the model knows
   dropout: float = -1.0     # -1: as the checkpoint
+  norm_epsilon: float = 0.0  # 0: the architecture's
+  rope_theta: float = 10000.0  # base of the rotary wavelengths (llama)
+  tied: bool = True         # the output layer is the embedding table (untied: llama)
   dtype: str = "auto"       # of the computation; auto: bfloat16 on accelerators, float32 on CPU
   scan: str = "auto"        # scan, unroll; auto: unroll on CPU, scan elsewhere
   remat: str = "none"       # none, full: recompute each block in the backward pass
@@ -137,15 +141,15 @@ CHOICES = {
     "optimizer.schedule": ("linear", "cosine", "constant"), "optimizer.name": ("adamw",),
     "model.dtype": ("auto", "float32", "bfloat16", "float64"),
     "model.scan": ("auto", "scan", "unroll"), "model.remat": ("none", "full"),
-    "model.name": ("", "bert", "gpt"), "data.sentences": ("split", "lines"),
+    "model.name": ("", "bert", "gpt", "llama"), "data.sentences": ("split", "lines"),
     "tokenizer.name": ("", "sentencepiece", "wordpiece", "huggingface", "bytes"),
 }
 
-NON_NEGATIVE = {"num_layers", "width", "num_heads", "mlp_dim", "vocab_size", "max_length",
+NON_NEGATIVE = {"num_layers", "width", "num_heads", "num_kv_heads", "norm_epsilon", "mlp_dim", "vocab_size", "max_length",
                 "loss_chunk", "steps", "epochs", "log_every", "eval_every", "eval_batches",
                 "save_every", "learning_rate", "weight_decay", "grad_clip_norm", "seed"}
 POSITIVE = {"batch_size", "sequence_length", "grad_accum_steps", "keep", "slices", "prefetch",
-            "log_every", "layer_decay", "epsilon"}
+            "log_every", "layer_decay", "epsilon", "rope_theta"}
 
 
 def unknown_key(where: str, key: str, known) -> UserError:

@@ -19,7 +19,7 @@ from llm.objectives import base
 from llm.training import experiment
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-NAMES = ("bert_pretraining", "bert_classifier", "gpt2")
+NAMES = ("bert_pretraining", "bert_classifier", "gpt2", "llama", "llama_tied")
 
 
 def _batch(expected) -> dict:
@@ -33,10 +33,10 @@ def _batch(expected) -> dict:
 def _log_probs(made, params, batch, vocab):
   """Log-probabilities B x T x V, read from the losses of every target at every position."""
   rows, length = batch["tokens"].shape
-  if made.config.model.name == "gpt":
-    losses = [made.model.apply({"params": params}, batch | {"targets": np.full((rows, length), v, np.int32)},
-                               train=False)["losses"] for v in range(vocab)]
-    return -np.stack(losses, -1)
+  if made.config.model.name != "bert":
+    losses_of = jax.jit(lambda v: made.model.apply(
+        {"params": params}, batch | {"targets": jnp.full((rows, length), v, jnp.int32)}, train=False)["losses"])
+    return -np.stack([losses_of(v) for v in range(vocab)], -1)
   positions = np.tile(np.repeat(np.arange(length, dtype=np.int32), vocab), (rows, 1))
   targets = np.tile(np.tile(np.arange(vocab, dtype=np.int32), length), (rows, 1))
   out = made.model.apply({"params": params}, batch | {"masked_positions": positions, "masked_targets": targets}, train=False)
@@ -76,7 +76,7 @@ def test_gradients_are_torchs(name):
   rows = len(batch["tokens"])
   if name == "bert_classifier":
     batch |= {"labels": np.arange(3, dtype=np.int32), "label_weights": np.ones(3, np.float32)}
-  elif name == "gpt2":
+  elif made.config.model.name != "bert":
     batch |= {"targets": np.roll(batch["tokens"], -1, 1), "weights": batch["segments"].astype(np.float32)}
   else:
     batch |= {"masked_positions": np.full((rows, 1), 1, np.int32), "masked_targets": np.full((rows, 1), 3, np.int32),
@@ -181,7 +181,7 @@ BAD = {
     "overlap": (_overlap, "damaged"), "missing shard": (_index("model-1.safetensors"), "not there"),
     "outside": (_index("../x.safetensors"), "same folder"), "absolute": (_index("/x.safetensors"), "same folder"),
     "link": (_link, "outside its folder"),
-    "family": (lambda f: _edit_config(f, model_type="mamba"), "supported: bert, gpt2"),
+    "family": (lambda f: _edit_config(f, model_type="mamba"), "supported: bert, gpt2, llama"),
     "shape": (lambda f: _edit_config(f, intermediate_size=32), "does not fit config.json"),
     "layers": (lambda f: _edit_config(f, num_hidden_layers=3), "is missing"),
     "fewer layers": (lambda f: _edit_config(f, num_hidden_layers=1), "no place for"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from llm.config import ModelConfig
-from llm.models import bert, gpt
+from llm.models import bert, build_backbone, gpt, llama
 from llm.objectives import base
 from llm.training import experiment, metrics, step as step_lib
 
@@ -29,7 +29,8 @@ def batch_of(rows: int, seed: int = 0, segments=None):
 
 
 def model_of(name: str, **changes):
-  config = dataclasses.replace(ModelConfig(name=name, **SMALL), **changes)
+  shape = {**SMALL, "num_kv_heads": 2 if name == "llama" else 0}
+  config = dataclasses.replace(ModelConfig(name=name, **shape), **changes)
   return experiment.build(base.build(base.defaults("masked_lm" if name == "bert" else "causal_lm")), config)
 
 
@@ -41,8 +42,9 @@ def hidden(model, params, batch):
   return model.backbone.apply({"params": params["backbone"]}, batch, train=False)[0]
 
 
-def test_gpt_never_looks_ahead():
-  model = model_of("gpt")
+@pytest.mark.parametrize("name", ["gpt", "llama"])
+def test_decoders_never_look_ahead(name):
+  model = model_of(name)
   params, batch = params_of(model), batch_of(1)
   table = params["backbone"]["token"]["embedding"]
 
@@ -52,7 +54,7 @@ def test_gpt_never_looks_ahead():
     return model.backbone.apply({"params": moved}, there, train=False)[0][0]
 
   big = dataclasses.replace(model.backbone.config, vocab_size=len(table) + T)
-  model = model.clone(backbone=gpt.Backbone(big), parent=None)
+  model = model.clone(backbone=build_backbone(big), parent=None)
   rows = -(-(len(table) + T) // 128) * 128 - len(table)
   embedded = jnp.concatenate([table[batch["tokens"][0]], jnp.zeros((rows - T, 32))])
   weights = np.random.default_rng(0).normal(size=32)   # a plain sum would be constant after the norm
@@ -61,7 +63,7 @@ def test_gpt_never_looks_ahead():
   assert (reach == np.tril(np.ones((T, T), bool))).all()
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt"])
+@pytest.mark.parametrize("name", ["bert", "gpt", "llama"])
 def test_packed_documents_are_alone(name):
   model = model_of(name)
   params = params_of(model)
@@ -79,7 +81,7 @@ def test_packed_documents_are_alone(name):
     assert not (moved[0, perturbed] == out[0, perturbed]).all()
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt"])
+@pytest.mark.parametrize("name", ["bert", "gpt", "llama"])
 def test_padding_changes_nothing(name):
   model = model_of(name)
   params = params_of(model)
@@ -90,7 +92,7 @@ def test_padding_changes_nothing(name):
                              np.asarray(hidden(model, params, short))[0], atol=2e-6)
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt"])
+@pytest.mark.parametrize("name", ["bert", "gpt", "llama"])
 @pytest.mark.parametrize("change", [{"scan": "scan"}, {"remat": "full"}, {"remat": "full", "scan": "scan"},
                                     {"loss_chunk": 5}])
 def test_how_it_is_computed_does_not_matter(name, change):
@@ -108,19 +110,20 @@ def test_how_it_is_computed_does_not_matter(name, change):
 
 
 # Stated exactly: google-research/bert and its miniatures with both pretraining heads (as
-# BertForPreTraining counts them), GPT-2 as openai/gpt-2.
+# BertForPreTraining counts them), GPT-2 as openai/gpt-2, SmolLM2, Llama 2 and Llama 3 as their cards.
 PUBLISHED = {
     ("bert", "tiny"): 4_433_468, ("bert", "mini"): 11_267_900, ("bert", "small"): 29_058_876,
     ("bert", "medium"): 41_668_412, ("bert", "base"): 110_106_428, ("bert", "large"): 336_226_108,
     ("gpt", "small"): 124_439_808, ("gpt", "medium"): 354_823_168, ("gpt", "large"): 774_030_080,
-    ("gpt", "xl"): 1_557_611_200,
+    ("gpt", "xl"): 1_557_611_200, ("llama", "135m"): 134_515_008, ("llama", "7b"): 6_738_415_616,
+    ("llama", "8b"): 8_030_261_248, ("llama", "70b"): 68_976_648_192,
 }
 
 
 @pytest.mark.parametrize("name, size", list(PUBLISHED))
 def test_parameter_counts_are_the_published_ones(name, size):
-  shape = {"bert": bert, "gpt": gpt}[name].SIZES[size]
-  vocab = {"bert": 30_522, "gpt": 50_257}[name]
+  shape = {"bert": bert, "gpt": gpt, "llama": llama}[name].SIZES[size]
+  vocab = {"bert": 30_522, "gpt": 50_257, "135m": 49_152, "8b": 128_256}.get(name if name != "llama" else size, 32_000)
   config = ModelConfig(name=name, vocab_size=vocab, scan="scan", **shape)
   model = experiment.build(base.build(base.defaults("masked_lm" if name == "bert" else "causal_lm")), config)
   shapes = jax.eval_shape(lambda: step_lib.init_params(model, batch_of(1), jax.random.key(0)))

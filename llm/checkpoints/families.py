@@ -11,7 +11,7 @@ import numpy as np
 
 from llm.config import ModelConfig
 from llm.core import UserError
-from llm.models import bert, gpt
+from llm.models import bert, gpt, llama
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,16 +90,17 @@ def _number(config: Mapping[str, Any], key: str) -> int:
 
 
 def _bert_model(config) -> ModelConfig:
-  _expect(config, {"hidden_act": "gelu", "layer_norm_eps": bert.STYLE.norm_epsilon, "type_vocab_size": 2,
+  _expect(config, {"hidden_act": "gelu", "type_vocab_size": 2,
                    "position_embedding_type": "absolute", "is_decoder": False, "tie_word_embeddings": True})
   n = lambda key: _number(config, key)
   return ModelConfig(name="bert", num_layers=n("num_hidden_layers"), width=n("hidden_size"),
                      num_heads=n("num_attention_heads"), mlp_dim=n("intermediate_size"), vocab_size=n("vocab_size"),
-                     max_length=n("max_position_embeddings"), dropout=float(config.get("hidden_dropout_prob", 0.1)))
+                     max_length=n("max_position_embeddings"), dropout=float(config.get("hidden_dropout_prob", 0.1)),
+                     norm_epsilon=float(config.get("layer_norm_eps", 1e-12)))
 
 
 def _bert_config(model: ModelConfig) -> dict[str, Any]:
-  return {"model_type": "bert", "hidden_act": "gelu", "layer_norm_eps": bert.STYLE.norm_epsilon, "type_vocab_size": 2,
+  return {"model_type": "bert", "hidden_act": "gelu", "layer_norm_eps": model.norm_epsilon or bert.STYLE.norm_epsilon, "type_vocab_size": 2,
           "num_hidden_layers": model.num_layers, "hidden_size": model.width, "num_attention_heads": model.num_heads,
           "intermediate_size": model.mlp_dim, "vocab_size": model.vocab_size,
           "max_position_embeddings": model.max_length, "hidden_dropout_prob": model.dropout,
@@ -136,17 +137,17 @@ BERT = Family(
 
 
 def _gpt_model(config) -> ModelConfig:
-  _expect(config, {"activation_function": "gelu_new", "layer_norm_epsilon": gpt.STYLE.norm_epsilon,
-                   "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
+  _expect(config, {"activation_function": "gelu_new", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
                    "tie_word_embeddings": True})
   n = lambda key: _number(config, key)
   return ModelConfig(name="gpt", num_layers=n("n_layer"), width=n("n_embd"), num_heads=n("n_head"),
                      mlp_dim=config.get("n_inner") or 4 * n("n_embd"), vocab_size=n("vocab_size"),
-                     max_length=n("n_positions"), dropout=float(config.get("resid_pdrop", 0.1)))
+                     max_length=n("n_positions"), dropout=float(config.get("resid_pdrop", 0.1)),
+                     norm_epsilon=float(config.get("layer_norm_epsilon", 1e-5)))
 
 
 def _gpt_config(model: ModelConfig) -> dict[str, Any]:
-  return {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": gpt.STYLE.norm_epsilon,
+  return {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": model.norm_epsilon or gpt.STYLE.norm_epsilon,
           "n_layer": model.num_layers, "n_embd": model.width, "n_head": model.num_heads, "n_inner": model.mlp_dim,
           "vocab_size": model.vocab_size, "n_positions": model.max_length, "resid_pdrop": model.dropout,
           "embd_pdrop": model.dropout, "attn_pdrop": model.dropout, "tie_word_embeddings": True}
@@ -169,8 +170,58 @@ GPT2 = Family(
     tied={"lm_head.weight": "transformer.wte.weight"},
     model=_gpt_model, config=_gpt_config)
 
-FAMILIES = {family.model_type: family for family in (BERT, GPT2)}
-BY_MODEL = {"bert": BERT, "gpt": GPT2}
+def _llama_model(config) -> ModelConfig:
+  _expect(config, {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False})
+  rope = {**(config.get("rope_parameters") or {}), **(config.get("rope_scaling") or {})}
+  kind = rope.get("rope_type", rope.get("type", "default"))
+  if kind != "default":
+    raise UserError(f"config.json: rotary positions of type {kind!r} are not supported, only 'default'")
+  n = lambda key: _number(config, key)
+  if config.get("head_dim") not in (None, n("hidden_size") // n("num_attention_heads")):
+    raise UserError(f"config.json: head_dim={config['head_dim']} is not hidden_size / num_attention_heads")
+  return ModelConfig(name="llama", num_layers=n("num_hidden_layers"), width=n("hidden_size"),
+                     num_heads=n("num_attention_heads"), num_kv_heads=config.get("num_key_value_heads") or n("num_attention_heads"),
+                     mlp_dim=n("intermediate_size"), vocab_size=n("vocab_size"), max_length=n("max_position_embeddings"),
+                     dropout=0.0, norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
+                     rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
+                     tied=bool(config.get("tie_word_embeddings", False)))
+
+
+def _llama_config(model: ModelConfig) -> dict[str, Any]:
+  return {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+          "num_hidden_layers": model.num_layers, "hidden_size": model.width, "num_attention_heads": model.num_heads,
+          "num_key_value_heads": model.num_kv_heads or model.num_heads, "intermediate_size": model.mlp_dim,
+          "vocab_size": model.vocab_size, "max_position_embeddings": model.max_length,
+          "rms_norm_eps": model.norm_epsilon or llama.STYLE.norm_epsilon, "rope_theta": model.rope_theta,
+          "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta}, "tie_word_embeddings": model.tied}
+
+
+def _plain(theirs: str, ours: str, **how) -> Tensor:
+  return Tensor(f"{theirs}.weight", (f"{ours}/kernel",), transposed=True, **how)
+
+
+_DECODER = "model.layers.{}."
+
+LLAMA = Family(
+    "llama", "model.",
+    (Tensor("model.embed_tokens.weight", ("backbone/token/embedding",)),
+     Tensor(f"{_DECODER}input_layernorm.weight", (f"{_OURS}attention_norm/scale",)),
+     _plain(f"{_DECODER}self_attn.q_proj", f"{_OURS}attention/query"),
+     _plain(f"{_DECODER}self_attn.k_proj", f"{_OURS}attention/key"),
+     _plain(f"{_DECODER}self_attn.v_proj", f"{_OURS}attention/value"),
+     _plain(f"{_DECODER}self_attn.o_proj", f"{_OURS}attention/out", inputs=2),
+     Tensor(f"{_DECODER}post_attention_layernorm.weight", (f"{_OURS}mlp_norm/scale",)),
+     _plain(f"{_DECODER}mlp.gate_proj", f"{_OURS}mlp/gate"),
+     _plain(f"{_DECODER}mlp.up_proj", f"{_OURS}mlp/up"),
+     _plain(f"{_DECODER}mlp.down_proj", f"{_OURS}mlp/down"),
+     Tensor("model.norm.weight", ("backbone/final_norm/scale",)),
+     Tensor("lm_head.weight", ("backbone/output/embedding",))),
+    buffers=r"rotary_emb\.inv_freq$",
+    tied={"lm_head.weight": "model.embed_tokens.weight"},
+    model=_llama_model, config=_llama_config)
+
+FAMILIES = {family.model_type: family for family in (BERT, GPT2, LLAMA)}
+BY_MODEL = {"bert": BERT, "gpt": GPT2, "llama": LLAMA}
 
 
 def full_name(family: Family, name: str) -> str:

@@ -29,6 +29,7 @@ from llm.objectives import base
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
+VOCABULARY = ("backbone/token/embedding", "backbone/output/embedding", "head/lm/bias")   # a row a piece, padded
 
 
 def is_layout(folder: pathlib.Path) -> bool:
@@ -115,7 +116,7 @@ def shapes(model: ModelConfig, objective: base.Objective) -> dict[str, tuple[int
 
 def _objective(family: Family, names: set[str], config: Mapping[str, Any]) -> base.Objective:
   """What the checkpoint was made for, by the heads that it has."""
-  if family.model_type == "gpt2":
+  if family is not families.BERT:
     return base.build({"name": "causal_lm"})
   if "classifier.weight" in names:
     labels = config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
@@ -131,7 +132,7 @@ def _stack(family: Family, weights: Weights, wanted: dict[str, tuple[int, ...]],
   for name, original in list(theirs.items()):
     if re.search(family.buffers, name):
       del theirs[name]
-    elif name in family.tied and family.tied[name] in theirs:
+    elif model.tied and name in family.tied and family.tied[name] in theirs:
       if not np.array_equal(weights[original], weights[theirs[family.tied[name]]]):
         raise UserError(f"{original} is not tied to {family.tied[name]}: untied output layers are not supported")
       del theirs[name]
@@ -156,7 +157,7 @@ def _stack(family: Family, weights: Weights, wanted: dict[str, tuple[int, ...]],
 
 def _parts(tensor: families.Tensor, weights: Weights, name: str, one, model: ModelConfig) -> list[np.ndarray]:
   found = weights[name]
-  if tensor.ours[0] in ("backbone/token/embedding", "head/lm/bias") and len(found) == model.vocab_size:
+  if tensor.ours[0] in VOCABULARY and len(found) == model.vocab_size:
     found = np.pad(found, [(0, padded_vocab(model.vocab_size) - len(found))] + [(0, 0)] * (found.ndim - 1))
   try:
     return tensor.to_ours(found, one)
@@ -212,7 +213,7 @@ def convert(folder: pathlib.Path, workdir: pathlib.Path):
 
 ARCHITECTURES = {
     ("bert", "masked_lm"): "BertForPreTraining", ("bert", "classification"): "BertForSequenceClassification",
-    ("gpt", "causal_lm"): "GPT2LMHeadModel"}
+    ("gpt", "causal_lm"): "GPT2LMHeadModel", ("llama", "causal_lm"): "LlamaForCausalLM"}
 
 
 def _architecture(model: ModelConfig, objective: Mapping[str, Any]) -> str:
@@ -245,7 +246,7 @@ def export(step: pathlib.Path, folder: pathlib.Path):
     if any(path not in leaves for path in tensor.ours):
       continue
     parts = [leaves.pop(path) for path in tensor.ours]
-    if tensor.ours[0] in ("backbone/token/embedding", "head/lm/bias"):
+    if tensor.ours[0] in VOCABULARY:
       parts = [parts[0][:model.vocab_size]]
     if STACKED in tensor.ours[0]:
       for layer in range(model.num_layers):

@@ -38,12 +38,25 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
   return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
 
 
-def attend(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, visibility: Visibility, *, scale: float,
+def rotary(x_BxTxHxK: jax.Array, positions_BxT: jax.Array, theta: float) -> jax.Array:
+  """Rotary positions (Su et al. 2021, equation 34), component i paired with i + K/2, in float32."""
+  half = x_BxTxHxK.shape[-1] // 2
+  frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angles_BxTx1xK2 = positions_BxT[..., None, None] * frequencies
+  cos, sin = jnp.cos(angles_BxTx1xK2), jnp.sin(angles_BxTx1xK2)
+  first, second = jnp.split(x_BxTxHxK, 2, axis=-1)
+  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x_BxTxHxK.dtype)
+
+
+def attend(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, visibility: Visibility, *, scale: float,
            dropout_rate: float = 0.0, key: jax.Array | None = None) -> jax.Array:
   """Scaled dot-product attention (Vaswani et al. 2017, section 3.2.1) -> BxTxHxK.
 
+  G heads of keys and values serve H / G neighbouring query heads each (Ainslie et al. 2023).
   Scores and softmax are float32. Padding (segment 0) sees padding, so no row is empty.
   """
+  shared = q_BxTxHxK.shape[2] // k_BxSxGxK.shape[2]
+  k_BxSxHxK, v_BxSxHxK = (jnp.repeat(a, shared, axis=2) if shared > 1 else a for a in (k_BxSxGxK, v_BxSxGxK))
   scores_BxHxTxS = jnp.einsum("BTHK,BSHK->BHTS", q_BxTxHxK * scale, k_BxSxHxK,
                               preferred_element_type=jnp.promote_types(q_BxTxHxK.dtype, jnp.float32))
   scores_BxHxTxS = jnp.where(_mask_Bx1xTxS(visibility), scores_BxHxTxS, -1e30)

@@ -4,7 +4,7 @@ from flax import linen as nn
 
 from llm.config import ModelConfig
 from llm.models import attention, transformer
-from llm.models.layers import Embed, LayerNorm
+from llm.models.layers import Embed
 from llm.sharding import BATCH, constrain
 
 STYLE = transformer.Style(post_norm=True, causal=False, activation="gelu", norm_epsilon=1e-12,
@@ -29,7 +29,7 @@ class Backbone(nn.Module):
                                split="tensor", name="token")(batch["tokens"])
     x_BxTxD += Embed(cfg.max_length, cfg.width, dtype, name="position")(batch["positions"])[0]
     x_BxTxD += Embed(2, cfg.width, dtype, name="type")(batch["types"])[0]
-    x_BxTxD = LayerNorm(STYLE.norm_epsilon, name="embedding_norm")(x_BxTxD)
+    x_BxTxD = transformer.norm(cfg, STYLE, "embedding_norm")(x_BxTxD)
     key = self.make_rng("dropout") if train and cfg.dropout else None
     x_BxTxD = attention.dropout(x_BxTxD, cfg.dropout, key)
     x_BxTxD = constrain(x_BxTxD, BATCH, "context", None)

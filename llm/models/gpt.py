@@ -4,7 +4,7 @@ from flax import linen as nn
 
 from llm.config import ModelConfig
 from llm.models import attention, transformer
-from llm.models.layers import Embed, LayerNorm, normal
+from llm.models.layers import Embed, normal
 from llm.sharding import BATCH, constrain
 
 STYLE = transformer.Style(post_norm=False, causal=True, activation="gelu_tanh",
@@ -35,4 +35,4 @@ class Backbone(nn.Module):
     x_BxTxD = constrain(x_BxTxD, BATCH, "context", None)
     visibility = attention.self_visibility(batch, causal=STYLE.causal)
     x_BxTxD = transformer.stack(cfg, STYLE, x_BxTxD, visibility, train=train)
-    return LayerNorm(STYLE.norm_epsilon, name="final_norm")(x_BxTxD), table_VxD
+    return transformer.norm(cfg, STYLE, "final_norm")(x_BxTxD), table_VxD

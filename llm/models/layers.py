@@ -14,6 +14,7 @@ ACTIVATIONS = {
     # Written with erf: jax.nn.gelu takes erfc, which is several times slower on CPU.
     "gelu": lambda x: 0.5 * x * (1.0 + jax.lax.erf(x * 2 ** -0.5)),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "silu": jax.nn.silu,
 }
 
 
@@ -50,17 +51,20 @@ class Linear(nn.Module):
   out: int = 1
   dtype: jnp.dtype = jnp.float32
   init: Callable = normal(0.02)
+  bias: bool = True
 
   @nn.compact
   def __call__(self, x):
     kernel = self.param("kernel", self.init, self.shape).astype(self.dtype)
-    bias = self.param("bias", nn.initializers.zeros, self.shape[-self.out:]).astype(self.dtype)
     inside = len(self.shape) - self.out
     # One matrix product whatever the number of head dimensions: the compiler then needs no
     # transposes.
     rows = math.prod(self.shape[:inside])
     y = matmul(x.reshape(*x.shape[:x.ndim - inside], rows), kernel.reshape(rows, -1))
-    return y.reshape(*x.shape[:x.ndim - inside], *self.shape[inside:]) + bias
+    y = y.reshape(*x.shape[:x.ndim - inside], *self.shape[inside:])
+    if not self.bias:
+      return y
+    return y + self.param("bias", nn.initializers.zeros, self.shape[inside:]).astype(self.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -77,32 +81,61 @@ class LayerNorm(nn.Module):
     return (y * scale + bias).astype(x.dtype)
 
 
+class RMSNorm(nn.Module):
+  """x over its root mean square, scaled (Zhang and Sennrich 2019), in float32 or better."""
+  epsilon: float
+
+  @nn.compact
+  def __call__(self, x):
+    scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+    y = x.astype(scale.dtype)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
+    return (y * scale).astype(x.dtype)
+
+
+NORMS = {"layer": LayerNorm, "rms": RMSNorm}
+
+
 class Embed(nn.Module):
   """A table of rows. Returns (rows at the ids, the table). split: mesh axis of the rows."""
   num_rows: int
   width: int
   dtype: jnp.dtype
-  init: Callable = normal(0.02)
+  init_rows: Callable = normal(0.02)
   split: str | None = None
 
-  @nn.compact
+  def setup(self):
+    self.embedding = self.param("embedding", self.init_rows, (self.num_rows, self.width))
+
+  def table(self) -> jax.Array:
+    """VxD, in the type of the computation."""
+    return self.embedding.astype(self.dtype)
+
   def __call__(self, ids_BxT):
-    table = self.param("embedding", self.init, (self.num_rows, self.width)).astype(self.dtype)
     # Gathering one table over fsdp first is cheap; otherwise the activations of the whole batch are.
+    table = self.table()
     return jnp.take(constrain(table, self.split, None), ids_BxT, axis=0), table
 
 
 class MLP(nn.Module):
-  """down(activation(up(x))) (Vaswani et al. 2017, section 3.3)."""
+  """down(activation(up(x))) (Vaswani et al. 2017, section 3.3).
+
+  gated: down(activation(gate(x)) * up(x)) (Shazeer 2020, equation 5).
+  """
   mlp_dim: int
   activation: str
   dtype: jnp.dtype
   out_init: Callable
+  gated: bool
+  bias: bool
 
   @nn.compact
   def __call__(self, x_BxTxD):
     width = x_BxTxD.shape[-1]
-    h_BxTxF = Linear((width, self.mlp_dim), dtype=self.dtype, name="up")(x_BxTxD)
-    h_BxTxF = ACTIVATIONS[self.activation](h_BxTxF)
-    return Linear((self.mlp_dim, width), dtype=self.dtype, init=self.out_init,
+    wide = lambda name: Linear((width, self.mlp_dim), dtype=self.dtype, bias=self.bias, name=name)(x_BxTxD)
+    if self.gated:
+      h_BxTxF = ACTIVATIONS[self.activation](wide("gate")) * wide("up")
+    else:
+      h_BxTxF = ACTIVATIONS[self.activation](wide("up"))
+    return Linear((self.mlp_dim, width), dtype=self.dtype, init=self.out_init, bias=self.bias,
                   name="down")(h_BxTxF)

@@ -12,7 +12,7 @@ from flax import linen as nn
 from llm.config import ModelConfig
 from llm.core import round_up
 from llm.models import attention as attention_lib
-from llm.models.layers import LayerNorm, Linear, MLP, normal
+from llm.models.layers import NORMS, Linear, MLP, normal
 from llm.sharding import BATCH, constrain
 
 
@@ -24,6 +24,10 @@ class Style:
   activation: str            # a key of layers.ACTIVATIONS
   norm_epsilon: float
   scaled_residual_init: bool  # output projections start at 0.02 / sqrt(2 L) (GPT-2)
+  norm: str = "layer"        # a key of layers.NORMS
+  bias: bool = True          # of the linear layers
+  gated: bool = False        # feed-forward
+  rotary: bool = False       # positions turn queries and keys, nothing is added to the embedding
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
@@ -47,17 +51,26 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x_BxTxD, visibility):
     cfg, dtype = self.config, compute_dtype(self.config)
-    heads = (cfg.num_heads, cfg.width // cfg.num_heads)
-    q, k, v = (Linear((cfg.width, *heads), out=2, dtype=dtype, name=name)(x_BxTxD)
-               for name in ("query", "key", "value"))
+    heads, kv_heads = cfg.num_heads, cfg.num_kv_heads or cfg.num_heads
+    head_width = cfg.width // cfg.num_heads
+    q, k, v = (Linear((cfg.width, count, head_width), out=2, dtype=dtype, bias=self.style.bias, name=name)(x_BxTxD)
+               for name, count in (("query", heads), ("key", kv_heads), ("value", kv_heads)))
+    if self.style.rotary:
+      q = attention_lib.rotary(q, visibility.q_positions_BxT, cfg.rope_theta)
+      k = attention_lib.rotary(k, visibility.kv_positions_BxS, cfg.rope_theta)
     # Context parallelism: queries stay split over positions, keys and values are gathered.
     q = constrain(q, BATCH, "context", "tensor", None)
     k, v = (constrain(a, BATCH, None, "tensor", None) for a in (k, v))
     key = self.make_rng("dropout") if self.train and cfg.dropout else None
-    mixed = attention_lib.attend(q, k, v, visibility, scale=heads[1] ** -0.5,
+    mixed = attention_lib.attend(q, k, v, visibility, scale=head_width ** -0.5,
                                  dropout_rate=cfg.dropout, key=key)
-    return Linear((*heads, cfg.width), dtype=dtype, init=residual_init(cfg, self.style),
-                  name="out")(mixed)
+    return Linear((heads, head_width, cfg.width), dtype=dtype, init=residual_init(cfg, self.style),
+                  bias=self.style.bias, name="out")(mixed)
+
+
+def norm(config: ModelConfig, style: Style, name: str) -> nn.Module:
+  """A norm of the architecture's kind."""
+  return NORMS[style.norm](config.norm_epsilon or style.norm_epsilon, name=name)
 
 
 def residual_init(config: ModelConfig, style: Style):
@@ -77,13 +90,13 @@ class Block(nn.Module):
     cfg, style = self.config, self.style
     attention = Attention(cfg, style, self.train, name="attention")
     mlp = MLP(cfg.mlp_dim, style.activation, compute_dtype(cfg), residual_init(cfg, style),
-              name="mlp")
-    norms = [LayerNorm(style.norm_epsilon, name=n) for n in ("attention_norm", "mlp_norm")]
-    for layer, norm in zip((lambda x: attention(x, visibility), mlp), norms):
+              style.gated, style.bias, name="mlp")
+    norms = [norm(cfg, style, n) for n in ("attention_norm", "mlp_norm")]
+    for layer, normed in zip((lambda x: attention(x, visibility), mlp), norms):
       if style.post_norm:
-        x_BxTxD = norm(x_BxTxD + self.drop(layer(x_BxTxD)))
+        x_BxTxD = normed(x_BxTxD + self.drop(layer(x_BxTxD)))
       else:
-        x_BxTxD = x_BxTxD + self.drop(layer(norm(x_BxTxD)))
+        x_BxTxD = x_BxTxD + self.drop(layer(normed(x_BxTxD)))
       x_BxTxD = constrain(x_BxTxD, BATCH, "context", None)
     return x_BxTxD, None
 

@@ -16,6 +16,7 @@ from llm.models.transformer import padded_vocab
 from llm.objectives import base
 
 SHAPE = ("name", "num_layers", "width", "num_heads", "mlp_dim", "max_length")
+DETAILS = ("num_kv_heads", "norm_epsilon", "rope_theta", "tied")   # follow a checkpoint with its shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,8 @@ def _following(model: ModelConfig, start: dict | None, vocab_size: int) -> Model
   if start:
     same = start["config"]["model"]
     unset = {k: same[k] for k in SHAPE if not getattr(model, k)}
+    if not model.name:
+      unset |= {k: same[k] for k in DETAILS}
     if model.dropout < 0:
       unset["dropout"] = same["dropout"]
     model = dataclasses.replace(model, **unset)
@@ -50,6 +53,10 @@ def _following(model: ModelConfig, start: dict | None, vocab_size: int) -> Model
                     "0 takes the tokenizer's")
   if model.width % model.num_heads:
     raise UserError(f"config.model.width={model.width} must be a multiple of num_heads={model.num_heads}")
+  if model.num_kv_heads and model.num_heads % model.num_kv_heads:
+    raise UserError(f"config.model.num_heads={model.num_heads} must be a multiple of num_kv_heads={model.num_kv_heads}")
+  if not model.tied and model.name != "llama":
+    raise UserError(f"config.model.tied=False: the output layer of {model.name} is its embedding table")
   if model.dropout >= 1:
     raise UserError(f"config.model.dropout must lie in [0, 1), not {model.dropout}")
   return dataclasses.replace(model, vocab_size=vocab_size, dropout=max(model.dropout, 0.0))

@@ -104,7 +104,7 @@ def count_parameters(params, vocab_size: int) -> int:
   total = 0
   for path, leaf in flatten(params).items():
     total += math.prod(leaf.shape)
-    if path == "backbone/token/embedding":
+    if path in ("backbone/token/embedding", "backbone/output/embedding"):
       total -= padding * leaf.shape[1]
     elif path == "head/lm/bias":
       total -= padding

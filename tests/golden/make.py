@@ -80,12 +80,11 @@ def bert(name, cls, **more):
          torch.nn.functional.cross_entropy(out.logits, torch.tensor([0, 1, 2])))
 
 
-def gpt2():
-  folder = HERE / "gpt2"
+def decoder(name, cls, config, **shape):
+  folder = HERE / name
   folder.mkdir(exist_ok=True)
   vocab = gpt_tokenizer(folder)
-  model = randomized(transformers.GPT2LMHeadModel(transformers.GPT2Config(
-      vocab_size=vocab, n_embd=16, n_layer=2, n_head=2, n_positions=20, bos_token_id=0, eos_token_id=0)))
+  model = randomized(cls(config(vocab_size=vocab, bos_token_id=0, eos_token_id=0, **shape)))
   tokens, mask, _ = ids(vocab)
   logp = torch.log_softmax(model(input_ids=torch.tensor(tokens), attention_mask=torch.tensor(mask)).logits, -1)
   targets, weights = torch.tensor(np.roll(tokens, -1, 1)), torch.tensor(mask, dtype=torch.float32)
@@ -97,5 +96,9 @@ if __name__ == "__main__":
   bert("bert_pretraining", transformers.BertForPreTraining)
   bert("bert_classifier", transformers.BertForSequenceClassification, num_labels=3,
        id2label={0: "no", 1: "maybe", 2: "yes"}, label2id={"no": 0, "maybe": 1, "yes": 2})
-  gpt2()
+  decoder("gpt2", transformers.GPT2LMHeadModel, transformers.GPT2Config, n_embd=16, n_layer=2, n_head=2, n_positions=20)
+  llama = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=24,
+               max_position_embeddings=20, rms_norm_eps=1e-6, rope_theta=500.0)
+  for name, tied in (("llama", False), ("llama_tied", True)):
+    decoder(name, transformers.LlamaForCausalLM, transformers.LlamaConfig, tie_word_embeddings=tied, **llama)
   print(json.dumps({p.name: sum(f.stat().st_size for f in p.iterdir()) for p in HERE.iterdir() if p.is_dir()}))
