@@ -25,6 +25,7 @@ class ModelConfig:
   vocab_size: int = 0       # 0: the tokenizer's
   max_length: int = 0       # positions that the model knows
   dropout: float = -1.0     # -1: as the checkpoint
+  init_std: float = 0.02    # of fresh kernels and embeddings
   norm_epsilon: float = 0.0  # 0: the architecture's
   rope_theta: float = 10000.0  # base of the rotary wavelengths (llama)
   tied: bool = True         # the output layer is the embedding table (untied: llama)
@@ -57,10 +58,11 @@ class TokenizerConfig:
 @dataclasses.dataclass(frozen=True)
 class TransferConfig:
   """Which parameters of another run are the start of this one (checkpoints/transfer.py)."""
-  checkpoint: str = ""      # a workdir, its checkpoints/ or a step of it; a folder of transformers; hf:NAME
+  checkpoint: str = ""      # a workdir, its checkpoints/ or a step of it; a folder of transformers; hf:NAME; embedded:minilm
   skip: tuple = ()          # regexes: stay fresh in this model, are dropped from the checkpoint
   rename: tuple = ()        # "pattern=>replacement", applied to the checkpoint's paths
   adapt: tuple = ()         # regexes: may differ in length along one axis: the overlap is copied
+  vocabulary: str = "same"  # same; match: another tokenizer, rows matched by piece and text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +144,7 @@ CHOICES = {
     "model.dtype": ("auto", "float32", "bfloat16", "float64"),
     "model.scan": ("auto", "scan", "unroll"), "model.remat": ("none", "full"),
     "model.name": ("", "bert", "gpt", "llama"), "data.sentences": ("split", "lines"),
+    "transfer.vocabulary": ("same", "match"),
     "tokenizer.name": ("", "sentencepiece", "wordpiece", "huggingface", "bytes"),
 }
 
@@ -149,7 +152,7 @@ NON_NEGATIVE = {"num_layers", "width", "num_heads", "num_kv_heads", "norm_epsilo
                 "loss_chunk", "steps", "epochs", "log_every", "eval_every", "eval_batches",
                 "save_every", "learning_rate", "weight_decay", "grad_clip_norm", "seed"}
 POSITIVE = {"batch_size", "sequence_length", "grad_accum_steps", "keep", "slices", "prefetch",
-            "log_every", "layer_decay", "epsilon", "rope_theta"}
+            "log_every", "layer_decay", "epsilon", "rope_theta", "init_std"}
 
 
 def unknown_key(where: str, key: str, known) -> UserError:

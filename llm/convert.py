@@ -1,6 +1,7 @@
 """Checkpoints in the layout of transformers, in and out.
 
-python -m llm.convert from_hf --source=DIR|hf:NAME --output=DIR      ours, from a folder or the hub
+python -m llm.convert from_hf --source=DIR|hf:NAME|embedded:minilm --output=DIR      ours, from a folder or the hub
+python -m llm.convert from_gguf --source=FILE.gguf --output=DIR      ours, from a decoder of llama.cpp
 python -m llm.convert to_hf   --checkpoint=DIR     --output=DIR      a folder that from_pretrained loads
 """
 import pathlib
@@ -9,11 +10,11 @@ import sys
 from absl import flags
 
 from llm import command
-from llm.checkpoints import huggingface, locate
+from llm.checkpoints import gguf, huggingface, locate
 from llm.core import UserError
 from llm.data import cache
 
-_SOURCE = flags.DEFINE_string("source", None, "A folder in the layout of transformers, or hf:ORG/NAME.")
+_SOURCE = flags.DEFINE_string("source", None, "A folder in the layout of transformers, hf:ORG/NAME or embedded:minilm.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir, its checkpoints folder or one step.")
 _OUTPUT = flags.DEFINE_string("output", None, "The folder to write; must not exist.")
 
@@ -32,8 +33,7 @@ def from_hf():
   output = _output()
   if not _SOURCE.value:
     raise UserError("--source is missing: a folder in the layout of transformers, or hf:ORG/NAME")
-  source = _SOURCE.value
-  folder = huggingface.fetch(source[3:]) if source.startswith("hf:") else pathlib.Path(source).expanduser().absolute()
+  folder = locate.foreign(_SOURCE.value, cache.cache_dir()) or pathlib.Path(_SOURCE.value).expanduser().absolute()
   if not huggingface.is_layout(folder):
     raise UserError(f"{folder} is no folder of transformers: it has no config.json with a model_type")
   cache.made_once(output, lambda scratch: huggingface.convert(folder, scratch))
@@ -50,7 +50,17 @@ def to_hf():
   print(f"{output} is a folder of transformers: from_pretrained({str(output)!r}) loads it")
 
 
-VERBS = {"from_hf": from_hf, "to_hf": to_hf}
+def from_gguf():
+  """A GGUF file becomes a workdir of ours."""
+  output = _output()
+  if not _SOURCE.value:
+    raise UserError("--source is missing: a .gguf file")
+  source = pathlib.Path(_SOURCE.value).expanduser().absolute()
+  cache.made_once(output, lambda scratch: huggingface.write(*gguf.read(source), scratch, str(source)))
+  print(f"{output} is a checkpoint: `python -m llm.show checkpoint --checkpoint={output}` lists it")
+
+
+VERBS = {"from_hf": from_hf, "from_gguf": from_gguf, "to_hf": to_hf}
 
 
 if __name__ == "__main__":

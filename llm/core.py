@@ -50,6 +50,17 @@ def unflatten(leaves: dict[str, Any]) -> Params:
   return traverse_util.unflatten_dict(leaves, sep="/")
 
 
+def virtual_paths(path: str, leaf) -> list[str]:
+  """The path of every layer of a stacked leaf; the path itself of any other.
+
+  Those of `backbone/layers/mlp/up/kernel` are `backbone/layers/0/mlp/up/kernel`, .. : by them, rules
+  address layers one by one.
+  """
+  if STACKED not in path:
+    return [path]
+  return [path.replace(STACKED, f"{STACKED}{i}/") for i in range(leaf.shape[0])]
+
+
 def round_up(n: int, multiple: int) -> int:
   """The smallest multiple of `multiple` that is at least n."""
   return -(-n // multiple) * multiple

@@ -13,8 +13,8 @@ import pytest
 import safetensors.numpy
 
 from llm import config as config_lib
-from llm.checkpoints import families, huggingface, locate, manager, transfer
-from llm.core import UserError, flatten, unflatten
+from llm.checkpoints import families, huggingface, locate, manager
+from llm.core import UserError, flatten
 from llm.objectives import base
 from llm.training import experiment
 

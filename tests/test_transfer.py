@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from llm.checkpoints import transfer
+from llm.checkpoints import transfer, vocabulary
 from llm.config import TransferConfig
 from llm.core import UserError
 
@@ -45,3 +45,72 @@ def test_adapt_copies_the_overlap():
 def test_what_no_rule_explains_stops_with_the_list(old, rules, message):
   with pytest.raises(UserError, match=message):
     moved(NEW, old, **rules)
+
+
+def layers(values, width=3):
+  return {"backbone": {"layers": {"mlp": {"kernel": np.stack([np.full((2, width), v, np.float32) for v in values])}}}}
+
+
+def test_layers_are_addressed_one_by_one():
+  """Every other layer of six, the last of four fresh, and what is left over dropped by name."""
+  params, audit = moved(layers([0] * 4), layers([1, 2, 3, 4, 5, 6]), skip=("layers/3/", "layers/[135]-old/"),
+                        rename=(r"layers/([135])/=>layers/\1-old/", "layers/2/=>layers/1/", "layers/4/=>layers/2/"))
+  assert params["backbone"]["layers"]["mlp"]["kernel"][:, 0, 0].tolist() == [1, 3, 5, 0]
+  assert sorted((e.path, e.action, e.source) for e in audit) == [
+      ("backbone/layers/0/mlp/kernel", "copied", "backbone/layers/0/mlp/kernel"),
+      ("backbone/layers/1/mlp/kernel", "dropped", "backbone/layers/1/mlp/kernel"),
+      ("backbone/layers/1/mlp/kernel", "renamed", "backbone/layers/2/mlp/kernel"),
+      ("backbone/layers/2/mlp/kernel", "renamed", "backbone/layers/4/mlp/kernel"),
+      ("backbone/layers/3/mlp/kernel", "dropped", "backbone/layers/3/mlp/kernel"),
+      ("backbone/layers/3/mlp/kernel", "fresh", ""),
+      ("backbone/layers/5/mlp/kernel", "dropped", "backbone/layers/5/mlp/kernel")]
+
+
+def test_layers_of_one_fate_share_a_line():
+  _, audit = moved(layers([0] * 4), layers([1] * 4))
+  assert "backbone/layers/0..3/mlp/kernel" in transfer.table(audit) and len(audit) == 4
+  with pytest.raises(UserError, match=r"layers/4..5/mlp/kernel \(2, 3\) of the checkpoint has no place"):
+    moved(layers([0] * 4), layers([1] * 6))
+
+
+class Words:
+  """A tokenizer of whole words, lower-cased letters otherwise."""
+  pad, unk, cls, sep, mask, eos = 0, 1, -1, -1, -1, -1
+
+  def __init__(self, *words):
+    self.pieces = ["<pad>", "<unk>", *words]
+
+  def decode(self, ids):
+    return " ".join(self.pieces[i] for i in ids)
+
+  def encode(self, texts):
+    known = {p: i for i, p in enumerate(self.pieces)}
+    return [[known[text]] if text in known else [known.get(c, self.unk) for c in text] for text in texts]
+
+
+def test_another_vocabulary_is_matched_by_piece_and_text():
+  old, new = Words("a", "b", "cat", "ab"), Words("cat", "ba", "zz", "b", "[", "a")
+  found = vocabulary.match(new, old)
+  assert found.rows == ((0,), (1,), (4,), (3, 2), (), (3,), (), (2,))
+  fresh, loaded = np.full((8, 2), -1.0), np.arange(12.0).reshape(6, 2)
+  rows = found.apply(fresh, loaded)
+  assert rows[2].tolist() == loaded[4].tolist() and rows[3].tolist() == ((loaded[2] + loaded[3]) / 2).tolist()
+  assert (rows[[4, 6]] == -1).all() and str(found) == "5 rows from one piece, 1 from the mean of several, 2 fresh"
+
+
+def test_a_new_vocabulary_keeps_the_logits_of_unchanged_pieces(tmp_path, corpus):
+  """Bytes in another order: the same text has the same loss."""
+  from llm.training import loop
+  from tests.conftest import tiny
+  model = '\n'.join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz.", *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz")])
+  (tmp_path / "old.txt").write_text(model + "\n")
+  (tmp_path / "new.txt").write_text("\n".join([*model.split("\n")[:5], *model.split("\n")[:4:-1]]) + "\n")
+  common = dict(tokenizer__name="wordpiece", data__eval=f"text:{corpus}", objective__next_sentence=False)
+  first = loop.train(tiny("bert", f"text:{corpus}", tokenizer__path=str(tmp_path / "old.txt"), **common), tmp_path / "a")
+  moved_on = tiny("bert", f"text:{corpus}", tokenizer__path=str(tmp_path / "new.txt"), transfer__checkpoint=str(tmp_path / "a"),
+                  transfer__vocabulary="match", training__steps=1, optimizer__learning_rate=1e-12, **common)
+  second = loop.train(moved_on, tmp_path / "b")
+  # 10% of the masked tokens become a random piece, drawn by number: those differ, and no more.
+  assert second["eval"]["mlm_loss"] == pytest.approx(first["eval"]["mlm_loss"], rel=0.05)
+  audit = (tmp_path / "b" / "transfer.json").read_text()
+  assert audit.count('"matched"') == 2 and "58 rows from one piece" in audit

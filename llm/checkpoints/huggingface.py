@@ -17,7 +17,7 @@ import safetensors.numpy
 import tokenizers
 
 from llm import config as config_lib
-from llm.checkpoints import families, manager
+from llm.checkpoints import families, manager, vocabulary
 from llm.checkpoints.families import Family
 from llm.config import ModelConfig
 from llm.core import STACKED, Params, UserError, flatten, unflatten
@@ -29,7 +29,6 @@ from llm.objectives import base
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
-VOCABULARY = ("backbone/token/embedding", "backbone/output/embedding", "head/lm/bias")   # a row a piece, padded
 
 
 def is_layout(folder: pathlib.Path) -> bool:
@@ -157,7 +156,7 @@ def _stack(family: Family, weights: Weights, wanted: dict[str, tuple[int, ...]],
 
 def _parts(tensor: families.Tensor, weights: Weights, name: str, one, model: ModelConfig) -> list[np.ndarray]:
   found = weights[name]
-  if tensor.ours[0] in VOCABULARY and len(found) == model.vocab_size:
+  if tensor.ours[0] in vocabulary.PATHS and len(found) == model.vocab_size:
     found = np.pad(found, [(0, padded_vocab(model.vocab_size) - len(found))] + [(0, 0)] * (found.ndim - 1))
   try:
     return tensor.to_ours(found, one)
@@ -168,11 +167,13 @@ def _parts(tensor: families.Tensor, weights: Weights, name: str, one, model: Mod
 def read_tokenizer(folder: pathlib.Path) -> tokenizer_lib.Tokenizer:
   """The tokenizer of a folder: tokenizer.json, vocab.txt, vocab.json with merges.txt, or spiece.model."""
   has = lambda *names: all((folder / name).is_file() for name in names)
+  said = _json(folder / "tokenizer_config.json") if has("tokenizer_config.json") else {}
   if has("tokenizer.json"):
-    return tokenizer_lib.HuggingFaceTokenizer((folder / "tokenizer.json").read_bytes())
+    tokens = {name: said.get(f"{name}_token") for name in tokenizer_lib.SPECIAL}
+    special = {name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items() if token}
+    return tokenizer_lib.HuggingFaceTokenizer((folder / "tokenizer.json").read_bytes(), special=special)
   if has("vocab.txt"):
-    lowercase = _json(folder / "tokenizer_config.json").get("do_lower_case", True) if has("tokenizer_config.json") else True
-    return tokenizer_lib.WordPieceTokenizer((folder / "vocab.txt").read_bytes(), lowercase)
+    return tokenizer_lib.WordPieceTokenizer((folder / "vocab.txt").read_bytes(), said.get("do_lower_case", True))
   if has("vocab.json", "merges.txt"):
     fast = tokenizers.ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
     fast.add_special_tokens([t for t in ("<|endoftext|>",) if fast.token_to_id(t) is not None])
@@ -182,14 +183,22 @@ def read_tokenizer(folder: pathlib.Path) -> tokenizer_lib.Tokenizer:
   raise UserError(f"{folder} has no tokenizer: tokenizer.json, vocab.txt, vocab.json with merges.txt, or spiece.model")
 
 
-def read(folder: pathlib.Path) -> tuple[Params, config_lib.Config, tokenizer_lib.Tokenizer]:
-  """A folder of transformers -> (parameters, config, tokenizer). Raises UserError on what cannot be exact."""
-  theirs = _json(folder / "config.json")
+Converted = tuple[Params, config_lib.Config, tokenizer_lib.Tokenizer]
+
+
+def read(folder: pathlib.Path) -> Converted:
+  """A folder of transformers, ours. Raises UserError on what cannot be exact."""
+  return assemble(_json(folder / "config.json"), read_tokenizer(folder), Weights(folder))
+
+
+def assemble(theirs: Mapping[str, Any], tokenizer: tokenizer_lib.Tokenizer, weights) -> Converted:
+  """Their config, tensors by name (with the `folder` they came from) and tokenizer, ours."""
+  folder = weights.folder
   family = families.FAMILIES.get(theirs.get("model_type"))
   if family is None:
-    raise UserError(f"{folder / 'config.json'}: model_type {theirs.get('model_type')!r} is not supported; supported: "
+    raise UserError(f"{folder}: model_type {theirs.get('model_type')!r} is not supported; supported: "
                     f"{', '.join(sorted(families.FAMILIES))}")
-  model, tokenizer, weights = family.model(theirs), read_tokenizer(folder), Weights(folder)
+  model = family.model(theirs)
   if tokenizer.vocab_size != model.vocab_size:
     raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} pieces and the embedding {model.vocab_size} rows")
   objective = _objective(family, set(weights), theirs)
@@ -205,9 +214,13 @@ def read(folder: pathlib.Path) -> tuple[Params, config_lib.Config, tokenizer_lib
 
 def convert(folder: pathlib.Path, workdir: pathlib.Path):
   """Makes `workdir` hold a folder of transformers as a checkpoint of ours, step 0."""
-  params, config, tokenizer = read(folder)
+  write(*read(folder), workdir, str(folder))
+
+
+def write(params: Params, config: config_lib.Config, tokenizer: tokenizer_lib.Tokenizer, workdir: pathlib.Path, source: str):
+  """A checkpoint of ours with parameters alone."""
   writer = manager.Manager(workdir, keep=1, keep_best="", tokenizer=tokenizer)
-  writer.save(0, params, None, {"config": config_lib.thaw(config), "metrics": {}, "source": str(folder)})
+  writer.save(0, params, None, {"config": config_lib.thaw(config), "metrics": {}, "source": source})
   writer.close()
 
 
@@ -246,7 +259,7 @@ def export(step: pathlib.Path, folder: pathlib.Path):
     if any(path not in leaves for path in tensor.ours):
       continue
     parts = [leaves.pop(path) for path in tensor.ours]
-    if tensor.ours[0] in VOCABULARY:
+    if tensor.ours[0] in vocabulary.PATHS:
       parts = [parts[0][:model.vocab_size]]
     if STACKED in tensor.ours[0]:
       for layer in range(model.num_layers):

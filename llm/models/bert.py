@@ -4,7 +4,7 @@ from flax import linen as nn
 
 from llm.config import ModelConfig
 from llm.models import attention, transformer
-from llm.models.layers import Embed
+from llm.models.layers import Embed, normal
 from llm.sharding import BATCH, constrain
 
 STYLE = transformer.Style(post_norm=True, causal=False, activation="gelu", norm_epsilon=1e-12,
@@ -25,10 +25,11 @@ class Backbone(nn.Module):
   @nn.compact
   def __call__(self, batch, *, train: bool) -> tuple[jax.Array, jax.Array]:
     cfg, dtype = self.config, transformer.compute_dtype(self.config)
-    x_BxTxD, table_VxD = Embed(transformer.padded_vocab(cfg.vocab_size), cfg.width, dtype,
+    init = normal(cfg.init_std)
+    x_BxTxD, table_VxD = Embed(transformer.padded_vocab(cfg.vocab_size), cfg.width, dtype, init,
                                split="tensor", name="token")(batch["tokens"])
-    x_BxTxD += Embed(cfg.max_length, cfg.width, dtype, name="position")(batch["positions"])[0]
-    x_BxTxD += Embed(2, cfg.width, dtype, name="type")(batch["types"])[0]
+    x_BxTxD += Embed(cfg.max_length, cfg.width, dtype, init, name="position")(batch["positions"])[0]
+    x_BxTxD += Embed(2, cfg.width, dtype, init, name="type")(batch["types"])[0]
     x_BxTxD = transformer.norm(cfg, STYLE, "embedding_norm")(x_BxTxD)
     key = self.make_rng("dropout") if train and cfg.dropout else None
     x_BxTxD = attention.dropout(x_BxTxD, cfg.dropout, key)

@@ -27,8 +27,8 @@ class Backbone(nn.Module):
   def __call__(self, batch, *, train: bool) -> tuple[jax.Array, jax.Array]:
     cfg, dtype = self.config, transformer.compute_dtype(self.config)
     x_BxTxD, table_VxD = Embed(transformer.padded_vocab(cfg.vocab_size), cfg.width, dtype,
-                               split="tensor", name="token")(batch["tokens"])
-    x_BxTxD += Embed(cfg.max_length, cfg.width, dtype, normal(0.01),
+                               normal(cfg.init_std), split="tensor", name="token")(batch["tokens"])
+    x_BxTxD += Embed(cfg.max_length, cfg.width, dtype, normal(cfg.init_std / 2),
                      name="position")(batch["positions"])[0]
     key = self.make_rng("dropout") if train and cfg.dropout else None
     x_BxTxD = attention.dropout(x_BxTxD, cfg.dropout, key)

@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from llm.config import ModelConfig
 from llm.models import attention
-from llm.models.layers import ACTIVATIONS, LayerNorm, Linear, matmul
+from llm.models.layers import ACTIVATIONS, LayerNorm, Linear, matmul, normal
 from llm.models.transformer import compute_dtype, padded_vocab
 from llm.sharding import BATCH, constrain
 
@@ -79,7 +79,7 @@ class MaskedLMHead(nn.Module):
   def __call__(self, hidden_BxTxD, batch, table_VxD, *, train: bool):
     cfg, dtype = self.config, compute_dtype(self.config)
     masked_BxMxD = jnp.take_along_axis(hidden_BxTxD, batch["masked_positions"][..., None], axis=1)
-    masked_BxMxD = Linear((cfg.width, cfg.width), dtype=dtype, name="transform")(masked_BxMxD)
+    masked_BxMxD = Linear((cfg.width, cfg.width), dtype=dtype, kernel_init=normal(cfg.init_std), name="transform")(masked_BxMxD)
     masked_BxMxD = LayerNorm(1e-12, name="transform_norm")(ACTIVATIONS["gelu"](masked_BxMxD))
     bias_V = LMBias(padded_vocab(cfg.vocab_size), name="lm")()
     losses, correct = token_losses(masked_BxMxD, table_VxD, bias_V, batch["masked_targets"],

@@ -50,12 +50,12 @@ class Linear(nn.Module):
   shape: tuple[int, ...]
   out: int = 1
   dtype: jnp.dtype = jnp.float32
-  init: Callable = normal(0.02)
+  kernel_init: Callable = normal(0.02)
   bias: bool = True
 
   @nn.compact
   def __call__(self, x):
-    kernel = self.param("kernel", self.init, self.shape).astype(self.dtype)
+    kernel = self.param("kernel", self.kernel_init, self.shape).astype(self.dtype)
     inside = len(self.shape) - self.out
     # One matrix product whatever the number of head dimensions: the compiler then needs no
     # transposes.
@@ -101,11 +101,11 @@ class Embed(nn.Module):
   num_rows: int
   width: int
   dtype: jnp.dtype
-  init_rows: Callable = normal(0.02)
+  embedding_init: Callable
   split: str | None = None
 
   def setup(self):
-    self.embedding = self.param("embedding", self.init_rows, (self.num_rows, self.width))
+    self.embedding = self.param("embedding", self.embedding_init, (self.num_rows, self.width))
 
   def table(self) -> jax.Array:
     """VxD, in the type of the computation."""
@@ -125,6 +125,7 @@ class MLP(nn.Module):
   mlp_dim: int
   activation: str
   dtype: jnp.dtype
+  kernel_init: Callable
   out_init: Callable
   gated: bool
   bias: bool
@@ -132,10 +133,11 @@ class MLP(nn.Module):
   @nn.compact
   def __call__(self, x_BxTxD):
     width = x_BxTxD.shape[-1]
-    wide = lambda name: Linear((width, self.mlp_dim), dtype=self.dtype, bias=self.bias, name=name)(x_BxTxD)
+    wide = lambda name: Linear((width, self.mlp_dim), dtype=self.dtype, kernel_init=self.kernel_init, bias=self.bias,
+                               name=name)(x_BxTxD)
     if self.gated:
       h_BxTxF = ACTIVATIONS[self.activation](wide("gate")) * wide("up")
     else:
       h_BxTxF = ACTIVATIONS[self.activation](wide("up"))
-    return Linear((self.mlp_dim, width), dtype=self.dtype, init=self.out_init, bias=self.bias,
+    return Linear((self.mlp_dim, width), dtype=self.dtype, kernel_init=self.out_init, bias=self.bias,
                   name="down")(h_BxTxF)

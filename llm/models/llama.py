@@ -4,7 +4,7 @@ from flax import linen as nn
 
 from llm.config import ModelConfig
 from llm.models import attention, transformer
-from llm.models.layers import Embed
+from llm.models.layers import Embed, normal
 from llm.sharding import BATCH, constrain
 
 STYLE = transformer.Style(post_norm=False, causal=True, activation="silu", norm_epsilon=1e-5, scaled_residual_init=False,
@@ -27,7 +27,8 @@ class Backbone(nn.Module):
   @nn.compact
   def __call__(self, batch, *, train: bool) -> tuple[jax.Array, jax.Array]:
     cfg, dtype = self.config, transformer.compute_dtype(self.config)
-    embed = lambda name: Embed(transformer.padded_vocab(cfg.vocab_size), cfg.width, dtype, split="tensor", name=name)
+    embed = lambda name: Embed(transformer.padded_vocab(cfg.vocab_size), cfg.width, dtype,
+                               normal(cfg.init_std), split="tensor", name=name)
     x_BxTxD, table_VxD = embed("token")(batch["tokens"])
     if not cfg.tied:
       table_VxD = embed("output").table()

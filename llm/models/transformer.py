@@ -23,7 +23,7 @@ class Style:
   causal: bool
   activation: str            # a key of layers.ACTIVATIONS
   norm_epsilon: float
-  scaled_residual_init: bool  # output projections start at 0.02 / sqrt(2 L) (GPT-2)
+  scaled_residual_init: bool  # output projections start at init_std / sqrt(2 L) (GPT-2)
   norm: str = "layer"        # a key of layers.NORMS
   bias: bool = True          # of the linear layers
   gated: bool = False        # feed-forward
@@ -53,7 +53,8 @@ class Attention(nn.Module):
     cfg, dtype = self.config, compute_dtype(self.config)
     heads, kv_heads = cfg.num_heads, cfg.num_kv_heads or cfg.num_heads
     head_width = cfg.width // cfg.num_heads
-    q, k, v = (Linear((cfg.width, count, head_width), out=2, dtype=dtype, bias=self.style.bias, name=name)(x_BxTxD)
+    q, k, v = (Linear((cfg.width, count, head_width), out=2, dtype=dtype, kernel_init=normal(cfg.init_std),
+                      bias=self.style.bias, name=name)(x_BxTxD)
                for name, count in (("query", heads), ("key", kv_heads), ("value", kv_heads)))
     if self.style.rotary:
       q = attention_lib.rotary(q, visibility.q_positions_BxT, cfg.rope_theta)
@@ -64,7 +65,7 @@ class Attention(nn.Module):
     key = self.make_rng("dropout") if self.train and cfg.dropout else None
     mixed = attention_lib.attend(q, k, v, visibility, scale=head_width ** -0.5,
                                  dropout_rate=cfg.dropout, key=key)
-    return Linear((heads, head_width, cfg.width), dtype=dtype, init=residual_init(cfg, self.style),
+    return Linear((heads, head_width, cfg.width), dtype=dtype, kernel_init=residual_init(cfg, self.style),
                   bias=self.style.bias, name="out")(mixed)
 
 
@@ -76,7 +77,7 @@ def norm(config: ModelConfig, style: Style, name: str) -> nn.Module:
 def residual_init(config: ModelConfig, style: Style):
   """Initialiser of the projections that write to the residual stream."""
   shrink = (2 * config.num_layers) ** -0.5 if style.scaled_residual_init else 1.0
-  return normal(0.02 * shrink)
+  return normal(config.init_std * shrink)
 
 
 class Block(nn.Module):
@@ -89,7 +90,7 @@ class Block(nn.Module):
   def __call__(self, x_BxTxD, visibility):
     cfg, style = self.config, self.style
     attention = Attention(cfg, style, self.train, name="attention")
-    mlp = MLP(cfg.mlp_dim, style.activation, compute_dtype(cfg), residual_init(cfg, style),
+    mlp = MLP(cfg.mlp_dim, style.activation, compute_dtype(cfg), normal(cfg.init_std), residual_init(cfg, style),
               style.gated, style.bias, name="mlp")
     norms = [norm(cfg, style, n) for n in ("attention_norm", "mlp_norm")]
     for layer, normed in zip((lambda x: attention(x, visibility), mlp), norms):

@@ -156,16 +156,17 @@ def measure(tuner: FineTuner, setting: Setting, train: Split, validation: Split,
   """Result rows of one setting: each arm and each classical model, {"model", "labels", ...}."""
   draws = [draw(train, setting.labels, n) for n in range(setting.draws)]
   count = setting.labels or len(train.labels)
-  rows = []
-  for arm in tuner.starts:
-    choices = list(itertools.product(setting.learning_rates, setting.epochs))
-    searched = [Run(arm, draws[n], rate, epochs, n) for rate, epochs in choices
-                for n in range(setting.searched)]
-    found = np.array(tuner.accuracies(searched, train, validation, bar)).reshape(len(choices), -1)
-    rate, epochs = choices[int(found.mean(1).argmax())]
-    final = [Run(arm, rows_, rate, epochs, n) for n, rows_ in enumerate(draws)]
-    rows.append(_row(arm, count, tuner.accuracies(final, train, test, bar),
-                     {"learning_rate": rate, "epochs": epochs, "validation": float(found.mean(1).max())}))
+  choices = list(itertools.product(setting.learning_rates, setting.epochs))
+  # All arms at once, so that runs of equal length fill the devices.
+  searched = [Run(arm, draws[n], rate, epochs, n) for arm in tuner.starts for rate, epochs in choices
+              for n in range(setting.searched)]
+  found = np.array(tuner.accuracies(searched, train, validation, bar)).reshape(len(tuner.starts), len(choices), -1).mean(-1)
+  best = {arm: choices[int(of_arm.argmax())] for arm, of_arm in zip(tuner.starts, found)}
+  final = [Run(arm, rows_, *best[arm], n) for arm in tuner.starts for n, rows_ in enumerate(draws)]
+  measured = np.array(tuner.accuracies(final, train, test, bar)).reshape(len(tuner.starts), -1)
+  rows = [_row(arm, count, list(map(float, of_arm)), {"learning_rate": best[arm][0], "epochs": best[arm][1],
+                                                      "validation": float(scores.max())})
+          for arm, of_arm, scores in zip(tuner.starts, measured, found)]
   for name in classical.MODELS:
     rows.append(_classical(name, count, draws, setting, train, validation, test, bar))
   return rows

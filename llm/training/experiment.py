@@ -72,9 +72,10 @@ def _tokenizer(config: Config, start: pathlib.Path | None, train) -> tokenizer_l
   if start and not config.tokenizer.name:
     return manager.load_tokenizer(start)
   made = tokenizer_lib.make(config.tokenizer, train, cache.cache_dir(config.data.cache))
-  if start and made.digest() != manager.load_tokenizer(start).digest():
+  if start and config.transfer.vocabulary == "same" and made.digest() != manager.load_tokenizer(start).digest():
     raise UserError("the vocabulary does not fit the checkpoint: config.tokenizer makes another one than "
-                    f"{start} was trained with (config.tokenizer.name='' takes the checkpoint's)")
+                    f"{start} was trained with (config.tokenizer.name='' takes the checkpoint's; "
+                    "config.transfer.vocabulary='match' matches the rows of another)")
   return made
 
 

@@ -1,7 +1,6 @@
 """Rules address layers one by one, although the layers of a stack are stored as one array.
 
-The virtual paths of `backbone/layers/mlp/up/kernel` are `backbone/layers/0/mlp/up/kernel`, .. . A
-leaf whose layers are partly frozen is split along its layer axis.
+A leaf whose layers are partly frozen is split along its layer axis.
 """
 import re
 from typing import Callable
@@ -9,14 +8,7 @@ from typing import Callable
 import jax.numpy as jnp
 import numpy as np
 
-from llm.core import STACKED, Params, UserError, flatten, unflatten
-
-
-def virtual_paths(path: str, leaf) -> list[str]:
-  """The path of every layer of a stacked leaf; the path itself of any other."""
-  if STACKED not in path:
-    return [path]
-  return [path.replace(STACKED, f"{STACKED}{i}/") for i in range(leaf.shape[0])]
+from llm.core import STACKED, Params, UserError, flatten, unflatten, virtual_paths
 
 
 def by_layer(tree: dict, value: Callable[[str], float]) -> dict:

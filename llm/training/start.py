@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from llm import sharding
-from llm.checkpoints import locate, manager, transfer
+from llm.checkpoints import locate, manager, transfer, vocabulary
 from llm.core import TrainState
 from llm.training import optimizer as optimizer_lib
 from llm.training import partition, step as step_lib
@@ -24,7 +24,10 @@ def _transferred(experiment, fresh, workdir, say):
   """Fresh parameters with those of config.transfer.checkpoint in their place; writes the audit."""
   found = locate.find(experiment.config.transfer.checkpoint, say, experiment.config.data.cache)
   loaded = manager.restore(found, "params")
-  params, audit = transfer.transfer(fresh, loaded, experiment.config.transfer)
+  old = manager.load_tokenizer(found)
+  matching = (vocabulary.match(experiment.tokenizer, old)
+              if experiment.config.transfer.vocabulary == "match" and experiment.tokenizer.digest() != old.digest() else None)
+  params, audit = transfer.transfer(fresh, loaded, experiment.config.transfer, matching)
   say(transfer.table(audit))
   workdir_lib.write_json(workdir / "transfer.json",
               {"checkpoint": str(found), "parameters": [dataclasses.asdict(e) for e in audit]})

