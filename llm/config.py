@@ -29,6 +29,10 @@ class ModelConfig:
   norm_epsilon: float = 0.0  # 0: the architecture's
   rope_theta: float = 10000.0  # base of the rotary wavelengths (llama)
   tied: bool = True         # the output layer is the embedding table (untied: llama)
+  lora_rank: int = 0        # of low-rank adapters beside frozen kernels; 0: none
+  lora_alpha: float = 16.0  # the adapters' output is scaled by alpha / rank
+  lora_targets: str = "attention/(query|value)$"   # regex of the linear layers that get one
+  lora_dropout: float = 0.0  # of the adapters' input
   dtype: str = "auto"       # of the computation; auto: bfloat16 on accelerators, float32 on CPU
   scan: str = "auto"        # scan, unroll; auto: unroll on CPU, scan elsewhere
   remat: str = "none"       # none, full: recompute each block in the backward pass
@@ -148,11 +152,11 @@ CHOICES = {
     "tokenizer.name": ("", "sentencepiece", "wordpiece", "huggingface", "bytes"),
 }
 
-NON_NEGATIVE = {"num_layers", "width", "num_heads", "num_kv_heads", "norm_epsilon", "mlp_dim", "vocab_size", "max_length",
+NON_NEGATIVE = {"num_layers", "width", "num_heads", "num_kv_heads", "norm_epsilon", "lora_rank", "lora_dropout", "mlp_dim", "vocab_size", "max_length",
                 "loss_chunk", "steps", "epochs", "log_every", "eval_every", "eval_batches",
                 "save_every", "learning_rate", "weight_decay", "grad_clip_norm", "seed"}
 POSITIVE = {"batch_size", "sequence_length", "grad_accum_steps", "keep", "slices", "prefetch",
-            "log_every", "layer_decay", "epsilon", "rope_theta", "init_std"}
+            "log_every", "layer_decay", "epsilon", "rope_theta", "init_std", "lora_alpha"}
 
 
 def unknown_key(where: str, key: str, known) -> UserError:

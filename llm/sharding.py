@@ -27,6 +27,8 @@ RULES = (
     (r"mlp/up/bias$", ("tensor",)),
     (r"mlp/down/kernel$", ("tensor", "fsdp")),
     (r"lm/bias$", ("tensor",)),
+    (r"lora_a$", ("fsdp", None)),
+    (r"lora_b$", (None, "tensor")),
     (r"(pooler|transform)/kernel$", ("fsdp", "tensor")),
     (r"(next_sentence|classifier)/kernel$", ("fsdp", None)),
     (r"(out|down|pooler|transform|next_sentence|classifier)/bias$", (None,)),

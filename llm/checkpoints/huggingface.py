@@ -17,7 +17,7 @@ import safetensors.numpy
 import tokenizers
 
 from llm import config as config_lib
-from llm.checkpoints import families, manager, vocabulary
+from llm.checkpoints import adapters, families, manager, vocabulary
 from llm.checkpoints.families import Family
 from llm.config import ModelConfig
 from llm.core import STACKED, Params, UserError, flatten, unflatten
@@ -241,8 +241,8 @@ def _architecture(model: ModelConfig, objective: Mapping[str, Any]) -> str:
 
 
 def export(step: pathlib.Path, folder: pathlib.Path):
-  """Writes a verified checkpoint as a folder that `from_pretrained` loads. Raises UserError where
-  transformers has no such class."""
+  """Writes a verified checkpoint as a folder that `from_pretrained` loads, adapters merged. Raises
+  UserError where transformers has no such class."""
   config = config_lib.freeze(manager.describe(step)["config"])
   model, tokenizer = config.model, manager.load_tokenizer(step)
   family = families.BY_MODEL[model.name]
@@ -253,7 +253,7 @@ def export(step: pathlib.Path, folder: pathlib.Path):
     classes = config.objective["classes"] or ("LABEL_0",)
     theirs |= {"id2label": {str(i): c for i, c in enumerate(classes)}, "label2id": {c: i for i, c in enumerate(classes)},
                "problem_type": "single_label_classification" if len(classes) > 1 else "regression"}
-  leaves = {path: np.asarray(leaf) for path, leaf in flatten(manager.restore(step, "params")).items()}
+  leaves = {path: np.asarray(leaf) for path, leaf in flatten(adapters.merge(manager.restore(step, "params"), model.lora_alpha)).items()}
   tensors = {}
   for tensor in family.tensors:
     if any(path not in leaves for path in tensor.ours):

@@ -11,7 +11,7 @@ import re
 import numpy as np
 import tabulate
 
-from llm.checkpoints import vocabulary
+from llm.checkpoints import adapters, vocabulary
 from llm.config import TransferConfig
 from llm.core import Params, UserError, flatten, unflatten, virtual_paths
 
@@ -112,7 +112,7 @@ def transfer(params: Params, loaded: Params, rules: TransferConfig,
   taken, audit, problems = {}, [], []
   for path, (leaf, layer) in fresh.items():
     shape = _shape(leaf, layer)
-    if skip.match(path):
+    if skip.match(path) or adapters.is_adapter(path):   # config.model.lora_rank asked for these
       audit.append(Entry(path, "fresh", "", shape))
     elif path not in sources:
       problems.append(f"{path} {shape} is not in the checkpoint (skip it to start it fresh, or rename)")

@@ -1,11 +1,14 @@
 """The parts of a block: linear, layer norm, embedding, feed-forward."""
+import dataclasses
 import math
+import re
 from typing import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from llm.models import attention
 from llm.sharding import constrain
 
 normal = nn.initializers.normal
@@ -42,6 +45,18 @@ def _matmul_backward(saved, dy):
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+@dataclasses.dataclass(frozen=True)
+class LoRA:
+  """Low-rank adapters (Hu et al. 2021, section 4.1): y += (x A) B alpha / rank, A normal, B zero at first.
+
+  targets: regex of the paths of the linear layers that get one.
+  """
+  rank: int
+  alpha: float
+  targets: str
+  dropout: float
+
+
 class Linear(nn.Module):
   """Contracts the last dimensions of x with those of `shape` not in `out`: x @ kernel + bias.
 
@@ -52,6 +67,7 @@ class Linear(nn.Module):
   dtype: jnp.dtype = jnp.float32
   kernel_init: Callable = normal(0.02)
   bias: bool = True
+  lora: LoRA | None = None
 
   @nn.compact
   def __call__(self, x):
@@ -60,11 +76,23 @@ class Linear(nn.Module):
     # One matrix product whatever the number of head dimensions: the compiler then needs no
     # transposes.
     rows = math.prod(self.shape[:inside])
-    y = matmul(x.reshape(*x.shape[:x.ndim - inside], rows), kernel.reshape(rows, -1))
-    y = y.reshape(*x.shape[:x.ndim - inside], *self.shape[inside:])
+    x = x.reshape(*x.shape[:x.ndim - inside], rows)
+    y = matmul(x, kernel.reshape(rows, -1))
+    if self.lora and re.search(self.lora.targets, "/".join(self.path)):
+      y += self.adapter(x, y.shape[-1])
+    y = y.reshape(*x.shape[:-1], *self.shape[inside:])
     if not self.bias:
       return y
     return y + self.param("bias", nn.initializers.zeros, self.shape[inside:]).astype(self.dtype)
+
+  def adapter(self, x, width: int):
+    """What the low-rank adapter adds. Dropout where there is a key for it: in training."""
+    lora = self.lora
+    a_IxR = self.param("lora_a", normal(x.shape[-1] ** -0.5), (x.shape[-1], lora.rank)).astype(self.dtype)
+    b_RxO = self.param("lora_b", nn.initializers.zeros, (lora.rank, width)).astype(self.dtype)
+    if lora.dropout and self.has_rng("dropout"):
+      x = attention.dropout(x, lora.dropout, self.make_rng("dropout"))
+    return matmul(matmul(x, a_IxR), b_RxO) * (lora.alpha / lora.rank)
 
 
 class LayerNorm(nn.Module):
@@ -129,15 +157,16 @@ class MLP(nn.Module):
   out_init: Callable
   gated: bool
   bias: bool
+  lora: LoRA | None
 
   @nn.compact
   def __call__(self, x_BxTxD):
     width = x_BxTxD.shape[-1]
     wide = lambda name: Linear((width, self.mlp_dim), dtype=self.dtype, kernel_init=self.kernel_init, bias=self.bias,
-                               name=name)(x_BxTxD)
+                               lora=self.lora, name=name)(x_BxTxD)
     if self.gated:
       h_BxTxF = ACTIVATIONS[self.activation](wide("gate")) * wide("up")
     else:
       h_BxTxF = ACTIVATIONS[self.activation](wide("up"))
     return Linear((self.mlp_dim, width), dtype=self.dtype, kernel_init=self.out_init, bias=self.bias,
-                  name="down")(h_BxTxF)
+                  lora=self.lora, name="down")(h_BxTxF)

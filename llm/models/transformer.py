@@ -12,7 +12,7 @@ from flax import linen as nn
 from llm.config import ModelConfig
 from llm.core import round_up
 from llm.models import attention as attention_lib
-from llm.models.layers import NORMS, Linear, MLP, normal
+from llm.models.layers import NORMS, Linear, LoRA, MLP, normal
 from llm.sharding import BATCH, constrain
 
 
@@ -54,7 +54,7 @@ class Attention(nn.Module):
     heads, kv_heads = cfg.num_heads, cfg.num_kv_heads or cfg.num_heads
     head_width = cfg.width // cfg.num_heads
     q, k, v = (Linear((cfg.width, count, head_width), out=2, dtype=dtype, kernel_init=normal(cfg.init_std),
-                      bias=self.style.bias, name=name)(x_BxTxD)
+                      bias=self.style.bias, lora=lora(cfg), name=name)(x_BxTxD)
                for name, count in (("query", heads), ("key", kv_heads), ("value", kv_heads)))
     if self.style.rotary:
       q = attention_lib.rotary(q, visibility.q_positions_BxT, cfg.rope_theta)
@@ -66,12 +66,17 @@ class Attention(nn.Module):
     mixed = attention_lib.attend(q, k, v, visibility, scale=head_width ** -0.5,
                                  dropout_rate=cfg.dropout, key=key)
     return Linear((heads, head_width, cfg.width), dtype=dtype, kernel_init=residual_init(cfg, self.style),
-                  bias=self.style.bias, name="out")(mixed)
+                  bias=self.style.bias, lora=lora(cfg), name="out")(mixed)
 
 
 def norm(config: ModelConfig, style: Style, name: str) -> nn.Module:
   """A norm of the architecture's kind."""
   return NORMS[style.norm](config.norm_epsilon or style.norm_epsilon, name=name)
+
+
+def lora(config: ModelConfig) -> LoRA | None:
+  """The adapters that the config asks for."""
+  return LoRA(config.lora_rank, config.lora_alpha, config.lora_targets, config.lora_dropout) if config.lora_rank else None
 
 
 def residual_init(config: ModelConfig, style: Style):
@@ -91,7 +96,7 @@ class Block(nn.Module):
     cfg, style = self.config, self.style
     attention = Attention(cfg, style, self.train, name="attention")
     mlp = MLP(cfg.mlp_dim, style.activation, compute_dtype(cfg), normal(cfg.init_std), residual_init(cfg, style),
-              style.gated, style.bias, name="mlp")
+              style.gated, style.bias, lora(cfg), name="mlp")
     norms = [norm(cfg, style, n) for n in ("attention_norm", "mlp_norm")]
     for layer, normed in zip((lambda x: attention(x, visibility), mlp), norms):
       if style.post_norm:

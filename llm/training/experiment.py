@@ -2,6 +2,7 @@
 import dataclasses
 import math
 import pathlib
+import re
 from typing import Callable
 
 from llm.checkpoints import locate, manager
@@ -57,6 +58,10 @@ def _following(model: ModelConfig, start: dict | None, vocab_size: int) -> Model
     raise UserError(f"config.model.num_heads={model.num_heads} must be a multiple of num_kv_heads={model.num_kv_heads}")
   if not model.tied and model.name != "llama":
     raise UserError(f"config.model.tied=False: the output layer of {model.name} is its embedding table")
+  try:
+    re.compile(model.lora_targets)
+  except re.error as error:
+    raise UserError(f"config.model.lora_targets={model.lora_targets!r} is no regular expression: {error}")
   if model.dropout >= 1:
     raise UserError(f"config.model.dropout must lie in [0, 1), not {model.dropout}")
   return dataclasses.replace(model, vocab_size=vocab_size, dropout=max(model.dropout, 0.0))

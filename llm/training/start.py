@@ -5,12 +5,16 @@ import pathlib
 import jax
 import numpy as np
 
+from llm import config as config_lib
 from llm import sharding
-from llm.checkpoints import locate, manager, transfer, vocabulary
-from llm.core import TrainState
+from llm.checkpoints import adapters, locate, manager, transfer, vocabulary
+from llm.core import TrainState, UserError, flatten
 from llm.training import optimizer as optimizer_lib
 from llm.training import partition, step as step_lib
 from llm.training import workdir as workdir_lib
+
+# What adapters leave frozen where config.optimizer.freeze does not say: the backbone, not the head.
+ALL_BUT_ADAPTERS = r"^backbone/(?!.*/lora_[ab]$)"
 
 
 def _fresh_params(experiment, batch, mesh, seed: int):
@@ -20,17 +24,21 @@ def _fresh_params(experiment, batch, mesh, seed: int):
   return jax.jit(init, out_shardings=placed)()
 
 
+def _alpha(step: pathlib.Path) -> float:
+  return config_lib.freeze(manager.describe(step)["config"]).model.lora_alpha
+
+
 def _transferred(experiment, fresh, workdir, say):
   """Fresh parameters with those of config.transfer.checkpoint in their place; writes the audit."""
   found = locate.find(experiment.config.transfer.checkpoint, say, experiment.config.data.cache)
-  loaded = manager.restore(found, "params")
+  loaded = adapters.merge(manager.restore(found, "params"), _alpha(found))
   old = manager.load_tokenizer(found)
   matching = (vocabulary.match(experiment.tokenizer, old)
               if experiment.config.transfer.vocabulary == "match" and experiment.tokenizer.digest() != old.digest() else None)
   params, audit = transfer.transfer(fresh, loaded, experiment.config.transfer, matching)
   say(transfer.table(audit))
-  workdir_lib.write_json(workdir / "transfer.json",
-              {"checkpoint": str(found), "parameters": [dataclasses.asdict(e) for e in audit]})
+  workdir_lib.write_json(workdir / "transfer.json", {
+      "checkpoint": str(found), "parameters": [dataclasses.asdict(e) for e in audit]})
   placed = jax.tree.map(lambda old, new: jax.device_put(new, old.sharding).astype(old.dtype), fresh, params)
   return placed, f"transferred from {found}"
 
@@ -40,7 +48,10 @@ def first_state(experiment, own: pathlib.Path | None, workdir, mesh, say):
   config = experiment.config
   one = jax.tree.map(lambda x: np.asarray(x), experiment.batches.read(0, range(1)))
   shapes = jax.eval_shape(lambda: step_lib.init_params(experiment.model, one, jax.random.key(0)))
-  marks = partition.frozen_layers(shapes, config.optimizer.freeze)
+  if config.model.lora_rank and not any(adapters.is_adapter(path) for path in flatten(shapes)):
+    raise UserError(f"config.model.lora_targets={config.model.lora_targets!r} matches no linear layer; they are called "
+                    "attention/query, key, value, out and mlp/up, gate, down")
+  marks = partition.frozen_layers(shapes, config.optimizer.freeze or (ALL_BUT_ADAPTERS if config.model.lora_rank else ""))
   trained_shapes, _ = jax.eval_shape(lambda p: partition.split(p, marks), shapes)
   optimizer = optimizer_lib.make(config.optimizer, trained_shapes, config.model.num_layers,
                                  config.training.steps)
