@@ -16,7 +16,8 @@ from llm import config as config_lib
 from llm.checkpoints import families, huggingface, locate, manager
 from llm.core import UserError, flatten
 from llm.objectives import base
-from llm.training import experiment
+from llm.training import experiment, loop
+from tests.conftest import tiny
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 NAMES = ("bert_pretraining", "bert_classifier", "gpt2", "llama", "llama_tied")
@@ -115,9 +116,17 @@ def test_in_and_out_is_bit_equal(name, tmp_path):
   assert {k: old[k] for k in given} == {k: new[k] for k in given}
 
 
+def test_two_lines_load_a_checkpoint():
+  import llm
+  bundle = llm.load(GOLDEN / "bert_classifier")
+  expected = dict(np.load(GOLDEN / "bert_classifier" / "expected.npz"))
+  _close(bundle.model.apply({"params": bundle.params}, _batch(expected), train=False)["logits"], expected["logits"])
+  assert bundle.tokenizer.vocab_size == bundle.config.model.vocab_size and bundle.config.objective["classes"] == ("no", "maybe", "yes")
+
+
 def test_a_folder_of_theirs_is_a_start_like_ours(tmp_path, reviews):
   """Fine-tuning follows the foreign checkpoint's model and tokenizer; nothing else is set."""
-  from llm.training import loop
+
   config = config_lib.defaults(base.defaults("classification"))
   config.transfer.update(checkpoint=str(GOLDEN / "bert_pretraining"), skip=(r"^head/(?!pooler)",))
   config.data.update(train=f"jsonl:{reviews}/train.jsonl", eval=f"jsonl:{reviews}/eval.jsonl")
@@ -215,3 +224,22 @@ def test_what_transformers_has_no_class_for_is_refused(tmp_path):
   (step / "description.json").write_text(json.dumps(described))
   with pytest.raises(UserError, match="no class for bert with classification pooled by mean"):
     huggingface.export(step, tmp_path)
+
+
+@pytest.mark.parametrize("mesh", [{"mesh__data": 2, "mesh__fsdp": 4}, pytest.param(
+    {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}, marks=pytest.mark.slow)], ids=["fsdp", "tensor"])
+@pytest.mark.parametrize("name", ["bert_pretraining", "gpt2", "llama"])
+def test_round_trip_over_a_mesh(name, mesh, corpus, tmp_path):
+  """In, onto a mesh, a step of rate 0, out: the same bits."""
+  kind = "bert" if name.startswith("bert") else "gpt"
+  shape = {f"model__{k}": type(getattr(config_lib.ModelConfig(), k))() for k in
+           ("name", "num_layers", "width", "num_heads", "mlp_dim", "max_length")}
+  config = tiny(kind, f"text:{corpus}", transfer__checkpoint=str(GOLDEN / name), tokenizer__name="", optimizer__learning_rate=0.0,
+                training__steps=1, training__sequence_length=16, **shape, **mesh)
+  loop.train(config, tmp_path / "run")
+  (tmp_path / "out").mkdir()
+  huggingface.export(manager.find(tmp_path / "run"), tmp_path / "out")
+  before, after = (safetensors.numpy.load_file(f / "model.safetensors") for f in (GOLDEN / name, tmp_path / "out"))
+  assert set(before) == set(after)
+  for key, tensor in before.items():
+    np.testing.assert_array_equal(tensor, after[key])
