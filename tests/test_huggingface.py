@@ -121,7 +121,7 @@ def test_two_lines_load_a_checkpoint():
   bundle = llm.load(GOLDEN / "bert_classifier")
   expected = dict(np.load(GOLDEN / "bert_classifier" / "expected.npz"))
   _close(bundle.model.apply({"params": bundle.params}, _batch(expected), train=False)["logits"], expected["logits"])
-  assert bundle.tokenizer.vocab_size == bundle.config.model.vocab_size and bundle.config.objective["classes"] == ("no", "maybe", "yes")
+  assert bundle.tokenizer.vocab_size == bundle.config.model.vocab_size and tuple(bundle.config.objective["classes"]) == ("no", "maybe", "yes")
 
 
 def test_a_folder_of_theirs_is_a_start_like_ours(tmp_path, reviews):
