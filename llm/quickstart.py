@@ -35,28 +35,33 @@ _QUICK = flags.DEFINE_bool("quick", False, "Little pretraining, fewer draws.")
 _CACHE = flags.DEFINE_string("cache", "", "Where fetched archives are kept; default ~/.cache/pretune.")
 _OFFLINE = flags.DEFINE_bool("offline", False, "Fetch nothing: the archives are in the cache.")
 
-LENGTH = 48          # holds nine review sentences of ten
+LENGTH = 40          # holds most review sentences whole
 BATCH_SIZE = 32      # of fine-tuning
 
 # Where labels are few, 20 draws of them; the search for each arm runs on its first draws.
-RATES = (3e-4, 1e-3)
+RATES = (1e-3, 3e-3)
 FULL = (
     Setting(64, draws=20, searched=2, learning_rates=RATES, epochs=(20,)),
-    Setting(256, draws=6, searched=1, learning_rates=RATES, epochs=(5,)),
-    Setting(0, draws=2, searched=1, learning_rates=RATES, epochs=(1,)),
+    Setting(256, draws=10, searched=2, learning_rates=RATES, epochs=(5,)),
+    Setting(0, draws=2, searched=1, learning_rates=RATES, epochs=(2,)),
 )
 QUICK = (Setting(64, draws=10, searched=2, learning_rates=RATES, epochs=(10,)),)
 
 
 def pretraining_config(quick: bool) -> config_lib.Config:
-  """A BERT of 2 layers and width 128, MLM and NSP."""
+  """A BERT of one layer and width 128, MLM and NSP.
+
+  A second layer, or weights that start at the published 0.02 (right for width 768), stays for all of
+  these minutes on the plateau where only the frequency of words is learned: after 1,400 steps 12% of the
+  masked words were found, with these settings 20%.
+  """
   config = config_lib.defaults(base.defaults("masked_lm"))
-  config.model.update(name="bert", num_layers=2, width=128, num_heads=2, mlp_dim=512, max_length=64, dropout=0.0)
-  config.data.update(train="embedded:wikipedia@0.4,embedded:reviews@0.6", cache=_CACHE.value)
-  config.tokenizer.update(name="sentencepiece", vocab_size=4096)
-  config.objective.mask_rate = 0.4   # more to learn from each row than 0.15 (Wettig et al. 2023)
-  config.optimizer.update(learning_rate=1e-3, beta2=0.98)
-  config.training.update(steps=500 if quick else 3000, batch_size=32, sequence_length=LENGTH,
+  config.model.update(name="bert", num_layers=1, width=128, num_heads=2, mlp_dim=512, max_length=64, dropout=0.0, init_std=0.08)
+  config.data.update(train="embedded:wikipedia@0.3,embedded:reviews@0.7", cache=_CACHE.value)
+  config.tokenizer.update(name="sentencepiece", vocab_size=8192)
+  config.objective.mask_rate = 0.5   # more to learn from each row than 0.15 (Wettig et al. 2023)
+  config.optimizer.update(learning_rate=4e-3, beta2=0.98)
+  config.training.update(steps=500 if quick else 4500, batch_size=32, sequence_length=LENGTH,
                          log_every=100 if quick else 250)
   return config_lib.freeze(config)
 
