@@ -28,15 +28,13 @@ def _output() -> pathlib.Path:
   return output
 
 
-def from_hf():
-  """A folder of transformers becomes a workdir of ours."""
+def _take_in(read):
+  """What `read` makes of --source becomes a workdir of ours."""
   output = _output()
   if not _SOURCE.value:
-    raise UserError("--source is missing: a folder in the layout of transformers, or hf:ORG/NAME")
-  folder = locate.foreign(_SOURCE.value, cache.cache_dir()) or pathlib.Path(_SOURCE.value).expanduser().absolute()
-  if not huggingface.is_layout(folder):
-    raise UserError(f"{folder} is no folder of transformers: it has no config.json with a model_type")
-  cache.made_once(output, lambda scratch: huggingface.convert(folder, scratch))
+    raise UserError("--source is missing: what to convert")
+  source = locate.foreign(_SOURCE.value, cache.cache_dir()) or pathlib.Path(_SOURCE.value).expanduser().absolute()
+  cache.made_once(output, lambda scratch: huggingface.write(*read(source), scratch, str(source)))
   print(f"{output} is a checkpoint: `python -m llm.show checkpoint --checkpoint={output}` lists it")
 
 
@@ -50,17 +48,7 @@ def to_hf():
   print(f"{output} is a folder of transformers: from_pretrained({str(output)!r}) loads it")
 
 
-def from_gguf():
-  """A GGUF file becomes a workdir of ours."""
-  output = _output()
-  if not _SOURCE.value:
-    raise UserError("--source is missing: a .gguf file")
-  source = pathlib.Path(_SOURCE.value).expanduser().absolute()
-  cache.made_once(output, lambda scratch: huggingface.write(*gguf.read(source), scratch, str(source)))
-  print(f"{output} is a checkpoint: `python -m llm.show checkpoint --checkpoint={output}` lists it")
-
-
-VERBS = {"from_hf": from_hf, "from_gguf": from_gguf, "to_hf": to_hf}
+VERBS = {"from_hf": lambda: _take_in(huggingface.read), "from_gguf": lambda: _take_in(gguf.read), "to_hf": to_hf}
 
 
 if __name__ == "__main__":

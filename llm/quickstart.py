@@ -75,8 +75,10 @@ def fine_tuner(pretrained: pathlib.Path, data: DataConfig):
             for s, source in by_split.items()}
   model = dataclasses.replace(saved.config.model, dropout=0.1)
   one = {k: v[:1] for k, v in splits["train"].arrays.items()}
-  scratch = jax.tree.map(np.asarray, step_lib.init_params(
-      experiment.build(objective, model), one, jax.random.key(1)))
+  # Labels alone are learned better from the published 0.02 (validation: 56 against 53 at 64 labels, 61 against 56
+  # at 256), pretraining is not: each arm has what serves it.
+  fresh = experiment.build(objective, dataclasses.replace(model, init_std=0.02))
+  scratch = jax.tree.map(np.asarray, step_lib.init_params(fresh, one, jax.random.key(1)))
   start, _ = transfer.transfer(scratch, manager.restore(pretrained, "params"), TransferConfig(skip=("^head/",)))
   mesh = sharding.make_mesh(MeshConfig())
   tuner = label_efficiency.FineTuner(objective, model, {"pretrained": start, "scratch": scratch}, BATCH_SIZE, mesh)

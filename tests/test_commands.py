@@ -110,6 +110,11 @@ MISTAKES = [
     (["llm.evaluate", "--checkpoint=no/such"], "no such checkpoint folder"),
     (["llm.evaluate", "--checkpoint=tests"], "holds no complete checkpoint"),
     (["llm.predict", "--checkpoint=tests"], "either --text or --input"),
+    (["llm.convert", "sideways"], "needs one of from_hf, from_gguf, to_hf"),
+    (["llm.convert", "from_hf", "--source=tests"], "--output is missing"),
+    (["llm.convert", "from_hf", "--source=tests", "--output=W"], "no folder of transformers"),
+    (["llm.convert", "from_gguf", "--source=README.md", "--output=W"], "cannot be read as GGUF|needs the package gguf"),
+    (["llm.convert", "to_hf", "--checkpoint=tests", "--output=tests"], "exists"),
 ]
 
 

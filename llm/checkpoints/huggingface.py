@@ -7,13 +7,12 @@ import dataclasses
 import json
 import pathlib
 import re
-from typing import Any, Iterator, Mapping
+from typing import Any, Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.numpy
 import tokenizers
 
 from llm import config as config_lib
@@ -188,6 +187,8 @@ Converted = tuple[Params, config_lib.Config, tokenizer_lib.Tokenizer]
 
 def read(folder: pathlib.Path) -> Converted:
   """A folder of transformers, ours. Raises UserError on what cannot be exact."""
+  if not is_layout(folder):
+    raise UserError(f"{folder} is no folder of transformers: it has no config.json with a model_type")
   return assemble(_json(folder / "config.json"), read_tokenizer(folder), Weights(folder))
 
 
@@ -253,24 +254,42 @@ def export(step: pathlib.Path, folder: pathlib.Path):
     classes = config.objective["classes"] or ("LABEL_0",)
     theirs |= {"id2label": {str(i): c for i, c in enumerate(classes)}, "label2id": {c: i for i, c in enumerate(classes)},
                "problem_type": "single_label_classification" if len(classes) > 1 else "regression"}
-  leaves = {path: np.asarray(leaf) for path, leaf in flatten(adapters.merge(manager.restore(step, "params"), model.lora_alpha)).items()}
-  tensors = {}
+  leaves = flatten(adapters.merge(manager.restore(step, "params"), model.lora_alpha))
+  held = {path for tensor in family.tensors for path in tensor.ours}
+  if strange := sorted(set(leaves) - held):
+    raise UserError(f"{step}: transformers has no place for {', '.join(strange)}")
+  _save(folder / WEIGHTS, lambda: _tensors(family, leaves, model))
+  (folder / "config.json").write_text(json.dumps(theirs, indent=2))
+  write_tokenizer(tokenizer, folder, model.max_length)
+
+
+def _tensors(family: Family, leaves: Mapping[str, np.ndarray], model: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
+  """Their tensors by name, made one at a time."""
   for tensor in family.tensors:
     if any(path not in leaves for path in tensor.ours):
       continue
-    parts = [leaves.pop(path) for path in tensor.ours]
+    parts = [np.asarray(leaves[path]) for path in tensor.ours]
     if tensor.ours[0] in vocabulary.PATHS:
       parts = [parts[0][:model.vocab_size]]
     if STACKED in tensor.ours[0]:
       for layer in range(model.num_layers):
-        tensors[tensor.theirs.format(layer)] = tensor.to_theirs([part[layer] for part in parts])
+        yield tensor.theirs.format(layer), tensor.to_theirs([part[layer] for part in parts])
     else:
-      tensors[tensor.theirs] = tensor.to_theirs(parts)
-  if leaves:
-    raise UserError(f"{step}: transformers has no place for {', '.join(sorted(leaves))}")
-  safetensors.numpy.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-  (folder / "config.json").write_text(json.dumps(theirs, indent=2))
-  write_tokenizer(tokenizer, folder, model.max_length)
+      yield tensor.theirs, tensor.to_theirs(parts)
+
+
+def _save(path: pathlib.Path, tensors: Callable[[], Iterator[tuple[str, np.ndarray]]]):
+  """A safetensors file of float32, tensor by tensor: the package's own writer wants all of them at once."""
+  header, end = {"__metadata__": {"format": "pt"}}, 0
+  for name, tensor in tensors():
+    header[name] = {"dtype": "F32", "shape": tensor.shape, "data_offsets": (end, end + 4 * tensor.size)}
+    end += 4 * tensor.size
+  text = json.dumps(header).encode()
+  text += b" " * (-len(text) % 8)   # the data begins at a multiple of eight
+  with open(path, "wb") as file:
+    file.write(len(text).to_bytes(8, "little") + text)
+    for _, tensor in tensors():
+      file.write(np.ascontiguousarray(tensor, "<f4").data)
 
 
 def write_tokenizer(tokenizer: tokenizer_lib.Tokenizer, folder: pathlib.Path, max_length: int):

@@ -3,9 +3,8 @@ import jax
 from flax import linen as nn
 
 from llm.config import ModelConfig
-from llm.models import attention, transformer
+from llm.models import transformer
 from llm.models.layers import Embed, normal
-from llm.sharding import BATCH, constrain
 
 STYLE = transformer.Style(post_norm=True, causal=False, activation="gelu", norm_epsilon=1e-12,
                           scaled_residual_init=False)
@@ -31,9 +30,5 @@ class Backbone(nn.Module):
     x_BxTxD += Embed(cfg.max_length, cfg.width, dtype, init, name="position")(batch["positions"])[0]
     x_BxTxD += Embed(2, cfg.width, dtype, init, name="type")(batch["types"])[0]
     x_BxTxD = transformer.norm(cfg, STYLE, "embedding_norm")(x_BxTxD)
-    key = self.make_rng("dropout") if train and cfg.dropout else None
-    x_BxTxD = attention.dropout(x_BxTxD, cfg.dropout, key)
-    x_BxTxD = constrain(x_BxTxD, BATCH, "context", None)
-    visibility = attention.self_visibility(batch, causal=STYLE.causal)
-    x_BxTxD = transformer.stack(cfg, STYLE, x_BxTxD, visibility, train=train)
+    x_BxTxD = transformer.trunk(self, STYLE, x_BxTxD, batch, train=train)
     return x_BxTxD, table_VxD

@@ -3,9 +3,8 @@ import jax
 from flax import linen as nn
 
 from llm.config import ModelConfig
-from llm.models import attention, transformer
+from llm.models import transformer
 from llm.models.layers import Embed, normal
-from llm.sharding import BATCH, constrain
 
 STYLE = transformer.Style(post_norm=False, causal=True, activation="gelu_tanh",
                           norm_epsilon=1e-5, scaled_residual_init=True)
@@ -30,9 +29,5 @@ class Backbone(nn.Module):
                                normal(cfg.init_std), split="tensor", name="token")(batch["tokens"])
     x_BxTxD += Embed(cfg.max_length, cfg.width, dtype, normal(cfg.init_std / 2),
                      name="position")(batch["positions"])[0]
-    key = self.make_rng("dropout") if train and cfg.dropout else None
-    x_BxTxD = attention.dropout(x_BxTxD, cfg.dropout, key)
-    x_BxTxD = constrain(x_BxTxD, BATCH, "context", None)
-    visibility = attention.self_visibility(batch, causal=STYLE.causal)
-    x_BxTxD = transformer.stack(cfg, STYLE, x_BxTxD, visibility, train=train)
+    x_BxTxD = transformer.trunk(self, STYLE, x_BxTxD, batch, train=train)
     return transformer.norm(cfg, STYLE, "final_norm")(x_BxTxD), table_VxD

@@ -3,9 +3,8 @@ import jax
 from flax import linen as nn
 
 from llm.config import ModelConfig
-from llm.models import attention, transformer
+from llm.models import transformer
 from llm.models.layers import Embed, normal
-from llm.sharding import BATCH, constrain
 
 STYLE = transformer.Style(post_norm=False, causal=True, activation="silu", norm_epsilon=1e-5, scaled_residual_init=False,
                           norm="rms", bias=False, gated=True, rotary=True)
@@ -32,9 +31,5 @@ class Backbone(nn.Module):
     x_BxTxD, table_VxD = embed("token")(batch["tokens"])
     if not cfg.tied:
       table_VxD = embed("output").table()
-    key = self.make_rng("dropout") if train and cfg.dropout else None
-    x_BxTxD = attention.dropout(x_BxTxD, cfg.dropout, key)
-    x_BxTxD = constrain(x_BxTxD, BATCH, "context", None)
-    visibility = attention.self_visibility(batch, causal=STYLE.causal)
-    x_BxTxD = transformer.stack(cfg, STYLE, x_BxTxD, visibility, train=train)
+    x_BxTxD = transformer.trunk(self, STYLE, x_BxTxD, batch, train=train)
     return transformer.norm(cfg, STYLE, "final_norm")(x_BxTxD), table_VxD

@@ -119,3 +119,12 @@ def stack(config: ModelConfig, style: Style, x_BxTxD, visibility, *, train: bool
                    split_rngs={"params": True, "dropout": True}, length=config.num_layers,
                    unroll=config.num_layers if unroll else 1)
   return layers(config, style, train, name=name)(x_BxTxD, visibility)[0]
+
+
+def trunk(backbone: nn.Module, style: Style, x_BxTxD, batch, *, train: bool):
+  """Dropout of what is embedded, then the stack -> BxTxD. Called inside a backbone with a `config`."""
+  config = backbone.config
+  key = backbone.make_rng("dropout") if train and config.dropout else None
+  x_BxTxD = constrain(attention_lib.dropout(x_BxTxD, config.dropout, key), BATCH, "context", None)
+  visibility = attention_lib.self_visibility(batch, causal=style.causal)
+  return stack(config, style, x_BxTxD, visibility, train=train)
