@@ -235,8 +235,9 @@ def test_every_config_is_valid(path):
   spec = importlib.util.spec_from_file_location(path.stem, path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  from llm.models import bert, gpt
-  arguments = {"pretrain_bert": [*bert.SIZES, *(f"{s}-512" for s in bert.SIZES)], "pretrain_gpt": list(gpt.SIZES)}.get(
+  from llm.models import bert, gpt, llama
+  arguments = {"pretrain_bert": [*bert.SIZES, *(f"{s}-512" for s in bert.SIZES)], "pretrain_gpt": list(gpt.SIZES),
+               "pretrain_llama": list(llama.SIZES)}.get(
       path.stem, ["", "reviews", "imdb", *getattr(module, "GLUE", ())])
   for argument in arguments:
     config_lib.freeze(module.get_config(argument))

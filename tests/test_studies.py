@@ -52,7 +52,7 @@ def test_a_plain_study_learns_and_its_rows_hold_what_was_measured(study):
   for arm in ("pretrained", "scratch"):
     assert found[arm]["chosen"]["learning_rate"] == 1e-2 and found[arm]["accuracy_mean"] > 0.9
     assert found[arm]["accuracy_mean"] == np.mean(found[arm]["accuracies"]) and found[arm]["seeds"] == 2
-  assert found["tfidf_lr"]["accuracy_mean"] == found["nbsvm"]["accuracy_mean"] == 1.0
+  assert min(found[m]["accuracy_mean"] for m in classical.MODELS) > 0.8
   assert differences[0]["labels"] == 96
 
 

