@@ -59,14 +59,14 @@ class PlainBERT(nn.Module):
   def __init__(self, layers, width, heads, vocab, length):
     super().__init__()
     self.token, self.position = nn.Embedding(vocab, width), nn.Embedding(length, width)
-    self.type, self.norm = nn.Embedding(2, width), nn.LayerNorm(width)
+    self.segment, self.norm = nn.Embedding(2, width), nn.LayerNorm(width)
     self.blocks = nn.ModuleList(Block(width, heads, causal=False) for _ in range(layers))
     self.transform, self.transform_norm = nn.Linear(width, width), nn.LayerNorm(width)
     self.bias = nn.Parameter(torch.zeros(vocab))
     self.pooler, self.pair = nn.Linear(width, width), nn.Linear(width, 2)
 
   def forward(self, tokens, types, positions, targets, pairs):
-    x = self.token(tokens) + self.position.weight[:tokens.shape[1]] + self.type(types)
+    x = self.token(tokens) + self.position.weight[:tokens.shape[1]] + self.segment(types)
     x = self.norm(x)
     for block in self.blocks:
       x = block(x)
