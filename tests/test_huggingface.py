@@ -55,6 +55,13 @@ def _close(found, expected, tolerance=1e-4):
   np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.abs(expected).max() + 1e-7)
 
 
+def _same_bits(*folders):
+  before, after = (safetensors.numpy.load_file(folder / "model.safetensors") for folder in folders)
+  assert set(before) == set(after)
+  for key, tensor in before.items():
+    np.testing.assert_array_equal(tensor, after[key])
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_are_torchs(name):
   made, params, expected = _loaded(name)
@@ -107,10 +114,7 @@ def test_in_and_out_is_bit_equal(name, tmp_path):
   huggingface.convert(GOLDEN / name, tmp_path / "ours")
   (tmp_path / "theirs").mkdir()
   huggingface.export(manager.find(tmp_path / "ours"), tmp_path / "theirs")
-  before, after = (safetensors.numpy.load_file(f / "model.safetensors") for f in (GOLDEN / name, tmp_path / "theirs"))
-  assert set(before) == set(after)
-  for key, tensor in before.items():
-    np.testing.assert_array_equal(tensor, after[key])
+  _same_bits(GOLDEN / name, tmp_path / "theirs")
   old, new = (json.loads((f / "config.json").read_text()) for f in (GOLDEN / name, tmp_path / "theirs"))
   given = [k for k in new if old.get(k) is not None]
   assert {k: old[k] for k in given} == {k: new[k] for k in given}
@@ -239,7 +243,4 @@ def test_round_trip_over_a_mesh(name, mesh, corpus, tmp_path):
   loop.train(config, tmp_path / "run")
   (tmp_path / "out").mkdir()
   huggingface.export(manager.find(tmp_path / "run"), tmp_path / "out")
-  before, after = (safetensors.numpy.load_file(f / "model.safetensors") for f in (GOLDEN / name, tmp_path / "out"))
-  assert set(before) == set(after)
-  for key, tensor in before.items():
-    np.testing.assert_array_equal(tensor, after[key])
+  _same_bits(GOLDEN / name, tmp_path / "out")

@@ -30,6 +30,7 @@ class Experiment:
   batches: Batches | None = None
   eval_rows: base.Rows | None = None
   names: tuple[str, ...] = ()      # of the training sources
+  start: pathlib.Path | None = None   # the verified step that the run resumes or transfers from
 
   def description(self) -> dict:
     """What a checkpoint says of itself."""
@@ -127,7 +128,7 @@ def prepare(config: Config, own: pathlib.Path | None = None, say: Callable = pri
       config, model=model, objective=base.to_mapping(objective),
       training=dataclasses.replace(config.training, steps=_steps(config, batches), epochs=0.0))
   return Experiment(resolved, objective, tokenizer, build(objective, model), batches, eval_rows,
-                    tuple(s.spec for s in train))
+                    tuple(s.spec for s in train), start)
 
 
 def build(objective: base.Objective, model: ModelConfig) -> Model:

@@ -7,7 +7,7 @@ import numpy as np
 
 from llm import config as config_lib
 from llm import sharding
-from llm.checkpoints import adapters, locate, manager, transfer, vocabulary
+from llm.checkpoints import adapters, manager, transfer, vocabulary
 from llm.core import TrainState, UserError, flatten
 from llm.training import optimizer as optimizer_lib
 from llm.training import partition, step as step_lib
@@ -30,7 +30,7 @@ def _alpha(step: pathlib.Path) -> float:
 
 def _transferred(experiment, fresh, workdir, say):
   """Fresh parameters with those of config.transfer.checkpoint in their place; writes the audit."""
-  found = locate.find(experiment.config.transfer.checkpoint, say, experiment.config.data.cache)
+  found = experiment.start
   loaded = adapters.merge(manager.restore(found, "params"), _alpha(found))
   old = manager.load_tokenizer(found)
   matching = (vocabulary.match(experiment.tokenizer, old)
