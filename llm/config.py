@@ -16,19 +16,21 @@ from llm.core import UserError
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """The network. In a run with `transfer.checkpoint`, what is not set follows the checkpoint."""
-  name: str = ""            # bert, gpt, llama
+  name: str = ""            # bert, gpt, llama, t5
   num_layers: int = 0
   width: int = 0
   num_heads: int = 0
   num_kv_heads: int = 0     # heads of keys and values (llama); 0: num_heads
+  head_width: int = 0       # 0: width / num_heads
   mlp_dim: int = 0
   vocab_size: int = 0       # 0: the tokenizer's
   max_length: int = 0       # positions that the model knows
   dropout: float = -1.0     # -1: as the checkpoint
-  init_std: float = 0.02    # of fresh kernels and embeddings
+  init_std: float = 0.02    # of fresh kernels and embeddings (t5: of embeddings; kernels over sqrt(inputs))
   norm_epsilon: float = 0.0  # 0: the architecture's
   rope_theta: float = 10000.0  # base of the rotary wavelengths (llama)
-  tied: bool = True         # the output layer is the embedding table (untied: llama)
+  tied: bool = True         # the output layer is the embedding table (untied: llama, t5 v1.1)
+  gated: bool = True        # feed-forward of t5: gated GELU (v1.1), or ReLU (v1.0)
   lora_rank: int = 0        # of low-rank adapters beside frozen kernels; 0: none
   lora_alpha: float = 16.0  # the adapters' output is scaled by alpha / rank
   lora_targets: str = "attention/(query|value)$"   # regex of the linear layers that get one
@@ -57,6 +59,7 @@ class TokenizerConfig:
   path: str = ""            # a .model, vocab.txt or tokenizer.json to load; "" : train one
   vocab_size: int = 8192    # of a tokenizer that is trained
   lowercase: bool = True    # of a tokenizer that is trained, or a wordpiece vocabulary
+  sentinels: int = 0        # ids for spans that are cut out (t5: 100), after those of the file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +74,13 @@ class TransferConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """AdamW and its schedule."""
-  name: str = "adamw"
+  """The optimizer and its schedule."""
+  name: str = "adamw"       # adamw, adafactor
   learning_rate: float = 1e-4
-  schedule: str = "linear"  # after the warm-up: linear (to 0), cosine (to a tenth), constant
+  schedule: str = "linear"  # after the warm-up: linear (to 0), cosine (to a tenth), constant; rsqrt (t5): constant,
+                            # then falling with the root of the step, without a rise
   warmup_steps: int = -1    # -1: a tenth of the run
-  beta1: float = 0.9
+  beta1: float = 0.9        # of adamw, as the next two
   beta2: float = 0.999
   epsilon: float = 1e-6
   weight_decay: float = 0.01
@@ -144,17 +148,17 @@ ELSEWHERE = {
 }
 
 CHOICES = {
-    "optimizer.schedule": ("linear", "cosine", "constant"), "optimizer.name": ("adamw",),
+    "optimizer.schedule": ("linear", "cosine", "constant", "rsqrt"), "optimizer.name": ("adamw", "adafactor"),
     "model.dtype": ("auto", "float32", "bfloat16", "float64"),
     "model.scan": ("auto", "scan", "unroll"), "model.remat": ("none", "full"),
-    "model.name": ("", "bert", "gpt", "llama"), "data.sentences": ("split", "lines"),
+    "model.name": ("", "bert", "gpt", "llama", "t5"), "data.sentences": ("split", "lines"),
     "transfer.vocabulary": ("same", "match"),
     "tokenizer.name": ("", "sentencepiece", "wordpiece", "huggingface", "bytes"),
 }
 
-NON_NEGATIVE = {"num_layers", "width", "num_heads", "num_kv_heads", "norm_epsilon", "lora_rank", "lora_dropout", "mlp_dim", "vocab_size", "max_length",
-                "loss_chunk", "steps", "epochs", "log_every", "eval_every", "eval_batches",
-                "save_every", "learning_rate", "weight_decay", "grad_clip_norm", "seed"}
+NON_NEGATIVE = {"num_layers", "width", "num_heads", "num_kv_heads", "head_width", "norm_epsilon", "lora_rank",
+                "lora_dropout", "mlp_dim", "vocab_size", "max_length", "loss_chunk", "steps", "epochs", "log_every", "eval_every", "eval_batches",
+                "save_every", "sentinels", "learning_rate", "weight_decay", "grad_clip_norm", "seed"}
 POSITIVE = {"batch_size", "sequence_length", "grad_accum_steps", "keep", "slices", "prefetch",
             "log_every", "layer_decay", "epsilon", "rope_theta", "init_std", "lora_alpha"}
 

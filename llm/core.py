@@ -15,6 +15,8 @@ A `Batch` is a dict of fixed-shape arrays, B rows each:
   masked_positions, masked_targets, masked_weights   BxM, masked language modelling
   next_sentence, pair_weights  B int32 and float32, 1 where the second part follows the first
   labels, label_weights        B, classification (int32) and regression (float32)
+  decoder_tokens, decoder_segments, decoder_positions   BxT, where an encoder reads BxS and a decoder writes
+                               `targets`, T of them; segments of one number belong together
 """
 from typing import Any
 

@@ -18,11 +18,13 @@ BATCH = ("data", "fsdp")
 # Path -> axes of the trailing dimensions, so that stacked layers need no rule of their own. The
 # optimizer's moments end in the same paths. The first match counts; no match is an error.
 RULES = (
+    (r"/(count|v|v_row|v_col)(/|$)", ()),   # Adafactor: sums of rows and columns, and whole small arrays
     (r"(token|output)/embedding$", ("tensor", "fsdp")),
     (r"(position|type)/embedding$", (None, "fsdp")),
     (r"(query|key|value)/kernel$", ("fsdp", "tensor", None)),
     (r"(query|key|value)/bias$", ("tensor", None)),
-    (r"attention/out/kernel$", ("tensor", None, "fsdp")),
+    (r"relative/embedding$", (None, "tensor")),
+    (r"(attention|cross)/out/kernel$", ("tensor", None, "fsdp")),
     (r"mlp/(up|gate)/kernel$", ("fsdp", "tensor")),
     (r"mlp/up/bias$", ("tensor",)),
     (r"mlp/down/kernel$", ("tensor", "fsdp")),

@@ -46,8 +46,9 @@ def render_row(batch: dict, row: int, tokenizer, classes=()) -> str:
       words.append(piece)
     lines.append(f"  document {segment}, positions {part['positions'][at[0]]}..{part['positions'][at[-1]]}: "
                  + " ".join(words))
-    if "targets" in part:
-      bearing = at[part["weights"][at] > 0]
+    if "targets" in part:   # of a decoder of its own, or of the same places
+      its = np.flatnonzero(part.get("decoder_segments", segments) == segment)
+      bearing = its[part["weights"][its] > 0]
       lines.append(f"    targets (bear loss): {_decoded(tokenizer, part['targets'][bearing])}")
   if masked:
     kinds = {"[MASK]": 0, "kept": 0, "random": 0}

@@ -11,7 +11,8 @@ import numpy as np
 
 from llm.config import ModelConfig
 from llm.core import UserError
-from llm.models import bert, gpt, llama
+from llm.models import bert, gpt, llama, t5
+from llm.models.transformer import padded_vocab
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Tensor:
 @dataclasses.dataclass(frozen=True)
 class Family:
   """One architecture of theirs. prefix: what its names may begin with or not. buffers: a regex of
-  tensors that carry nothing. tied: their name of a copy -> of what it copies."""
+  tensors that carry nothing. tied: their name of a copy -> of what it copies. padded: their vocab_size counts
+  rows that pad the vocabulary, as ours are padded."""
   model_type: str
   prefix: str
   tensors: tuple[Tensor, ...]
@@ -58,6 +60,7 @@ class Family:
   tied: Mapping[str, str]
   model: Callable[[Mapping[str, Any]], ModelConfig]
   config: Callable[[ModelConfig], dict[str, Any]]
+  padded: bool = False
 
 
 def _linear(theirs: str, ours: str, **how) -> tuple[Tensor, Tensor]:
@@ -220,8 +223,76 @@ LLAMA = Family(
     tied={"lm_head.weight": "model.embed_tokens.weight"},
     model=_llama_model, config=_llama_config)
 
-FAMILIES = {family.model_type: family for family in (BERT, GPT2, LLAMA)}
-BY_MODEL = {"bert": BERT, "gpt": GPT2, "llama": LLAMA}
+
+
+def _t5_model(config) -> ModelConfig:
+  kinds = {"relu": False, "gated-gelu": True}
+  kind = config.get("feed_forward_proj", "relu")
+  if kind not in kinds:
+    raise UserError(f"config.json: feed_forward_proj={kind!r} is not supported, only {', '.join(kinds)}")
+  n = lambda key: _number(config, key)
+  _expect(config, {"relative_attention_num_buckets": t5.BUCKETS, "relative_attention_max_distance": t5.FARTHEST,
+                   "num_decoder_layers": n("num_layers")})
+  return ModelConfig(name="t5", num_layers=n("num_layers"), width=n("d_model"), num_heads=n("num_heads"), head_width=n("d_kv"),
+                     mlp_dim=n("d_ff"), vocab_size=n("vocab_size"), max_length=config.get("n_positions") or 512,
+                     dropout=float(config.get("dropout_rate", 0.1)), init_std=1.0, gated=kinds[kind],
+                     norm_epsilon=float(config.get("layer_norm_epsilon", 1e-6)),
+                     # transformers 5 writes tie_word_embeddings=true always, and by this key whether that was meant.
+                     tied=bool(config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))))
+
+
+def _t5_config(model: ModelConfig) -> dict[str, Any]:
+  return {"model_type": "t5", "num_layers": model.num_layers, "num_decoder_layers": model.num_layers, "d_model": model.width,
+          "num_heads": model.num_heads, "d_kv": model.head_width or model.width // model.num_heads, "d_ff": model.mlp_dim,
+          "vocab_size": padded_vocab(model.vocab_size), "n_positions": model.max_length, "dropout_rate": model.dropout,
+          "layer_norm_epsilon": model.norm_epsilon or t5.STYLE.norm_epsilon, "relative_attention_num_buckets": t5.BUCKETS,
+          "relative_attention_max_distance": t5.FARTHEST, "is_encoder_decoder": True, "decoder_start_token_id": 0,
+          "feed_forward_proj": "gated-gelu" if model.gated else "relu", "tie_word_embeddings": model.tied}
+
+
+def _t5_stack(stack: str, cross: bool, gated: bool) -> list[Tensor]:
+  theirs, ours = stack + ".block.{}.layer.", f"backbone/{stack}/layers/"
+  attentions = {"attention": "SelfAttention"} | ({"cross": "EncDecAttention"} if cross else {})
+  last = len(attentions)
+  wide = {"gate": "wi_0", "up": "wi_1"} if gated else {"up": "wi"}
+  tensors = [Tensor(f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+                    (f"backbone/{stack}/relative/embedding",)),
+             Tensor(f"{stack}.final_layer_norm.weight", (f"backbone/{stack}/final_norm/scale",)),
+             Tensor(f"{theirs}{last}.layer_norm.weight", (f"{ours}mlp_norm/scale",)),
+             _plain(f"{theirs}{last}.DenseReluDense.wo", f"{ours}mlp/down"),
+             *(_plain(f"{theirs}{last}.DenseReluDense.{name}", f"{ours}mlp/{part}") for part, name in wide.items())]
+  for number, (part, name) in enumerate(attentions.items()):
+    tensors += [Tensor(f"{theirs}{number}.layer_norm.weight", (f"{ours}{part}_norm/scale",)),
+                *(_plain(f"{theirs}{number}.{name}.{x}", f"{ours}{part}/{y}")
+                  for x, y in (("q", "query"), ("k", "key"), ("v", "value"))),
+                _plain(f"{theirs}{number}.{name}.o", f"{ours}{part}/out", inputs=2)]
+  return tensors
+
+
+def _t5(gated: bool) -> Family:
+  return Family(
+      "t5", "",
+      (Tensor("shared.weight", ("backbone/token/embedding",)), Tensor("lm_head.weight", ("backbone/output/embedding",)),
+       *_t5_stack("encoder", False, gated), *_t5_stack("decoder", True, gated)),
+      buffers=r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$",   # of old releases, unused
+      tied={name: "shared.weight" for name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")},
+      model=_t5_model, config=_t5_config, padded=True)
+
+
+T5_V1_0, T5_V1_1 = _t5(gated=False), _t5(gated=True)
+MODEL_TYPES = ("bert", "gpt2", "llama", "t5")
+
+
+def find(config: Mapping[str, Any]) -> Family | None:
+  """The family of a config.json of theirs."""
+  if config.get("model_type") == "t5":
+    return T5_V1_1 if _t5_model(config).gated else T5_V1_0
+  return {family.model_type: family for family in (BERT, GPT2, LLAMA)}.get(config.get("model_type"))
+
+
+def of_model(model: ModelConfig) -> Family:
+  """The family of a model of ours."""
+  return {"bert": BERT, "gpt": GPT2, "llama": LLAMA, "t5": T5_V1_1 if model.gated else T5_V1_0}[model.name]
 
 
 def full_name(family: Family, name: str) -> str:

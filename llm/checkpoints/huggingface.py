@@ -105,8 +105,8 @@ class Weights:
 def shapes(model: ModelConfig, objective: base.Objective) -> dict[str, tuple[int, ...]]:
   """path -> shape of every parameter of a model with the head of an objective."""
   ids = jnp.zeros((1, 1), jnp.int32)
-  batch = dict.fromkeys(("tokens", "segments", "positions", "types", "targets", "masked_positions",
-                         "masked_targets"), ids)
+  batch = dict.fromkeys(("tokens", "segments", "positions", "types", "targets", "masked_positions", "masked_targets",
+                         "decoder_tokens", "decoder_segments", "decoder_positions"), ids)
   whole = Model(build_backbone(model), objective.head(model))
   tree = jax.eval_shape(lambda: whole.init(jax.random.key(0), batch, train=False)["params"])
   return {path: leaf.shape for path, leaf in flatten(tree).items()}
@@ -115,7 +115,7 @@ def shapes(model: ModelConfig, objective: base.Objective) -> dict[str, tuple[int
 def _objective(family: Family, names: set[str], config: Mapping[str, Any]) -> base.Objective:
   """What the checkpoint was made for, by the heads that it has."""
   if family is not families.BERT:
-    return base.build({"name": "causal_lm"})
+    return base.build({"name": "span_corruption" if family.model_type == "t5" else "causal_lm"})
   if "classifier.weight" in names:
     labels = config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
     classes = tuple(labels[key] for key in sorted(labels, key=int))
@@ -130,7 +130,7 @@ def _stack(family: Family, weights: Weights, wanted: dict[str, tuple[int, ...]],
   for name, original in list(theirs.items()):
     if re.search(family.buffers, name):
       del theirs[name]
-    elif model.tied and name in family.tied and family.tied[name] in theirs:
+    elif name in family.tied and family.tied[name] in theirs and (model.tied or name != "lm_head.weight"):
       if not np.array_equal(weights[original], weights[theirs[family.tied[name]]]):
         raise UserError(f"{original} is not tied to {family.tied[name]}: untied output layers are not supported")
       del theirs[name]
@@ -178,7 +178,8 @@ def read_tokenizer(folder: pathlib.Path) -> tokenizer_lib.Tokenizer:
     fast.add_special_tokens([t for t in ("<|endoftext|>",) if fast.token_to_id(t) is not None])
     return tokenizer_lib.HuggingFaceTokenizer(fast.to_str().encode())
   if has("spiece.model"):
-    return tokenizer_lib.SentencePieceTokenizer((folder / "spiece.model").read_bytes())
+    extra = said.get("extra_ids", 100 if _json(folder / "config.json").get("model_type") == "t5" else 0)
+    return tokenizer_lib.SentencePieceTokenizer((folder / "spiece.model").read_bytes(), extra=extra)
   raise UserError(f"{folder} has no tokenizer: tokenizer.json, vocab.txt, vocab.json with merges.txt, or spiece.model")
 
 
@@ -195,11 +196,13 @@ def read(folder: pathlib.Path) -> Converted:
 def assemble(theirs: Mapping[str, Any], tokenizer: tokenizer_lib.Tokenizer, weights) -> Converted:
   """Their config, tensors by name (with the `folder` they came from) and tokenizer, ours."""
   folder = weights.folder
-  family = families.FAMILIES.get(theirs.get("model_type"))
+  family = families.find(theirs)
   if family is None:
     raise UserError(f"{folder}: model_type {theirs.get('model_type')!r} is not supported; supported: "
-                    f"{', '.join(sorted(families.FAMILIES))}")
+                    f"{', '.join(families.MODEL_TYPES)}")
   model = family.model(theirs)
+  if family.padded and padded_vocab(tokenizer.vocab_size) == model.vocab_size:
+    model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
   if tokenizer.vocab_size != model.vocab_size:
     raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} pieces and the embedding {model.vocab_size} rows")
   objective = _objective(family, set(weights), theirs)
@@ -227,7 +230,8 @@ def write(params: Params, config: config_lib.Config, tokenizer: tokenizer_lib.To
 
 ARCHITECTURES = {
     ("bert", "masked_lm"): "BertForPreTraining", ("bert", "classification"): "BertForSequenceClassification",
-    ("gpt", "causal_lm"): "GPT2LMHeadModel", ("llama", "causal_lm"): "LlamaForCausalLM"}
+    ("gpt", "causal_lm"): "GPT2LMHeadModel", ("llama", "causal_lm"): "LlamaForCausalLM",
+    ("t5", "span_corruption"): "T5ForConditionalGeneration"}
 
 
 def _architecture(model: ModelConfig, objective: Mapping[str, Any]) -> str:
@@ -246,10 +250,10 @@ def export(step: pathlib.Path, folder: pathlib.Path):
   UserError where transformers has no such class."""
   config = config_lib.freeze(manager.describe(step)["config"])
   model, tokenizer = config.model, manager.load_tokenizer(step)
-  family = families.BY_MODEL[model.name]
+  family = families.of_model(model)
   theirs = family.config(model) | {"architectures": [_architecture(model, config.objective)], "dtype": "float32"}
-  special = ("pad",) if model.name == "bert" else ("bos", "eos")
-  theirs |= {f"{name}_token_id": i for name in special if (i := getattr(tokenizer, name.replace("bos", "eos"))) >= 0}
+  special = {"bert": {"pad": "pad"}, "t5": {"pad": "pad", "eos": "eos"}}.get(model.name, {"bos": "eos", "eos": "eos"})
+  theirs |= {f"{name}_token_id": i for name, ours in special.items() if (i := getattr(tokenizer, ours)) >= 0}
   if config.objective["name"] == "classification":
     classes = config.objective["classes"] or ("LABEL_0",)
     theirs |= {"id2label": {str(i): c for i, c in enumerate(classes)}, "label2id": {c: i for i, c in enumerate(classes)},
@@ -270,7 +274,7 @@ def _tensors(family: Family, leaves: Mapping[str, np.ndarray], model: ModelConfi
       continue
     parts = [np.asarray(leaves[path]) for path in tensor.ours]
     if tensor.ours[0] in vocabulary.PATHS:
-      parts = [parts[0][:model.vocab_size]]
+      parts = [parts[0] if family.padded else parts[0][:model.vocab_size]]
     if STACKED in tensor.ours[0]:
       for layer in range(model.num_layers):
         yield tensor.theirs.format(layer), tensor.to_theirs([part[layer] for part in parts])
@@ -298,6 +302,7 @@ def write_tokenizer(tokenizer: tokenizer_lib.Tokenizer, folder: pathlib.Path, ma
     (folder / name).write_bytes(data)
   special = {f"{name}_token": tokenizer.pieces[getattr(tokenizer, name)]
              for name in ("pad", "unk", "cls", "sep", "mask", "eos") if getattr(tokenizer, name) >= 0}
-  kind = {"wordpiece": "BertTokenizer"}.get(tokenizer.name, "PreTrainedTokenizerFast")
+  kind = {"wordpiece": "BertTokenizer", "sentencepiece": "T5Tokenizer"}.get(tokenizer.name, "PreTrainedTokenizerFast")
+  special |= {"extra_ids": tokenizer.extra} if tokenizer.extra else {}
   (folder / "tokenizer_config.json").write_text(json.dumps(
       {"tokenizer_class": kind, "do_lower_case": tokenizer.lowercase, "model_max_length": max_length, **special}, indent=2))

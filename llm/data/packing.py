@@ -1,6 +1,6 @@
 """Packing: which pieces of documents share a row. Planned once, so that any row can be read alone.
 
-Best-fit decreasing (Johnson 1974) over pieces of at most `capacity` tokens. Greedy packers over a
+Best-fit decreasing (Johnson 1974) over pieces of documents. Greedy packers over a
 stream cannot give row i without rows 0 .. i-1, nor the same rows to another number of hosts.
 """
 import dataclasses
@@ -73,17 +73,20 @@ def _pieces(documents: Documents, piece: int) -> tuple[np.ndarray, np.ndarray, i
   return starts, np.minimum(piece, bounds[which + 1] - starts), int((counts > 1).sum())
 
 
-def plan(documents: Documents, row_tokens: int, overhead: int, folder: pathlib.Path) -> Plan:
-  """The packing of documents into rows of row_tokens, each piece taking `overhead` more tokens.
+def plan(documents: Documents, row_tokens: int, sizes: np.ndarray, folder: pathlib.Path) -> Plan:
+  """The packing of documents into rows of row_tokens.
 
+  sizes[n]: what a piece of n tokens takes of a row, up to the longest piece; 0 where such pieces are left out.
   Kept in `folder` beside the token cache.
   """
   def write(scratch):
-    starts, lengths, cut = _pieces(documents, row_tokens - overhead)
-    bins = best_fit_decreasing(lengths + overhead, row_tokens)
+    starts, lengths, cut = _pieces(documents, len(sizes) - 1)
+    taken = sizes[lengths] > 0
+    starts, lengths = starts[taken], lengths[taken]
+    bins = best_fit_decreasing(sizes[lengths], row_tokens)
     order = np.concatenate(bins)
     np.savez(scratch / "plan.npz", starts=starts[order], lengths=lengths[order], cut=cut,
              offsets=np.cumsum([0, *map(len, bins)]))
-  key = cache.digest("best fit 1", documents.digest, str(row_tokens), str(overhead))
+  key = cache.digest("best fit 2", documents.digest, str(row_tokens), np.asarray(sizes, "<i8").tobytes())
   with np.load(cache.made_once(folder / "plans" / key[:32], write) / "plan.npz") as saved:
     return Plan(saved["offsets"], saved["starts"], saved["lengths"], int(saved["cut"]))

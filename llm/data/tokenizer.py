@@ -32,6 +32,7 @@ class Tokenizer:
   files: dict[str, bytes]
   lowercase: bool = False
   special: dict[str, str] = {}   # pad, unk, ... -> piece, where the files do not say it
+  extra: int = 0                 # sentinels after the pieces of the file
   pad = unk = cls = sep = mask = eos = -1
 
   def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -49,7 +50,13 @@ class Tokenizer:
   @property
   def special_ids(self) -> np.ndarray:
     """The ids that no mask may hide and no random replacement may be."""
-    return np.array(sorted({getattr(self, s) for s in SPECIAL} - {-1}), np.int32)
+    return np.array(sorted({*(getattr(self, s) for s in SPECIAL), *self.sentinels} - {-1}), np.int32)
+
+  @property
+  def sentinels(self) -> list[int]:
+    """T5's <extra_id_0>, <extra_id_1>, ..: they count down from the top of the vocabulary."""
+    known = {piece: i for i, piece in enumerate(self.pieces) if piece.startswith("<extra_id_")}
+    return [known[f"<extra_id_{n}>"] for n in range(len(known)) if f"<extra_id_{n}>" in known]
 
   def require(self, *names: str):
     """Raises UserError unless the vocabulary has these special ids."""
@@ -58,14 +65,15 @@ class Tokenizer:
                       "this objective needs; train one (config.tokenizer.path='')")
 
   def digest(self) -> str:
-    return cache.digest(self.name, str(self.lowercase), *self.files.values(), *(f"{k}={v}" for k, v in self.special.items()))
+    return cache.digest(self.name, str(self.lowercase), str(self.extra), *self.files.values(),
+                        *(f"{k}={v}" for k, v in self.special.items()))
 
   def save(self, folder: pathlib.Path):
     """Writes the files, and what they are; `load` reads them."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in self.files.items():
       (folder / name).write_bytes(data)
-    meta = {"name": self.name, "lowercase": self.lowercase, "special": self.special}
+    meta = {"name": self.name, "lowercase": self.lowercase, "special": self.special, "extra": self.extra}
     (folder / META).write_text(json.dumps(meta))
 
 
@@ -74,15 +82,15 @@ class SentencePieceTokenizer(Tokenizer):
   name = "sentencepiece"
   FILE = "spiece.model"
 
-  def __init__(self, model: bytes, lowercase: bool = False):
-    self.files, self.lowercase = {self.FILE: model}, lowercase
+  def __init__(self, model: bytes, lowercase: bool = False, extra: int = 0):
+    self.files, self.lowercase, self.extra = {self.FILE: model}, lowercase, extra
     self._sp = sentencepiece.SentencePieceProcessor()
     try:
       self._sp.LoadFromSerializedProto(model)
     except RuntimeError:
       raise UserError("not a SentencePiece model")
     size = self._sp.GetPieceSize()
-    self.pieces = [self._sp.IdToPiece(i) for i in range(size)]
+    self.pieces = [self._sp.IdToPiece(i) for i in range(size)] + _sentinel_pieces(extra)
     self.starts_word_V = np.array([p.startswith("▁") for p in self.pieces])
     self.pad, self.unk, self.eos = self._sp.pad_id(), self._sp.unk_id(), self._sp.eos_id()
     known = {p: i for i, p in enumerate(self.pieces)}
@@ -92,7 +100,7 @@ class SentencePieceTokenizer(Tokenizer):
     return self._sp.Encode(list(texts))
 
   def decode(self, ids):
-    return self._sp.Decode([int(i) for i in ids])
+    return self._sp.Decode([int(i) for i in ids if i < len(self.pieces) - self.extra])
 
 
 class WordPieceTokenizer(Tokenizer):
@@ -161,17 +169,21 @@ class ByteTokenizer(Tokenizer):
   """UTF-8 bytes, and the special ids after them. A word starts with its space."""
   name = "bytes"
 
-  def __init__(self):
-    self.files = {}
-    self.pieces = [f"<{b:02X}>" for b in range(256)] + [f"[{s.upper()}]" for s in SPECIAL]
+  def __init__(self, extra: int = 0):
+    self.files, self.extra = {}, extra
+    self.pieces = [f"<{b:02X}>" for b in range(256)] + [f"[{s.upper()}]" for s in SPECIAL] + _sentinel_pieces(extra)
     self.pad, self.unk, self.cls, self.sep, self.mask, self.eos = range(256, 262)
-    self.starts_word_V = np.arange(262) == ord(" ")
+    self.starts_word_V = np.arange(len(self.pieces)) == ord(" ")
 
   def encode(self, texts):
     return [list(text.encode("utf-8")) for text in texts]
 
   def decode(self, ids):
     return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
+
+
+def _sentinel_pieces(count: int) -> list[str]:
+  return [f"<extra_id_{n}>" for n in reversed(range(count))]
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, lowercase: bool) -> bytes:
@@ -207,9 +219,10 @@ def load(folder: pathlib.Path) -> Tokenizer:
   meta = json.loads((folder / META).read_text())
   kinds = {k.name: k for k in (SentencePieceTokenizer, WordPieceTokenizer, HuggingFaceTokenizer)}
   if meta["name"] == "bytes":
-    return ByteTokenizer()
+    return ByteTokenizer(meta["extra"])
   kind = kinds[meta["name"]]
-  more = {"special": meta["special"]} if kind is HuggingFaceTokenizer else {}
+  more = ({"special": meta["special"]} if kind is HuggingFaceTokenizer else
+          {"extra": meta["extra"]} if kind is SentencePieceTokenizer else {})
   return kind((folder / kind.FILE).read_bytes(), meta["lowercase"], **more)
 
 
@@ -219,7 +232,7 @@ def make(config: TokenizerConfig, sources, cache_folder: pathlib.Path) -> Tokeni
   Raises UserError on a missing or unreadable file and where a kind cannot be trained.
   """
   if config.name == "bytes":
-    return ByteTokenizer()
+    return ByteTokenizer(config.sentinels)
   for kind in (WordPieceTokenizer, HuggingFaceTokenizer):
     if config.name == kind.name:
       if not config.path:
@@ -229,14 +242,14 @@ def make(config: TokenizerConfig, sources, cache_folder: pathlib.Path) -> Tokeni
     raise UserError("config.tokenizer.name must be set (sentencepiece, wordpiece, huggingface, bytes) where no "
                     "checkpoint is transferred")
   if config.path:
-    return SentencePieceTokenizer(_read(config.path), config.lowercase)
-  key = cache.digest("unigram", str(config.vocab_size), str(config.lowercase),
+    return SentencePieceTokenizer(_read(config.path), config.lowercase, config.sentinels)
+  key = cache.digest("unigram", str(config.vocab_size), str(config.lowercase), str(config.sentinels),
                      *(s.digest() for s in sources))
 
   def train(folder):
     print(f"training a SentencePiece model of {config.vocab_size} pieces ...", flush=True)
     texts = (record["text"] for source in sources for record in source.records())
     model = train_sentencepiece(texts, config.vocab_size, config.lowercase)
-    SentencePieceTokenizer(model, config.lowercase).save(folder)
+    SentencePieceTokenizer(model, config.lowercase, config.sentinels).save(folder)
 
   return load(cache.made_once(cache_folder / "tokenizers" / key[:32], train))

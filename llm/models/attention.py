@@ -48,17 +48,19 @@ def rotary(x_BxTxHxK: jax.Array, positions_BxT: jax.Array, theta: float) -> jax.
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x_BxTxHxK.dtype)
 
 
-def attend(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, visibility: Visibility, *, scale: float,
+def attend(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, visibility: Visibility, *, scale: float, bias_HxTxS=None,
            dropout_rate: float = 0.0, key: jax.Array | None = None) -> jax.Array:
   """Scaled dot-product attention (Vaswani et al. 2017, section 3.2.1) -> BxTxHxK.
 
-  G heads of keys and values serve H / G neighbouring query heads each (Ainslie et al. 2023).
+  G heads of keys and values serve H / G neighbouring query heads each (Ainslie et al. 2023). bias: added to the scores.
   Scores and softmax are float32. Padding (segment 0) sees padding, so no row is empty.
   """
   shared = q_BxTxHxK.shape[2] // k_BxSxGxK.shape[2]
   k_BxSxHxK, v_BxSxHxK = (jnp.repeat(a, shared, axis=2) if shared > 1 else a for a in (k_BxSxGxK, v_BxSxGxK))
   scores_BxHxTxS = jnp.einsum("BTHK,BSHK->BHTS", q_BxTxHxK * scale, k_BxSxHxK,
                               preferred_element_type=jnp.promote_types(q_BxTxHxK.dtype, jnp.float32))
+  if bias_HxTxS is not None:
+    scores_BxHxTxS += bias_HxTxS
   scores_BxHxTxS = jnp.where(_mask_Bx1xTxS(visibility), scores_BxHxTxS, -1e30)
   weights_BxHxTxS = jax.nn.softmax(scores_BxHxTxS, axis=-1).astype(v_BxSxHxK.dtype)
   weights_BxHxTxS = dropout(weights_BxHxTxS, dropout_rate, key)

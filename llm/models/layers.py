@@ -18,6 +18,7 @@ ACTIVATIONS = {
     "gelu": lambda x: 0.5 * x * (1.0 + jax.lax.erf(x * 2 ** -0.5)),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
 }
 
 
@@ -148,7 +149,7 @@ class Embed(nn.Module):
 class MLP(nn.Module):
   """down(activation(up(x))) (Vaswani et al. 2017, section 3.3).
 
-  gated: down(activation(gate(x)) * up(x)) (Shazeer 2020, equation 5).
+  gated: down(activation(gate(x)) * up(x)) (Shazeer 2020, equation 5). drop: applied to what enters `down`.
   """
   mlp_dim: int
   activation: str
@@ -160,7 +161,7 @@ class MLP(nn.Module):
   lora: LoRA | None
 
   @nn.compact
-  def __call__(self, x_BxTxD):
+  def __call__(self, x_BxTxD, drop: Callable = lambda h: h):
     width = x_BxTxD.shape[-1]
     wide = lambda name: Linear((width, self.mlp_dim), dtype=self.dtype, kernel_init=self.kernel_init, bias=self.bias,
                                lora=self.lora, name=name)(x_BxTxD)
@@ -169,4 +170,4 @@ class MLP(nn.Module):
     else:
       h_BxTxF = ACTIVATIONS[self.activation](wide("up"))
     return Linear((self.mlp_dim, width), dtype=self.dtype, kernel_init=self.out_init, bias=self.bias,
-                  lora=self.lora, name="down")(h_BxTxF)
+                  lora=self.lora, name="down")(drop(h_BxTxF))

@@ -4,6 +4,7 @@ Every parameter of the stack carries a leading layer axis, whether the stack is 
 unrolled, so that there is one layout of checkpoints.
 """
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,9 @@ class Style:
   bias: bool = True          # of the linear layers
   gated: bool = False        # feed-forward
   rotary: bool = False       # positions turn queries and keys, nothing is added to the embedding
+  scaled: bool = True        # attention scores over sqrt(K) (not T5, which starts its queries smaller)
+  fan_in_init: bool = False  # kernels start at init_std / sqrt(inputs) (T5)
+  inner_dropout: bool = False  # inside the feed-forward layer too (T5)
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
@@ -42,20 +46,28 @@ def padded_vocab(vocab_size: int) -> int:
   return round_up(vocab_size, 128)
 
 
+class Memory(NamedTuple):
+  """What cross-attention looks at."""
+  states_BxSxD: jax.Array
+  visibility: attention_lib.Visibility
+
+
 class Attention(nn.Module):
-  """Multi-head self-attention with separate query, key and value projections."""
+  """Multi-head attention with separate query, key and value projections; of x to itself, or to `source`."""
   config: ModelConfig
   style: Style
   train: bool
 
   @nn.compact
-  def __call__(self, x_BxTxD, visibility):
-    cfg, dtype = self.config, compute_dtype(self.config)
-    heads, kv_heads = cfg.num_heads, cfg.num_kv_heads or cfg.num_heads
-    head_width = cfg.width // cfg.num_heads
-    q, k, v = (Linear((cfg.width, count, head_width), out=2, dtype=dtype, kernel_init=normal(cfg.init_std),
-                      bias=self.style.bias, lora=lora(cfg), name=name)(x_BxTxD)
-               for name, count in (("query", heads), ("key", kv_heads), ("value", kv_heads)))
+  def __call__(self, x_BxTxD, visibility, bias_HxTxS=None, source_BxSxD=None):
+    cfg, style, dtype = self.config, self.style, compute_dtype(self.config)
+    heads, kv_heads, head_width = cfg.num_heads, cfg.num_kv_heads or cfg.num_heads, head_width_of(cfg)
+    source_BxSxD = x_BxTxD if source_BxSxD is None else source_BxSxD
+    project = lambda name, count, x, fan_in: Linear(
+        (cfg.width, count, head_width), out=2, dtype=dtype, kernel_init=initial(cfg, style, fan_in), bias=style.bias,
+        lora=lora(cfg), name=name)(x)
+    q = project("query", heads, x_BxTxD, cfg.width * (1 if style.scaled else head_width))
+    k, v = (project(name, kv_heads, source_BxSxD, cfg.width) for name in ("key", "value"))
     if self.style.rotary:
       q = attention_lib.rotary(q, visibility.q_positions_BxT, cfg.rope_theta)
       k = attention_lib.rotary(k, visibility.kv_positions_BxS, cfg.rope_theta)
@@ -63,10 +75,10 @@ class Attention(nn.Module):
     q = constrain(q, BATCH, "context", "tensor", None)
     k, v = (constrain(a, BATCH, None, "tensor", None) for a in (k, v))
     key = self.make_rng("dropout") if self.train and cfg.dropout else None
-    mixed = attention_lib.attend(q, k, v, visibility, scale=head_width ** -0.5,
-                                 dropout_rate=cfg.dropout, key=key)
-    return Linear((heads, head_width, cfg.width), dtype=dtype, kernel_init=residual_init(cfg, self.style),
-                  bias=self.style.bias, lora=lora(cfg), name="out")(mixed)
+    mixed = attention_lib.attend(q, k, v, visibility, scale=head_width ** -0.5 if style.scaled else 1.0,
+                                 bias_HxTxS=bias_HxTxS, dropout_rate=cfg.dropout, key=key)
+    return Linear((heads, head_width, cfg.width), dtype=dtype, kernel_init=residual_init(cfg, style, heads * head_width),
+                  bias=style.bias, lora=lora(cfg), name="out")(mixed)
 
 
 def norm(config: ModelConfig, style: Style, name: str) -> nn.Module:
@@ -79,26 +91,46 @@ def lora(config: ModelConfig) -> LoRA | None:
   return LoRA(config.lora_rank, config.lora_alpha, config.lora_targets, config.lora_dropout) if config.lora_rank else None
 
 
-def residual_init(config: ModelConfig, style: Style):
+def head_width_of(config: ModelConfig) -> int:
+  """K."""
+  return config.head_width or config.width // config.num_heads
+
+
+def initial(config: ModelConfig, style: Style, fan_in: int):
+  """Initialiser of a kernel."""
+  return normal(config.init_std * (fan_in ** -0.5 if style.fan_in_init else 1.0))
+
+
+def residual_init(config: ModelConfig, style: Style, fan_in: int):
   """Initialiser of the projections that write to the residual stream."""
-  shrink = (2 * config.num_layers) ** -0.5 if style.scaled_residual_init else 1.0
-  return normal(config.init_std * shrink)
+  if style.scaled_residual_init:
+    return normal(config.init_std * (2 * config.num_layers) ** -0.5)
+  return initial(config, style, fan_in)
 
 
 class Block(nn.Module):
-  """Attention and feed-forward, each with a residual sum and a norm. Returns (x, None) for scan."""
+  """Attention (to the memory too, if there is one) and feed-forward, each with a residual sum and a norm.
+
+  Returns (x, None) for scan.
+  """
   config: ModelConfig
   style: Style
   train: bool
 
   @nn.compact
-  def __call__(self, x_BxTxD, visibility):
+  def __call__(self, x_BxTxD, visibility, bias_HxTxS=None, memory: Memory | None = None):
     cfg, style = self.config, self.style
     attention = Attention(cfg, style, self.train, name="attention")
-    mlp = MLP(cfg.mlp_dim, style.activation, compute_dtype(cfg), normal(cfg.init_std), residual_init(cfg, style),
-              style.gated, style.bias, lora(cfg), name="mlp")
-    norms = [norm(cfg, style, n) for n in ("attention_norm", "mlp_norm")]
-    for layer, normed in zip((lambda x: attention(x, visibility), mlp), norms):
+    mlp = MLP(cfg.mlp_dim, style.activation, compute_dtype(cfg), initial(cfg, style, cfg.width),
+              residual_init(cfg, style, cfg.mlp_dim), style.gated, style.bias, lora(cfg), name="mlp")
+    layers = {"attention": lambda x: attention(x, visibility, bias_HxTxS),
+              "mlp": lambda x: mlp(x, self.drop) if style.inner_dropout else mlp(x)}
+    if memory is not None:
+      cross = Attention(cfg, style, self.train, name="cross")
+      look = lambda x: cross(x, memory.visibility, source_BxSxD=memory.states_BxSxD)
+      layers = {"attention": layers["attention"], "cross": look, "mlp": layers["mlp"]}
+    for name, layer in layers.items():
+      normed = norm(cfg, style, f"{name}_norm")
       if style.post_norm:
         x_BxTxD = normed(x_BxTxD + self.drop(layer(x_BxTxD)))
       else:
@@ -111,20 +143,24 @@ class Block(nn.Module):
     return attention_lib.dropout(x, self.config.dropout, key)
 
 
-def stack(config: ModelConfig, style: Style, x_BxTxD, visibility, *, train: bool, name="layers"):
-  """L blocks over x -> BxTxD. Called inside a module, whose parameter `name` they become."""
+def stack(config: ModelConfig, style: Style, x_BxTxD, visibility, bias_HxTxS, memory, *, train: bool):
+  """L blocks over x -> BxTxD. Called inside a module, whose parameter `layers` they become."""
   unroll = config.scan == "unroll" or config.scan == "auto" and jax.default_backend() == "cpu"
   block = nn.remat(Block, prevent_cse=unroll) if config.remat == "full" else Block
   layers = nn.scan(block, variable_axes={"params": 0}, in_axes=nn.broadcast,
                    split_rngs={"params": True, "dropout": True}, length=config.num_layers,
                    unroll=config.num_layers if unroll else 1)
-  return layers(config, style, train, name=name)(x_BxTxD, visibility)[0]
+  return layers(config, style, train, name="layers")(x_BxTxD, visibility, bias_HxTxS, memory)[0]
 
 
-def trunk(backbone: nn.Module, style: Style, x_BxTxD, batch, *, train: bool):
-  """Dropout of what is embedded, then the stack -> BxTxD. Called inside a backbone with a `config`."""
+def trunk(backbone: nn.Module, style: Style, x_BxTxD, batch, *, train: bool, bias_HxTxS=None,
+          memory: Memory | None = None):
+  """Dropout of what is embedded, then the stack -> BxTxD. Called inside a backbone with a `config`.
+
+  Of the batch, segments and positions are read. bias: of the self-attention. memory: what each block looks at.
+  """
   config = backbone.config
   key = backbone.make_rng("dropout") if train and config.dropout else None
   x_BxTxD = constrain(attention_lib.dropout(x_BxTxD, config.dropout, key), BATCH, "context", None)
   visibility = attention_lib.self_visibility(batch, causal=style.causal)
-  return stack(config, style, x_BxTxD, visibility, train=train)
+  return stack(config, style, x_BxTxD, visibility, bias_HxTxS, memory, train=train)

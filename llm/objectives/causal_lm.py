@@ -57,7 +57,7 @@ class Objective(base.Objective):
   def rows(self, source, tokenizer, data, model, length):
     tokenizer.require("eos")
     documents = documents_lib.load(source, tokenizer, "none")
-    plan = packing.plan(documents, length, 0, source.cache)
+    plan = packing.plan(documents, length, np.arange(length + 1), source.cache)
     return PackedRows(documents, plan, length, tokenizer.eos, max(tokenizer.pad, 0))
 
   def example(self, row, rng):

@@ -128,8 +128,8 @@ class Objective(base.Objective):
       raise UserError(f"config.training.sequence_length={length} is too short for masked_lm: 8 at least")
     if not self.next_sentence:
       documents = documents_lib.load(source, tokenizer, "none")
-      return PackedRows(documents, packing.plan(documents, length, 2, source.cache), length,
-                        vocabulary)
+      sizes = np.arange(length - 1) + 2   # [CLS] and [SEP] with every piece
+      return PackedRows(documents, packing.plan(documents, length, sizes, source.cache), length, vocabulary)
     documents = documents_lib.load(source, tokenizer, data.sentences)
     if len(documents) < 2:
       raise UserError(f"{source.spec}: next-sentence prediction needs two documents at least (a blank "

@@ -152,51 +152,65 @@ def draw(train: Split, labels: int, number: int) -> tuple[int, ...]:
   return tuple(int(i) for i in rng.choice(len(train.labels), labels, replace=False))
 
 
-def measure(tuner: FineTuner, setting: Setting, train: Split, validation: Split, test: Split, bar):
-  """Result rows of one setting: each arm and each classical model, {"model", "labels", ...}."""
-  draws = [draw(train, setting.labels, n) for n in range(setting.draws)]
-  count = setting.labels or len(train.labels)
+def measure(tuner: FineTuner, setting: Setting, train: Split, validation: Split, test: Split, bar) -> list[dict]:
+  """A result row of each arm: {"model", "labels", ...}. The search is left out where there is one choice."""
+  draws = _draws(setting, train)
   choices = list(itertools.product(setting.learning_rates, setting.epochs))
-  # All arms at once, so that runs of equal length fill the devices.
-  searched = [Run(arm, draws[n], rate, epochs, n) for arm in tuner.starts for rate, epochs in choices
-              for n in range(setting.searched)]
-  found = np.array(tuner.accuracies(searched, train, validation, bar)).reshape(len(tuner.starts), len(choices), -1).mean(-1)
-  best = {arm: choices[int(of_arm.argmax())] for arm, of_arm in zip(tuner.starts, found)}
-  final = [Run(arm, rows_, *best[arm], n) for arm in tuner.starts for n, rows_ in enumerate(draws)]
+  best = dict.fromkeys(tuner.starts, {"learning_rate": choices[0][0], "epochs": choices[0][1]})
+  if len(choices) > 1:
+    # All arms at once, so that runs of equal length fill the devices.
+    searched = [Run(arm, draws[n], rate, epochs, n) for arm in tuner.starts for rate, epochs in choices
+                for n in range(setting.searched)]
+    found = np.array(tuner.accuracies(searched, train, validation, bar))
+    for arm, scores in zip(tuner.starts, found.reshape(len(tuner.starts), len(choices), -1).mean(-1)):
+      rate, epochs = choices[int(scores.argmax())]
+      best[arm] = {"learning_rate": rate, "epochs": epochs, "validation": float(scores.max())}
+  final = [Run(arm, rows, best[arm]["learning_rate"], best[arm]["epochs"], n)
+           for arm in tuner.starts for n, rows in enumerate(draws)]
   measured = np.array(tuner.accuracies(final, train, test, bar)).reshape(len(tuner.starts), -1)
-  rows = [_row(arm, count, list(map(float, of_arm)), {"learning_rate": best[arm][0], "epochs": best[arm][1],
-                                                      "validation": float(scores.max())})
-          for arm, of_arm, scores in zip(tuner.starts, measured, found)]
+  return [_row(arm, len(draws[0]), list(map(float, of_arm)), best[arm]) for arm, of_arm in zip(tuner.starts, measured)]
+
+
+def measure_classical(setting: Setting, train: Split, validation: Split, test: Split, bar) -> list[dict]:
+  """A result row of each classical model, its regularisation chosen on the validation split."""
+  draws = _draws(setting, train)[:_distinct(setting)]
+
+  def taken(split: Split, rows):
+    return [split.texts[i] for i in rows], split.labels[list(rows)]
+
+  def accuracy(name, strength, rows, held_out):
+    bar.update()
+    return classical.accuracy(name, strength, taken(train, rows), (held_out.texts, held_out.labels))
+
+  out = []
   for name in classical.MODELS:
-    rows.append(_classical(name, count, draws, setting, train, validation, test, bar))
-  return rows
+    found = [np.mean([accuracy(name, s, rows, validation) for rows in draws[:setting.searched]])
+             for s in classical.STRENGTHS]
+    strength = classical.STRENGTHS[int(np.argmax(found))]
+    out.append(_row(name, len(draws[0]), [accuracy(name, strength, rows, test) for rows in draws],
+                    {"strength": strength, "validation": float(max(found))}))
+  return out
 
 
 def work(setting: Setting, arms: int) -> int:
   """How many fits `measure` makes: for the progress bar."""
-  neural = setting.draws + len(setting.learning_rates) * len(setting.epochs) * setting.searched
-  linear = _distinct(setting) + len(classical.STRENGTHS) * min(setting.searched, _distinct(setting))
-  return arms * neural + len(classical.MODELS) * linear
+  choices = len(setting.learning_rates) * len(setting.epochs)
+  return arms * (setting.draws + (choices * setting.searched if choices > 1 else 0))
+
+
+def work_classical(setting: Setting) -> int:
+  """How many fits `measure_classical` makes."""
+  return len(classical.MODELS) * (
+      _distinct(setting) + len(classical.STRENGTHS) * min(setting.searched, _distinct(setting)))
+
+
+def _draws(setting: Setting, train: Split) -> list[tuple[int, ...]]:
+  return [draw(train, setting.labels, n) for n in range(setting.draws)]
 
 
 def _distinct(setting: Setting) -> int:
   """Draws that differ: with all labels, a linear model gives the same each time."""
   return setting.draws if setting.labels else 1
-
-
-def _classical(name, count, draws, setting, train, validation, test, bar):
-  def taken(split: Split, rows):
-    return [split.texts[i] for i in rows], split.labels[list(rows)]
-
-  def accuracy(strength, rows, held_out):
-    bar.update()
-    return classical.accuracy(name, strength, taken(train, rows), (held_out.texts, held_out.labels))
-  draws = draws[:_distinct(setting)]
-  found = [np.mean([accuracy(s, rows, validation) for rows in draws[:setting.searched]])
-           for s in classical.STRENGTHS]
-  strength = classical.STRENGTHS[int(np.argmax(found))]
-  return _row(name, count, [accuracy(strength, rows, test) for rows in draws],
-              {"strength": strength, "validation": float(max(found))})
 
 
 def _row(model, labels, accuracies, chosen):
@@ -219,10 +233,11 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, fl
 def run(tuner: FineTuner, settings: Sequence[Setting], train: Split, validation: Split, test: Split):
   """All settings, with a progress bar -> (rows, differences)."""
   rows, differences = [], []
-  total = sum(work(s, len(tuner.starts)) for s in settings)
+  total = sum(work(s, len(tuner.starts)) + work_classical(s) for s in settings)
   with tqdm.tqdm(desc="fine-tuning", total=total, unit=" runs", disable=None) as bar:
     for setting in settings:
-      found = {r["model"]: r for r in measure(tuner, setting, train, validation, test, bar)}
+      found = {r["model"]: r for r in (*measure(tuner, setting, train, validation, test, bar),
+                                       *measure_classical(setting, train, validation, test, bar))}
       rows += found.values()
       mean, low, high = paired_difference(found["pretrained"]["accuracies"], found["scratch"]["accuracies"])
       differences.append({"labels": found["pretrained"]["labels"], "pretrained_minus_scratch": mean,

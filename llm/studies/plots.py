@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 STYLES = {
     "pretrained": ("pretrained, then fine-tuned", "#1b6ca8", "o-"),
     "scratch": ("same architecture from scratch", "#d1495b", "s-"),
+    "published_bert": ("a published BERT, then fine-tuned", "#2a9d5c", "D-"),
     "nbsvm": ("NBSVM", "#6c757d", "^--"),
     "tfidf_lr": ("TF-IDF + logistic regression", "#adb5bd", "v--"),
 }

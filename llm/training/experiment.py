@@ -17,7 +17,7 @@ from llm.models.transformer import padded_vocab
 from llm.objectives import base
 
 SHAPE = ("name", "num_layers", "width", "num_heads", "mlp_dim", "max_length")
-DETAILS = ("num_kv_heads", "norm_epsilon", "rope_theta", "tied")   # follow a checkpoint with its shape
+DETAILS = ("num_kv_heads", "head_width", "norm_epsilon", "rope_theta", "tied", "gated", "init_std")   # follow a checkpoint with its shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +53,11 @@ def _following(model: ModelConfig, start: dict | None, vocab_size: int) -> Model
   if model.vocab_size and model.vocab_size != vocab_size:
     raise UserError(f"config.model.vocab_size={model.vocab_size} but the tokenizer has {vocab_size} pieces; "
                     "0 takes the tokenizer's")
-  if model.width % model.num_heads:
+  if not model.head_width and model.width % model.num_heads:
     raise UserError(f"config.model.width={model.width} must be a multiple of num_heads={model.num_heads}")
   if model.num_kv_heads and model.num_heads % model.num_kv_heads:
     raise UserError(f"config.model.num_heads={model.num_heads} must be a multiple of num_kv_heads={model.num_kv_heads}")
-  if not model.tied and model.name != "llama":
+  if not model.tied and model.name not in ("llama", "t5"):
     raise UserError(f"config.model.tied=False: the output layer of {model.name} is its embedding table")
   try:
     re.compile(model.lora_targets)
@@ -145,6 +145,7 @@ def from_checkpoint(step: pathlib.Path) -> Experiment:
 
 def state_bytes(model: ModelConfig) -> int:
   """Roughly what parameters, gradients and two moments take in float32."""
-  block = 4 * model.width ** 2 + 2 * model.width * model.mlp_dim
-  rows = padded_vocab(model.vocab_size) + model.max_length
-  return 16 * (model.num_layers * block + rows * model.width)
+  block = 4 * model.width ** 2 + (3 if model.gated else 2) * model.width * model.mlp_dim
+  stacks = 2.5 if model.name == "t5" else 1   # an encoder, and a decoder that looks at it
+  rows = padded_vocab(model.vocab_size) * (1 if model.tied else 2) + model.max_length
+  return int(16 * (stacks * model.num_layers * block + rows * model.width))

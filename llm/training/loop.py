@@ -202,7 +202,6 @@ def _train(experiment, own, workdir, mesh, stop: Stop, say) -> dict:
   log = Log(workdir, start, steps)
   stream = batches_lib.stream(experiment.batches, start, steps, mesh, config.data.prefetch)
   meter = Meter(start, training.batch_size * training.sequence_length)
-  on_cpu = jax.default_backend() == "cpu"
   figures, done = {}, start
 
   def evaluated() -> dict:
@@ -214,8 +213,6 @@ def _train(experiment, own, workdir, mesh, stop: Stop, say) -> dict:
       for number in range(start, steps):
         profile(number, state)
         state, found = train_step(state, next(stream), training.seed)
-        if on_cpu:   # steps queued up on several CPU devices can wait for each other for ever
-          jax.block_until_ready(found)
         meter.waiting.append(found)
         done, last = number + 1, number + 1 == steps
         log.advance()

@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from llm.core import flatten
 from llm.models.heads import Model
-from llm.models.transformer import padded_vocab
+from llm.models.transformer import head_width_of, padded_vocab
 
 # bf16 dense peak of one JAX device in FLOP/s, from the makers' data sheets.
 PEAKS = {
@@ -58,14 +58,15 @@ def model_flops(model: Model, params, batch, *, causal: bool) -> float:
   Forward FLOPs are 2 a multiply-add of every matrix product, counted in the traced program (heads
   included, at the positions where they are computed, over the padded vocabulary). A causal model
   needs half of its attention products: 4 B T^2 D L FLOPs forward, of which half are taken off
-  (PaLM, appendix B, counts without this halving). Recomputation does not count.
+  (PaLM, appendix B, counts without this halving); so does the decoder of an encoder-decoder. Recomputation
+  does not count.
   """
   traced = jax.make_jaxpr(lambda p, b: model.apply({"params": p}, b, train=False))(params, batch)
   forward = _dot_flops(traced.jaxpr)
-  if causal:
-    rows, length = batch["tokens"].shape
+  if causal or "decoder_tokens" in batch:
+    rows, length = batch.get("decoder_tokens", batch["tokens"]).shape
     cfg = model.backbone.config
-    forward -= 2.0 * rows * length ** 2 * cfg.width * cfg.num_layers
+    forward -= 2.0 * rows * length ** 2 * cfg.num_heads * head_width_of(cfg) * cfg.num_layers
   return 3.0 * forward
 
 

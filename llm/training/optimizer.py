@@ -1,4 +1,4 @@
-"""AdamW with a schedule, decay and learning rates by path."""
+"""AdamW and Adafactor with a schedule, decay and learning rates by path."""
 import re
 
 import jax
@@ -7,7 +7,7 @@ import numpy as np
 import optax
 
 from llm.config import OptimizerConfig
-from llm.core import UserError
+from llm.core import STACKED, UserError
 from llm.training import partition
 
 
@@ -19,9 +19,12 @@ def warmup_steps(config: OptimizerConfig, steps: int) -> int:
 def schedule(config: OptimizerConfig, learning_rate, steps: int, warmup: int):
   """step -> learning rate: linear from 0 during the warm-up, then as config.schedule says.
 
-  `learning_rate`, `steps` and `warmup` may be traced. The rate of step 0 is one warm-up step above 0.
+  `learning_rate`, `steps` and `warmup` may be traced. The rate of step 0 is one warm-up step above 0. rsqrt is
+  learning_rate sqrt(warmup / max(step, warmup)): with 0.01 and 10,000 that of T5 (Raffel et al. 2020, section 3.1.2).
   """
   def rate(step):
+    if config.schedule == "rsqrt":
+      return learning_rate * jnp.sqrt(jnp.maximum(warmup, 1) / jnp.maximum(step, jnp.maximum(warmup, 1)))
     rising = jnp.minimum((step + 1) / jnp.maximum(warmup, 1), 1.0)
     progress = jnp.clip((step - warmup) / jnp.maximum(steps - warmup, 1), 0.0, 1.0)
     falling = {"linear": 1.0 - progress,
@@ -66,11 +69,55 @@ def multipliers(config: OptimizerConfig, trained: dict, num_layers: int) -> dict
   return factors
 
 
+def _matrix_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+  """Inputs x outputs of a kernel of one layer; the shape itself of anything else."""
+  if len(shape) < 3:
+    return shape
+  return (-1, shape[-1]) if path.endswith("out/kernel") else (shape[0], -1)
+
+
+def a_matrix_at_a_time(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+  """`inner` as if layers were not stacked and kernels had no head dimension: it looks at whole matrices.
+
+  Over a path -> array dict.
+  """
+  def apart(leaves):
+    stacked = {p: x.reshape(x.shape[0], *_matrix_shape(p, x.shape[1:])) for p, x in leaves.items() if STACKED in p}
+    return stacked, {p: x.reshape(_matrix_shape(p, x.shape)) for p, x in leaves.items() if STACKED not in p}
+
+  def init(params):
+    stacked, single = apart(params)
+    by_count = {n: {p: x for p, x in stacked.items() if len(x) == n} for n in {len(x) for x in stacked.values()}}
+    return {**{str(n): jax.vmap(inner.init)(part) for n, part in by_count.items()}, "single": inner.init(single)}
+
+  def update(updates, state, params):
+    (stacked, single), (stacked_params, single_params) = apart(updates), apart(params)
+    out, new = {}, {}
+    out, new["single"] = inner.update(single, state["single"], single_params)
+    for n in state.keys() - {"single"}:
+      take = lambda leaves: {p: x for p, x in leaves.items() if len(x) == int(n)}
+      found, new[n] = jax.vmap(inner.update)(take(stacked), state[n], take(stacked_params))
+      out |= found
+    return {p: out[p].reshape(x.shape) for p, x in updates.items()}, new
+
+  return optax.GradientTransformation(init, update)
+
+
+def _scaling(config: OptimizerConfig) -> optax.GradientTransformation:
+  """Gradients -> updates of the right size for a rate of 1."""
+  if config.name == "adamw":
+    return optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
+  # Adafactor as T5 used it: no momentum, second moments in factors, updates clipped, steps relative to
+  # the parameters (Shazeer and Stern 2018, algorithm 4, sections 6 and 8).
+  return a_matrix_at_a_time(optax.chain(
+      optax.scale_by_factored_rms(decay_rate=0.8), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()))
+
+
 def make(config: OptimizerConfig, trained: dict, num_layers: int, steps: int,
          learning_rate=None, warmup: int | None = None) -> optax.GradientTransformation:
-  """AdamW (Loshchilov and Hutter 2019) over the trained parameters, a path -> array dict.
+  """AdamW (Loshchilov and Hutter 2019) or Adafactor over the trained parameters, a path -> array dict.
 
-  Gradients are clipped by their global norm, moments bias-corrected, decay decoupled and scaled by
+  Gradients are clipped by their global norm, AdamW's moments bias-corrected, decay decoupled and scaled by
   the rate. `learning_rate` and `warmup` stand for the config's where a search sets them.
   """
   try:
@@ -82,8 +129,7 @@ def make(config: OptimizerConfig, trained: dict, num_layers: int, steps: int,
   rate = schedule(config, config.learning_rate if learning_rate is None else learning_rate, steps,
                   warmup_steps(config, steps) if warmup is None else warmup)
   parts = [optax.clip_by_global_norm(config.grad_clip_norm)] if config.grad_clip_norm else []
-  parts += [optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
-            optax.add_decayed_weights(config.weight_decay, mask=decays)]
+  parts += [_scaling(config), optax.add_decayed_weights(config.weight_decay, mask=decays)]
   if any(np.any(f != 1.0) for f in factors.values()):
     parts.append(optax.stateless(lambda updates, _: jax.tree.map(
         lambda u, f: u * jnp.asarray(f, u.dtype), updates, factors)))

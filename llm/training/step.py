@@ -63,10 +63,18 @@ def train_step(model: Model, objective, optimizer, marks, accum_steps: int,
                     opt_state), metrics
 
 
+def one_at_a_time(compiled: Callable) -> Callable:
+  """`compiled`, on CPU waiting for what it gives: programs queued on several CPU devices can wait for each
+  other for ever."""
+  if jax.default_backend() != "cpu":
+    return compiled
+  return lambda *args: jax.block_until_ready(compiled(*args))
+
+
 def make_train_step(model: Model, objective, optimizer, marks, accum_steps: int) -> Callable:
   """jitted (state, batch, seed) -> (state, metrics). The old state's memory is given to the new."""
-  return jax.jit(lambda state, batch, seed: train_step(
-      model, objective, optimizer, marks, accum_steps, state, batch, seed), donate_argnums=0)
+  return one_at_a_time(jax.jit(lambda state, batch, seed: train_step(
+      model, objective, optimizer, marks, accum_steps, state, batch, seed), donate_argnums=0))
 
 
 def make_eval_step(model: Model, objective, marks) -> Callable:
@@ -76,4 +84,4 @@ def make_eval_step(model: Model, objective, marks) -> Callable:
     outputs = model.apply({"params": params}, batch, train=False)
     return (objective.loss(outputs, batch, objective.totals(batch))[1],
             objective.predict(outputs, batch))
-  return jax.jit(evaluate)
+  return one_at_a_time(jax.jit(evaluate))

@@ -5,10 +5,12 @@
 Each folder is a checkpoint in their layout and expected.npz: inputs, log-probabilities (or class logits,
 next-sentence logits), the loss, and its gradient for every tensor under `grad:NAME`.
 """
+import io
 import json
 import pathlib
 
 import numpy as np
+import sentencepiece
 import tokenizers
 import torch
 import transformers
@@ -34,6 +36,17 @@ def gpt_tokenizer(folder):
       vocab_size=270, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
   tokenizer.save(str(folder / "tokenizer.json"))
   return tokenizer.get_vocab_size()
+
+
+def t5_tokenizer(folder):
+  """A SentencePiece model with T5's special ids; ten sentinels follow its pieces."""
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.Train(
+      sentence_iterator=iter(TEXT), model_writer=model, vocab_size=60, hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2,
+      bos_id=-1, pad_piece="<pad>", normalization_rule_name="identity", minloglevel=2)
+  (folder / "spiece.model").write_bytes(model.getvalue())
+  (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": 10}))
+  return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).GetPieceSize() + 10
 
 
 def randomized(model):
@@ -92,6 +105,30 @@ def decoder(name, cls, config, **shape):
   save(folder, model, {"tokens": tokens, "segments": mask}, {"log_probs": logp}, (losses * weights).sum() / weights.sum())
 
 
+def t5(name, **shape):
+  """The embedding has 128 rows, more than the tokenizer has pieces, as in the published checkpoints."""
+  folder = HERE / name
+  folder.mkdir(exist_ok=True)
+  vocab = t5_tokenizer(folder)
+  config = transformers.T5Config(vocab_size=128, d_model=16, d_kv=6, d_ff=24, num_layers=2, num_decoder_layers=2, num_heads=3,
+                                 decoder_start_token_id=0, **shape)
+  model = transformers.T5ForConditionalGeneration(config)
+  if not config.scale_decoder_outputs:   # v1.1: transformers 5 ties nevertheless, unless a checkpoint has both
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros(128, 16))
+  model = randomized(model)
+  tokens, mask, _ = ids(vocab, length=40)   # far enough for relative positions to share buckets
+  targets, target_mask, _ = ids(vocab, length=9)
+  given = np.roll(targets, 1, 1)
+  given[:, 0] = 0
+  out = model(input_ids=torch.tensor(tokens), attention_mask=torch.tensor(mask), decoder_input_ids=torch.tensor(given),
+              decoder_attention_mask=torch.tensor(target_mask))
+  logp = torch.log_softmax(out.logits[..., :vocab], -1)
+  weights = torch.tensor(target_mask, dtype=torch.float32)
+  losses = -logp.gather(-1, torch.tensor(targets)[..., None])[..., 0]
+  inputs = {"tokens": tokens, "segments": mask, "decoder_tokens": given, "decoder_segments": target_mask, "targets": targets}
+  save(folder, model, inputs, {"log_probs": logp}, (losses * weights).sum() / weights.sum())
+
+
 if __name__ == "__main__":
   bert("bert_pretraining", transformers.BertForPreTraining)
   bert("bert_classifier", transformers.BertForSequenceClassification, num_labels=3,
@@ -101,4 +138,6 @@ if __name__ == "__main__":
                max_position_embeddings=20, rms_norm_eps=1e-6, rope_theta=500.0)
   for name, tied in (("llama", False), ("llama_tied", True)):
     decoder(name, transformers.LlamaForCausalLM, transformers.LlamaConfig, tie_word_embeddings=tied, **llama)
+  t5("t5", feed_forward_proj="relu", tie_word_embeddings=True)
+  t5("t5_gated", feed_forward_proj="gated-gelu", tie_word_embeddings=False)
   print(json.dumps({p.name: sum(f.stat().st_size for f in p.iterdir()) for p in HERE.iterdir() if p.is_dir()}))

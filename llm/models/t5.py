@@ -1,0 +1,102 @@
+"""T5 (Raffel et al. 2020): encoder and decoder, RMS norms, relative position biases, no biases elsewhere.
+
+v1.1 (T5's released checkpoints of that name): gated GELU, output layer of its own. v1.0: ReLU, tied.
+"""
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from llm.config import ModelConfig
+from llm.models import attention as attention_lib
+from llm.models import transformer
+from llm.models.layers import Embed, normal
+
+STYLE = transformer.Style(post_norm=False, causal=False, activation="relu", norm_epsilon=1e-6,
+                          scaled_residual_init=False, norm="rms", bias=False, scaled=False, fan_in_init=True,
+                          inner_dropout=True)
+
+BUCKETS, FARTHEST = 32, 128   # of relative positions, in all published models
+
+# The published shapes (google-research/text-to-text-transfer-transformer); tiny is a laptop's. num_layers: of the
+# encoder, and of the decoder. v1.1 was pretrained without dropout and is fine-tuned with 0.1.
+SIZES = {
+    name: dict(num_layers=layers, width=width, num_heads=heads, head_width=head_width, mlp_dim=mlp_dim, max_length=512,
+               init_std=1.0, tied=not gated, gated=gated, dropout=0.0 if gated else 0.1)
+    for name, layers, width, heads, head_width, mlp_dim, gated in (
+        ("tiny", 2, 128, 4, 32, 256, True), ("small", 8, 512, 6, 64, 1024, True), ("base", 12, 768, 12, 64, 2048, True),
+        ("large", 24, 1024, 16, 64, 2816, True), ("3b", 24, 2048, 32, 64, 5120, True),
+        ("11b", 24, 4096, 64, 64, 10_240, True),
+        ("small-v1.0", 6, 512, 8, 64, 2048, False), ("base-v1.0", 12, 768, 12, 64, 3072, False),
+        ("large-v1.0", 24, 1024, 16, 64, 4096, False), ("3b-v1.0", 24, 1024, 32, 128, 16_384, False),
+        ("11b-v1.0", 24, 1024, 128, 128, 65_536, False))}
+
+
+def bucket(relative: jax.Array, *, causal: bool) -> jax.Array:
+  """Bucket of key position - query position (section 2.1; mesh_tensorflow's code has the exact rule).
+
+  Half of the buckets are a distance each, the rest grow by a constant factor up to FARTHEST; without
+  causality, half of all serve later keys.
+  """
+  number = BUCKETS if causal else BUCKETS // 2
+  later = jnp.zeros_like(relative) if causal else jnp.where(relative > 0, number, 0)
+  distance = jnp.maximum(-relative, 0) if causal else jnp.abs(relative)
+  exact = number // 2
+  growth = jnp.log(jnp.maximum(distance, 1) / exact) / jnp.log(FARTHEST / exact)
+  far = jnp.minimum(exact + (growth * (number - exact)).astype(jnp.int32), number - 1)
+  return later + jnp.where(distance < exact, distance, far)
+
+
+class Stack(nn.Module):
+  """Blocks with their relative position bias, which all layers share, and the final norm."""
+  config: ModelConfig
+  style: transformer.Style
+
+  @nn.compact
+  def __call__(self, x_BxTxD, batch, memory: transformer.Memory | None = None, *, train: bool):
+    cfg, length = self.config, x_BxTxD.shape[1]
+    # Within a packed document, positions differ as places in the row do; between documents nothing is seen.
+    place_T = jnp.arange(length)
+    buckets_TxS = bucket(place_T - place_T[:, None], causal=self.style.causal)
+    table = Embed(BUCKETS, cfg.num_heads, jnp.promote_types(x_BxTxD.dtype, jnp.float32),
+                  normal(cfg.init_std * cfg.width ** -0.5), name="relative")
+    bias_HxTxS = table(buckets_TxS)[0].transpose(2, 0, 1)
+    x_BxTxD = transformer.trunk(self, self.style, x_BxTxD, batch, train=train, bias_HxTxS=bias_HxTxS, memory=memory)
+    x_BxTxD = transformer.norm(cfg, self.style, "final_norm")(x_BxTxD)
+    key = self.make_rng("dropout") if train and cfg.dropout else None
+    return attention_lib.dropout(x_BxTxD, cfg.dropout, key)
+
+
+class Backbone(nn.Module):
+  """Encoder and decoder over one embedding -> hidden states of the decoder.
+
+  The encoder reads tokens, segments and positions of a batch, the decoder those called decoder_*; a decoder's
+  segment looks at the encoder's of the same number.
+  """
+  config: ModelConfig
+
+  def setup(self):
+    cfg, dtype = self.config, transformer.compute_dtype(self.config)
+    rows = transformer.padded_vocab(cfg.vocab_size)
+    style = dataclasses.replace(STYLE, gated=cfg.gated, activation="gelu_tanh" if cfg.gated else "relu")
+    self.token = Embed(rows, cfg.width, dtype, normal(cfg.init_std), split="tensor")
+    if not cfg.tied:
+      self.output = Embed(rows, cfg.width, dtype, normal(cfg.init_std * cfg.width ** -0.5), split="tensor")
+    self.encoder = Stack(cfg, style)
+    self.decoder = Stack(cfg, dataclasses.replace(style, causal=True))
+
+  def encode(self, batch, *, train: bool) -> jax.Array:
+    """Hidden states BxSxD of the encoder."""
+    return self.encoder(self.token(batch["tokens"])[0], batch, train=train)
+
+  def __call__(self, batch, *, train: bool) -> tuple[jax.Array, jax.Array]:
+    states_BxSxD = self.encode(batch, train=train)
+    own = {name: batch[f"decoder_{name}"] for name in ("segments", "positions")}
+    x_BxTxD, table_VxD = self.token(batch["decoder_tokens"])
+    memory = transformer.Memory(states_BxSxD, attention_lib.Visibility(
+        own["segments"], batch["segments"], own["positions"], batch["positions"]))
+    hidden_BxTxD = self.decoder(x_BxTxD, own, memory, train=train)
+    if self.config.tied:   # mesh_tensorflow's rescaling of tied outputs
+      return hidden_BxTxD * self.config.width ** -0.5, table_VxD
+    return hidden_BxTxD, self.output.table()
