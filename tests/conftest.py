@@ -61,14 +61,14 @@ def _own_cache(tmp_path_factory):
 def tiny(kind: str, train: str, **overrides):
   """A config of a very small model. overrides: "group__key"=value."""
   config = config_lib.defaults(base.defaults(
-      {"bert": "masked_lm", "gpt": "causal_lm", "classifier": "classification"}[kind]))
+      {"bert": "masked_lm", "gpt": "causal_lm", "t5": "span_corruption", "classifier": "classification"}[kind]))
   if kind != "classifier":
     config.model.update(name=kind, num_layers=2, width=32, num_heads=2, mlp_dim=64, max_length=64, dropout=0.1)
-    config.tokenizer.name = "bytes"
+    config.tokenizer.update(name="bytes", sentinels=20)
   config.data.train = train
   config.data.sentences = "lines"
   config.mesh.data = -1
-  config.optimizer.update(learning_rate=1e-2, warmup_steps=2)
+  config.optimizer.update(learning_rate=1e-2, warmup_steps=2, name="adafactor" if kind == "t5" else "adamw")
   config.training.update(batch_size=8, sequence_length=32, steps=6, log_every=2)
   for key, value in overrides.items():
     group, _, name = key.partition("__")

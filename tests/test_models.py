@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from llm.config import ModelConfig
-from llm.models import bert, build_backbone, gpt, llama
+from llm.models import bert, build_backbone, gpt, llama, t5
 from llm.objectives import base
 from llm.training import experiment, metrics, step as step_lib
 
@@ -25,11 +25,14 @@ def batch_of(rows: int, seed: int = 0, segments=None):
           "types": np.zeros_like(tokens), "targets": np.roll(tokens, -1, 1), "weights": np.ones((rows, T), np.float32),
           "masked_positions": np.tile(np.array([1, 4, 9], np.int32), (rows, 1)),
           "masked_targets": tokens[:, [1, 4, 9]], "masked_weights": np.ones((rows, 3), np.float32),
+          **{f"decoder_{k}": v for k, v in (("tokens", np.roll(tokens, 3, 1)), ("segments", segments),
+                                            ("positions", positions.astype(np.int32)))},
           "next_sentence": (np.arange(rows) % 2).astype(np.int32), "pair_weights": np.ones(rows, np.float32)}
 
 
 def model_of(name: str, **changes):
   shape = {**SMALL, "num_kv_heads": 2 if name == "llama" else 0}
+  shape |= dict(head_width=12, init_std=1.0, tied=False) if name == "t5" else {}
   config = dataclasses.replace(ModelConfig(name=name, **shape), **changes)
   return experiment.build(base.build(base.defaults("masked_lm" if name == "bert" else "causal_lm")), config)
 
@@ -92,7 +95,7 @@ def test_padding_changes_nothing(name):
                              np.asarray(hidden(model, params, short))[0], atol=2e-6)
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt", "llama"])
+@pytest.mark.parametrize("name", ["bert", "gpt", "llama", "t5"])
 @pytest.mark.parametrize("change", [{"scan": "scan"}, {"remat": "full"}, {"remat": "full", "scan": "scan"},
                                     {"loss_chunk": 5}])
 def test_how_it_is_computed_does_not_matter(name, change):
@@ -110,20 +113,23 @@ def test_how_it_is_computed_does_not_matter(name, change):
 
 
 # Stated exactly: google-research/bert and its miniatures with both pretraining heads (as
-# BertForPreTraining counts them), GPT-2 as openai/gpt-2, SmolLM2, Llama 2 and Llama 3 as their cards.
+# BertForPreTraining counts them), GPT-2 as openai/gpt-2, SmolLM2, Llama 2 and Llama 3 as their cards, T5 as T5ForConditionalGeneration.
 PUBLISHED = {
     ("bert", "tiny"): 4_433_468, ("bert", "mini"): 11_267_900, ("bert", "small"): 29_058_876,
     ("bert", "medium"): 41_668_412, ("bert", "base"): 110_106_428, ("bert", "large"): 336_226_108,
     ("gpt", "small"): 124_439_808, ("gpt", "medium"): 354_823_168, ("gpt", "large"): 774_030_080,
     ("gpt", "xl"): 1_557_611_200, ("llama", "135m"): 134_515_008, ("llama", "7b"): 6_738_415_616,
     ("llama", "8b"): 8_030_261_248, ("llama", "70b"): 68_976_648_192,
+    ("t5", "small"): 76_961_152, ("t5", "base"): 247_577_856, ("t5", "large"): 783_150_080, ("t5", "3b"): 2_849_757_184,
+    ("t5", "11b"): 11_135_332_352, ("t5", "small-v1.0"): 60_506_624, ("t5", "base-v1.0"): 222_903_552,
+    ("t5", "large-v1.0"): 737_668_096, ("t5", "3b-v1.0"): 2_851_598_336, ("t5", "11b-v1.0"): 11_307_321_344,
 }
 
 
 @pytest.mark.parametrize("name, size", list(PUBLISHED))
 def test_parameter_counts_are_the_published_ones(name, size):
-  shape = {"bert": bert, "gpt": gpt, "llama": llama}[name].SIZES[size]
-  vocab = {"bert": 30_522, "gpt": 50_257, "135m": 49_152, "8b": 128_256}.get(name if name != "llama" else size, 32_000)
+  shape = {"bert": bert, "gpt": gpt, "llama": llama, "t5": t5}[name].SIZES[size]
+  vocab = {"bert": 30_522, "gpt": 50_257, "t5": 32_128, "135m": 49_152, "8b": 128_256}.get(name if name != "llama" else size, 32_000)
   config = ModelConfig(name=name, vocab_size=vocab, scan="scan", **shape)
   model = experiment.build(base.build(base.defaults("masked_lm" if name == "bert" else "causal_lm")), config)
   shapes = jax.eval_shape(lambda: step_lib.init_params(model, batch_of(1), jax.random.key(0)))

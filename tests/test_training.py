@@ -9,6 +9,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from llm import config as config_lib
@@ -52,7 +53,7 @@ def gradients(name, mesh_config, accum, dtype):
   return metrics.means([jax.device_get(found)])["loss"], {k: np.asarray(v) for k, v in state.opt_state.items()}
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt"])
+@pytest.mark.parametrize("name", ["bert", "gpt", "t5"])
 def test_meshes_and_accumulation_agree(name):
   """Gradients in float64 to 1e-9, losses in float32 to 1e-5."""
   loss32, _ = gradients(name, MESHES[0], 1, "float32")
@@ -92,6 +93,37 @@ def test_schedules():
   assert rate("linear") == pytest.approx([0.5, 1, 1.5, 2, 2, 5 / 3, 4 / 3, 1, 2 / 3, 1 / 3, 0])
   assert rate("cosine")[[3, 4, 7, 10]] == pytest.approx([2, 2, 1.1, 0.2])
   assert rate("constant")[[0, 4, 10]] == pytest.approx([0.5, 2, 2])
+  assert rate("rsqrt")[[0, 4, 9]] == pytest.approx([2, 2, 4 / 3])
+  t5 = optimizer.schedule(OptimizerConfig(schedule="rsqrt"), 0.01, 10 ** 6, 10_000)
+  assert [float(t5(s)) for s in (0, 40_000)] == pytest.approx([0.01, 0.005])   # 1 / sqrt(max(step, 10,000))
+
+
+def test_adafactor_sees_the_matrices_of_single_layers():
+  """Two steps on stacked kernels with head dimensions are optax's own on each layer's matrix."""
+  rng = np.random.default_rng(0)
+  shapes = {"backbone/layers/attention/query/kernel": (2, 160, 4, 40), "backbone/layers/attention/out/kernel": (2, 4, 40, 160),
+            "backbone/layers/mlp_norm/scale": (2, 160), "backbone/token/embedding": (128, 160)}
+  draw = lambda: {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
+  params, grads = draw(), [draw(), draw()]
+
+  def alone(leaves):
+    out = {}
+    for path, leaf in leaves.items():
+      rows = (-1, 160) if "out" in path else (160, -1)
+      layers = leaf if "layers" in path else [leaf]
+      out |= {f"{path}{i}": x.reshape(rows) if "kernel" in path else x for i, x in enumerate(layers)}
+    return out
+  config = OptimizerConfig(name="adafactor", learning_rate=0.01, schedule="constant", warmup_steps=0, weight_decay=0.0, grad_clip_norm=0.0)
+  ours, theirs = optimizer.make(config, params, 2, 10), optax.adafactor(0.01)
+  their_params = alone(params)
+  state, their_state = ours.init(params), theirs.init(their_params)
+  for step in grads:
+    updates, state = ours.update(step, state, params)
+    expected, their_state = theirs.update(alone(step), their_state, their_params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), alone(updates), expected)
+    params, their_params = (jax.tree.map(jnp.add, p, u) for p, u in ((params, updates), (their_params, expected)))
+  moments = sum(x.size for x in jax.tree.leaves(state))
+  assert moments < 0.05 * sum(x.size for x in params.values())   # factored, all of them
 
 
 def test_multipliers_and_layer_decay_address_single_layers():
@@ -156,7 +188,7 @@ def same(a, b):
   return jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), a, b))
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt"])
+@pytest.mark.parametrize("name", ["bert", "gpt", "t5"])
 def test_a_run_continued_is_the_run_uninterrupted(name, corpus, tmp_path):
   """In one process: stop at step 4 of 6 by a shorter run of the same schedule."""
   config = tiny(name, f"text:{corpus}", optimizer__schedule="constant", optimizer__warmup_steps=0)

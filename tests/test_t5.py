@@ -1,0 +1,131 @@
+"""Span corruption and the encoder-decoder: text comes back whole, packed pairs know nothing of each other."""
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from llm.config import DataConfig, ModelConfig
+from llm.core import UserError
+from llm.data import sources, tokenizer as tokenizer_lib
+from llm.objectives import span_corruption
+from tests.test_models import batch_of, hidden, model_of, params_of
+from tests.test_objectives import within
+
+T5 = ModelConfig(name="t5")
+BYTES = tokenizer_lib.ByteTokenizer(extra=20)
+
+
+def rows_of(objective, path, length=64):
+  return objective.rows(sources.parse(f"text:{path}", DataConfig())[0], BYTES, DataConfig(), T5, length)
+
+
+def pieces_of(example):
+  """(input, target) of every segment, without the end token, which must be there."""
+  for number in range(1, example["segments"].max() + 1):
+    given, wanted = example["tokens"][example["segments"] == number], example["targets"][example["decoder_segments"] == number]
+    assert wanted[-1] == BYTES.eos and (example["weights"][example["decoder_segments"] == number] == 1).all()
+    seen = example["decoder_tokens"][example["decoder_segments"] == number]
+    assert seen[0] == BYTES.pad and (seen[1:] == wanted[:-1]).all()
+    yield given, wanted[:-1]
+
+
+def reassembled(given, wanted):
+  """The text before corruption: each sentinel of the input gives way to what follows it in the target."""
+  spans = {}
+  for token in wanted:
+    if token in BYTES.sentinels:
+      spans[token] = []
+      last = token
+    else:
+      spans[last].append(token)
+  assert list(spans) == BYTES.sentinels[:len(spans)] and all(spans.values())
+  return [t for token in given for t in spans.pop(token, [token])], len(wanted) - len(set(wanted) & set(BYTES.sentinels))
+
+
+def test_every_corrupted_example_reassembles_and_is_as_published(corpus):
+  objective = span_corruption.Objective()
+  rows = rows_of(objective, corpus)
+  rng, cut, spans, total = np.random.default_rng(0), 0, 0, 0
+  for epoch in range(3):
+    for i in range(len(rows)):
+      example = objective.example(rows[i], rng)
+      found = list(pieces_of(example))
+      assert len(found) == len(rows[i][1])
+      for (given, wanted), piece in zip(found, rows[i][1]):
+        assert given[-1] == BYTES.eos
+        text, gone = reassembled(given[:-1], wanted)
+        assert text == piece.tolist()
+        cut, total, spans = cut + gone, total + len(piece), spans + len(set(wanted) & set(BYTES.sentinels))
+  assert abs(cut / total - 0.15) < 0.01 and abs(cut / spans - 3.0) < 0.35
+  assert rows.tokens == sum(len(p) for i in range(len(rows)) for p in rows[i][1])
+
+
+def test_lengths_are_the_papers():
+  """A raw length of 568 fills an input of 512 and gives 114 targets (Raffel et al.'s released code)."""
+  objective = span_corruption.Objective()
+  assert objective.longest(512) == 568 and objective.lengths(568) == (512, 114)
+
+
+def test_where_spans_lie_is_uniform():
+  """Of all ways to cut 3 of 8 tokens into two spans, each as often as any other."""
+  rng, objective = np.random.default_rng(0), span_corruption.Objective(noise_density=3 / 8, mean_span=1.5)
+  assert objective.noise(8) == (3, 2)
+  rows = span_corruption.CorruptedRows(None, None, 32, 32, BYTES.pad, BYTES.eos, np.array(BYTES.sentinels))
+  seen = {}
+  for _ in range(4000):
+    given, _ = objective._corrupt(np.arange(8, dtype=np.int32), rows, rng)
+    seen[tuple(given)] = seen.get(tuple(given), 0) + 1
+  assert len(seen) == 4 * 2 and all(within(n, 4000, 1 / 8) for n in seen.values())   # 5 kept in 2 parts, 3 cut in 2
+
+
+def test_prefix_language_modelling_cuts_once(corpus):
+  objective = span_corruption.Objective(prefix=True)
+  rows = rows_of(objective, corpus)
+  for i in range(len(rows)):
+    example = objective.example(rows[i], np.random.default_rng(i))
+    for (given, wanted), piece in zip(pieces_of(example), rows[i][1]):
+      assert len(given) and len(wanted) and [*given, *wanted] == piece.tolist()
+
+
+def test_packed_pairs_are_alone():
+  """Encoder, decoder and what passes between them: alone as packed, and a neighbour's change moves no bit."""
+  model = model_of("t5")
+  params, packed = params_of(model), batch_of(1, segments=[1] * 5 + [2] * 7 + [0] * 4)
+  places = {"": ((0, 5), (5, 12)), "decoder_": ((0, 4), (4, 14))}
+  packed |= {"decoder_segments": np.array([[1] * 4 + [2] * 10 + [0] * 2], np.int32),
+             "decoder_positions": np.array([[*range(4), *range(10), 0, 0]], np.int32)}
+  out = np.asarray(hidden(model, params, packed))
+  for number in (0, 1):
+    alone = {f"{side}{k}": packed[f"{side}{k}"][:, slice(*bounds[number])] for side, bounds in places.items()
+             for k in ("tokens", "positions")}
+    alone |= {f"{side}segments": np.ones_like(alone[f"{side}tokens"]) for side in places}
+    np.testing.assert_allclose(np.asarray(hidden(model, params, alone))[0], out[0, slice(*places["decoder_"][number])], atol=1e-5)
+    for side in places:
+      tokens = packed[f"{side}tokens"].copy()
+      tokens[:, slice(*places[side][number])] += 7
+      moved = np.asarray(hidden(model, params, {**packed, f"{side}tokens": tokens % 100}))
+      kept = slice(*places["decoder_"][1 - number])
+      assert (moved[0, kept] == out[0, kept]).all() and not (moved == out).all()
+
+
+def test_the_decoder_never_looks_ahead():
+  model = model_of("t5")
+  params, batch = params_of(model), batch_of(1)
+  out = np.asarray(hidden(model, params, batch))[0]
+  for t in (0, 7, 15):
+    tokens = batch["decoder_tokens"].copy()
+    tokens[0, t] = (tokens[0, t] + 7) % 100
+    moved = np.asarray(hidden(model, params, {**batch, "decoder_tokens": tokens}))[0]
+    assert (moved[:t] == out[:t]).all() and (moved[t:] != out[t:]).any(-1).all()
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(tokenizer=tokenizer_lib.ByteTokenizer()), "0 sentinels .* set config.tokenizer.sentinels"),
+    (dict(model=dataclasses.replace(T5, name="bert")), "needs an encoder and a decoder"),
+    (dict(length=4), "too short for span_corruption")])
+def test_what_cannot_be_corrupted_is_said(corpus, change, message):
+  given = {"tokenizer": BYTES, "model": T5, "length": 64, **change}
+  with pytest.raises(UserError, match=message):
+    span_corruption.Objective().rows(sources.parse(f"text:{corpus}", DataConfig())[0], given["tokenizer"], DataConfig(),
+                                     given["model"], given["length"])
