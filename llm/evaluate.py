@@ -1,27 +1,74 @@
-"""Score a checkpoint, on the data it was evaluated on or on other data.
+"""Score a checkpoint, on the data it was evaluated on or on other data; or answers in a file.
 
 python -m llm.evaluate --checkpoint=DIR [--config.data.eval=SOURCE] [--config.data.fields=...]
+python -m llm.evaluate --predictions=FILE.json --config.data.eval=squad:FILE.json
+
+Figures that are made of records come with a 95% bootstrap interval over the records.
 """
 import dataclasses
 import json
+import pathlib
 
 import jax
 import ml_collections
+import numpy as np
 import tabulate
 from absl import flags
 from ml_collections import config_flags
 
 from llm import command, sharding
 from llm.checkpoints import locate, manager
-from llm.config import MeshConfig
+from llm.config import DataConfig, MeshConfig
 from llm.core import UserError, flatten
-from llm.data import sources
+from llm.data import answers, sources
 from llm.training import experiment as experiment_lib
-from llm.training import loop, step as step_lib
+from llm.training import loop, metrics, step as step_lib
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir, its checkpoints folder or one step.")
+_PREDICTIONS = flags.DEFINE_string("predictions", None, "Answers to score, {id: text}, in place of a checkpoint's.")
 _CONFIG = config_flags.DEFINE_config_dict("config", ml_collections.ConfigDict(
     {"data": {"eval": "", "fields": "", "cache": "", "sentences": ""}, "training": {"batch_size": 0}}))
+
+
+def _source(data: DataConfig) -> sources.Source:
+  source, *more = sources.parse(data.eval, data)
+  if more:
+    raise UserError("config.data.eval must be one source")
+  return source
+
+
+def _show(figures: dict, intervals: dict, source: str, of: str, count: str):
+  """The table, and all as one line of JSON."""
+  cells = [(name, f"{value:.4f}", "[{:.4f}, {:.4f}]".format(*intervals[name]) if name in intervals else "")
+           for name, value in sorted(figures.items())]
+  print(tabulate.tabulate(cells, headers=(f"{source}, {count}", "", "95% interval"), disable_numparse=True,
+                          colalign=("left", "right", "left")))
+  print(json.dumps({"checkpoint": of, "source": source, **figures, "intervals": intervals}))
+
+
+def score_answers(path: pathlib.Path, source: sources.Source) -> dict[str, np.ndarray]:
+  """Exact match and F1 of each question of a source, by the answers of a file {id: text}; "" where it has none."""
+  try:
+    said = json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    raise UserError(f"--predictions={path} cannot be read as JSON: {error}")
+  if not isinstance(said, dict) or not all(isinstance(text, str) for text in said.values()):
+    raise UserError(f"--predictions={path} must hold an object of id: text")
+  gold = {str(record.get("id", n)): [text for text, _ in answers.given(record)] for n, record in enumerate(source.records())}
+  if strange := [name for name in said if name not in gold]:
+    raise UserError(f"--predictions={path} answers {len(strange)} questions that {source.spec} does not ask, e.g. {strange[0]!r}")
+  return {name: np.array([score(said.get(i, ""), wanted) for i, wanted in gold.items()])
+          for name, score in (("exact_match", answers.exact_match), ("f1", answers.f1))}
+
+
+def _answers():
+  data = dataclasses.replace(DataConfig(), **{k: v for k, v in _CONFIG.value.data.items() if v})
+  if not data.eval:
+    raise UserError("--predictions needs the questions: --config.data.eval=squad:FILE.json")
+  source = _source(data)
+  outcomes = score_answers(pathlib.Path(_PREDICTIONS.value), source)
+  means = lambda drawn: {name: float(values.mean()) for name, values in drawn.items()}
+  _show(means(outcomes), metrics.bootstrap(means, outcomes), source.spec, _PREDICTIONS.value, f"{len(outcomes['f1'])} questions")
 
 
 def _replaced(group, overrides):
@@ -30,6 +77,8 @@ def _replaced(group, overrides):
 
 
 def main():
+  if _PREDICTIONS.value:
+    return _answers()
   if not _CHECKPOINT.value:
     raise UserError("--checkpoint is missing: a workdir of llm.train, its checkpoints folder or one step")
   step = locate.find(_CHECKPOINT.value)
@@ -38,9 +87,7 @@ def main():
   training = _replaced(saved.config.training, _CONFIG.value.training)
   if not data.eval:
     raise UserError("the checkpoint was trained without evaluation data: give --config.data.eval=SOURCE")
-  source, *more = sources.parse(data.eval, data)
-  if more:
-    raise UserError("config.data.eval must be one source")
+  source = _source(data)
   rows = saved.objective.rows(source, saved.tokenizer, data, saved.config.model, training.sequence_length)
   command.use_cpu_cores(training.batch_size)
   mesh = sharding.make_mesh(MeshConfig())
@@ -49,10 +96,10 @@ def main():
     placed = jax.device_put(params, sharding.shardings(params, mesh))
     marks = {path: [False] for path in params}
     eval_step = step_lib.make_eval_step(saved.model, saved.objective, marks)
-    figures = loop.evaluate(eval_step, placed, {}, saved.objective, rows, training.batch_size, mesh)
-  print(tabulate.tabulate(sorted(figures.items()), headers=(f"{source.spec}, {len(rows)} rows", ""),
-                          floatfmt=".4f"))
-  print(json.dumps({"checkpoint": str(step), "source": source.spec, **figures}))
+    figures, predictions = loop.run_over(eval_step, placed, {}, saved.objective, rows, training.batch_size, mesh)
+  outcomes = saved.objective.outcomes(predictions, rows)
+  _show({**figures, **saved.objective.summary(outcomes)}, metrics.bootstrap(saved.objective.summary, outcomes),
+        source.spec, str(step), f"{len(rows)} rows")
 
 
 if __name__ == "__main__":

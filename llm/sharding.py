@@ -32,8 +32,8 @@ RULES = (
     (r"lora_a$", ("fsdp", None)),
     (r"lora_b$", (None, "tensor")),
     (r"(pooler|transform)/kernel$", ("fsdp", "tensor")),
-    (r"(next_sentence|classifier)/kernel$", ("fsdp", None)),
-    (r"(out|down|pooler|transform|next_sentence|classifier)/bias$", (None,)),
+    (r"(next_sentence|classifier|span)/kernel$", ("fsdp", None)),
+    (r"(out|down|pooler|transform|next_sentence|classifier|span)/bias$", (None,)),
     (r"norm[a-z_]*/(scale|bias)$", (None,)),
 )
 

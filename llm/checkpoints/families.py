@@ -132,7 +132,7 @@ BERT = Family(
      Tensor("cls.predictions.bias", ("head/lm/bias",)),
      # Their class 0 is "B follows A", which is our class 1.
      *_linear("cls.seq_relationship", "head/next_sentence", reverse=True),
-     *_linear("classifier", "head/classifier")),
+     *_linear("classifier", "head/classifier"), *_linear("qa_outputs", "head/span")),
     buffers=r"embeddings\.position_ids$",
     tied={"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
           "cls.predictions.decoder.bias": "cls.predictions.bias"},

@@ -121,6 +121,8 @@ def _objective(family: Family, names: set[str], config: Mapping[str, Any]) -> ba
     classes = tuple(labels[key] for key in sorted(labels, key=int))
     regression = len(classes) == 1
     return base.build({"name": "classification", "num_classes": len(classes), "classes": () if regression else classes})
+  if "qa_outputs.weight" in names:
+    return base.build({"name": "span_qa"})
   return base.build({"name": "masked_lm", "next_sentence": any("seq_relationship" in n for n in names)})
 
 
@@ -230,6 +232,7 @@ def write(params: Params, config: config_lib.Config, tokenizer: tokenizer_lib.To
 
 ARCHITECTURES = {
     ("bert", "masked_lm"): "BertForPreTraining", ("bert", "classification"): "BertForSequenceClassification",
+    ("bert", "span_qa"): "BertForQuestionAnswering",
     ("gpt", "causal_lm"): "GPT2LMHeadModel", ("llama", "causal_lm"): "LlamaForCausalLM",
     ("t5", "span_corruption"): "T5ForConditionalGeneration"}
 

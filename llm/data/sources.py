@@ -1,9 +1,11 @@
 """Where text comes from: one string names a source or a weighted mixture of them.
 
   embedded:reviews[test]   text:PATH-OR-GLOB   jsonl:PATH-OR-GLOB   csv:PATH-OR-GLOB
-  tfds:glue/mrpc[validation]   hf:ORG/NAME:CONFIG[split]   text:a.txt@0.7,embedded:wikipedia@0.3
+  squad:PATH-OR-GLOB   tfds:glue/mrpc[validation]   hf:ORG/NAME:CONFIG[split]
+  text:a.txt@0.7,embedded:wikipedia@0.3
 
-A source gives records: dicts with `text`, and `text_pair` and `label` where the task has them.
+A source gives records: dicts with `text`, and what the task has besides: `text_pair`, `label`, `target`, or
+`question`, `answers` (text and answer_start) and `id` of a question on the text.
 In text files a blank line parts the documents, and each is a record.
 """
 import csv
@@ -18,7 +20,8 @@ from llm.config import DataConfig
 from llm.core import UserError
 from llm.data import cache, embedded
 
-KINDS = ("embedded", "text", "jsonl", "csv", "tfds", "hf")
+KINDS = ("embedded", "text", "jsonl", "csv", "squad", "tfds", "hf")
+FIELDS = ("text", "text_pair", "label", "target", "question", "answers", "id")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Source:
 
   def digest(self) -> str:
     """A name for the content: what was made from it is valid while this stays the same."""
-    if self.kind in ("text", "jsonl", "csv"):
+    if self.kind in ("text", "jsonl", "csv", "squad"):
       content = [cache.file_digest(path) for path in self.files()]
     elif self.kind == "embedded":
       content = [embedded.ARCHIVES.get(self.name, ("", "", ""))[1], self.split]
@@ -65,6 +68,7 @@ class Source:
                "text": lambda: _each_file(self, _text_records),
                "jsonl": lambda: _each_file(self, _jsonl_records),
                "csv": lambda: _each_file(self, _csv_records),
+               "squad": lambda: _each_file(self, _squad_records),
                "tfds": lambda: _tfds_records(self), "hf": lambda: _hf_records(self)}
     empty = True
     for record in readers[self.kind]():
@@ -95,9 +99,8 @@ def parse(spec: str, config: DataConfig) -> tuple[Source, ...]:
   fields = []
   for item in filter(None, config.fields.split(",")):
     ours, _, theirs = item.partition("=")
-    if ours.strip() not in ("text", "text_pair", "label") or not theirs.strip():
-      raise UserError(f"config.data.fields: {item!r} is not of the form text=NAME, text_pair=NAME "
-                      "or label=NAME")
+    if ours.strip() not in FIELDS or not theirs.strip():
+      raise UserError(f"config.data.fields: {item!r} is not of the form OURS=THEIRS with OURS one of {', '.join(FIELDS)}")
     fields.append((ours.strip(), theirs.strip()))
   sources = []
   for item in re.split(rf",(?=(?:{'|'.join(KINDS)}):)", spec):
@@ -175,6 +178,21 @@ def _csv_records(path) -> Iterator[dict]:
       yield {**record, "_where": f"{path}:{reader.line_num}"}
   except csv.Error as error:
     raise UserError(f"{path}:{reader.line_num}: not CSV: {error}")
+
+
+def _squad_records(path) -> Iterator[dict]:
+  """A record a question of a file in SQuAD's layout (versions 1.1 and 2.0)."""
+  try:
+    whole = json.loads("".join(line for _, line in _lines(path)))
+    for article in whole["data"]:
+      for paragraph in article["paragraphs"]:
+        for asked in paragraph["qas"]:
+          yield {"text": paragraph["context"], "question": asked["question"], "id": str(asked["id"]),
+                 "answers": asked.get("answers", []), "_where": f"{path}: question {asked['id']}"}
+  except ValueError as error:
+    raise UserError(f"{path}: not JSON: {str(error).splitlines()[0]}")
+  except (KeyError, TypeError) as error:
+    raise UserError(f"{path}: not in SQuAD's layout (data, paragraphs, context, qas, id, question): {error!r}")
 
 
 def _tfds_builder(source: Source):

@@ -39,6 +39,10 @@ class Tokenizer:
     """Ids of each text, no special ones added."""
     raise NotImplementedError
 
+  def encode_spans(self, texts: Sequence[str]) -> list[tuple[list[int], np.ndarray]]:
+    """Ids of each text and where each stands in it: Nx2 characters, from and to."""
+    raise NotImplementedError
+
   def decode(self, ids: Iterable[int]) -> str:
     """The text of ids; special ones are left out."""
     raise NotImplementedError
@@ -99,6 +103,10 @@ class SentencePieceTokenizer(Tokenizer):
   def encode(self, texts):
     return self._sp.Encode(list(texts))
 
+  def encode_spans(self, texts):
+    found = self._sp.Encode(list(texts), return_type="offset_mapping")
+    return [(f["ids"], _spans(f["offsets"])) for f in found]
+
   def decode(self, ids):
     return self._sp.Decode([int(i) for i in ids if i < len(self.pieces) - self.extra])
 
@@ -125,6 +133,9 @@ class WordPieceTokenizer(Tokenizer):
 
   def encode(self, texts):
     return [e.ids for e in self._fast.encode_batch(list(texts), add_special_tokens=False)]
+
+  def encode_spans(self, texts):
+    return [(e.ids, _spans(e.offsets)) for e in self._fast.encode_batch(list(texts), add_special_tokens=False)]
 
   def decode(self, ids):
     return self._fast.decode([int(i) for i in ids])
@@ -161,6 +172,9 @@ class HuggingFaceTokenizer(Tokenizer):
   def encode(self, texts):
     return [e.ids for e in self._fast.encode_batch(list(texts), add_special_tokens=False)]
 
+  def encode_spans(self, texts):
+    return [(e.ids, _spans(e.offsets)) for e in self._fast.encode_batch(list(texts), add_special_tokens=False)]
+
   def decode(self, ids):
     return self._fast.decode([int(i) for i in ids])
 
@@ -178,8 +192,19 @@ class ByteTokenizer(Tokenizer):
   def encode(self, texts):
     return [list(text.encode("utf-8")) for text in texts]
 
+  def encode_spans(self, texts):
+    out = []
+    for text in texts:
+      owner = np.repeat(np.arange(len(text)), [len(c.encode("utf-8")) for c in text])
+      out.append((list(text.encode("utf-8")), np.stack([owner, owner + 1], 1)))
+    return out
+
   def decode(self, ids):
     return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
+
+
+def _spans(offsets) -> np.ndarray:
+  return np.array(offsets, np.int64).reshape(-1, 2)
 
 
 def _sentinel_pieces(count: int) -> list[str]:
@@ -219,10 +244,10 @@ def load(folder: pathlib.Path) -> Tokenizer:
   meta = json.loads((folder / META).read_text())
   kinds = {k.name: k for k in (SentencePieceTokenizer, WordPieceTokenizer, HuggingFaceTokenizer)}
   if meta["name"] == "bytes":
-    return ByteTokenizer(meta["extra"])
+    return ByteTokenizer(meta.get("extra", 0))
   kind = kinds[meta["name"]]
   more = ({"special": meta["special"]} if kind is HuggingFaceTokenizer else
-          {"extra": meta["extra"]} if kind is SentencePieceTokenizer else {})
+          {"extra": meta.get("extra", 0)} if kind is SentencePieceTokenizer else {})
   return kind((folder / kind.FILE).read_bytes(), meta["lowercase"], **more)
 
 

@@ -92,6 +92,18 @@ class MaskedLMHead(nn.Module):
     return outputs
 
 
+class SpanHead(nn.Module):
+  """Scores BxT of every token as the start, and as the end, of an answer."""
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, hidden_BxTxD, batch, table_VxD, *, train: bool):
+    dtype = compute_dtype(self.config)
+    scores_BxTx2 = Linear((self.config.width, 2), dtype=dtype, name="span")(hidden_BxTxD)
+    scores_BxTx2 = scores_BxTx2.astype(jnp.promote_types(dtype, jnp.float32))
+    return {"starts": scores_BxTx2[..., 0], "ends": scores_BxTx2[..., 1]}
+
+
 class LMBias(nn.Module):
   """The output bias of the masked language model."""
   size: int

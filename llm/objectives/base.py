@@ -60,12 +60,30 @@ class Objective:
     raise NotImplementedError
 
   def predict(self, outputs, batch: Batch) -> dict[str, jax.Array]:
-    """What `score` needs, B rows each; {} where the metrics of `loss` say all."""
+    """What `outcomes` needs, B rows each."""
+    return {}
+
+  def outcomes(self, predictions: dict[str, np.ndarray], rows: Rows) -> dict[str, np.ndarray]:
+    """What became of each record of an evaluation source, on the host: arrays of one length."""
+    return {}
+
+  def summary(self, outcomes: dict[str, np.ndarray]) -> dict[str, float]:
+    """Figures of merit of these outcomes, or of a draw of them (for intervals)."""
     return {}
 
   def score(self, predictions: dict[str, np.ndarray], rows: Rows) -> dict[str, float]:
-    """Figures of merit over a whole evaluation source, on the host."""
-    return {}
+    """Figures of merit over a whole evaluation source."""
+    return self.summary(self.outcomes(predictions, rows))
+
+
+def row_sums(values_BxN, weights_BxN) -> jax.Array:
+  """Bx2 of (weighted sum, weight): what a row adds to a mean, for `predict`."""
+  return jax.numpy.stack([(values_BxN * weights_BxN).sum(-1), weights_BxN.sum(-1)], -1)
+
+
+def mean_of_sums(outcomes: dict[str, np.ndarray]) -> dict[str, float]:
+  """name -> mean, of such sums over all rows."""
+  return {name: float(sums[:, 0].sum() / max(sums[:, 1].sum(), 1e-9)) for name, sums in outcomes.items()}
 
 
 def weighted_mean(values, weights, total):

@@ -75,3 +75,12 @@ class Objective(base.Objective):
     weight = weights.sum()
     return loss, {"loss": ((outputs["losses"] * weights).sum(), weight),
                   "accuracy": ((outputs["correct"] * weights).sum(), weight)}
+
+  def predict(self, outputs, batch):
+    return {name: base.row_sums(outputs[key], batch["weights"]) for name, key in (("loss", "losses"), ("accuracy", "correct"))}
+
+  def outcomes(self, predictions, rows):
+    return predictions
+
+  def summary(self, outcomes):
+    return base.mean_of_sums(outcomes)

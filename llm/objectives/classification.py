@@ -145,13 +145,23 @@ class Objective(base.Objective):
       return {"score": outputs["logits"][:, 0]}
     return {"probabilities": jax.nn.softmax(outputs["logits"])}
 
-  def score(self, predictions, rows):
-    labels = rows.labels
+  def results(self, predictions, rows):
     if self.regression:
-      scores = predictions["score"]
+      return [{"score": float(s)} for s in predictions["score"]]
+    return [{"label": self.classes[int(p.argmax())],
+             "probabilities": {c: round(float(x), 6) for c, x in zip(self.classes, p)}}
+            for p in predictions["probabilities"]]
+
+  def outcomes(self, predictions, rows):
+    found = predictions["score"] if self.regression else predictions["probabilities"].argmax(-1)
+    return {"labels": rows.labels[:len(found)], "found": found}
+
+  def summary(self, outcomes):
+    labels, guesses = outcomes["labels"], outcomes["found"]
+    if self.regression:
+      scores = guesses
       return {"pearson": float(scipy.stats.pearsonr(scores, labels)[0]) if len(labels) > 1 else math.nan,
               "spearman": float(scipy.stats.spearmanr(scores, labels)[0]) if len(labels) > 1 else math.nan}
-    guesses = predictions["probabilities"].argmax(-1)
     figures = {"accuracy": sklearn.metrics.accuracy_score(labels, guesses),
                "macro_f1": sklearn.metrics.f1_score(labels, guesses, average="macro", zero_division=0),
                "mcc": sklearn.metrics.matthews_corrcoef(labels, guesses)}

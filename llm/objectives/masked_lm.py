@@ -201,6 +201,20 @@ class Objective(base.Objective):
                   "nsp_accuracy": ((correct_B * weights_B).sum(), pairs)}
     return loss, metrics
 
+  def predict(self, outputs, batch):
+    found = {name: base.row_sums(outputs[key], batch["masked_weights"])
+             for name, key in (("mlm_loss", "losses"), ("mlm_accuracy", "correct"))}
+    if self.next_sentence:
+      right_B = outputs["pair_logits"].argmax(-1) == batch["next_sentence"]
+      found["nsp_accuracy"] = base.row_sums(right_B[:, None], batch["pair_weights"][:, None])
+    return found
+
+  def outcomes(self, predictions, rows):
+    return predictions
+
+  def summary(self, outcomes):
+    return base.mean_of_sums(outcomes)
+
 
 def _packed(rows: PackedRows, pieces) -> dict[str, np.ndarray]:
   """[CLS] piece [SEP] ... of one packed row."""

@@ -40,7 +40,7 @@ class Experiment:
 def _following(model: ModelConfig, start: dict | None, vocab_size: int) -> ModelConfig:
   """The model with what is not set taken from the checkpoint that the run starts from."""
   if start:
-    same = start["config"]["model"]
+    same = dataclasses.asdict(config_lib.freeze(start["config"]).model)
     unset = {k: same[k] for k in SHAPE if not getattr(model, k)}
     if not model.name:
       unset |= {k: same[k] for k in DETAILS}

@@ -66,6 +66,13 @@ def host_rows(array: jax.Array) -> np.ndarray:
 def evaluate(eval_step: Callable, trained, frozen, objective, rows, batch_size: int, mesh,
              limit: int = 0, stop: Stop | None = None) -> dict[str, float] | None:
   """Figures over an evaluation source; None if a signal came meanwhile."""
+  found = run_over(eval_step, trained, frozen, objective, rows, batch_size, mesh, limit, stop)
+  return found and {**found[0], **objective.score(found[1], rows)}
+
+
+def run_over(eval_step: Callable, trained, frozen, objective, rows, batch_size: int, mesh, limit: int = 0,
+             stop: Stop | None = None) -> tuple[dict[str, float], dict[str, np.ndarray]] | None:
+  """(means of the metrics, predictions of all rows) over an evaluation source; None if a signal came."""
   history, predictions = [], []
   for batch in batches_lib.passes(rows, objective.example, batch_size, mesh, limit):
     if stop and stop.signal:
@@ -76,7 +83,7 @@ def evaluate(eval_step: Callable, trained, frozen, objective, rows, batch_size: 
   figures = metrics_lib.means(jax.device_get(history))
   seen = min(len(rows), len(predictions) * batch_size)
   merged = {k: np.concatenate([host_rows(p[k]) for p in predictions])[:seen] for k in predictions[0]}
-  return {**figures, **objective.score(merged, rows)}
+  return figures, merged
 
 
 def _check_finite(history: list[dict], first: int):

@@ -1,10 +1,12 @@
 """Sums to means, counted FLOPs, and the peak they are held against."""
 import math
 import time
+from typing import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from llm.core import flatten
@@ -34,6 +36,22 @@ def means(history: list[dict]) -> dict[str, float]:
   if "loss" not in out:
     out = {"loss": sum(v for k, v in out.items() if k.endswith("_loss")), **out}
   return out
+
+
+def bootstrap(summary: Callable, outcomes: dict[str, np.ndarray], draws: int = 1000) -> dict[str, tuple[float, float]]:
+  """95% percentile intervals of each figure of `summary`, by drawing records again (Efron 1979).
+
+  {} where there are no outcomes by record.
+  """
+  if not outcomes:
+    return {}
+  count, rng = len(next(iter(outcomes.values()))), np.random.default_rng(0)
+  found = []
+  for _ in tqdm.tqdm(range(draws), desc="bootstrap", unit=" draws", disable=None, leave=False):
+    drawn = rng.integers(count, size=count)
+    found.append(summary({name: values[drawn] for name, values in outcomes.items()}))
+  bounds = lambda name: np.nanpercentile([f[name] for f in found], [2.5, 97.5])
+  return {name: tuple(float(b) for b in bounds(name)) for name in found[0]}
 
 
 def _dot_flops(jaxpr) -> float:

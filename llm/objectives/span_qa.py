@@ -1,0 +1,274 @@
+"""Extractive question answering: the answer is a span of the context (BERT on SQuAD)."""
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm.core import UserError
+from llm.data import answers as answers_lib
+from llm.data import packing
+from llm.models import heads
+from llm.objectives import base
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+  """A question with what scoring needs: the untouched text and the gold answers, () where there is none."""
+  id: str
+  text: str
+  gold: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+  """[CLS] question [SEP] part of the context [SEP].
+
+  spans_Nx2: characters of each token of the part. own_N: whether this window gives the token the most context.
+  start, end: first and last token of the answer, in the window; 0, [CLS], where it has none.
+  """
+  question: int
+  tokens: np.ndarray
+  offset: int             # where the part begins in `tokens`
+  spans_Nx2: np.ndarray
+  own_N: np.ndarray
+  start: int
+  end: int
+
+
+@dataclasses.dataclass(frozen=True)
+class QuestionRows:
+  """Windows packed into rows, at most `slots` in one; short contexts share a row."""
+  questions: list[Question]
+  windows: list[Window]
+  packed: list[np.ndarray]     # row -> numbers of windows
+  length: int
+  slots: int
+  pad: int
+
+  @property
+  def tokens(self) -> int:
+    return sum(len(w.tokens) for w in self.windows)
+
+  def __len__(self) -> int:
+    return len(self.packed)
+
+  def __getitem__(self, i: int):
+    return self, [self.windows[n] for n in self.packed[i]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective(base.Objective):
+  """Start and end of the answer, each a softmax over a window (Devlin et al. 2019, sections 4.2 and 4.3).
+
+  stride: tokens from one window of a long context to the next. longest: tokens of an answer. no_answer: questions
+  may have none (SQuAD 2.0): it is given where [CLS] beats the best span by more than `threshold`. candidates: starts
+  and ends that are looked at, a window.
+  """
+  stride: int = 128
+  longest: int = 30
+  no_answer: bool = False
+  threshold: float = 0.0
+  candidates: int = 20
+
+  def __post_init__(self):
+    for name in ("stride", "longest", "candidates"):
+      if getattr(self, name) < 1:
+        raise UserError(f"config.objective.{name} must be positive, not {getattr(self, name)}")
+
+  def rows(self, source, tokenizer, data, model, length):
+    records = list(source.records())
+    for record in records:
+      if not isinstance(record.get("question"), str) or not record["question"].strip():
+        raise UserError(f"{record.get('_where', source.spec)}: the field 'question' must be a text; questions come from "
+                        "squad:FILE, or from records with text (the context), question and answers")
+      if not self.no_answer and not record.get("answers"):
+        raise UserError(f"{record.get('_where', source.spec)}: the question has no answer; set config.objective.no_answer=True "
+                        "if questions may have none (SQuAD 2.0)")
+    return self.encode(records, tokenizer, model, length)
+
+  def encode(self, records, tokenizer, model, length) -> QuestionRows:
+    """Records -> packed windows. Raises UserError on an answer that is not where it is said to be."""
+    if model.name != "bert":
+      raise UserError(f"config.objective.name=span_qa needs an encoder, model.name=bert, not {model.name}")
+    tokenizer.require("cls", "sep")
+    asked = tokenizer.encode([r["question"] for r in records])
+    texts = list(dict.fromkeys(r["text"] for r in records))   # a context has many questions
+    encoded = dict(zip(texts, tokenizer.encode_spans(texts)))
+    questions, windows = [], []
+    for number, (record, question) in enumerate(zip(records, asked)):
+      found = answers_lib.given(record)
+      questions.append(Question(str(record.get("id", number)), record["text"], tuple(text for text, _ in found)))
+      room = length - len(question) - 3
+      if room < 8:
+        raise UserError(f"{record.get('_where', 'a record')}: the question has {len(question)} tokens and leaves {room} of "
+                        f"config.training.sequence_length={length} for its context")
+      windows += self._windows(number, question, *encoded[record["text"]], found, room, tokenizer)
+    lengths = np.array([len(w.tokens) for w in windows])
+    slots = max(1, length // 32)
+    packed = [part for row in packing.best_fit_decreasing(lengths, length)
+              for part in np.split(row, range(slots, len(row), slots))]
+    return QuestionRows(questions, windows, packed, length, slots, max(tokenizer.pad, 0))
+
+  def _windows(self, number, question, ids, spans, found, room, tokenizer) -> list[Window]:
+    """The windows of one context, in order."""
+    step = min(self.stride, room)
+    starts = [0]
+    while starts[-1] + room < len(ids):
+      starts.append(starts[-1] + step)
+    answer = _tokens_of(found[0], spans) if found else None
+    # A token is answered with in the window where the lesser of its two sides is longest.
+    places = np.arange(len(ids))[:, None] - np.array(starts)
+    sides = np.minimum(places, np.minimum(room, len(ids) - np.array(starts)) - 1 - places)
+    owner = sides.argmax(1) if len(ids) else np.zeros(0, int)
+    out = []
+    for at, start in enumerate(starts):
+      part = slice(start, min(start + room, len(ids)))
+      offset = len(question) + 2
+      inside = answer and part.start <= answer[0] and answer[1] < part.stop
+      first, last = (offset + a - start for a in answer) if inside else (0, 0)
+      tokens = np.array([tokenizer.cls, *question, tokenizer.sep, *ids[part], tokenizer.sep], np.int32)
+      out.append(Window(number, tokens, offset, spans[part], owner[part] == at, first, last))
+    return out
+
+  def example(self, row, rng):
+    rows, windows = row
+    out = {k: np.zeros(rows.length, np.int32) for k in ("segments", "positions", "types", "may_end", "may_start")}
+    out["tokens"] = np.full(rows.length, rows.pad, np.int32)
+    slots = {k: np.zeros(rows.slots, np.int32) for k in ("firsts", "starts", "ends")}
+    weights, at = np.zeros(rows.slots, np.float32), 0
+    for slot, window in enumerate(windows):
+      here, context = slice(at, at + len(window.tokens)), at + window.offset
+      out["tokens"][here], out["segments"][here] = window.tokens, slot + 1
+      out["positions"][here] = np.arange(len(window.tokens))
+      out["types"][context:here.stop] = 1
+      out["may_end"][context:context + len(window.own_N)] = 1
+      out["may_start"][context:context + len(window.own_N)] = window.own_N
+      slots["firsts"][slot], slots["starts"][slot], slots["ends"][slot] = at, at + window.start, at + window.end
+      weights[slot], at = 1.0, here.stop
+    return {**out, **slots, "window_weights": weights}
+
+  def head(self, model):
+    return heads.SpanHead(model)
+
+  def totals(self, batch):
+    return {"windows": batch["window_weights"].sum()}
+
+  def loss(self, outputs, batch, totals):
+    weights_BxK, weight = batch["window_weights"], batch["window_weights"].sum()
+    seen_BxKxT = _of_window(batch) & ((batch["may_end"] > 0) | _first(batch))[:, None]
+    losses, right = 0.0, 1.0
+    for side in ("starts", "ends"):
+      logits_BxKxT = jnp.where(seen_BxKxT, outputs[side][:, None], -1e30)
+      log_probs_BxKxT = jax.nn.log_softmax(logits_BxKxT)
+      losses -= 0.5 * jnp.take_along_axis(log_probs_BxKxT, batch[side][..., None], -1)[..., 0]
+      right *= logits_BxKxT.argmax(-1) == batch[side]
+    return (base.weighted_mean(losses, weights_BxK, totals["windows"]),
+            {"loss": ((losses * weights_BxK).sum(), weight), "span_accuracy": ((right * weights_BxK).sum(), weight)})
+
+  def predict(self, outputs, batch):
+    """The best starts and ends of every window (B x K x N places and scores), and the score of no answer."""
+    found = {}
+    for side, may in (("starts", "may_start"), ("ends", "may_end")):
+      possible_BxKxT = _of_window(batch) & (batch[may] > 0)[:, None]
+      count = min(self.candidates, batch["tokens"].shape[1])
+      scores, places = jax.lax.top_k(jnp.where(possible_BxKxT, outputs[side][:, None], -1e30), count)
+      found |= {f"{side}_scores": scores, f"{side}_places": places - batch["firsts"][..., None]}
+    at_first = lambda side: jnp.take_along_axis(outputs[side], batch["firsts"], axis=1)
+    return {**found, "none": at_first("starts") + at_first("ends")}
+
+  def answers(self, predictions, rows: QuestionRows) -> dict[int, dict]:
+    """Question number -> {"best": [(text, score), ..] over all of its windows, "none": the score of no answer}."""
+    out = {}
+    for row, numbers in enumerate(rows.packed[:len(predictions["none"])]):
+      for slot, number in enumerate(numbers):
+        window = rows.windows[number]
+        mine = out.setdefault(window.question, {"best": [], "none": np.inf})
+        mine["none"] = min(mine["none"], float(predictions["none"][row, slot]))
+        one = {k: v[row, slot] for k, v in predictions.items()}
+        mine["best"] += self._spans_of(window, one, rows.questions[window.question].text)
+    for mine in out.values():
+      best = {}
+      for text, score in sorted(mine["best"], key=lambda found: -found[1]):
+        best.setdefault(text, score)
+      mine["best"] = list(best.items())[:self.candidates]
+    return out
+
+  def _spans_of(self, window, one, text):
+    """(answer, score) of the possible pairs of starts and ends of a window."""
+    sums = one["starts_scores"][:, None] + one["ends_scores"]
+    starts, ends = one["starts_places"][:, None], one["ends_places"]
+    good = (starts <= ends) & (ends - starts < self.longest) & (sums > -1e29)
+    out = []
+    for i, j in np.argwhere(good):
+      first, last = (window.spans_Nx2[one[side][k] - window.offset] for side, k in (("starts_places", i), ("ends_places", j)))
+      if answer := text[first[0]:last[1]].strip():
+        out.append((answer, float(sums[i, j])))
+    return out
+
+  def chosen(self, found: dict) -> str:
+    """The answer to one question of `answers`; "" for none."""
+    if not found["best"] or self.no_answer and found["none"] - found["best"][0][1] > self.threshold:
+      return ""
+    return found["best"][0][0]
+
+  def outcomes(self, predictions, rows):
+    found = self.answers(predictions, rows)
+    asked = [rows.questions[n] for n in found]
+    said = [self.chosen(one) for one in found.values()]
+    out = {"exact_match": [answers_lib.exact_match(a, q.gold) for a, q in zip(said, asked)],
+           "f1": [answers_lib.f1(a, q.gold) for a, q in zip(said, asked)]}
+    if self.no_answer:
+      best = [one["best"][0][0] if one["best"] else "" for one in found.values()]
+      out["margins"] = [one["none"] - (one["best"][0][1] if one["best"] else -1e30) for one in found.values()]
+      for name, score in (("exact_match", answers_lib.exact_match), ("f1", answers_lib.f1)):
+        out[f"{name}_answered"] = [score(a, q.gold) for a, q in zip(best, asked)]
+        out[f"{name}_unanswered"] = [score("", q.gold) for q in asked]
+    return {name: np.array(values) for name, values in out.items()}
+
+  def summary(self, outcomes):
+    figures = {name: float(outcomes[name].mean()) for name in ("exact_match", "f1")}
+    if self.no_answer:
+      for name in ("exact_match", "f1"):
+        threshold, best = answers_lib.best_threshold(
+            outcomes["margins"], outcomes[f"{name}_answered"], outcomes[f"{name}_unanswered"])
+        figures |= {f"best_{name}": best, f"best_{name}_threshold": threshold}
+    return figures
+
+  def results(self, predictions, rows):
+    found = self.answers(predictions, rows)
+    return [{"answer": self.chosen(found[n]), "alternatives": [{"text": t, "score": s} for t, s in found[n]["best"][:5]]}
+            for n in range(len(rows.questions))]
+
+  def write(self, predictions, rows, path: pathlib.Path):
+    """id -> answer as the official scorer reads it; beside it the n best and, with no_answer, the odds of none."""
+    found = self.answers(predictions, rows)
+    asked = {n: rows.questions[n].id for n in found}
+    files = {path: {asked[n]: self.chosen(one) for n, one in found.items()},
+             path.with_suffix(".nbest.json"): {asked[n]: [{"text": t, "score": s} for t, s in one["best"]] for n, one in found.items()}}
+    if self.no_answer:
+      files[path.with_suffix(".null_odds.json")] = {
+          asked[n]: one["none"] - (one["best"][0][1] if one["best"] else 0.0) for n, one in found.items()}
+    for file, content in files.items():
+      file.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def _tokens_of(answer: tuple[str, int], spans_Nx2: np.ndarray) -> tuple[int, int] | None:
+  """First and last token that the answer touches; None where the tokenizer dropped all of it."""
+  text, start = answer
+  start, stop = start + len(text) - len(text.lstrip()), start + len(text.rstrip())
+  touched = np.flatnonzero((spans_Nx2[:, 1] > start) & (spans_Nx2[:, 0] < stop))
+  return (int(touched[0]), int(touched[-1])) if len(touched) else None
+
+
+def _of_window(batch):
+  """BxKxT: which tokens belong to window k of a row."""
+  numbers_K = 1 + jnp.arange(batch["firsts"].shape[1])
+  return batch["segments"][:, None] == numbers_K[:, None]
+
+
+def _first(batch):
+  """BxT: the [CLS] of every window."""
+  return (batch["positions"] == 0) & (batch["segments"] > 0)
