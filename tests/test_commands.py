@@ -140,7 +140,7 @@ BAD_CONFIGS = [
     (dict(training__batch_size=9), "must be a multiple of mesh.data"),
     (dict(mesh__data=3), "does not fill the 8 devices"),
     (dict(mesh__data=4, mesh__tensor=-1, mesh__fsdp=-1), "at most one of them -1"),
-    (dict(model__vocab_size=77), "vocab_size=77 but the tokenizer has 262"),
+    (dict(model__vocab_size=77), "vocab_size=77 but the tokenizer has 282"),
     (dict(model__num_heads=3), "multiple of num_heads=3"),
     (dict(mesh__tensor=8, mesh__data=1), "mesh.tensor=8 does not divide dimension"),
     (dict(objective__name="maskedlm"), "masked_lm"),
@@ -235,9 +235,10 @@ def test_every_config_is_valid(path):
   spec = importlib.util.spec_from_file_location(path.stem, path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  from llm.models import bert, gpt, llama
+  from llm.models import bert, gpt, llama, t5
   arguments = {"pretrain_bert": [*bert.SIZES, *(f"{s}-512" for s in bert.SIZES)], "pretrain_gpt": list(gpt.SIZES),
-               "pretrain_llama": list(llama.SIZES)}.get(
+               "pretrain_llama": list(llama.SIZES), "pretrain_t5": list(t5.SIZES),
+               "finetune_qa": ["", "squad", "squad2", "abstracts"]}.get(
       path.stem, ["", "reviews", "imdb", *getattr(module, "GLUE", ())])
   for argument in arguments:
     config_lib.freeze(module.get_config(argument))
