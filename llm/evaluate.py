@@ -88,7 +88,7 @@ def main():
   if not data.eval:
     raise UserError("the checkpoint was trained without evaluation data: give --config.data.eval=SOURCE")
   source = _source(data)
-  rows = saved.objective.rows(source, saved.tokenizer, data, saved.config.model, training.sequence_length)
+  rows = saved.objective.eval_rows(source, saved.tokenizer, data, saved.config.model, training.sequence_length)
   command.use_cpu_cores(training.batch_size)
   mesh = sharding.make_mesh(MeshConfig())
   with jax.set_mesh(mesh):

@@ -60,6 +60,9 @@ def render_row(batch: dict, row: int, tokenizer, classes=()) -> str:
   if "next_sentence" in part:
     second = _decoded(tokenizer, part["tokens"][(part["types"] == 1) & (segments > 0)])
     lines.append(f"  next sentence: {'true' if part['next_sentence'] else 'another document'}; second part: {second}")
+  for number in np.flatnonzero(part.get("window_weights", ())):
+    answer = part["tokens"][part["starts"][number]:part["ends"][number] + 1]
+    lines.append(f"  answer in document {number + 1}: {_decoded(tokenizer, answer)}")
   if "labels" in part:
     label = part["labels"]
     lines.append(f"  label: {classes[int(label)] if classes else float(label)}")

@@ -1,5 +1,6 @@
 """Span corruption and the encoder-decoder: text comes back whole, packed pairs know nothing of each other."""
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from llm.config import DataConfig, ModelConfig
 from llm.core import UserError
 from llm.data import sources, tokenizer as tokenizer_lib
-from llm.objectives import span_corruption
+from llm.objectives import span_corruption, text_to_text
 from tests.test_models import batch_of, hidden, model_of, params_of
 from tests.test_objectives import within
 
@@ -129,3 +130,45 @@ def test_what_cannot_be_corrupted_is_said(corpus, change, message):
   with pytest.raises(UserError, match=message):
     span_corruption.Objective().rows(sources.parse(f"text:{corpus}", DataConfig())[0], given["tokenizer"], DataConfig(),
                                      given["model"], given["length"])
+
+
+def written(path, *lines):
+  path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  return sources.parse(f"jsonl:{path}", DataConfig())[0]
+
+
+def test_text_to_text_reads_what_it_was_given(tmp_path):
+  source = written(tmp_path / "a.jsonl", *({"text": f"film {n}", "text_pair": "b", "label": "good" if n % 2 else "bad"} for n in range(9)))
+  objective = text_to_text.Objective(template="rate: {text} and {text_pair}", targets=("good=yes", "bad=no"), target_length=16)
+  training, evaluation = (rows(source, BYTES, DataConfig(), T5, 64) for rows in (objective.rows, objective.eval_rows))
+  said = []
+  for row in range(len(training)):
+    example = objective.example(training[row], None)
+    for number, (given, wanted) in zip(training.packed[row], pieces_of(example)):
+      said.append((training.pairs[number].record, BYTES.decode(given[:-1]), BYTES.decode(wanted)))
+  assert sorted(said) == [(n, f"rate: film {n} and b", "yes" if n % 2 else "no") for n in range(9)]
+  learned = sum(objective.example(evaluation[i], None)["weights"].sum() for i in range(len(evaluation)))
+  assert len(evaluation.pairs) == 18 and learned == sum(len(p.wanted) for p in training.pairs)
+
+
+def test_choices_are_told_by_their_likelihood_and_exact_matches_by_every_token():
+  objective = text_to_text.Objective(targets=("a=x", "b=y"))
+  pair = lambda record, gold: text_to_text.Pair(record, gold, np.zeros(3), np.zeros(2))
+  rows = text_to_text.PairRows([pair(0, True), pair(0, False), pair(1, True), pair(1, False)], [np.array([0, 1]), np.array([2, 3])],
+                               32, 4, 2, 0, 0)
+  batch = {"tokens": np.zeros((2, 32)), "decoder_segments": np.array([[1, 1, 2, 2], [1, 1, 2, 2]])}
+  outputs = {"losses": np.array([[0.1, 0.2, 3.0, 0.1], [2.0, 0.1, 0.5, 0.5]]), "correct": np.array([[1.0, 1, 0, 1], [0, 1, 1, 1]])}
+  found = objective.outcomes({k: np.asarray(v) for k, v in objective.predict(outputs, batch).items()}, rows)
+  assert found["choice_accuracy"].tolist() == [1, 0] and found["exact_match"].tolist() == [1, 0]
+  assert objective.summary(found)["loss"] == pytest.approx((0.3 + 2.1) / 4)
+
+
+@pytest.mark.parametrize("record, more, message", [
+    ({"text": "a"}, {}, "a.jsonl:1: the target is missing or empty"), ({"text": "a", "target": " "}, {}, "missing or empty"),
+    ({"text": "a", "target": "b" * 99}, {}, "the target has 100 tokens, more than config.objective.target_length=64"),
+    ({"text": "a", "target": "b"}, {"template": "{text} {other}"}, "no field 'other'"),
+    ({"text": "a", "label": "c"}, {"targets": ("d=e",)}, "unknown label 'c'"),
+    ({"text": "a"}, {"template": "{text"}, "is no template"), ({"text": "a"}, {"targets": ("d",)}, "not of the form")])
+def test_pairs_that_cannot_be_made_are_said(record, more, message, tmp_path):
+  with pytest.raises(UserError, match=message):
+    text_to_text.Objective(**more).rows(written(tmp_path / "a.jsonl", record), BYTES, DataConfig(), T5, 64)

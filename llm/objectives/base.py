@@ -43,6 +43,11 @@ class Objective:
     """All rows of a source, planned or encoded once. `length` is T."""
     raise NotImplementedError
 
+  def eval_rows(self, source: Source, tokenizer: Tokenizer, data: DataConfig, model: ModelConfig,
+                length: int) -> Rows:
+    """The rows that an evaluation reads, where they are others."""
+    return self.rows(source, tokenizer, data, model, length)
+
   def example(self, row, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """One row -> the arrays of a batch, without the B dimension. All chance comes from rng."""
     raise NotImplementedError

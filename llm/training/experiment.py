@@ -123,7 +123,7 @@ def prepare(config: Config, own: pathlib.Path | None = None, say: Callable = pri
     held_out = sources.parse(config.data.eval, config.data)
     if len(held_out) > 1:
       raise UserError("config.data.eval must be one source")
-    eval_rows = objective.rows(held_out[0], tokenizer, config.data, model, length)
+    eval_rows = objective.eval_rows(held_out[0], tokenizer, config.data, model, length)
   resolved = dataclasses.replace(
       config, model=model, objective=base.to_mapping(objective),
       training=dataclasses.replace(config.training, steps=_steps(config, batches), epochs=0.0))

@@ -1,0 +1,156 @@
+"""Any task as text to text (T5): an input, a target, and for tasks with few answers the likelihood of each."""
+import dataclasses
+import re
+import string
+
+import jax.numpy as jnp
+import numpy as np
+
+from llm.core import UserError
+from llm.data import answers, packing, pairs
+from llm.objectives import causal_lm
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+  """Ids of an input and a target. record: the one it belongs to; gold: whether this target is that record's."""
+  record: int
+  gold: bool
+  given: np.ndarray
+  wanted: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class PairRows:
+  """Pairs packed into rows, at most `slots` in one."""
+  pairs: list[Pair]
+  packed: list[np.ndarray]
+  input_length: int
+  target_length: int
+  slots: int
+  pad: int
+  cut: int            # inputs that lost their end
+
+  @property
+  def tokens(self) -> int:
+    return sum(len(p.given) + len(p.wanted) for p in self.pairs)
+
+  def __len__(self) -> int:
+    return len(self.packed)
+
+  def __getitem__(self, i: int):
+    return self, [self.pairs[n] for n in self.packed[i]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective(causal_lm.Objective):
+  """Cross-entropy of the target given the input (Raffel et al. 2020, section 2.4).
+
+  template: the input, with the fields of a record in braces. targets: "label=text", what is written for each label,
+  and the choices whose likelihoods are compared; without them the target is the record's `target`, or its first
+  answer. target_length: tokens of a row's targets.
+  """
+  template: str = "{text}"
+  targets: tuple = ()
+  target_length: int = 64
+
+  def __post_init__(self):
+    if bad := [t for t in self.targets if not re.fullmatch(r"[^=]+=.+", t)]:
+      raise UserError(f"config.objective.targets: {bad[0]!r} is not of the form 'label=text'")
+    if self.target_length < 2:
+      raise UserError(f"config.objective.target_length must be at least 2, not {self.target_length}")
+    try:
+      self.template.format_map(dict.fromkeys(self._fields(), ""))
+    except (ValueError, KeyError, IndexError) as error:
+      raise UserError(f"config.objective.template={self.template!r} is no template: {error}")
+
+  def _fields(self) -> list[str]:
+    return [name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None]
+
+  def rows(self, source, tokenizer, data, model, length):
+    return self._rows(source, tokenizer, model, length, choices=False)
+
+  def eval_rows(self, source, tokenizer, data, model, length):
+    return self._rows(source, tokenizer, model, length, choices=True)
+
+  def _rows(self, source, tokenizer, model, length, choices: bool) -> PairRows:
+    tokenizer.require("pad", "eos")
+    if model.name != "t5":
+      raise UserError(f"config.objective.name=text_to_text needs an encoder and a decoder: model.name=t5, not {model.name}")
+    records = list(source.records())
+    inputs = tokenizer.encode([self._input(record, source) for record in records])
+    texts = [self._texts(record, source, choices) for record in records]
+    wanted = iter(tokenizer.encode([text for of_record in texts for text, _ in of_record]))
+    made, cut = [], 0
+    for number, (record, given, of_record) in enumerate(zip(records, inputs, texts)):
+      cut += len(given) >= length
+      given = np.array([*given[:length - 1], tokenizer.eos], np.int32)
+      for _, gold in of_record:
+        target = np.array([*next(wanted), tokenizer.eos], np.int32)
+        if len(target) > self.target_length:
+          raise UserError(f"{record.get('_where', source.spec)}: the target has {len(target)} tokens, more than "
+                          f"config.objective.target_length={self.target_length}")
+        made.append(Pair(number, gold, given, target))
+    sizes = pairs.sizes(np.array([len(p.given) for p in made]), np.array([len(p.wanted) for p in made]),
+                        length, self.target_length)
+    slots = max(1, length // 16)
+    packed = [part for row in packing.best_fit_decreasing(sizes, length) for part in np.split(row, range(slots, len(row), slots))]
+    return PairRows(made, packed, length, self.target_length, slots, tokenizer.pad, cut)
+
+  def _input(self, record, source) -> str:
+    where = record.get("_where", source.spec)
+    if missing := [name for name in self._fields() if name not in record]:
+      raise UserError(f"{where}: no field {missing[0]!r}, which config.objective.template asks for")
+    return self.template.format_map(record)
+
+  def _texts(self, record, source, choices: bool) -> list[tuple[str, bool]]:
+    """(target, whether it is the record's): that alone, or each of the choices."""
+    where = record.get("_where", source.spec)
+    if self.targets:
+      known = dict(t.split("=", 1) for t in self.targets)
+      label = str(record.get("label"))
+      if label not in known:
+        raise UserError(f"{where}: unknown label {label!r}; config.objective.targets knows {', '.join(known)}")
+      return [(text, name == label) for name, text in known.items() if choices or name == label]
+    target = record.get("target")
+    if target is None and record.get("answers"):
+      target = answers.given(record)[0][0]
+    if not isinstance(target, str) or not target.strip():
+      raise UserError(f"{where}: the target is missing or empty; records need a field 'target' "
+                      "(config.data.fields='target=THEIR_NAME' renames it)")
+    return [(target, True)]
+
+  def example(self, row, rng):
+    rows, made = row
+    out = pairs.row([(p.given, p.wanted) for p in made], rows.input_length, rows.target_length, rows.pad)
+    # Targets that are not the record's are scored, not learned.
+    gold = np.r_[0.0, [p.gold for p in made]].astype(np.float32)
+    return {**out, "weights": gold[out["decoder_segments"]]}
+
+  def predict(self, outputs, batch):
+    """BxKx2 a target: its log-likelihood in nats, and 1 where greedy decoding writes exactly it."""
+    slots = batch["tokens"].shape[1] // 16 or 1
+    of_pair_BxKxT = batch["decoder_segments"][:, None] == 1 + jnp.arange(slots)[:, None]
+    likelihood = -(outputs["losses"][:, None] * of_pair_BxKxT).sum(-1)
+    # Greedy decoding stays on the target as long as each next token of it is the likeliest.
+    written = jnp.where(of_pair_BxKxT, outputs["correct"][:, None] > 0, True).all(-1)
+    return {"pairs": jnp.stack([likelihood, written], -1)}
+
+  def outcomes(self, predictions, rows):
+    scores = {n: predictions["pairs"][row, slot] for row, numbers in enumerate(rows.packed[:len(predictions["pairs"])])
+              for slot, n in enumerate(numbers)}
+    best, written, length = {}, {}, {}
+    for n, (likelihood, exact) in scores.items():
+      pair = rows.pairs[n]
+      best[pair.record] = max(best.get(pair.record, (-np.inf, False)), (likelihood, pair.gold))
+      if pair.gold:
+        written[pair.record], length[pair.record] = exact, (-likelihood, len(pair.wanted))
+    records = sorted(written)
+    out = {"exact_match": np.array([written[r] for r in records]), "loss": np.array([length[r] for r in records])}
+    if self.targets:
+      out["choice_accuracy"] = np.array([best[r][1] for r in records], float)
+    return out
+
+  def summary(self, outcomes):
+    return {name: float(values[:, 0].sum() / values[:, 1].sum()) if name == "loss" else float(values.mean())
+            for name, values in outcomes.items()}
