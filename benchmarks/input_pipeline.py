@@ -10,7 +10,7 @@ import tabulate
 from llm.config import DataConfig, ModelConfig, TokenizerConfig
 from llm.data import cache, sources, tokenizer
 from llm.data.batches import Batches
-from llm.objectives import causal_lm, masked_lm
+from llm.objectives import causal_lm, masked_lm, span_corruption
 
 
 def main():
@@ -19,12 +19,13 @@ def main():
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
   data = DataConfig()
   source, = sources.parse("embedded:wikipedia", data)
-  vocabulary = tokenizer.make(TokenizerConfig(name="sentencepiece", vocab_size=8192), [source], cache.cache_dir())
+  vocabulary = tokenizer.make(TokenizerConfig(name="sentencepiece", vocab_size=8192, sentinels=100), [source], cache.cache_dir())
   table = []
   for name, objective, kind, length, rows in (
       ("causal_lm", causal_lm.Objective(), "gpt", 64, 12), ("causal_lm", causal_lm.Objective(), "gpt", 1024, 8),
       ("masked_lm, pairs", masked_lm.Objective(), "bert", 128, 32),
-      ("masked_lm, packed", masked_lm.Objective(next_sentence=False), "bert", 128, 32)):
+      ("masked_lm, packed", masked_lm.Objective(next_sentence=False), "bert", 128, 32),
+      ("span_corruption", span_corruption.Objective(), "t5", 128, 16)):
     made = objective.rows(source, vocabulary, data, ModelConfig(name=kind), length)
     batches = Batches([made], [1.0], objective.example, rows, 0)
     batches[0]

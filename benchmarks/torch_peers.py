@@ -115,6 +115,14 @@ def peers(kind: str, layers: int, width: int, heads: int, vocab: int, batch: dic
       return F.cross_entropy(logits.flatten(0, 1), t["targets"].flatten())
     make_plain = lambda: _init(PlainGPT(layers, width, heads, vocab, length))
     plain_loss = lambda model: model(t["tokens"], t["targets"])
+  elif kind == "t5":
+    config = transformers.T5Config(vocab_size=vocab, d_model=width, d_kv=width // heads, d_ff=4 * width, num_layers=layers,
+                                   num_heads=heads, dropout_rate=0.0, decoder_start_token_id=0)
+    make_hf, make_plain = lambda: transformers.T5ForConditionalGeneration(config), None
+
+    def hf_loss(model):
+      logits = model(input_ids=t["tokens"], decoder_input_ids=t["decoder_tokens"], use_cache=False).logits
+      return F.cross_entropy(logits.flatten(0, 1), t["targets"].flatten())
   else:
     config = transformers.BertConfig(
         vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
@@ -126,13 +134,12 @@ def peers(kind: str, layers: int, width: int, heads: int, vocab: int, batch: dic
     make_plain = lambda: _init(PlainBERT(layers, width, heads, vocab, 512))
     plain_loss = lambda model: model(t["tokens"], t["types"], t["masked_positions"],
                                      t["masked_targets"], t["next_sentence"])
-  name = "GPT2LMHeadModel" if kind == "gpt" else "BertForPreTraining"
-  return {
-      f"{name} eager": _stepper(make_hf(), hf_loss),
-      f"{name} compiled": _compiled(make_hf(), hf_loss),
-      "plain module": _stepper(make_plain(), plain_loss),
-      "plain module compiled": _compiled(make_plain(), plain_loss),
-  }
+  name = {"gpt": "GPT2LMHeadModel", "bert": "BertForPreTraining", "t5": "T5ForConditionalGeneration"}[kind]
+  found = {f"{name} eager": _stepper(make_hf(), hf_loss), f"{name} compiled": _compiled(make_hf(), hf_loss)}
+  if make_plain:
+    found |= {"plain module": _stepper(make_plain(), plain_loss),
+              "plain module compiled": _compiled(make_plain(), plain_loss)}
+  return found
 
 
 def _compiled(model, loss):

@@ -25,7 +25,9 @@ SHAPES = {
     "gpt-6x384": ("gpt", 6, 384, 6, 4096, 8, 256, 3),
     "bert-4x256": ("bert", 4, 256, 4, 30_522, 32, 128, 3),
     "bert-base": ("bert", 12, 768, 12, 30_522, 8, 128, 1),
+    "t5-4x256": ("t5", 4, 256, 4, 32_128, 16, 128, 3),   # v1.0, to TARGETS targets a row
 }
+TARGETS = 32
 MASKED = 20   # positions a row, as BERT's max_predictions_per_seq at length 128
 
 
@@ -37,6 +39,11 @@ def make_batch(kind: str, vocab: int, rows: int, length: int) -> dict[str, np.nd
            "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1))}
   if kind == "gpt":
     return batch | {"targets": np.roll(tokens, -1, 1), "weights": np.ones((rows, length), np.float32)}
+  if kind == "t5":
+    targets = rng.integers(0, vocab, (rows, TARGETS)).astype(np.int32)
+    places = np.tile(np.arange(TARGETS, dtype=np.int32), (rows, 1))
+    return batch | {"targets": targets, "weights": np.ones(targets.shape, np.float32), "decoder_positions": places,
+                    "decoder_tokens": np.roll(targets, 1, 1), "decoder_segments": np.ones_like(targets)}
   masked = np.sort(rng.permuted(np.tile(np.arange(length, dtype=np.int32), (rows, 1)), axis=1)[:, :MASKED], 1)
   return batch | {
       "types": np.zeros_like(tokens), "masked_positions": masked,
@@ -53,10 +60,11 @@ def ours(shape):
   from llm.training import experiment, metrics, optimizer, partition, step as step_lib
   kind, layers, width, heads, vocab, rows, length, _ = shape
   config = ModelConfig(name=kind, num_layers=layers, width=width, num_heads=heads, mlp_dim=4 * width,
-                       vocab_size=vocab, max_length=length if kind == "gpt" else 512, dropout=0.0, dtype="float32")
+                       vocab_size=vocab, max_length=length if kind == "gpt" else 512, dropout=0.0, dtype="float32",
+                       gated=False, init_std=1.0 if kind == "t5" else 0.02)
   command.use_cpu_cores(rows, experiment.state_bytes(config))
   command.use_compilation_cache()
-  objective = base.build(base.defaults("causal_lm" if kind == "gpt" else "masked_lm"))
+  objective = base.build(base.defaults({"gpt": "causal_lm", "bert": "masked_lm", "t5": "span_corruption"}[kind]))
   model, batch, mesh = experiment.build(objective, config), make_batch(kind, vocab, rows, length), sharding.make_mesh(MeshConfig())
   with jax.set_mesh(mesh):
     init = lambda: step_lib.init_params(model, batch, jax.random.key(0))

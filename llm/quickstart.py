@@ -47,10 +47,11 @@ FULL = (
     Setting(0, draws=2, searched=1, learning_rates=RATES, epochs=(2,)),
 )
 QUICK = (Setting(64, draws=10, searched=2, learning_rates=RATES, epochs=(10,)),)
-# A published checkpoint of six layers: one recipe, as its fine-tuning takes as long as all the others'.
+# A published checkpoint of six layers: few draws of one recipe, found on the validation split beforehand (67.6 and
+# 76.8 there), as its fine-tuning takes as long as that of all the others.
 PUBLISHED = (
-    Setting(64, draws=4, searched=0, learning_rates=(1e-4,), epochs=(5,)),
-    Setting(256, draws=4, searched=0, learning_rates=(1e-4,), epochs=(3,)),
+    Setting(64, draws=4, searched=0, learning_rates=(3e-4,), epochs=(5,)),
+    Setting(256, draws=2, searched=0, learning_rates=(2e-4,), epochs=(3,)),
 )
 
 
@@ -67,7 +68,7 @@ def pretraining_config(quick: bool) -> config_lib.Config:
   config.tokenizer.update(name="sentencepiece", vocab_size=8192)
   config.objective.mask_rate = 0.5   # more to learn from each row than 0.15 (Wettig et al. 2023)
   config.optimizer.update(learning_rate=4e-3, beta2=0.98)
-  config.training.update(steps=500 if quick else 4500, batch_size=32, sequence_length=LENGTH,
+  config.training.update(steps=500 if quick else 4000, batch_size=32, sequence_length=LENGTH,
                          log_every=100 if quick else 250)
   return config_lib.freeze(config)
 
@@ -168,7 +169,8 @@ def report(rows, differences, pretraining: dict, seconds: float) -> str:
       *([] if _QUICK.value else [
           "`published_bert` is all-MiniLM-L6-v2, fine-tuned on the same labels by one recipe: a BERT of 6 layers "
           "distilled from a larger one and then tuned on a billion sentence pairs. It stands for years of somebody's "
-          f"pretraining, not for masked language modelling alone; {PUBLISHED[0].draws} draws.", ""])])
+          "pretraining, not for masked language modelling alone; "
+          + " and ".join(f"{s.draws} draws at {s.labels} labels" for s in PUBLISHED) + ".", ""])])
 
 
 def main():
