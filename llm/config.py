@@ -65,7 +65,7 @@ class TokenizerConfig:
 @dataclasses.dataclass(frozen=True)
 class TransferConfig:
   """Which parameters of another run are the start of this one (checkpoints/transfer.py)."""
-  checkpoint: str = ""      # a workdir, its checkpoints/ or a step of it; a folder of transformers; hf:NAME; embedded:minilm
+  checkpoint: str = ""      # a workdir, its checkpoints/ or a step; a folder of transformers; hf:NAME; embedded:minilm
   skip: tuple = ()          # regexes: stay fresh in this model, are dropped from the checkpoint
   rename: tuple = ()        # "pattern=>replacement", applied to the checkpoint's paths
   adapt: tuple = ()         # regexes: may differ in length along one axis: the overlap is copied
@@ -157,7 +157,8 @@ CHOICES = {
 }
 
 NON_NEGATIVE = {"num_layers", "width", "num_heads", "num_kv_heads", "head_width", "norm_epsilon", "lora_rank",
-                "lora_dropout", "mlp_dim", "vocab_size", "max_length", "loss_chunk", "steps", "epochs", "log_every", "eval_every", "eval_batches",
+                "lora_dropout", "mlp_dim", "vocab_size", "max_length", "loss_chunk", "steps", "epochs", "log_every",
+                "eval_every", "eval_batches",
                 "save_every", "sentinels", "learning_rate", "weight_decay", "grad_clip_norm", "seed"}
 POSITIVE = {"batch_size", "sequence_length", "grad_accum_steps", "keep", "slices", "prefetch",
             "log_every", "layer_decay", "epsilon", "rope_theta", "init_std", "lora_alpha"}

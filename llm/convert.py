@@ -3,6 +3,7 @@
 python -m llm.convert from_hf --source=DIR|hf:NAME|embedded:minilm --output=DIR      ours, from a folder or the hub
 python -m llm.convert from_gguf --source=FILE.gguf --output=DIR      ours, from a decoder of llama.cpp
 python -m llm.convert to_hf   --checkpoint=DIR     --output=DIR      a folder that from_pretrained loads
+python -m llm.convert adapters --checkpoint=DIR    --output=DIR      adapters and head alone, for the package peft
 """
 import pathlib
 import sys
@@ -38,17 +39,19 @@ def _take_in(read):
   print(f"{output} is a checkpoint: `python -m llm.show checkpoint --checkpoint={output}` lists it")
 
 
-def to_hf():
-  """A checkpoint of ours becomes a folder of transformers."""
+def _give_out(write, what: str):
+  """What `write` makes of --checkpoint becomes a folder of theirs."""
   output = _output()
   if not _CHECKPOINT.value:
     raise UserError("--checkpoint is missing: a workdir of llm.train, its checkpoints folder or one step")
   step = locate.find(_CHECKPOINT.value)
-  cache.made_once(output, lambda scratch: huggingface.export(step, scratch))
-  print(f"{output} is a folder of transformers: from_pretrained({str(output)!r}) loads it")
+  cache.made_once(output, lambda scratch: write(step, scratch))
+  print(f"{output} is a folder of {what}: from_pretrained({str(output)!r}) loads it")
 
 
-VERBS = {"from_hf": lambda: _take_in(huggingface.read), "from_gguf": lambda: _take_in(gguf.read), "to_hf": to_hf}
+VERBS = {"from_hf": lambda: _take_in(huggingface.read), "from_gguf": lambda: _take_in(gguf.read),
+         "to_hf": lambda: _give_out(huggingface.export, "transformers"),
+         "adapters": lambda: _give_out(huggingface.export_adapters, "peft")}
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import pathlib
 
 import jax
 import ml_collections
-import numpy as np
 import tabulate
 from absl import flags
 from ml_collections import config_flags
@@ -46,29 +45,15 @@ def _show(figures: dict, intervals: dict, source: str, of: str, count: str):
   print(json.dumps({"checkpoint": of, "source": source, **figures, "intervals": intervals}))
 
 
-def score_answers(path: pathlib.Path, source: sources.Source) -> dict[str, np.ndarray]:
-  """Exact match and F1 of each question of a source, by the answers of a file {id: text}; "" where it has none."""
-  try:
-    said = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise UserError(f"--predictions={path} cannot be read as JSON: {error}")
-  if not isinstance(said, dict) or not all(isinstance(text, str) for text in said.values()):
-    raise UserError(f"--predictions={path} must hold an object of id: text")
-  gold = {str(record.get("id", n)): [text for text, _ in answers.given(record)] for n, record in enumerate(source.records())}
-  if strange := [name for name in said if name not in gold]:
-    raise UserError(f"--predictions={path} answers {len(strange)} questions that {source.spec} does not ask, e.g. {strange[0]!r}")
-  return {name: np.array([score(said.get(i, ""), wanted) for i, wanted in gold.items()])
-          for name, score in (("exact_match", answers.exact_match), ("f1", answers.f1))}
-
-
 def _answers():
   data = dataclasses.replace(DataConfig(), **{k: v for k, v in _CONFIG.value.data.items() if v})
   if not data.eval:
     raise UserError("--predictions needs the questions: --config.data.eval=squad:FILE.json")
   source = _source(data)
-  outcomes = score_answers(pathlib.Path(_PREDICTIONS.value), source)
+  outcomes = answers.of_file(pathlib.Path(_PREDICTIONS.value), source)
   means = lambda drawn: {name: float(values.mean()) for name, values in drawn.items()}
-  _show(means(outcomes), metrics.bootstrap(means, outcomes), source.spec, _PREDICTIONS.value, f"{len(outcomes['f1'])} questions")
+  _show(means(outcomes), metrics.bootstrap(means, outcomes), source.spec, _PREDICTIONS.value,
+        f"{len(outcomes['f1'])} questions")
 
 
 def _replaced(group, overrides):

@@ -4,11 +4,13 @@ import json
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
-from llm.checkpoints import adapters, manager
+from llm.checkpoints import adapters, huggingface, locate, manager
 from llm.core import UserError, flatten, unflatten
 from llm.training import experiment, loop
 from tests.conftest import tiny
+from tests.test_huggingface import GOLDEN
 from tests.test_models import batch_of, hidden, model_of, params_of
 
 EVERY = r"(query|key|value|out|up|gate|down)$"
@@ -61,3 +63,35 @@ def _paths(tree):
 def test_targets_that_match_nothing_are_an_error(tmp_path, corpus):
   with pytest.raises(UserError, match="lora_targets='nothing' matches no linear layer"):
     loop.train(tiny("gpt", f"text:{corpus}", model__lora_rank=2, model__lora_targets="nothing"), tmp_path)
+
+
+def test_adapters_leave_alone_in_pefts_layout(tmp_path, reviews):
+  """base + B A alpha / r, read from their files, is the merged export; the head is in both."""
+  config = tiny("classifier", f"jsonl:{reviews}/train.jsonl", transfer__checkpoint=str(GOLDEN / "bert_classifier"),
+                transfer__skip=("^head/classifier",), model__lora_rank=2, model__lora_alpha=6.0, model__lora_targets=EVERY,
+                training__sequence_length=16, training__steps=3)
+  loop.train(config, tmp_path / "tuned")
+  step = manager.find(tmp_path / "tuned")
+  for folder, write in (("merged", huggingface.export), ("alone", huggingface.export_adapters)):
+    (tmp_path / folder).mkdir()
+    write(step, tmp_path / folder)
+  base, merged = (safetensors.numpy.load_file(f / "model.safetensors") for f in (GOLDEN / "bert_classifier", tmp_path / "merged"))
+  alone = safetensors.numpy.load_file(tmp_path / "alone" / "adapter_model.safetensors")
+  said = json.loads((tmp_path / "alone" / "adapter_config.json").read_text())
+  assert said["r"] == 2 and said["modules_to_save"] == ["bert.pooler.dense", "classifier"]
+  seen = 0
+  for name, tensor in merged.items():
+    key = f"base_model.model.{name.removesuffix('.weight')}"
+    if f"{key}.lora_A.weight" in alone:
+      assert name.removesuffix(".weight") in said["target_modules"]
+      added = alone[f"{key}.lora_B.weight"] @ alone[f"{key}.lora_A.weight"] * (said["lora_alpha"] / said["r"])
+      np.testing.assert_allclose(base[name] + added, tensor, atol=1e-6)
+      assert np.abs(added).max() > 0
+      seen += 1
+    elif f"base_model.model.{name}" in alone:
+      np.testing.assert_array_equal(alone[f"base_model.model.{name}"], tensor)
+    else:
+      np.testing.assert_array_equal(base[name], tensor)
+  assert seen == 2 * 6
+  with pytest.raises(UserError, match="has no adapters"):
+    huggingface.export_adapters(locate.find(GOLDEN / "bert_classifier"), tmp_path)

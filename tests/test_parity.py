@@ -15,7 +15,7 @@ from llm.checkpoints import huggingface, manager
 from llm.data import embedded
 from llm.data.cache import cache_dir
 from llm.models import build_backbone
-from tests.test_huggingface import GOLDEN, NAMES
+from tests.test_huggingface import GOLDEN, NAMES, _batch
 
 pytestmark = pytest.mark.parity
 
@@ -68,6 +68,29 @@ def test_what_we_export_loads_with_nothing_missing(name, library, tmp_path):
     assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode([text])[0], text
 
 
+def test_adapters_are_pefts(library, tmp_path):
+  """What `convert adapters` writes, loaded by peft onto the checkpoint that the run began from, gives our logits."""
+  import peft
+  import torch
+  from llm.training import experiment, loop
+  from tests.conftest import tiny
+  (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": t, "label": t[:3]}) + "\n" for t in ("the cat", "sat on") * 8))
+  config = tiny("classifier", f"jsonl:{tmp_path}/train.jsonl", transfer__checkpoint=str(GOLDEN / "bert_classifier"), model__lora_rank=2,
+                transfer__skip=("^head/classifier",), model__lora_targets=r"(query|out|up)$", training__sequence_length=16)
+  loop.train(config, tmp_path / "tuned")
+  step = manager.find(tmp_path / "tuned")
+  (tmp_path / "alone").mkdir()
+  huggingface.export_adapters(step, tmp_path / "alone")
+  base = library.AutoModelForSequenceClassification.from_pretrained(GOLDEN / "bert_classifier", num_labels=2, ignore_mismatched_sizes=True)
+  theirs = peft.PeftModel.from_pretrained(base, tmp_path / "alone").eval()
+  expected = np.load(GOLDEN / "bert_classifier" / "expected.npz")
+  with torch.no_grad():
+    logits = theirs(input_ids=torch.tensor(expected["tokens"]), attention_mask=torch.tensor(expected["segments"]),
+                    token_type_ids=torch.tensor(expected["types"])).logits.numpy()
+  ours = experiment.from_checkpoint(step).model.apply({"params": manager.restore(step, "params")}, _batch(expected), train=False)
+  np.testing.assert_allclose(ours["logits"], logits, atol=1e-5)
+
+
 def test_the_real_t5_vocabulary_gives_their_ids(library, tmp_path):
   """Its SentencePiece model of 32,000 pieces with 100 sentinels, here and there."""
   import zipfile
@@ -100,7 +123,7 @@ def test_the_real_bert_is_torchs(minilm, library):
   ids, mask = encoded["input_ids"].numpy().astype(np.int32), encoded["attention_mask"].numpy().astype(np.int32)
   batch = {"tokens": ids, "segments": mask, "types": np.zeros_like(ids),
            "positions": np.tile(np.arange(ids.shape[1], dtype=np.int32), (len(ids), 1))}
-  found, _ = jax.jit(lambda b: build_backbone(config.model).apply({"params": params["backbone"]}, b, train=False))(batch)
+  found, *_ = jax.jit(lambda b: build_backbone(config.model).apply({"params": params["backbone"]}, b, train=False))(batch)
   real = mask > 0
   assert np.abs(np.asarray(found)[real] - expected[real]).max() <= 1e-4 * np.abs(expected[real]).max()
 
@@ -134,7 +157,7 @@ def test_the_real_decoder_has_torchs_perplexity(smollm, library, tmp_path):
   batch = {"tokens": ids, "segments": np.ones_like(ids), "positions": np.tile(np.arange(64, dtype=np.int32), (len(ids), 1))}
 
   def logits(params, batch):
-    hidden, table = build_backbone(config.model).apply({"params": params["backbone"]}, batch, train=False)
+    hidden, table, _ = build_backbone(config.model).apply({"params": params["backbone"]}, batch, train=False)
     return hidden @ table.T
   found = np.asarray(jax.jit(logits)(params, batch))[..., :tokenizer.vocab_size]
   assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()

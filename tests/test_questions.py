@@ -4,7 +4,6 @@ import json
 import numpy as np
 import pytest
 
-from llm import evaluate
 from llm.config import DataConfig, ModelConfig
 from llm.core import UserError
 from llm.data import answers, sources
@@ -122,10 +121,10 @@ def test_the_best_answer_is_that_of_all_windows(contexts, tmp_path):
   gold = {f"q{n}": found[0][0] for n, (_, _, found) in enumerate(contexts)}
   assert json.loads(out.read_text()) == gold
   source = sources.parse(f"squad:{tmp_path}/a.json", DataConfig())[0]
-  assert evaluate.score_answers(out, source)["f1"].tolist() == [1.0] * len(contexts)
+  assert answers.of_file(out, source)["f1"].tolist() == [1.0] * len(contexts)
   out.write_text(json.dumps({**gold, "q99": "more"}))
   with pytest.raises(UserError, match="'q99'"):
-    evaluate.score_answers(out, source)
+    answers.of_file(out, source)
   silent = span_qa.Objective(stride=16, candidates=5, no_answer=True, threshold=-100.0)
   figures = silent.score(predictions, rows)
   assert figures["exact_match"] == 0 and figures["best_exact_match"] == 1 and figures["best_f1_threshold"] > -100

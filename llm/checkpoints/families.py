@@ -103,7 +103,8 @@ def _bert_model(config) -> ModelConfig:
 
 
 def _bert_config(model: ModelConfig) -> dict[str, Any]:
-  return {"model_type": "bert", "hidden_act": "gelu", "layer_norm_eps": model.norm_epsilon or bert.STYLE.norm_epsilon, "type_vocab_size": 2,
+  return {"model_type": "bert", "hidden_act": "gelu", "type_vocab_size": 2,
+          "layer_norm_eps": model.norm_epsilon or bert.STYLE.norm_epsilon,
           "num_hidden_layers": model.num_layers, "hidden_size": model.width, "num_attention_heads": model.num_heads,
           "intermediate_size": model.mlp_dim, "vocab_size": model.vocab_size,
           "max_position_embeddings": model.max_length, "hidden_dropout_prob": model.dropout,
@@ -140,8 +141,8 @@ BERT = Family(
 
 
 def _gpt_model(config) -> ModelConfig:
-  _expect(config, {"activation_function": "gelu_new", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
-                   "tie_word_embeddings": True})
+  _expect(config, {"activation_function": "gelu_new", "scale_attn_weights": True, "tie_word_embeddings": True,
+                   "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False})
   n = lambda key: _number(config, key)
   return ModelConfig(name="gpt", num_layers=n("n_layer"), width=n("n_embd"), num_heads=n("n_head"),
                      mlp_dim=config.get("n_inner") or 4 * n("n_embd"), vocab_size=n("vocab_size"),
@@ -150,7 +151,8 @@ def _gpt_model(config) -> ModelConfig:
 
 
 def _gpt_config(model: ModelConfig) -> dict[str, Any]:
-  return {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": model.norm_epsilon or gpt.STYLE.norm_epsilon,
+  return {"model_type": "gpt2", "activation_function": "gelu_new",
+          "layer_norm_epsilon": model.norm_epsilon or gpt.STYLE.norm_epsilon,
           "n_layer": model.num_layers, "n_embd": model.width, "n_head": model.num_heads, "n_inner": model.mlp_dim,
           "vocab_size": model.vocab_size, "n_positions": model.max_length, "resid_pdrop": model.dropout,
           "embd_pdrop": model.dropout, "attn_pdrop": model.dropout, "tie_word_embeddings": True}
@@ -183,7 +185,8 @@ def _llama_model(config) -> ModelConfig:
   if config.get("head_dim") not in (None, n("hidden_size") // n("num_attention_heads")):
     raise UserError(f"config.json: head_dim={config['head_dim']} is not hidden_size / num_attention_heads")
   return ModelConfig(name="llama", num_layers=n("num_hidden_layers"), width=n("hidden_size"),
-                     num_heads=n("num_attention_heads"), num_kv_heads=config.get("num_key_value_heads") or n("num_attention_heads"),
+                     num_heads=n("num_attention_heads"),
+                     num_kv_heads=config.get("num_key_value_heads") or n("num_attention_heads"),
                      mlp_dim=n("intermediate_size"), vocab_size=n("vocab_size"), max_length=n("max_position_embeddings"),
                      dropout=0.0, norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
                      rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),

@@ -270,6 +270,38 @@ def export(step: pathlib.Path, folder: pathlib.Path):
   write_tokenizer(tokenizer, folder, model.max_length)
 
 
+def export_adapters(step: pathlib.Path, folder: pathlib.Path):
+  """Writes the adapters of a verified checkpoint, and its head, alone, in the layout of the `peft` package.
+
+  They stand beside the checkpoint that the run was transferred from. Raises UserError where there are none, or
+  theirs is a fused layer.
+  """
+  config = config_lib.freeze(manager.describe(step)["config"])
+  family, leaves = families.of_model(config.model), flatten(manager.restore(step, "params"))
+  if not any(adapters.is_adapter(path) for path in leaves):
+    raise UserError(f"{step} has no adapters: it was trained without config.model.lora_rank")
+  made, targets, heads = {}, set(), set()
+  for tensor in family.tensors:
+    stem = [path.removesuffix("kernel") for path in tensor.ours]
+    if any(f"{s}lora_a" in leaves for s in stem):
+      if len(stem) > 1:
+        raise UserError(f"transformers keeps {', '.join(tensor.ours)} as one layer, to which peft knows no separate adapters: "
+                        "export the merged checkpoint with `llm.convert to_hf`")
+      a, b = (np.asarray(leaves[f"{stem[0]}lora_{x}"]) for x in "ab")
+      for layer in range(config.model.num_layers):
+        name = tensor.theirs.removesuffix(".weight").format(layer)
+        targets.add(name)
+        made |= {f"base_model.model.{name}.lora_A.weight": a[layer].T, f"base_model.model.{name}.lora_B.weight": b[layer].T}
+    elif tensor.ours[0].startswith("head/") and tensor.ours[0] in leaves:
+      heads.add(tensor.theirs.rpartition(".")[0])
+      made[f"base_model.model.{tensor.theirs}"] = tensor.to_theirs([np.asarray(leaves[path]) for path in tensor.ours])
+  _save(folder / "adapter_model.safetensors", lambda: iter(made.items()))
+  (folder / "adapter_config.json").write_text(json.dumps({
+      "peft_type": "LORA", "r": config.model.lora_rank, "lora_alpha": config.model.lora_alpha, "bias": "none",
+      "target_modules": sorted(targets), "lora_dropout": config.model.lora_dropout, "modules_to_save": sorted(heads) or None,
+      "base_model_name_or_path": config.transfer.checkpoint}, indent=2))
+
+
 def _tensors(family: Family, leaves: Mapping[str, np.ndarray], model: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
   """Their tensors by name, made one at a time."""
   for tensor in family.tensors:

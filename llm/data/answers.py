@@ -1,5 +1,7 @@
 """Answers to questions: as a record gives them, and how SQuAD scores them (Rajpurkar et al. 2016, section 6.1)."""
 import collections
+import json
+import pathlib
 import re
 import string
 from typing import Sequence
@@ -7,6 +9,7 @@ from typing import Sequence
 import numpy as np
 
 from llm.core import UserError
+from llm.data.sources import Source
 
 
 def given(record: dict) -> list[tuple[str, int]]:
@@ -77,3 +80,19 @@ def best_threshold(margins: np.ndarray, answered: np.ndarray, unanswered: np.nda
   best = int(np.argmax(np.where(possible, gains, -np.inf)))
   threshold = -np.inf if best == 0 else float(ranked[best - 1])
   return threshold, float((unanswered.sum() + gains[best]) / max(len(margins), 1))
+
+
+def of_file(path: pathlib.Path, source: Source) -> dict[str, np.ndarray]:
+  """Exact match and F1 of each question of a source, by the answers of a file {id: text}; "" where it has none."""
+  try:
+    said = json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    raise UserError(f"--predictions={path} cannot be read as JSON: {error}")
+  if not isinstance(said, dict) or not all(isinstance(text, str) for text in said.values()):
+    raise UserError(f"--predictions={path} must hold an object of id: text")
+  gold = {str(record.get("id", n)): [text for text, _ in given(record)] for n, record in enumerate(source.records())}
+  if strange := [name for name in said if name not in gold]:
+    raise UserError(f"--predictions={path} answers {len(strange)} questions that {source.spec} does not ask, e.g. "
+                    f"{strange[0]!r}")
+  return {name: np.array([score(said.get(i, ""), wanted) for i, wanted in gold.items()])
+          for name, score in (("exact_match", exact_match), ("f1", f1))}

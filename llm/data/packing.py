@@ -62,6 +62,11 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
   return [np.concatenate(b) for room in rooms for b in room]
 
 
+def at_most(count: int, bins: list[np.ndarray]) -> list[np.ndarray]:
+  """The bins, those with more than `count` pieces split."""
+  return [part for one in bins for part in np.split(one, range(count, len(one), count))]
+
+
 def _pieces(documents: Documents, piece: int) -> tuple[np.ndarray, np.ndarray, int]:
   """Documents cut into pieces of at most `piece` tokens: starts, lengths, documents cut."""
   bounds = documents.bounds()

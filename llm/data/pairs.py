@@ -5,7 +5,8 @@ from typing import Iterable
 import numpy as np
 
 
-def row(pairs: Iterable[tuple[np.ndarray, np.ndarray]], input_length: int, target_length: int, pad: int) -> dict[str, np.ndarray]:
+def row(pairs: Iterable[tuple[np.ndarray, np.ndarray]], input_length: int, target_length: int,
+        pad: int) -> dict[str, np.ndarray]:
   """One row of a batch: inputs S, targets T, and what the decoder sees, the targets one later.
 
   The decoder starts every target with `pad`, as T5 does.

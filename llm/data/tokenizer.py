@@ -111,7 +111,20 @@ class SentencePieceTokenizer(Tokenizer):
     return self._sp.Decode([int(i) for i in ids if i < len(self.pieces) - self.extra])
 
 
-class WordPieceTokenizer(Tokenizer):
+class FastTokenizer(Tokenizer):
+  """One that the `tokenizers` package computes: `_fast`."""
+
+  def encode(self, texts):
+    return [e.ids for e in self._fast.encode_batch(list(texts), add_special_tokens=False)]
+
+  def encode_spans(self, texts):
+    return [(e.ids, _spans(e.offsets)) for e in self._fast.encode_batch(list(texts), add_special_tokens=False)]
+
+  def decode(self, ids):
+    return self._fast.decode([int(i) for i in ids])
+
+
+class WordPieceTokenizer(FastTokenizer):
   """BERT's WordPiece (Devlin et al. 2019, section 3), from a vocabulary file."""
   name = "wordpiece"
   FILE = "vocab.txt"
@@ -131,17 +144,8 @@ class WordPieceTokenizer(Tokenizer):
     self.eos = self.sep
     self._fast = tokenizers.BertWordPieceTokenizer(known, lowercase=lowercase)
 
-  def encode(self, texts):
-    return [e.ids for e in self._fast.encode_batch(list(texts), add_special_tokens=False)]
 
-  def encode_spans(self, texts):
-    return [(e.ids, _spans(e.offsets)) for e in self._fast.encode_batch(list(texts), add_special_tokens=False)]
-
-  def decode(self, ids):
-    return self._fast.decode([int(i) for i in ids])
-
-
-class HuggingFaceTokenizer(Tokenizer):
+class HuggingFaceTokenizer(FastTokenizer):
   """A tokenizer.json of the `tokenizers` package, whatever is in it. special: as its checkpoint says."""
   name = "huggingface"
   FILE = "tokenizer.json"
@@ -168,15 +172,6 @@ class HuggingFaceTokenizer(Tokenizer):
       self.starts_word_V = np.array([not p.startswith("##") for p in self.pieces])
     else:
       self.starts_word_V = np.array([p.startswith(("Ġ", "▁")) for p in self.pieces])
-
-  def encode(self, texts):
-    return [e.ids for e in self._fast.encode_batch(list(texts), add_special_tokens=False)]
-
-  def encode_spans(self, texts):
-    return [(e.ids, _spans(e.offsets)) for e in self._fast.encode_batch(list(texts), add_special_tokens=False)]
-
-  def decode(self, ids):
-    return self._fast.decode([int(i) for i in ids])
 
 
 class ByteTokenizer(Tokenizer):

@@ -22,7 +22,7 @@ class Backbone(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, batch, *, train: bool) -> tuple[jax.Array, jax.Array]:
+  def __call__(self, batch, *, train: bool, cache: None = None) -> tuple[jax.Array, jax.Array, None]:
     cfg, dtype = self.config, transformer.compute_dtype(self.config)
     init = normal(cfg.init_std)
     x_BxTxD, table_VxD = Embed(transformer.padded_vocab(cfg.vocab_size), cfg.width, dtype, init,
@@ -30,5 +30,5 @@ class Backbone(nn.Module):
     x_BxTxD += Embed(cfg.max_length, cfg.width, dtype, init, name="position")(batch["positions"])[0]
     x_BxTxD += Embed(2, cfg.width, dtype, init, name="type")(batch["types"])[0]
     x_BxTxD = transformer.norm(cfg, STYLE, "embedding_norm")(x_BxTxD)
-    x_BxTxD = transformer.trunk(self, STYLE, x_BxTxD, batch, train=train)
-    return x_BxTxD, table_VxD
+    x_BxTxD, _ = transformer.trunk(self, STYLE, x_BxTxD, batch, train=train)
+    return x_BxTxD, table_VxD, None

@@ -23,11 +23,11 @@ class Backbone(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, batch, *, train: bool) -> tuple[jax.Array, jax.Array]:
+  def __call__(self, batch, *, train: bool, cache: transformer.Cache | None = None):
     cfg, dtype = self.config, transformer.compute_dtype(self.config)
     x_BxTxD, table_VxD = Embed(transformer.padded_vocab(cfg.vocab_size), cfg.width, dtype,
                                normal(cfg.init_std), split="tensor", name="token")(batch["tokens"])
     x_BxTxD += Embed(cfg.max_length, cfg.width, dtype, normal(cfg.init_std / 2),
                      name="position")(batch["positions"])[0]
-    x_BxTxD = transformer.trunk(self, STYLE, x_BxTxD, batch, train=train)
-    return transformer.norm(cfg, STYLE, "final_norm")(x_BxTxD), table_VxD
+    x_BxTxD, cache = transformer.trunk(self, STYLE, x_BxTxD, batch, train=train, cache=cache)
+    return transformer.norm(cfg, STYLE, "final_norm")(x_BxTxD), table_VxD, cache

@@ -19,7 +19,7 @@ class Model(nn.Module):
   head: nn.Module
 
   def __call__(self, batch, *, train: bool) -> dict[str, jax.Array]:
-    hidden_BxTxD, table_VxD = self.backbone(batch, train=train)
+    hidden_BxTxD, table_VxD, _ = self.backbone(batch, train=train)
     return self.head(hidden_BxTxD, batch, table_VxD, train=train)
 
 

@@ -24,12 +24,12 @@ class Backbone(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, batch, *, train: bool) -> tuple[jax.Array, jax.Array]:
+  def __call__(self, batch, *, train: bool, cache: transformer.Cache | None = None):
     cfg, dtype = self.config, transformer.compute_dtype(self.config)
     embed = lambda name: Embed(transformer.padded_vocab(cfg.vocab_size), cfg.width, dtype,
                                normal(cfg.init_std), split="tensor", name=name)
     x_BxTxD, table_VxD = embed("token")(batch["tokens"])
     if not cfg.tied:
       table_VxD = embed("output").table()
-    x_BxTxD = transformer.trunk(self, STYLE, x_BxTxD, batch, train=train)
-    return transformer.norm(cfg, STYLE, "final_norm")(x_BxTxD), table_VxD
+    x_BxTxD, cache = transformer.trunk(self, STYLE, x_BxTxD, batch, train=train, cache=cache)
+    return transformer.norm(cfg, STYLE, "final_norm")(x_BxTxD), table_VxD, cache

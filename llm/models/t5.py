@@ -54,18 +54,21 @@ class Stack(nn.Module):
   style: transformer.Style
 
   @nn.compact
-  def __call__(self, x_BxTxD, batch, memory: transformer.Memory | None = None, *, train: bool):
+  def __call__(self, x_BxTxD, batch, memory: transformer.Memory | None = None, *, train: bool,
+               cache: transformer.Cache | None = None):
     cfg, length = self.config, x_BxTxD.shape[1]
     # Within a packed document, positions differ as places in the row do; between documents nothing is seen.
-    place_T = jnp.arange(length)
-    buckets_TxS = bucket(place_T - place_T[:, None], causal=self.style.causal)
+    place_T, place_S = jnp.arange(length), jnp.arange(length if cache is None else cache.segments_BxS.shape[1])
+    place_T += 0 if cache is None else cache.index
+    buckets_TxS = bucket(place_S - place_T[:, None], causal=self.style.causal)
     table = Embed(BUCKETS, cfg.num_heads, jnp.promote_types(x_BxTxD.dtype, jnp.float32),
                   normal(cfg.init_std * cfg.width ** -0.5), name="relative")
     bias_HxTxS = table(buckets_TxS)[0].transpose(2, 0, 1)
-    x_BxTxD = transformer.trunk(self, self.style, x_BxTxD, batch, train=train, bias_HxTxS=bias_HxTxS, memory=memory)
+    x_BxTxD, cache = transformer.trunk(self, self.style, x_BxTxD, batch, train=train, bias_HxTxS=bias_HxTxS, memory=memory,
+                                       cache=cache)
     x_BxTxD = transformer.norm(cfg, self.style, "final_norm")(x_BxTxD)
     key = self.make_rng("dropout") if train and cfg.dropout else None
-    return attention_lib.dropout(x_BxTxD, cfg.dropout, key)
+    return attention_lib.dropout(x_BxTxD, cfg.dropout, key), cache
 
 
 class Backbone(nn.Module):
@@ -88,15 +91,16 @@ class Backbone(nn.Module):
 
   def encode(self, batch, *, train: bool) -> jax.Array:
     """Hidden states BxSxD of the encoder."""
-    return self.encoder(self.token(batch["tokens"])[0], batch, train=train)
+    return self.encoder(self.token(batch["tokens"])[0], batch, train=train)[0]
 
-  def __call__(self, batch, *, train: bool) -> tuple[jax.Array, jax.Array]:
-    states_BxSxD = self.encode(batch, train=train)
+  def __call__(self, batch, *, train: bool, cache: transformer.Cache | None = None, states_BxSxD=None):
+    """states: what `encode` gave, where it need not be computed again."""
+    states_BxSxD = self.encode(batch, train=train) if states_BxSxD is None else states_BxSxD
     own = {name: batch[f"decoder_{name}"] for name in ("segments", "positions")}
     x_BxTxD, table_VxD = self.token(batch["decoder_tokens"])
     memory = transformer.Memory(states_BxSxD, attention_lib.Visibility(
         own["segments"], batch["segments"], own["positions"], batch["positions"]))
-    hidden_BxTxD = self.decoder(x_BxTxD, own, memory, train=train)
+    hidden_BxTxD, cache = self.decoder(x_BxTxD, own, memory, train=train, cache=cache)
     if self.config.tied:   # mesh_tensorflow's rescaling of tied outputs
-      return hidden_BxTxD * self.config.width ** -0.5, table_VxD
-    return hidden_BxTxD, self.output.table()
+      return hidden_BxTxD * self.config.width ** -0.5, table_VxD, cache
+    return hidden_BxTxD, self.output.table(), cache

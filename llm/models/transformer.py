@@ -6,6 +6,7 @@ unrolled, so that there is one layout of checkpoints.
 import dataclasses
 from typing import NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -52,14 +53,44 @@ class Memory(NamedTuple):
   visibility: attention_lib.Visibility
 
 
+class Past(NamedTuple):
+  """Keys and values of S slots, of one layer or with a leading layer axis."""
+  keys_BxSxGxK: jax.Array
+  values_BxSxGxK: jax.Array
+
+
+class Cache(flax.struct.PyTreeNode):
+  """What a decoder has seen. New tokens go to the slots from `index` on; slots of segment 0 are not seen."""
+  past: Past
+  segments_BxS: jax.Array
+  positions_BxS: jax.Array
+  index: jax.Array
+
+
+def empty_cache(config: ModelConfig, rows: int, slots: int) -> Cache:
+  """A cache in which nothing was written."""
+  shape = (config.num_layers, rows, slots, config.num_kv_heads or config.num_heads, head_width_of(config))
+  zeros = jnp.zeros((rows, slots), jnp.int32)
+  past = Past(*(jnp.zeros(shape, compute_dtype(config)) for _ in range(2)))
+  return Cache(past, zeros, zeros, jnp.zeros((), jnp.int32))
+
+
+def _written(old, new, index):
+  """`old` with `new` in its slots (dimension 1) from `index` on."""
+  return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, axis=1)
+
+
 class Attention(nn.Module):
-  """Multi-head attention with separate query, key and value projections; of x to itself, or to `source`."""
+  """Multi-head attention with separate query, key and value projections; of x to itself, or to `source`.
+
+  Returns (y_BxTxD, the past with what is new in it); past: what was seen before, with x going to `index`.
+  """
   config: ModelConfig
   style: Style
   train: bool
 
   @nn.compact
-  def __call__(self, x_BxTxD, visibility, bias_HxTxS=None, source_BxSxD=None):
+  def __call__(self, x_BxTxD, visibility, bias_HxTxS=None, source_BxSxD=None, past: Past | None = None, index=None):
     cfg, style, dtype = self.config, self.style, compute_dtype(self.config)
     heads, kv_heads, head_width = cfg.num_heads, cfg.num_kv_heads or cfg.num_heads, head_width_of(cfg)
     source_BxSxD = x_BxTxD if source_BxSxD is None else source_BxSxD
@@ -70,7 +101,10 @@ class Attention(nn.Module):
     k, v = (project(name, kv_heads, source_BxSxD, cfg.width) for name in ("key", "value"))
     if self.style.rotary:
       q = attention_lib.rotary(q, visibility.q_positions_BxT, cfg.rope_theta)
-      k = attention_lib.rotary(k, visibility.kv_positions_BxS, cfg.rope_theta)
+      own = visibility.kv_positions_BxS if past is None else visibility.q_positions_BxT
+      k = attention_lib.rotary(k, own, cfg.rope_theta)
+    if past is not None:
+      k, v = past = Past(*(_written(old, new, index) for old, new in zip(past, (k, v))))
     # Context parallelism: queries stay split over positions, keys and values are gathered.
     q = constrain(q, BATCH, "context", "tensor", None)
     k, v = (constrain(a, BATCH, None, "tensor", None) for a in (k, v))
@@ -78,7 +112,7 @@ class Attention(nn.Module):
     mixed = attention_lib.attend(q, k, v, visibility, scale=head_width ** -0.5 if style.scaled else 1.0,
                                  bias_HxTxS=bias_HxTxS, dropout_rate=cfg.dropout, key=key)
     return Linear((heads, head_width, cfg.width), dtype=dtype, kernel_init=residual_init(cfg, style, heads * head_width),
-                  bias=style.bias, lora=lora(cfg), name="out")(mixed)
+                  bias=style.bias, lora=lora(cfg), name="out")(mixed), past
 
 
 def norm(config: ModelConfig, style: Style, name: str) -> nn.Module:
@@ -111,24 +145,31 @@ def residual_init(config: ModelConfig, style: Style, fan_in: int):
 class Block(nn.Module):
   """Attention (to the memory too, if there is one) and feed-forward, each with a residual sum and a norm.
 
-  Returns (x, None) for scan.
+  Returns (x, past with what is new in it), as scan wants it.
   """
   config: ModelConfig
   style: Style
   train: bool
 
   @nn.compact
-  def __call__(self, x_BxTxD, visibility, bias_HxTxS=None, memory: Memory | None = None):
+  def __call__(self, x_BxTxD, visibility, bias_HxTxS=None, memory: Memory | None = None, index=None,
+               past: Past | None = None):
     cfg, style = self.config, self.style
     attention = Attention(cfg, style, self.train, name="attention")
     mlp = MLP(cfg.mlp_dim, style.activation, compute_dtype(cfg), initial(cfg, style, cfg.width),
               residual_init(cfg, style, cfg.mlp_dim), style.gated, style.bias, lora(cfg), name="mlp")
-    layers = {"attention": lambda x: attention(x, visibility, bias_HxTxS),
+
+    def look_back(x):
+      nonlocal past
+      y, past = attention(x, visibility, bias_HxTxS, past=past, index=index)
+      return y
+
+    layers = {"attention": look_back,
               "mlp": lambda x: mlp(x, self.drop) if style.inner_dropout else mlp(x)}
     if memory is not None:
       cross = Attention(cfg, style, self.train, name="cross")
-      look = lambda x: cross(x, memory.visibility, source_BxSxD=memory.states_BxSxD)
-      layers = {"attention": layers["attention"], "cross": look, "mlp": layers["mlp"]}
+      look = lambda x: cross(x, memory.visibility, source_BxSxD=memory.states_BxSxD)[0]
+      layers = {"attention": look_back, "cross": look, "mlp": layers["mlp"]}
     for name, layer in layers.items():
       normed = norm(cfg, style, f"{name}_norm")
       if style.post_norm:
@@ -136,31 +177,39 @@ class Block(nn.Module):
       else:
         x_BxTxD = x_BxTxD + self.drop(layer(normed(x_BxTxD)))
       x_BxTxD = constrain(x_BxTxD, BATCH, "context", None)
-    return x_BxTxD, None
+    return x_BxTxD, past
 
   def drop(self, x):
     key = self.make_rng("dropout") if self.train and self.config.dropout else None
     return attention_lib.dropout(x, self.config.dropout, key)
 
 
-def stack(config: ModelConfig, style: Style, x_BxTxD, visibility, bias_HxTxS, memory, *, train: bool):
-  """L blocks over x -> BxTxD. Called inside a module, whose parameter `layers` they become."""
+def stack(config: ModelConfig, style: Style, x_BxTxD, visibility, bias_HxTxS, memory, index, past, *, train: bool):
+  """L blocks over x -> (BxTxD, past). Called inside a module, whose parameter `layers` they become."""
   unroll = config.scan == "unroll" or config.scan == "auto" and jax.default_backend() == "cpu"
   block = nn.remat(Block, prevent_cse=unroll) if config.remat == "full" else Block
-  layers = nn.scan(block, variable_axes={"params": 0}, in_axes=nn.broadcast,
+  layers = nn.scan(block, variable_axes={"params": 0}, in_axes=(nn.broadcast,) * 4 + (0,),
                    split_rngs={"params": True, "dropout": True}, length=config.num_layers,
                    unroll=config.num_layers if unroll else 1)
-  return layers(config, style, train, name="layers")(x_BxTxD, visibility, bias_HxTxS, memory)[0]
+  return layers(config, style, train, name="layers")(x_BxTxD, visibility, bias_HxTxS, memory, index, past)
 
 
 def trunk(backbone: nn.Module, style: Style, x_BxTxD, batch, *, train: bool, bias_HxTxS=None,
-          memory: Memory | None = None):
-  """Dropout of what is embedded, then the stack -> BxTxD. Called inside a backbone with a `config`.
+          memory: Memory | None = None, cache: Cache | None = None):
+  """Dropout of what is embedded, then the stack -> (BxTxD, cache). Called inside a backbone with a `config`.
 
   Of the batch, segments and positions are read. bias: of the self-attention. memory: what each block looks at.
+  cache: what was seen before; x is written into it.
   """
   config = backbone.config
   key = backbone.make_rng("dropout") if train and config.dropout else None
   x_BxTxD = constrain(attention_lib.dropout(x_BxTxD, config.dropout, key), BATCH, "context", None)
-  visibility = attention_lib.self_visibility(batch, causal=style.causal)
-  return stack(config, style, x_BxTxD, visibility, bias_HxTxS, memory, train=train)
+  if cache is None:
+    visibility = attention_lib.self_visibility(batch, causal=style.causal)
+    return stack(config, style, x_BxTxD, visibility, bias_HxTxS, memory, None, None, train=train)[0], None
+  seen = cache.replace(segments_BxS=_written(cache.segments_BxS, batch["segments"], cache.index),
+                       positions_BxS=_written(cache.positions_BxS, batch["positions"], cache.index))
+  visibility = attention_lib.Visibility(
+      batch["segments"], seen.segments_BxS, batch["positions"], seen.positions_BxS, style.causal)
+  x_BxTxD, past = stack(config, style, x_BxTxD, visibility, bias_HxTxS, memory, cache.index, cache.past, train=train)
+  return x_BxTxD, seen.replace(past=past, index=cache.index + x_BxTxD.shape[1])

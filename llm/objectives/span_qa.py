@@ -106,10 +106,8 @@ class Objective(base.Objective):
         raise UserError(f"{record.get('_where', 'a record')}: the question has {len(question)} tokens and leaves {room} of "
                         f"config.training.sequence_length={length} for its context")
       windows += self._windows(number, question, *encoded[record["text"]], found, room, tokenizer)
-    lengths = np.array([len(w.tokens) for w in windows])
     slots = max(1, length // 32)
-    packed = [part for row in packing.best_fit_decreasing(lengths, length)
-              for part in np.split(row, range(slots, len(row), slots))]
+    packed = packing.at_most(slots, packing.best_fit_decreasing(np.array([len(w.tokens) for w in windows]), length))
     return QuestionRows(questions, windows, packed, length, slots, max(tokenizer.pad, 0))
 
   def _windows(self, number, question, ids, spans, found, room, tokenizer) -> list[Window]:
@@ -203,7 +201,8 @@ class Objective(base.Objective):
     good = (starts <= ends) & (ends - starts < self.longest) & (sums > -1e29)
     out = []
     for i, j in np.argwhere(good):
-      first, last = (window.spans_Nx2[one[side][k] - window.offset] for side, k in (("starts_places", i), ("ends_places", j)))
+      places = one["starts_places"][i], one["ends_places"][j]
+      first, last = (window.spans_Nx2[place - window.offset] for place in places)
       if answer := text[first[0]:last[1]].strip():
         out.append((answer, float(sums[i, j])))
     return out
@@ -246,8 +245,8 @@ class Objective(base.Objective):
     """id -> answer as the official scorer reads it; beside it the n best and, with no_answer, the odds of none."""
     found = self.answers(predictions, rows)
     asked = {n: rows.questions[n].id for n in found}
-    files = {path: {asked[n]: self.chosen(one) for n, one in found.items()},
-             path.with_suffix(".nbest.json"): {asked[n]: [{"text": t, "score": s} for t, s in one["best"]] for n, one in found.items()}}
+    best = {asked[n]: [{"text": t, "score": s} for t, s in one["best"]] for n, one in found.items()}
+    files = {path: {asked[n]: self.chosen(one) for n, one in found.items()}, path.with_suffix(".nbest.json"): best}
     if self.no_answer:
       files[path.with_suffix(".null_odds.json")] = {
           asked[n]: one["none"] - (one["best"][0][1] if one["best"] else 0.0) for n, one in found.items()}

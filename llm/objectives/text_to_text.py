@@ -94,7 +94,7 @@ class Objective(causal_lm.Objective):
     sizes = pairs.sizes(np.array([len(p.given) for p in made]), np.array([len(p.wanted) for p in made]),
                         length, self.target_length)
     slots = max(1, length // 16)
-    packed = [part for row in packing.best_fit_decreasing(sizes, length) for part in np.split(row, range(slots, len(row), slots))]
+    packed = packing.at_most(slots, packing.best_fit_decreasing(sizes, length))
     return PairRows(made, packed, length, self.target_length, slots, tokenizer.pad, cut)
 
   def _input(self, record, source) -> str:

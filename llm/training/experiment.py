@@ -3,7 +3,7 @@ import dataclasses
 import math
 import pathlib
 import re
-from typing import Callable
+from typing import Callable, NamedTuple
 
 from llm.checkpoints import locate, manager
 from llm.config import Config, ModelConfig
@@ -17,7 +17,8 @@ from llm.models.transformer import padded_vocab
 from llm.objectives import base
 
 SHAPE = ("name", "num_layers", "width", "num_heads", "mlp_dim", "max_length")
-DETAILS = ("num_kv_heads", "head_width", "norm_epsilon", "rope_theta", "tied", "gated", "init_std")   # follow a checkpoint with its shape
+# What else follows a checkpoint whose architecture is taken.
+DETAILS = ("num_kv_heads", "head_width", "norm_epsilon", "rope_theta", "tied", "gated", "init_std")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,14 @@ class Experiment:
   def description(self) -> dict:
     """What a checkpoint says of itself."""
     return {"config": config_lib.thaw(self.config)}
+
+
+class Bundle(NamedTuple):
+  """A checkpoint in memory (llm.load)."""
+  model: Model
+  params: dict
+  tokenizer: tokenizer_lib.Tokenizer
+  config: Config
 
 
 def _following(model: ModelConfig, start: dict | None, vocab_size: int) -> ModelConfig:

@@ -1,0 +1,113 @@
+"""Writing text: prompts into a cache once, then a token at a time inside the compiled program.
+
+Decoders continue their prompts, padded on the left so that all end in one slot; an encoder-decoder reads its
+prompts, padded on the right, and starts from the padding token.
+"""
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from llm.models import build_backbone
+from llm.models.transformer import Cache, empty_cache
+from llm.config import ModelConfig
+
+
+class Sampling(NamedTuple):
+  """How the next token is drawn. temperature 0 takes the likeliest; top_k 0 and top_p 1 leave all possible."""
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+
+
+class Writing(flax.struct.PyTreeNode):
+  """Rows being written: N tokens at most, `count` of them done. `finished`: those that wrote the end token."""
+  cache: Cache
+  logits_BxV: jax.Array      # of the token to come; real pieces only
+  positions_B: jax.Array     # of the token to come
+  tokens_BxN: jax.Array
+  best_BxNxE: jax.Array      # the likeliest tokens at every step, and their probabilities
+  odds_BxNxE: jax.Array
+  finished_B: jax.Array
+  count: jax.Array
+  key: jax.Array
+  read: dict                 # of an encoder-decoder: what was read
+
+
+EXPLAINED = 5   # likeliest tokens kept at every step
+
+
+def _logits(config: ModelConfig, hidden_BxTxD, table_VxD) -> jax.Array:
+  """Of the last position, BxV float32, without the padding of the vocabulary."""
+  logits_BxV = hidden_BxTxD[:, -1] @ table_VxD.T
+  return logits_BxV[:, :config.vocab_size].astype(jnp.float32)
+
+
+def start(config: ModelConfig, params, batch, slots: int, new: int, pad: int, key) -> Writing:
+  """Reads the prompts of a batch (tokens, segments, positions). slots: of the cache; new: tokens at most."""
+  rows = batch["tokens"].shape[0]
+  backbone, cache, read = build_backbone(config), empty_cache(config, rows, slots), {}
+  apply = lambda *a, **k: backbone.apply({"params": params["backbone"]}, *a, train=False, **k)
+  positions_B = batch["positions"].max(-1) + 1
+  if config.name == "t5":
+    read = {"states": apply(batch, method="encode"), "segments": batch["segments"], "positions": batch["positions"]}
+    batch = {"tokens": jnp.full((rows, 1), pad, jnp.int32), "segments": jnp.ones((rows, 1), jnp.int32),
+             "positions": jnp.zeros((rows, 1), jnp.int32)}
+    positions_B = jnp.ones(rows, jnp.int32)
+  logits_BxV, cache = _step(config, params, batch, cache, read)
+  explained = (rows, new, EXPLAINED)
+  return Writing(cache, logits_BxV, positions_B, jnp.full((rows, new), pad, jnp.int32), jnp.zeros(explained, jnp.int32),
+                 jnp.zeros(explained), jnp.zeros(rows, bool), jnp.zeros((), jnp.int32), key, read)
+
+
+def _step(config, params, batch, cache, read) -> tuple[jax.Array, Cache]:
+  """Logits after new tokens, which are written into the cache."""
+  more = {}
+  if read:
+    more["states_BxSxD"] = read["states"]
+    batch = {**{f"decoder_{k}": v for k, v in batch.items()}, "segments": read["segments"], "positions": read["positions"]}
+  hidden_BxTxD, table_VxD, cache = build_backbone(config).apply(
+      {"params": params["backbone"]}, batch, train=False, cache=cache, **more)
+  return _logits(config, hidden_BxTxD, table_VxD), cache
+
+
+def draw(logits_BxV, key, sampling: Sampling) -> jax.Array:
+  """The next token of each row: B int32.
+
+  top_k: only the k likeliest (Fan et al. 2018, section 5.4). top_p: only the likeliest whose probabilities reach p
+  together, the one that reaches it included (Holtzman et al. 2020, section 3.1), after the temperature.
+  """
+  if sampling.temperature == 0:
+    return logits_BxV.argmax(-1).astype(jnp.int32)
+  logits_BxV = logits_BxV / sampling.temperature
+  if sampling.top_k:
+    least_Bx1 = jax.lax.top_k(logits_BxV, min(sampling.top_k, logits_BxV.shape[-1]))[0][:, -1:]
+    logits_BxV = jnp.where(logits_BxV >= least_Bx1, logits_BxV, -jnp.inf)
+  if sampling.top_p < 1:
+    ordered_BxV = jnp.sort(logits_BxV, axis=-1, descending=True)
+    odds_BxV = jax.nn.softmax(ordered_BxV)
+    kept_BxV = jnp.cumsum(odds_BxV, -1) - odds_BxV < sampling.top_p
+    least_Bx1 = jnp.where(kept_BxV, ordered_BxV, jnp.inf).min(-1, keepdims=True)
+    logits_BxV = jnp.where(logits_BxV >= least_Bx1, logits_BxV, -jnp.inf)
+  return jax.random.categorical(key, logits_BxV).astype(jnp.int32)
+
+
+def advance(config: ModelConfig, params, writing: Writing, steps, eos: int, pad: int, sampling: Sampling) -> Writing:
+  """Up to `steps` (may be traced) more tokens, fewer where all rows have finished or N is reached.
+
+  A row that wrote `eos` goes on with `pad`.
+  """
+  stop = jnp.minimum(writing.count + steps, writing.tokens_BxN.shape[1])
+
+  def one(w: Writing) -> Writing:
+    key = jax.random.fold_in(w.key, w.count)
+    odds, best = jax.lax.top_k(jax.nn.softmax(w.logits_BxV), EXPLAINED)
+    token_B = jnp.where(w.finished_B, pad, draw(w.logits_BxV, key, sampling))
+    put = lambda array, value: jax.lax.dynamic_update_index_in_dim(array, value.astype(array.dtype), w.count, axis=1)
+    batch = {"tokens": token_B[:, None], "positions": w.positions_B[:, None], "segments": jnp.ones_like(token_B)[:, None]}
+    logits_BxV, cache = _step(config, params, batch, w.cache, w.read)
+    return w.replace(cache=cache, logits_BxV=logits_BxV, positions_B=w.positions_B + 1, tokens_BxN=put(w.tokens_BxN, token_B),
+                     best_BxNxE=put(w.best_BxNxE, best), odds_BxNxE=put(w.odds_BxNxE, odds),
+                     finished_B=w.finished_B | (token_B == eos), count=w.count + 1)
+  return jax.lax.while_loop(lambda w: (w.count < stop) & ~w.finished_B.all(), one, writing)

@@ -1,0 +1,110 @@
+"""A checkpoint that writes after prompts, or fills the masks of a text."""
+import dataclasses
+import functools
+from typing import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm.core import UserError, round_up
+from llm.models import decoding, heads
+from llm.models.decoding import Sampling
+from llm.training.experiment import Bundle
+
+CHUNK = 16   # tokens between two looks at what was written
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+  """What a checkpoint wrote after one prompt, and why it ended: end (of text), stop (a stop string), length."""
+  text: str
+  tokens: list[int]
+  ended: str
+  choices: list[list[tuple[int, float]]]   # the likeliest tokens and their probabilities at each step
+
+
+class Writer:
+  """A checkpoint ready to write. Programs are compiled once for a bucket of prompt lengths and rows."""
+
+  def __init__(self, bundle: Bundle):
+    self.config, self.tokenizer = bundle.config.model, bundle.tokenizer
+    if self.config.name == "bert":
+      raise UserError("a BERT does not write; give a --prompt with [MASK] to be filled")
+    self.tokenizer.require("eos")
+    self.params, self.pad = jax.tree.map(jnp.asarray, bundle.params), max(self.tokenizer.pad, 0)
+    self.start = jax.jit(decoding.start, static_argnums=(0, 3, 4, 5))
+    self.advance = jax.jit(decoding.advance, static_argnums=(0, 4, 5, 6), donate_argnums=2)
+
+  def _batch(self, prompts: Sequence[Sequence[int]], most: int) -> tuple[dict, int]:
+    """Prompts as one batch in a bucket of lengths, and the slots of the cache."""
+    longest = max(map(len, prompts))
+    length = max(16, 1 << (longest - 1).bit_length())
+    left = self.config.name != "t5"   # a decoder's prompts end in one slot
+    batch = {"tokens": np.full((len(prompts), length), self.pad, np.int32)}
+    batch |= {k: np.zeros((len(prompts), length), np.int32) for k in ("segments", "positions")}
+    for row, ids in enumerate(prompts):
+      here = slice(length - len(ids), length) if left else slice(0, len(ids))
+      batch["tokens"][row, here], batch["segments"][row, here] = ids, 1
+      batch["positions"][row, here] = np.arange(len(ids))
+    return batch, round_up(most + (length if left else 1), 64)
+
+  def write(self, prompts: Sequence[str], most: int, sampling: Sampling = Sampling(), seed: int = 0,
+            stops: Sequence[str] = (), seen=lambda texts: None) -> list[Written]:
+    """Continues each prompt. seen: called with the texts so far, every CHUNK tokens. Raises UserError."""
+    ids = self.tokenizer.encode(list(prompts))
+    for prompt, found in zip(prompts, ids):
+      if not found:
+        raise UserError(f"the prompt {prompt!r} is empty: give it a word at least")
+      if len(found) + most > self.config.max_length and self.config.name != "t5":
+        raise UserError(f"the prompt has {len(found)} tokens and --max_tokens={most} more do not fit the model's "
+                        f"{self.config.max_length} positions")
+    if self.config.name == "t5":
+      ids = [[*i, self.tokenizer.eos] for i in ids]
+    batch, slots = self._batch(ids, most)
+    new = round_up(most, 64)
+    writing = self.start(self.config, self.params, batch, slots, new, self.pad, jax.random.key(seed))
+    while True:
+      left = min(CHUNK, most - int(writing.count))
+      writing = self.advance(self.config, self.params, writing, left, self.tokenizer.eos, self.pad, sampling)
+      found = jax.device_get((writing.tokens_BxN, writing.best_BxNxE, writing.odds_BxNxE, writing.finished_B))
+      done = [self._written(*row, int(writing.count), stops) for row in zip(*found)]
+      seen([w.text for w in done])
+      if int(writing.count) >= most or all(w.ended != "length" for w in done):
+        return done
+
+  def _written(self, tokens, best, odds, finished: bool, count: int, stops) -> Written:
+    ids = [int(t) for t in tokens[:count]]
+    ended = "length"
+    if finished:
+      ids, ended = ids[:ids.index(self.tokenizer.eos)], "end"
+    text = self.tokenizer.decode(ids)
+    if places := [text.find(s) for s in stops if s in text]:
+      text, ended = text[:min(places)], "stop"
+    choices = [list(zip(map(int, b), map(float, o))) for b, o in zip(best[:len(ids) + finished], odds)]
+    return Written(text, ids, ended, choices)
+
+
+def fill(bundle: Bundle, text: str, count: int = 5) -> list[list[tuple[str, float]]]:
+  """The likeliest pieces for each [MASK] of a text, with their probabilities. Raises UserError."""
+  tokenizer, config = bundle.tokenizer, bundle.config.model
+  tokenizer.require("cls", "sep", "mask")
+  if bundle.config.objective["name"] != "masked_lm" or "transform" not in bundle.params.get("head", {}):
+    raise UserError("the checkpoint has no masked-language-model head to fill masks with")
+  parts = tokenizer.encode(text.split("[MASK]"))
+  ids = [tokenizer.cls, *parts[0], *(t for part in parts[1:] for t in (tokenizer.mask, *part)), tokenizer.sep]
+  if len(ids) > config.max_length:
+    raise UserError(f"the prompt has {len(ids)} tokens, more than the model's {config.max_length} positions")
+  if len(parts) < 2:
+    raise UserError("--prompt has no [MASK] to fill")
+  row = lambda values: np.array(values, np.int32)[None]
+  places = np.flatnonzero(np.array(ids) == tokenizer.mask)
+  batch = {"tokens": row(ids), "segments": row([1] * len(ids)), "positions": row(range(len(ids))), "types": row([0] * len(ids)),
+           "masked_positions": row(np.repeat(places, config.vocab_size)),
+           "masked_targets": row(np.tile(np.arange(config.vocab_size), len(places)))}
+  model = heads.Model(bundle.model.backbone, heads.MaskedLMHead(config, False))
+  params = {"backbone": bundle.params["backbone"],
+            "head": {k: v for k, v in bundle.params["head"].items() if k in ("transform", "transform_norm", "lm")}}
+  losses = jax.jit(functools.partial(model.apply, train=False))({"params": params}, batch)["losses"]
+  odds = np.exp(-np.asarray(losses)).reshape(len(places), config.vocab_size)
+  return [[(tokenizer.pieces[i], float(of_mask[i])) for i in np.argsort(-of_mask)[:count]] for of_mask in odds]
