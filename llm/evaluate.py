@@ -3,7 +3,8 @@
 python -m llm.evaluate --checkpoint=DIR [--config.data.eval=SOURCE] [--config.data.fields=...]
 python -m llm.evaluate --predictions=FILE.json --config.data.eval=squad:FILE.json
 
-Figures that are made of records come with a 95% bootstrap interval over the records.
+Figures that are made of records come with a 95% bootstrap interval over the records. Text-to-text models also write
+their targets themselves, greedily.
 """
 import dataclasses
 import json
@@ -21,7 +22,7 @@ from llm.config import DataConfig, MeshConfig
 from llm.core import UserError, flatten
 from llm.data import answers, sources
 from llm.training import experiment as experiment_lib
-from llm.training import loop, metrics, step as step_lib
+from llm.training import loop, metrics, step as step_lib, writer
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir, its checkpoints folder or one step.")
 _PREDICTIONS = flags.DEFINE_string("predictions", None, "Answers to score, {id: text}, in place of a checkpoint's.")
@@ -83,6 +84,9 @@ def main():
     eval_step = step_lib.make_eval_step(saved.model, saved.objective, marks)
     figures, predictions = loop.run_over(eval_step, placed, {}, saved.objective, rows, training.batch_size, mesh)
   outcomes = saved.objective.outcomes(predictions, rows)
+  if hasattr(saved.objective, "written"):
+    bundle = experiment_lib.Bundle(saved.model, manager.restore(step, "params"), saved.tokenizer, saved.config)
+    outcomes |= saved.objective.written(writer.in_batches(bundle, training.batch_size), rows)
   _show({**figures, **saved.objective.summary(outcomes)}, metrics.bootstrap(saved.objective.summary, outcomes),
         source.spec, str(step), f"{len(rows)} rows")
 

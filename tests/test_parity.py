@@ -68,6 +68,26 @@ def test_what_we_export_loads_with_nothing_missing(name, library, tmp_path):
     assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode([text])[0], text
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama", "llama_tied", "t5", "t5_gated"])
+def test_greedy_continuations_are_theirs(name, library):
+  """Two prompts of different lengths in one batch, eight tokens each, here through our cache and there through theirs."""
+  import llm
+  import torch
+  from llm.training import writer
+  model_class = library.T5ForConditionalGeneration if name.startswith("t5") else library.AutoModelForCausalLM
+  theirs, bundle = model_class.from_pretrained(GOLDEN / name).eval(), llm.load(GOLDEN / name)
+  bundle.tokenizer.eos = next(i for i in range(3, 60) if i not in bundle.tokenizer.special_ids)   # a piece both end with
+  made = writer.Writer(bundle)
+  prompts = ["the cat", "it is a mat on the dog"]
+  ours = made.write(prompts, 8)
+  for prompt, found in zip(prompts, ours):
+    ids = bundle.tokenizer.encode([prompt])[0] + ([bundle.tokenizer.eos] if name.startswith("t5") else [])
+    out = theirs.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), max_new_tokens=8,
+                          do_sample=False, eos_token_id=bundle.tokenizer.eos, pad_token_id=0)[0].tolist()
+    new = out[1:] if name.startswith("t5") else out[len(ids):]
+    assert found.tokens == [t for t in new if t != bundle.tokenizer.eos] and new
+
+
 def test_adapters_are_pefts(library, tmp_path):
   """What `convert adapters` writes, loaded by peft onto the checkpoint that the run began from, gives our logits."""
   import peft

@@ -155,12 +155,14 @@ def test_choices_are_told_by_their_likelihood_and_exact_matches_by_every_token()
   objective = text_to_text.Objective(targets=("a=x", "b=y"))
   pair = lambda record, gold: text_to_text.Pair(record, gold, np.zeros(3), np.zeros(2))
   rows = text_to_text.PairRows([pair(0, True), pair(0, False), pair(1, True), pair(1, False)], [np.array([0, 1]), np.array([2, 3])],
-                               32, 4, 2, 0, 0)
+                               32, 4, 2, 0, 0, ["in", "side"], [("x",), ("x", "the y")])
   batch = {"tokens": np.zeros((2, 32)), "decoder_segments": np.array([[1, 1, 2, 2], [1, 1, 2, 2]])}
   outputs = {"losses": np.array([[0.1, 0.2, 3.0, 0.1], [2.0, 0.1, 0.5, 0.5]]), "correct": np.array([[1.0, 1, 0, 1], [0, 1, 1, 1]])}
   found = objective.outcomes({k: np.asarray(v) for k, v in objective.predict(outputs, batch).items()}, rows)
   assert found["choice_accuracy"].tolist() == [1, 0] and found["exact_match"].tolist() == [1, 0]
   assert objective.summary(found)["loss"] == pytest.approx((0.3 + 2.1) / 4)
+  found = objective.written(lambda inputs, most: {("in", "side"): ["a x.", "y"]}[tuple(inputs)], rows)
+  assert found["written_f1"].tolist() == [1, 1] == found["written_exact_match"].tolist()
 
 
 @pytest.mark.parametrize("record, more, message", [

@@ -30,6 +30,8 @@ class PairRows:
   slots: int
   pad: int
   cut: int            # inputs that lost their end
+  inputs: list[str]           # of each record, as the template has it
+  gold: list[tuple[str, ...]]   # what may be written for it
 
   @property
   def tokens(self) -> int:
@@ -78,7 +80,8 @@ class Objective(causal_lm.Objective):
     if model.name != "t5":
       raise UserError(f"config.objective.name=text_to_text needs an encoder and a decoder: model.name=t5, not {model.name}")
     records = list(source.records())
-    inputs = tokenizer.encode([self._input(record, source) for record in records])
+    said = [self._input(record, source) for record in records]
+    inputs = tokenizer.encode(said)
     texts = [self._texts(record, source, choices) for record in records]
     wanted = iter(tokenizer.encode([text for of_record in texts for text, _ in of_record]))
     made, cut = [], 0
@@ -95,7 +98,9 @@ class Objective(causal_lm.Objective):
                         length, self.target_length)
     slots = max(1, length // 16)
     packed = packing.at_most(slots, packing.best_fit_decreasing(sizes, length))
-    return PairRows(made, packed, length, self.target_length, slots, tokenizer.pad, cut)
+    gold = [tuple(text for text, _ in answers.given(record)) if record.get("answers") and not self.targets
+            else tuple(text for text, right in of_record if right) for record, of_record in zip(records, texts)]
+    return PairRows(made, packed, length, self.target_length, slots, tokenizer.pad, cut, said, gold)
 
   def _input(self, record, source) -> str:
     where = record.get("_where", source.spec)
@@ -150,6 +155,13 @@ class Objective(causal_lm.Objective):
     if self.targets:
       out["choice_accuracy"] = np.array([best[r][1] for r in records], float)
     return out
+
+  def written(self, write, rows):
+    """Outcomes of the texts that the model writes itself: exact match and F1 as SQuAD has them, the best of several
+    gold targets. write: inputs -> texts, of at most target_length tokens."""
+    texts = write(rows.inputs, self.target_length)
+    return {f"written_{name}": np.array([score(text, gold) for text, gold in zip(texts, rows.gold)])
+            for name, score in (("exact_match", answers.exact_match), ("f1", answers.f1))}
 
   def summary(self, outcomes):
     return {name: float(values[:, 0].sum() / values[:, 1].sum()) if name == "loss" else float(values.mean())

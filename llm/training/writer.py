@@ -6,6 +6,7 @@ from typing import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 
 from llm.core import UserError, round_up
 from llm.models import decoding, heads
@@ -83,6 +84,22 @@ class Writer:
       text, ended = text[:min(places)], "stop"
     choices = [list(zip(map(int, b), map(float, o))) for b, o in zip(best[:len(ids) + finished], odds)]
     return Written(text, ids, ended, choices)
+
+
+def in_batches(bundle: Bundle, rows: int):
+  """write(prompts, most tokens) -> texts, greedily, `rows` prompts at a time, those of like length together."""
+  made = Writer(bundle)
+
+  def write(prompts: Sequence[str], most: int) -> list[str]:
+    out = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
+    for start in tqdm.tqdm(range(0, len(order), rows), desc="writing", unit=" batches", disable=None):
+      part = order[start:start + rows]
+      filled = [prompts[n] for n in part] + [prompts[part[0]]] * (rows - len(part))   # one shape for all
+      for n, found in zip(part, made.write(filled, most)):
+        out[n] = found.text
+    return out
+  return write
 
 
 def fill(bundle: Bundle, text: str, count: int = 5) -> list[list[tuple[str, float]]]:
