@@ -4,6 +4,7 @@ python -m llm.generate --checkpoint=DIR --prompt="..." [--temperature=0.8 --top_
 python -m llm.generate --checkpoint=DIR --prompts=FILE            (a prompt a line, written together)
 python -m llm.generate --checkpoint=DIR --prompt="..." --explain  (the likeliest tokens at every step)
 python -m llm.generate --checkpoint=DIR --compare=OTHER --prompt="..."
+python -m llm.generate --checkpoint=DIR --chat                    (a conversation at the terminal)
 python -m llm.generate --checkpoint=BERT --prompt="Paris is the [MASK] of France."
 """
 import pathlib
@@ -15,6 +16,7 @@ import llm
 from llm import command
 from llm.core import UserError
 from llm.models.decoding import Sampling
+from llm.objectives import chat
 from llm.training.writer import Writer, Written, fill
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir, a step, a folder of transformers, hf:ORG/NAME.")
@@ -27,6 +29,7 @@ _TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the likeliest that reach p 
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 100, "How many tokens at most.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
 _STOP = flags.DEFINE_multi_string("stop", [], "A text at which writing ends; may be given again.")
+_CHAT = flags.DEFINE_bool("chat", False, "A conversation at the terminal.")
 _EXPLAIN = flags.DEFINE_bool("explain", False, "Show the likeliest tokens at every step.")
 
 def _sampling() -> Sampling:
@@ -55,6 +58,34 @@ def _prompts() -> list[str]:
   return prompts
 
 
+def _asked(bundle, prompts: list[str]) -> list:
+  """Prompts as a checkpoint wants them: one of chat gets the ids of each as a user's turn of its template."""
+  if bundle.config.objective["name"] != "chat":
+    return prompts
+  template = chat.Template(bundle.config.objective["template"])
+  return [template.encode(template.render([{"role": "user", "content": prompt}], True), bundle.tokenizer) for prompt in prompts]
+
+
+def _chat(bundle, sampling: Sampling):
+  """Reads turns from the terminal and answers them, the text appearing as it is written; ends with the input."""
+  if bundle.config.objective["name"] != "chat":
+    raise UserError("--chat needs a checkpoint of configs/finetune_chat.py; --prompt continues any text")
+  template, writer, turns = chat.Template(bundle.config.objective["template"]), Writer(bundle), []
+  print("(an empty line ends the conversation)")
+  while asked := input("> "):
+    turns.append({"role": "user", "content": asked})
+    shown = 0
+
+    def appear(texts):
+      nonlocal shown
+      print(texts[0][shown:], end="", flush=True)
+      shown = len(texts[0])
+    answer, = writer.write([template.encode(template.render(turns, True), writer.tokenizer)], _MAX_TOKENS.value, sampling,
+                           _SEED.value + len(turns), _STOP.value, seen=appear)
+    print()
+    turns.append({"role": "assistant", "content": answer.text})
+
+
 def _show(written: Written, tokenizer, name: str):
   print(f"{name}{written.text}\n  [{len(written.tokens)} tokens, ended by {written.ended}]")
   if _EXPLAIN.value:
@@ -66,15 +97,18 @@ def main():
   """Writes after every prompt, one checkpoint or two side by side."""
   if not _CHECKPOINT.value:
     raise UserError("--checkpoint is missing: a workdir of llm.train, a folder of transformers or hf:ORG/NAME")
-  prompts, sampling = _prompts(), _sampling()
+  sampling = _sampling()
   command.use_cpu_cores(1)
+  if _CHAT.value:
+    return _chat(llm.load(_CHECKPOINT.value), sampling)
+  prompts = _prompts()
   bundles = {name: llm.load(name) for name in (_CHECKPOINT.value, _COMPARE.value) if name}
   if bundles[_CHECKPOINT.value].config.model.name == "bert":
     for prompt in prompts:
       for number, found in enumerate(fill(bundles[_CHECKPOINT.value], prompt), 1):
         print(f"mask {number}: " + ", ".join(f"{piece} {odds:.1%}" for piece, odds in found))
     return
-  written = {name: Writer(bundle).write(prompts, _MAX_TOKENS.value, sampling, _SEED.value, _STOP.value)
+  written = {name: Writer(bundle).write(_asked(bundle, prompts), _MAX_TOKENS.value, sampling, _SEED.value, _STOP.value)
              for name, bundle in bundles.items()}
   for number, prompt in enumerate(prompts):
     print(f"prompt: {prompt}")

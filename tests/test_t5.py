@@ -155,7 +155,7 @@ def test_choices_are_told_by_their_likelihood_and_exact_matches_by_every_token()
   objective = text_to_text.Objective(targets=("a=x", "b=y"))
   pair = lambda record, gold: text_to_text.Pair(record, gold, np.zeros(3), np.zeros(2))
   rows = text_to_text.PairRows([pair(0, True), pair(0, False), pair(1, True), pair(1, False)], [np.array([0, 1]), np.array([2, 3])],
-                               32, 4, 2, 0, 0, ["in", "side"], [("x",), ("x", "the y")])
+                               32, 4, 2, 0, "", ["in", "side"], [("x",), ("x", "the y")])
   batch = {"tokens": np.zeros((2, 32)), "decoder_segments": np.array([[1, 1, 2, 2], [1, 1, 2, 2]])}
   outputs = {"losses": np.array([[0.1, 0.2, 3.0, 0.1], [2.0, 0.1, 0.5, 0.5]]), "correct": np.array([[1.0, 1, 0, 1], [0, 1, 1, 1]])}
   found = objective.outcomes({k: np.asarray(v) for k, v in objective.predict(outputs, batch).items()}, rows)

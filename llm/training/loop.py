@@ -108,6 +108,9 @@ def _header(experiment, mesh, params: int, origin: str, start: int, say):
       f"step, {steps:,} steps, {tokens * steps / params:.3g} tokens a parameter")
   for name, (epochs, seen) in zip(experiment.names, experiment.batches.usage(steps)):
     say(f"data        {name}: {seen:,.0f} tokens, {epochs:.3g} epochs")
+  for name, rows in zip(experiment.names, experiment.batches.rows):
+    if note := getattr(rows, "note", ""):
+      say(f"            {name}: {note}")
   say(f"parameters  {origin}" + (f", step {start}" if start else ""))
 
 

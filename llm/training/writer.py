@@ -50,10 +50,10 @@ class Writer:
       batch["positions"][row, here] = np.arange(len(ids))
     return batch, round_up(most + (length if left else 1), 64)
 
-  def write(self, prompts: Sequence[str], most: int, sampling: Sampling = Sampling(), seed: int = 0,
+  def write(self, prompts: Sequence[str | list[int]], most: int, sampling: Sampling = Sampling(), seed: int = 0,
             stops: Sequence[str] = (), seen=lambda texts: None) -> list[Written]:
-    """Continues each prompt. seen: called with the texts so far, every CHUNK tokens. Raises UserError."""
-    ids = self.tokenizer.encode(list(prompts))
+    """Continues each prompt, a text or its ids. seen: called with the texts so far, every CHUNK tokens. Raises UserError."""
+    ids = [self.tokenizer.encode([prompt])[0] if isinstance(prompt, str) else prompt for prompt in prompts]
     for prompt, found in zip(prompts, ids):
       if not found:
         raise UserError(f"the prompt {prompt!r} is empty: give it a word at least")

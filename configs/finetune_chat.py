@@ -1,0 +1,23 @@
+"""Prompt and response: a decoder learns to answer (Ouyang et al. 2022, section 3.5).
+
+  python -m llm.train --config=configs/finetune_chat.py --workdir=DIR2 \\
+      --config.transfer.checkpoint=DIR --config.data.train=jsonl:train.jsonl --config.data.eval=jsonl:eval.jsonl
+
+Lines are {"messages": [{"role", "content"}]} as OpenAI's fine-tuning takes them (an assistant turn of weight 0 is
+not learned), or Alpaca's {"instruction", "input", "output"}. Then: python -m llm.generate --checkpoint=DIR2 --chat
+"""
+from llm import config as config_lib
+from llm.objectives import base
+
+
+def get_config(task: str = ""):
+  """The config; "alpaca" for the embedded pairs."""
+  config = config_lib.defaults(base.defaults("chat"))
+  config.optimizer.update(learning_rate=2e-5, schedule="cosine", warmup_steps=-1, weight_decay=0.0)
+  config.training.update(epochs=3.0, batch_size=16, sequence_length=512, log_every=10)
+  if task == "alpaca":
+    config.data.update(train="embedded:alpaca", eval="embedded:alpaca[validation]")
+    config.training.eval_every = 20
+  elif task:
+    raise ValueError(f"unknown task {task!r}; known: alpaca")
+  return config
