@@ -15,6 +15,7 @@ import safetensors.numpy
 from llm import config as config_lib
 from llm.checkpoints import families, huggingface, locate, manager
 from llm.core import UserError, flatten
+from llm.data import tokenizer as tokenizer_lib
 from llm.objectives import base
 from llm.training import experiment, loop
 from tests.conftest import tiny
@@ -124,6 +125,19 @@ def test_in_and_out_is_bit_equal(name, tmp_path):
   old, new = (json.loads((f / "config.json").read_text()) for f in (GOLDEN / name, tmp_path / "theirs"))
   given = [k for k in new if old.get(k) is not None and not (name == "t5_gated" and k == "tie_word_embeddings")]
   assert {k: old[k] for k in given} == {k: new[k] for k in given}
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_a_trained_tokenizer_leaves_with_the_same_ids(lowercase, corpus, tmp_path):
+  """A SentencePiece model of ours, written as tokenizer.json: the package `tokenizers` finds SentencePiece's own ids."""
+  texts = [corpus.read_text(), "naïve Café, Zürich ½ ﬁlm", "東京 and emoji 👩‍👩", "A  B   c ", "tab\tand\nline", "a" * 50]
+  ours = tokenizer_lib.SentencePieceTokenizer(tokenizer_lib.train_sentencepiece(texts * 3, 150, lowercase), lowercase)
+  huggingface.write_tokenizer(ours, tmp_path, 64)
+  theirs = huggingface.read_tokenizer(tmp_path)
+  for text in ["", " ", "Unseen ÄÖ \u200b text", *texts]:
+    assert theirs.encode([text]) == ours.encode([text]), text
+  for name in tokenizer_lib.SPECIAL:
+    assert getattr(theirs, name) == getattr(ours, name), name
 
 
 def test_two_lines_load_a_checkpoint():

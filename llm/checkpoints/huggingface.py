@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import tokenizers
+from sentencepiece import sentencepiece_model_pb2
 
 from llm import config as config_lib
 from llm.checkpoints import adapters, families, manager, vocabulary
@@ -333,13 +334,33 @@ def _save(path: pathlib.Path, tensors: Callable[[], Iterator[tuple[str, np.ndarr
       file.write(np.ascontiguousarray(tensor, "<f4").data)
 
 
+def unigram_definition(tokenizer: tokenizer_lib.SentencePieceTokenizer) -> bytes:
+  """tokenizer.json of a SentencePiece unigram model: the same pieces, scores and normalisation. Raises UserError."""
+  proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.files[tokenizer.FILE])
+  if proto.trainer_spec.model_type != proto.trainer_spec.UNIGRAM:
+    raise UserError("only unigram models of SentencePiece can be written as tokenizer.json")
+  pieces = [(p.piece, p.score) for p in proto.pieces]
+  fast = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=tokenizer.unk))
+  charsmap = proto.normalizer_spec.precompiled_charsmap
+  fast.normalizer = tokenizers.normalizers.Sequence([
+      *([tokenizers.normalizers.Precompiled(charsmap)] if charsmap else []),
+      tokenizers.normalizers.Strip(), tokenizers.normalizers.Replace(tokenizers.Regex(" {2,}"), " ")])
+  fast.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+  fast.decoder = tokenizers.decoders.Metaspace(prepend_scheme="always")
+  fast.add_special_tokens([tokenizer.pieces[i] for i in tokenizer.special_ids])
+  return fast.to_str().encode()
+
+
 def write_tokenizer(tokenizer: tokenizer_lib.Tokenizer, folder: pathlib.Path, max_length: int, **more: str):
   """The tokenizer's files, as AutoTokenizer reads them. more: other keys of tokenizer_config.json."""
-  for name, data in tokenizer.files.items():
+  files, kind = tokenizer.files, {"wordpiece": "BertTokenizer"}.get(tokenizer.name, "PreTrainedTokenizerFast")
+  if tokenizer.name == "sentencepiece":
+    kind = "T5Tokenizer" if tokenizer.pieces[0] == "<pad>" else kind   # theirs knows T5's own special pieces alone
+    files = files if kind == "T5Tokenizer" else {"tokenizer.json": unigram_definition(tokenizer)}
+  for name, data in files.items():
     (folder / name).write_bytes(data)
   special = {f"{name}_token": tokenizer.pieces[getattr(tokenizer, name)]
              for name in ("pad", "unk", "cls", "sep", "mask", "eos") if getattr(tokenizer, name) >= 0}
-  kind = {"wordpiece": "BertTokenizer", "sentencepiece": "T5Tokenizer"}.get(tokenizer.name, "PreTrainedTokenizerFast")
   special |= {"extra_ids": tokenizer.extra} if tokenizer.extra else {}
   (folder / "tokenizer_config.json").write_text(json.dumps(
       {"tokenizer_class": kind, "do_lower_case": tokenizer.lowercase, "model_max_length": max_length, **special, **more},
