@@ -164,20 +164,22 @@ class Block(nn.Module):
       y, past = attention(x, visibility, bias_HxTxS, past=past, index=index)
       return y
 
-    layers = {"attention": look_back,
-              "mlp": lambda x: mlp(x, self.drop) if style.inner_dropout else mlp(x)}
+    x_BxTxD = self.residual("attention", look_back, x_BxTxD)
     if memory is not None:
       cross = Attention(cfg, style, self.train, name="cross")
       look = lambda x: cross(x, memory.visibility, source_BxSxD=memory.states_BxSxD)[0]
-      layers = {"attention": look_back, "cross": look, "mlp": layers["mlp"]}
-    for name, layer in layers.items():
-      normed = norm(cfg, style, f"{name}_norm")
-      if style.post_norm:
-        x_BxTxD = normed(x_BxTxD + self.drop(layer(x_BxTxD)))
-      else:
-        x_BxTxD = x_BxTxD + self.drop(layer(normed(x_BxTxD)))
-      x_BxTxD = constrain(x_BxTxD, BATCH, "context", None)
-    return x_BxTxD, past
+      x_BxTxD = self.residual("cross", look, x_BxTxD)
+    feed = (lambda x: mlp(x, self.drop)) if style.inner_dropout else mlp
+    return self.residual("mlp", feed, x_BxTxD), past
+
+  def residual(self, name: str, layer, x_BxTxD):
+    """x plus what the layer says of it, normalised before or after."""
+    normed = norm(self.config, self.style, f"{name}_norm")
+    if self.style.post_norm:
+      x_BxTxD = normed(x_BxTxD + self.drop(layer(x_BxTxD)))
+    else:
+      x_BxTxD = x_BxTxD + self.drop(layer(normed(x_BxTxD)))
+    return constrain(x_BxTxD, BATCH, "context", None)
 
   def drop(self, x):
     key = self.make_rng("dropout") if self.train and self.config.dropout else None
