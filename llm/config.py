@@ -163,6 +163,8 @@ NON_NEGATIVE = {"num_layers", "width", "num_heads", "num_kv_heads", "head_width"
 POSITIVE = {"batch_size", "sequence_length", "grad_accum_steps", "keep", "slices", "prefetch",
             "log_every", "layer_decay", "epsilon", "rope_theta", "init_std", "lora_alpha"}
 
+AT_MOST = {"sentinels": 10_000, "sequence_length": 2 ** 24}
+
 
 def unknown_key(where: str, key: str, known) -> UserError:
   """The error for a key that does not exist, naming what was probably meant."""
@@ -208,6 +210,8 @@ def build(cls, mapping: Mapping[str, Any], where: str):
     if key in POSITIVE and value <= 0 or key in NON_NEGATIVE and value < 0 or value != value:
       raise UserError(f"{where}.{key} must be {'positive' if key in POSITIVE else 'at least 0'}, "
                       f"not {value!r}")
+    if key in AT_MOST and value > AT_MOST[key]:
+      raise UserError(f"{where}.{key} must be at most {AT_MOST[key]:,}, not {value!r}")
   return cls(**values)
 
 

@@ -44,7 +44,7 @@ def survives(attempt) -> bool:
     return False
 
 
-@pytest.mark.parametrize("kind", ["bert", "gpt"])
+@pytest.mark.parametrize("kind", ["bert", "gpt", "t5"])
 def test_broken_configs(kind, corpus, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)   # a mutated cache folder is made here
   rng = random.Random(kind)
