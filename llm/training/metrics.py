@@ -81,8 +81,9 @@ def model_flops(model: Model, params, batch, *, causal: bool) -> float:
   """
   traced = jax.make_jaxpr(lambda p, b: model.apply({"params": p}, b, train=False))(params, batch)
   forward = _dot_flops(traced.jaxpr)
-  if causal or "decoder_tokens" in batch:
-    rows, length = batch.get("decoder_tokens", batch["tokens"]).shape
+  encodes = hasattr(model.backbone, "encode")
+  if causal or encodes:
+    rows, length = batch["decoder_tokens" if encodes else "tokens"].shape
     cfg = model.backbone.config
     forward -= 2.0 * rows * length ** 2 * cfg.num_heads * head_width_of(cfg) * cfg.num_layers
   return 3.0 * forward
