@@ -1,0 +1,121 @@
+"""Writing beside transformers' generate on torch, in turns: same weights, float32, greedy, 128 new tokens.
+
+  pip install -e '.[bench]' && python benchmarks/decode.py [--shapes=6x384 --batches=1,32 --rounds=3]
+
+Each side runs in a process of its own; prints medians of tokens a second and their ratio.
+"""
+import argparse
+import multiprocessing
+import pathlib
+import statistics
+import tempfile
+import time
+
+import numpy as np
+
+SHAPES = {"6x384": (6, 384, 6, 4096), "124m": (12, 768, 12, 50_257)}   # layers, width, heads, vocabulary
+PROMPT, NEW = 16, 128
+
+
+def model_config(shape: str):
+  """A GPT-2 of one shape."""
+  from llm.config import ModelConfig
+  layers, width, heads, vocab = SHAPES[shape]
+  return ModelConfig(name="gpt", num_layers=layers, width=width, num_heads=heads, mlp_dim=4 * width, vocab_size=vocab,
+                     max_length=256, dropout=0.0, dtype="float32")
+
+
+def make(shape: str, folder: pathlib.Path):
+  """Random weights in the layout of transformers, for both sides."""
+  import json
+  from llm.checkpoints import families, huggingface
+  from llm.objectives import base
+  config, rng = model_config(shape), np.random.default_rng(0)
+  shapes = huggingface.shapes(config, base.build({"name": "causal_lm"}))
+  leaves = {path: rng.normal(scale=0.02, size=size).astype(np.float32) for path, size in shapes.items()}
+  huggingface._save(folder / "model.safetensors", lambda: huggingface._tensors(families.GPT2, leaves, config))
+  (folder / "config.json").write_text(json.dumps(families.GPT2.config(config) | {"architectures": ["GPT2LMHeadModel"]}))
+
+
+def prompts(shape: str, rows: int) -> np.ndarray:
+  """Random ids, rows x PROMPT."""
+  return np.random.default_rng(1).integers(1, SHAPES[shape][3], (rows, PROMPT))
+
+
+def ours(shape, folder, rows):
+  """run() -> tokens written."""
+  import jax
+  from llm import command
+  from llm.checkpoints import families, huggingface
+  from llm.models import decoding
+  from llm.objectives import base
+  command.use_cpu_cores(1)
+  command.use_compilation_cache()
+  config = model_config(shape)
+  wanted = huggingface.shapes(config, base.build({"name": "causal_lm"}))
+  params = jax.tree.map(jax.numpy.asarray, huggingface._stack(families.GPT2, huggingface.Weights(folder), wanted, config))
+  ids = prompts(shape, rows).astype(np.int32)
+  batch = {"tokens": ids, "segments": np.ones_like(ids), "positions": np.tile(np.arange(PROMPT, dtype=np.int32), (rows, 1))}
+  start = jax.jit(decoding.start, static_argnums=(0, 3, 4, 5))
+  advance = jax.jit(decoding.advance, static_argnums=(0, 4, 5, 6), donate_argnums=2)
+
+  def run():
+    writing = start(config, params, batch, PROMPT + NEW, NEW, 0, jax.random.key(0))
+    writing = advance(config, params, writing, NEW, -1, 0, decoding.Sampling())
+    return np.asarray(writing.tokens_BxN)
+  return run
+
+
+def theirs(shape, folder, rows):
+  """run() -> tokens written."""
+  import torch
+  import transformers
+  model = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
+  ids = torch.tensor(prompts(shape, rows))
+  return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False,
+                                eos_token_id=None, pad_token_id=0)[:, PROMPT:].numpy()
+
+
+def worker(side, pipe, *arguments):
+  """Answers "run" with (seconds, tokens)."""
+  run = side(*arguments)
+  run()
+  pipe.send("ready")
+  while pipe.recv() == "run":
+    start = time.perf_counter()
+    tokens = run()
+    pipe.send((time.perf_counter() - start, tokens))
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--shapes", default="6x384")
+  parser.add_argument("--batches", default="1,32")
+  parser.add_argument("--rounds", type=int, default=3)
+  options = parser.parse_args()
+  context = multiprocessing.get_context("spawn")
+  for shape in options.shapes.split(","):
+    with tempfile.TemporaryDirectory() as folder:
+      make(shape, pathlib.Path(folder))
+      for rows in map(int, options.batches.split(",")):
+        pipes, seconds, wrote = {}, {}, {}
+        for side in (ours, theirs):
+          pipes[side], there = context.Pipe()
+          context.Process(target=worker, args=(side, there, shape, pathlib.Path(folder), rows), daemon=True).start()
+          pipes[side].recv()
+        for _ in range(options.rounds):
+          for side, pipe in pipes.items():
+            pipe.send("run")
+            took, wrote[side] = pipe.recv()
+            seconds.setdefault(side, []).append(took)
+        for pipe in pipes.values():
+          pipe.send("end")
+        same = (wrote[ours] == wrote[theirs]).mean()
+        pace = {side.__name__: rows * NEW / statistics.median(times) for side, times in seconds.items()}
+        ratio = statistics.median(b / a for a, b in zip(seconds[ours], seconds[theirs]))
+        print(f"{shape}, batch {rows}: " + ", ".join(f"{name} {p:,.0f} tokens/s" for name, p in pace.items())
+              + f", ratio {ratio:.2f}; {same:.1%} of the tokens equal", flush=True)
+
+
+if __name__ == "__main__":
+  main()
