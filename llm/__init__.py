@@ -13,7 +13,8 @@ else:
 
 
 def load(checkpoint):
-  """(model, params, tokenizer, config) of a checkpoint: a workdir, a step, a folder of transformers, hf:ORG/NAME or embedded:NAME, for a notebook.
+  """(model, params, tokenizer, config) of a checkpoint, for a notebook: a workdir, a step, a folder of transformers,
+  hf:ORG/NAME or embedded:NAME.
 
   `model.apply({"params": params}, batch, train=False)` runs it. Parameters are host arrays, adapters as they were
   saved. Raises core.UserError where there is no such

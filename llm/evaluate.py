@@ -78,14 +78,15 @@ def main():
   command.use_cpu_cores(training.batch_size)
   mesh = sharding.make_mesh(MeshConfig())
   with jax.set_mesh(mesh):
-    params = flatten(manager.restore(step, "params"))
+    restored = manager.restore(step, "params")
+    params = flatten(restored)
     placed = jax.device_put(params, sharding.shardings(params, mesh))
     marks = {path: [False] for path in params}
     eval_step = step_lib.make_eval_step(saved.model, saved.objective, marks)
     figures, predictions = loop.run_over(eval_step, placed, {}, saved.objective, rows, training.batch_size, mesh)
   outcomes = saved.objective.outcomes(predictions, rows)
   if hasattr(saved.objective, "written"):
-    bundle = experiment_lib.Bundle(saved.model, manager.restore(step, "params"), saved.tokenizer, saved.config)
+    bundle = experiment_lib.Bundle(saved.model, restored, saved.tokenizer, saved.config)
     outcomes |= saved.objective.written(writer.in_batches(bundle, training.batch_size), rows)
   _show({**figures, **saved.objective.summary(outcomes)}, metrics.bootstrap(saved.objective.summary, outcomes),
         source.spec, str(step), f"{len(rows)} rows")

@@ -32,6 +32,7 @@ _STOP = flags.DEFINE_multi_string("stop", [], "A text at which writing ends; may
 _CHAT = flags.DEFINE_bool("chat", False, "A conversation at the terminal.")
 _EXPLAIN = flags.DEFINE_bool("explain", False, "Show the likeliest tokens at every step.")
 
+
 def _sampling() -> Sampling:
   if _TEMPERATURE.value < 0:
     raise UserError(f"--temperature={_TEMPERATURE.value} must be at least 0")

@@ -33,6 +33,23 @@ class Plan:
     return float(self.lengths.sum()) / (len(self) * row_tokens)
 
 
+@dataclasses.dataclass(frozen=True)
+class PlannedRows:
+  """Rows of a packing plan: the pieces of documents that share each."""
+  documents: Documents
+  plan: Plan
+
+  @property
+  def tokens(self) -> int:
+    return int(self.plan.lengths.sum())
+
+  def __len__(self) -> int:
+    return len(self.plan)
+
+  def __getitem__(self, i: int):
+    return self, [self.documents.tokens_N[start:start + size] for start, size in self.plan.row(i)]
+
+
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
   """Bins of piece indices, each bin's lengths summing to at most `capacity`.
 

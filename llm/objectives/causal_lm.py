@@ -10,15 +10,13 @@ from llm.objectives import base
 
 
 @dataclasses.dataclass(frozen=True)
-class PackedRows:
+class PackedRows(packing.PlannedRows):
   """Rows of a packing plan, as dicts of T ids, segments and positions; targets look one further.
 
   A document is followed by the end token, as a target only: after it comes another document,
   which must not see it. A document longer than a row goes on in another one, and its last target
   there is the next piece's first token, so no token is dropped.
   """
-  documents: documents_lib.Documents
-  plan: packing.Plan
   length: int
   end: int
   pad: int
@@ -26,13 +24,6 @@ class PackedRows:
   def __post_init__(self):
     bounds = self.documents.bounds()
     object.__setattr__(self, "_ends", set(bounds[1:].tolist()))
-
-  @property
-  def tokens(self) -> int:
-    return int(self.plan.lengths.sum())
-
-  def __len__(self) -> int:
-    return len(self.plan)
 
   def __getitem__(self, i: int) -> dict[str, np.ndarray]:
     row = {"tokens": np.full(self.length, self.pad, np.int32)}

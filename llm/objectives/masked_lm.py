@@ -32,22 +32,10 @@ def _vocabulary(tokenizer) -> _Vocabulary:
 
 
 @dataclasses.dataclass(frozen=True)
-class PackedRows:
+class PackedRows(packing.PlannedRows):
   """Rows without pairs: [CLS] piece [SEP] after one another, each a segment of its own."""
-  documents: documents_lib.Documents
-  plan: packing.Plan
   length: int
   vocabulary: _Vocabulary
-
-  @property
-  def tokens(self) -> int:
-    return int(self.plan.lengths.sum())
-
-  def __len__(self) -> int:
-    return len(self.plan)
-
-  def __getitem__(self, i: int):
-    return self, [self.documents.tokens_N[a:a + n] for a, n in self.plan.row(i)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,25 +10,13 @@ from llm.objectives import causal_lm
 
 
 @dataclasses.dataclass(frozen=True)
-class CorruptedRows:
+class CorruptedRows(packing.PlannedRows):
   """Rows of a packing plan; how each piece is corrupted is drawn anew in every epoch."""
-  documents: documents_lib.Documents
-  plan: packing.Plan
   input_length: int
   target_length: int
   pad: int
   eos: int
   sentinels: np.ndarray
-
-  @property
-  def tokens(self) -> int:
-    return int(self.plan.lengths.sum())
-
-  def __len__(self) -> int:
-    return len(self.plan)
-
-  def __getitem__(self, i: int):
-    return self, [self.documents.tokens_N[start:start + size] for start, size in self.plan.row(i)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -92,7 +92,7 @@ def a_matrix_at_a_time(inner: optax.GradientTransformation) -> optax.GradientTra
 
   def update(updates, state, params):
     (stacked, single), (stacked_params, single_params) = apart(updates), apart(params)
-    out, new = {}, {}
+    new = {}
     out, new["single"] = inner.update(single, state["single"], single_params)
     for n in state.keys() - {"single"}:
       take = lambda leaves: {p: x for p, x in leaves.items() if len(x) == int(n)}
