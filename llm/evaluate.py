@@ -22,7 +22,7 @@ from llm.config import DataConfig, MeshConfig
 from llm.core import UserError, flatten
 from llm.data import answers, sources
 from llm.training import experiment as experiment_lib
-from llm.training import loop, metrics, step as step_lib, writer
+from llm.training import evaluation, metrics, reference, step as step_lib, writer
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir, its checkpoints folder or one step.")
 _PREDICTIONS = flags.DEFINE_string("predictions", None, "Answers to score, {id: text}, in place of a checkpoint's.")
@@ -78,12 +78,13 @@ def main():
   command.use_cpu_cores(training.batch_size)
   mesh = sharding.make_mesh(MeshConfig())
   with jax.set_mesh(mesh):
+    rows = saved.objective.with_reference(rows, reference.predictor(saved.config, saved.objective, mesh, print))
     restored = manager.restore(step, "params")
     params = flatten(restored)
     placed = jax.device_put(params, sharding.shardings(params, mesh))
     marks = {path: [False] for path in params}
     eval_step = step_lib.make_eval_step(saved.model, saved.objective, marks)
-    figures, predictions = loop.run_over(eval_step, placed, {}, saved.objective, rows, training.batch_size, mesh)
+    figures, predictions = evaluation.run_over(eval_step, placed, {}, saved.objective, rows, training.batch_size, mesh)
   outcomes = saved.objective.outcomes(predictions, rows)
   if hasattr(saved.objective, "written"):
     bundle = experiment_lib.Bundle(saved.model, restored, saved.tokenizer, saved.config)

@@ -61,17 +61,18 @@ def _prompts() -> list[str]:
 
 def _asked(bundle, prompts: list[str]) -> list:
   """Prompts as a checkpoint wants them: one of chat gets the ids of each as a user's turn of its template."""
-  if bundle.config.objective["name"] != "chat":
+  if bundle.config.objective["name"] not in ("chat", "preference"):
     return prompts
-  template = chat.Template(bundle.config.objective["template"])
+  template = chat.template_of(bundle.config.objective, bundle.tokenizer)
   return [template.encode(template.render([{"role": "user", "content": prompt}], True), bundle.tokenizer) for prompt in prompts]
 
 
 def _chat(bundle, sampling: Sampling):
   """Reads turns from the terminal and answers them, the text appearing as it is written; ends with the input."""
-  if bundle.config.objective["name"] != "chat":
-    raise UserError("--chat needs a checkpoint of configs/finetune_chat.py; --prompt continues any text")
-  template, writer, turns = chat.Template(bundle.config.objective["template"]), Writer(bundle), []
+  if not chat.source_of(bundle.config.objective, bundle.tokenizer):
+    raise UserError("--chat needs a checkpoint of configs/finetune_chat.py, or one that came with a chat template; "
+                    "--prompt continues any text")
+  template, writer, turns = chat.template_of(bundle.config.objective, bundle.tokenizer), Writer(bundle), []
   print("(an empty line ends the conversation)")
   while asked := input("> "):
     turns.append({"role": "user", "content": asked})

@@ -76,7 +76,7 @@ def pretraining_config(quick: bool) -> config_lib.Config:
 def _splits(data: DataConfig, tokenizer, model) -> tuple[classification.Objective, dict]:
   """The task, and the splits of the reviews in a model's tokens."""
   by_split = {s: sources.parse(f"embedded:reviews[{s}]", data)[0] for s in ("train", "validation", "test")}
-  objective = classification.Objective(pooling="mean").fit([by_split["train"]])
+  objective = classification.Objective(pooling="mean").fit([by_split["train"]], tokenizer)
   return objective, {s: label_efficiency.encode(objective, source, tokenizer, model, LENGTH)
                      for s, source in by_split.items()}
 

@@ -27,7 +27,7 @@ def source_of(path, *records):
 
 
 def rows_of(source, length=256, **more):
-  return chat.Objective(**more).rows(source, BYTES, DataConfig(), GPT, length)
+  return chat.Objective(**{"template": chat.TEMPLATE, **more}).rows(source, BYTES, DataConfig(), GPT, length)
 
 
 def learned(example):

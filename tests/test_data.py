@@ -58,7 +58,7 @@ def test_bad_files_are_named_with_their_line(tmp_path, name):
 
 @pytest.mark.parametrize("spec, message", [
     ("corpus.txt", "expected KIND:NAME"), ("texts:a", "expected KIND:NAME"), ("text:", "name is missing"),
-    ("text:a@0", "positive number"), ("text:*.nothing", "no such file"), ("embedded:novels", "known: abstracts, alpaca, reviews, wikipedia"),
+    ("text:a@0", "positive number"), ("text:*.nothing", "no such file"), ("embedded:novels", "known: abstracts, alpaca, preferences, reviews, wikipedia"),
     ("embedded:reviews[all]", "the splits are"), ("tfds:no_such_set", "no_such_set"), ("text:/", "folder"),
 ])
 def test_bad_sources_are_one_line(spec, message):

@@ -137,7 +137,7 @@ def jsonl(tmp_path, records, name="data.jsonl"):
 
 def test_pairs_of_texts_are_put_together_as_bert_does(tmp_path, byte_tokenizer):
   source = jsonl(tmp_path, [{"text": "abc", "text_pair": "defgh", "label": "x"}, {"text": "q" * 50, "text_pair": "r" * 9, "label": "y"}])
-  objective = classification.Objective().fit([source])
+  objective = classification.Objective().fit([source], None)
   rows = objective.rows(source, byte_tokenizer, DataConfig(), BERT, 16)
   first, second = (objective.example(rows[i], None) for i in range(2))
   cls, sep = byte_tokenizer.cls, byte_tokenizer.sep
@@ -148,7 +148,7 @@ def test_pairs_of_texts_are_put_together_as_bert_does(tmp_path, byte_tokenizer):
 
 
 def test_classes_come_from_the_data(tmp_path, byte_tokenizer):
-  objective = classification.Objective().fit([jsonl(tmp_path, [{"text": "a", "label": n} for n in (10, 9, 2, 10)])])
+  objective = classification.Objective().fit([jsonl(tmp_path, [{"text": "a", "label": n} for n in (10, 9, 2, 10)])], None)
   assert objective.classes == ("2", "9", "10") and objective.num_classes == 3
   with pytest.raises(UserError, match="unknown label '7'.*2, 9, 10"):
     objective.rows(jsonl(tmp_path, [{"text": "a", "label": 7}]), byte_tokenizer, DataConfig(), BERT, 16)

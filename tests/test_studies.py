@@ -23,7 +23,7 @@ class _Bar:
 def study(reviews, byte_tokenizer):
   """(tuner over two devices, the splits)."""
   found = {s: sources.parse(f"jsonl:{reviews}/{s}.jsonl", DataConfig())[0] for s in ("train", "eval")}
-  objective = classification.Objective(pooling="mean").fit([found["train"]])
+  objective = classification.Objective(pooling="mean").fit([found["train"]], None)
   config = ModelConfig(name="bert", num_layers=1, width=32, num_heads=2, mlp_dim=64, max_length=48,
                        vocab_size=byte_tokenizer.vocab_size, dropout=0.0)
   splits = {s: label_efficiency.encode(objective, source, byte_tokenizer, config, 48) for s, source in found.items()}

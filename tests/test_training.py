@@ -249,13 +249,13 @@ def killing(folder):
 manager.write_manifest = killing
 """,
     "in evaluation": """
-evaluate = loop.evaluate
+evaluate = loop.evaluation.evaluate
 count = [0]
 def killing(*args, **kw):
   count[0] += 1
   if count[0] == 2: os.kill(os.getpid(), signal.SIGKILL)
   return evaluate(*args, **kw)
-loop.evaluate = killing
+loop.evaluation.evaluate = killing
 """,
     "at an epoch's end": """
 read = llm.data.batches.Batches.read

@@ -61,9 +61,11 @@ def _tokenizer(path: pathlib.Path, field) -> tokenizer_lib.Tokenizer:
   made.decoder = decoders.ByteLevel()
   made.add_special_tokens([p for p, kind in zip(pieces, field("tokenizer.ggml.token_type")) if kind == CONTROL])
   ids = {ours: field(f"tokenizer.ggml.{theirs}_token_id", -1)
-         for ours, theirs in (("pad", "padding"), ("unk", "unknown"), ("eos", "eos"))}
-  return tokenizer_lib.HuggingFaceTokenizer(
+         for ours, theirs in (("pad", "padding"), ("unk", "unknown"), ("eos", "eos"), ("bos", "bos"))}
+  found = tokenizer_lib.HuggingFaceTokenizer(
       made.to_str().encode(), special={name: pieces[i] for name, i in ids.items() if i >= 0})
+  found.template = field("tokenizer.chat_template", "")
+  return found
 
 
 def read(path: pathlib.Path) -> huggingface.Converted:

@@ -25,7 +25,7 @@ from llm.data import tokenizer as tokenizer_lib
 from llm.models import build_backbone
 from llm.models.heads import Model
 from llm.models.transformer import padded_vocab
-from llm.objectives import base
+from llm.objectives import base, chat
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
@@ -54,7 +54,7 @@ def fetch(name: str) -> pathlib.Path:
     raise UserError(f"hf:{name} needs the package huggingface_hub: pip install -e '.[hf]'")
   try:
     return pathlib.Path(huggingface_hub.snapshot_download(
-        name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+        name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
   except Exception as error:   # its network, name and cache errors have no common base
     raise UserError(f"hf:{name} cannot be fetched: {str(error).strip().splitlines()[0]}")
 
@@ -167,11 +167,21 @@ def _parts(tensor: families.Tensor, weights: Weights, name: str, one, model: Mod
 
 
 def read_tokenizer(folder: pathlib.Path) -> tokenizer_lib.Tokenizer:
-  """The tokenizer of a folder: tokenizer.json, vocab.txt, vocab.json with merges.txt, or spiece.model."""
+  """The tokenizer of a folder, and its chat template if it has one."""
+  path = folder / "tokenizer_config.json"
+  said = _json(path) if path.is_file() else {}
+  made, template, alone = _pieces(folder, said), said.get("chat_template", ""), folder / "chat_template.jinja"
+  if isinstance(template, list):   # several by name
+    template = next((t["template"] for t in template if t.get("name") == "default"), "")
+  made.template = alone.read_text(encoding="utf-8") if alone.is_file() else template
+  return made
+
+
+def _pieces(folder: pathlib.Path, said: Mapping[str, Any]) -> tokenizer_lib.Tokenizer:
+  """Of tokenizer.json, vocab.txt, vocab.json with merges.txt, or spiece.model; said: tokenizer_config.json."""
   has = lambda *names: all((folder / name).is_file() for name in names)
-  said = _json(folder / "tokenizer_config.json") if has("tokenizer_config.json") else {}
   if has("tokenizer.json"):
-    tokens = {name: said.get(f"{name}_token") for name in tokenizer_lib.SPECIAL}
+    tokens = {name: said.get(f"{name}_token") for name in (*tokenizer_lib.SPECIAL, "bos")}
     special = {name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items() if token}
     return tokenizer_lib.HuggingFaceTokenizer((folder / "tokenizer.json").read_bytes(), special=special)
   if has("vocab.txt"):
@@ -236,6 +246,7 @@ ARCHITECTURES = {
     ("bert", "span_qa"): "BertForQuestionAnswering",
     ("gpt", "causal_lm"): "GPT2LMHeadModel", ("llama", "causal_lm"): "LlamaForCausalLM",
     ("gpt", "chat"): "GPT2LMHeadModel", ("llama", "chat"): "LlamaForCausalLM",
+    ("gpt", "preference"): "GPT2LMHeadModel", ("llama", "preference"): "LlamaForCausalLM",
     ("t5", "span_corruption"): "T5ForConditionalGeneration", ("t5", "text_to_text"): "T5ForConditionalGeneration"}
 
 
@@ -269,8 +280,8 @@ def export(step: pathlib.Path, folder: pathlib.Path):
     raise UserError(f"{step}: transformers has no place for {', '.join(strange)}")
   _save(folder / WEIGHTS, lambda: _tensors(family, leaves, model))
   (folder / "config.json").write_text(json.dumps(theirs, indent=2))
-  template = {"chat_template": config.objective["template"]} if config.objective["name"] == "chat" else {}
-  write_tokenizer(tokenizer, folder, model.max_length, **template)
+  template = chat.source_of(config.objective, tokenizer)
+  write_tokenizer(tokenizer, folder, model.max_length, **({"chat_template": template} if template else {}))
 
 
 def export_adapters(step: pathlib.Path, folder: pathlib.Path):

@@ -37,6 +37,11 @@ def write_manifest(folder: pathlib.Path):
   (folder / MANIFEST).write_text(json.dumps(entries, indent=0))
 
 
+def digest(folder: pathlib.Path) -> str:
+  """A name for the content of a step."""
+  return cache.file_digest(folder / MANIFEST)
+
+
 def verify(folder: pathlib.Path):
   """Raises Damaged, naming the file, unless the step is exactly what was written."""
   try:

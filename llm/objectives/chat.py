@@ -1,5 +1,6 @@
 """Prompt and response: next-token prediction of the assistant's turns alone, end of turn included."""
 import dataclasses
+from typing import Mapping
 
 import jinja2
 import jinja2.sandbox
@@ -53,8 +54,10 @@ def conversation(record: dict) -> list[dict]:
 class Template:
   """A chat template in the Jinja form of tokenizer_config.json, rendered in a sandbox."""
 
-  def __init__(self, source: str):
+  def __init__(self, source: str, bos: str = ""):
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = _refuse   # as transformers gives it to templates
+    self._bos = bos
     try:
       self._template = environment.from_string(source)
     except jinja2.TemplateError as error:
@@ -63,7 +66,7 @@ class Template:
   def render(self, turns: list[dict], answering: bool = False) -> str:
     """The text of the turns; answering: up to where the assistant begins. Raises UserError."""
     try:
-      return self._template.render(messages=turns, add_generation_prompt=answering, eos_token=END, bos_token="")
+      return self._template.render(messages=turns, add_generation_prompt=answering, eos_token=END, bos_token=self._bos)
     except Exception as error:   # a template may raise anything; the sandbox refuses what is not rendering
       raise UserError(f"config.objective.template does not render: {type(error).__name__}: {str(error).splitlines()[0]}")
 
@@ -89,12 +92,28 @@ class Template:
         raise UserError("config.objective.template must render the turns one after another: what comes later changes what "
                         "came before, so that the assistant's tokens cannot be told")
       reply = whole[start:stop]
-      end = start + (reply.rindex(END) + 1 if END in reply else len(reply))
+      # The turn ends with the end token: as the template's variable, or spelled out in it.
+      ends = [reply.rindex(mark) + len(mark) for mark in (END, tokenizer.pieces[tokenizer.eos]) if mark in reply]
+      end = start + max(ends, default=len(reply))
       add(whole[at:start], 0)
       add(whole[start:end], 1)
       at = end
     add(whole[at:], 0)
     return ids, learned
+
+
+def _refuse(message: str):
+  raise jinja2.TemplateError(message)
+
+
+def source_of(objective: Mapping, tokenizer) -> str:
+  """The template that a checkpoint was trained with or came with; empty where it has none."""
+  return objective["template"] if objective["name"] in ("chat", "preference") else tokenizer.template
+
+
+def template_of(objective: Mapping, tokenizer) -> Template:
+  """The same, ready to render."""
+  return Template(source_of(objective, tokenizer), tokenizer.special.get("bos", ""))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,29 +140,27 @@ class ChatRows:
 class Objective(causal_lm.Objective):
   """Cross-entropy of the assistant's tokens (Ouyang et al. 2022, section 3.5: supervised fine-tuning).
 
-  template: Jinja, with `messages`, `eos_token` and `add_generation_prompt`; it is kept with the checkpoint.
+  template: Jinja, with `messages`, `eos_token` and `add_generation_prompt`; it is kept with the checkpoint. Empty:
+  the one of the checkpoint that the run starts from, or TEMPLATE.
   """
-  template: str = TEMPLATE
+  template: str = ""
 
   def __post_init__(self):
     Template(self.template)
 
+  def fit(self, sources, tokenizer):
+    return dataclasses.replace(self, template=self.template or tokenizer.template or TEMPLATE)
+
+  def _template(self, tokenizer) -> Template:
+    return Template(self.template, tokenizer.special.get("bos", ""))
+
   def rows(self, source, tokenizer, data, model, length):
-    tokenizer.require("eos")
-    if model.name not in ("gpt", "llama"):
-      raise UserError(f"config.objective.name=chat needs a decoder, model.name=gpt or llama, not {model.name}")
-    template, encoded, shortened, dropped = Template(self.template), [], 0, 0
+    require_decoder(tokenizer, model)
+    template, encoded, shortened, dropped = self._template(tokenizer), [], 0, 0
     for record in source.records():
-      turns = conversation(record)
-      ids, learned = template.tokens(turns, tokenizer)
-      count = len(turns)
-      while len(ids) - 1 > length and (turns := _later(turns)):
-        ids, learned = template.tokens(turns, tokenizer)
-      if not turns or not any(learned):
-        dropped += 1
-        continue
-      shortened += len(turns) < count
-      encoded.append((np.array(ids, np.int32), np.array(learned, np.float32)))
+      found, lost = fitted([conversation(record)], template, tokenizer, length)
+      encoded += found
+      shortened, dropped = shortened + (lost and bool(found)), dropped + (not found)
     if not encoded:
       raise UserError(f"{source.spec}: no conversation fits config.training.sequence_length={length}")
     packed = packing.best_fit_decreasing(np.array([len(ids) - 1 for ids, _ in encoded]), length)
@@ -162,6 +179,27 @@ class Objective(causal_lm.Objective):
       out["segments"][here], out["positions"][here] = number, np.arange(len(ids) - 1)
       at = here.stop
     return out
+
+
+def require_decoder(tokenizer, model):
+  """Raises UserError where a model cannot learn from conversations."""
+  tokenizer.require("eos")
+  if model.name not in ("gpt", "llama"):
+    raise UserError(f"conversations need a decoder, model.name=gpt or llama, not {model.name}")
+
+
+def fitted(talks: list[list[dict]], template: Template, tokenizer, room: int) -> tuple[list, bool]:
+  """((ids, learned) of each talk, whether they lost their first turns), all of them together in `room` tokens.
+
+  Talks begin alike. As long as they are too long, each loses its first exchange; [] where nothing to learn is left.
+  """
+  lost = False
+  while all(talks):
+    encoded = [template.tokens(turns, tokenizer) for turns in talks]
+    if sum(len(ids) - 1 for ids, _ in encoded) <= room:
+      return [(np.array(ids, np.int32), np.array(learned, np.float32)) for ids, learned in encoded], lost
+    talks, lost = [_later(turns) for turns in talks], True
+  return [], lost
 
 
 def _later(turns: list[dict]) -> list[dict]:

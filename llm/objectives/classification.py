@@ -59,7 +59,7 @@ class Objective(base.Objective):
   def regression(self) -> bool:
     return self.num_classes == 1
 
-  def fit(self, sources):
+  def fit(self, sources, tokenizer):
     if self.regression or self.classes:
       return self
     found = {_label(record, source) for source in sources for record in source.records()}

@@ -123,7 +123,7 @@ def prepare(config: Config, own: pathlib.Path | None = None, say: Callable = pri
   if length > model.max_length:
     raise UserError(f"config.training.sequence_length={length} is longer than the model's "
                     f"{model.max_length} positions (config.model.max_length)")
-  objective = objective.fit(train)
+  objective = objective.fit(train, tokenizer)
   rows = [objective.rows(s, tokenizer, config.data, model, length) for s in train]
   batches = Batches(rows, [s.weight for s in train], objective.example, config.training.batch_size,
                     config.training.seed)

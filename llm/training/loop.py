@@ -18,9 +18,11 @@ from llm.checkpoints import manager
 from llm.config import Config
 from llm.core import UserError
 from llm.data import batches as batches_lib
+from llm.training import evaluation
 from llm.training import experiment as experiment_lib
 from llm.training import metrics as metrics_lib
 from llm.training import partition
+from llm.training import reference
 from llm.training import start as start_lib
 from llm.training import step as step_lib
 from llm.training import workdir as workdir_lib
@@ -53,37 +55,6 @@ class Stop:
     finally:
       for number, handler in old.items():
         signal.signal(number, handler)
-
-
-def host_rows(array: jax.Array) -> np.ndarray:
-  """All rows of a global array, on every process."""
-  if array.is_fully_addressable:
-    return np.asarray(array)
-  from jax.experimental import multihost_utils
-  return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-
-
-def evaluate(eval_step: Callable, trained, frozen, objective, rows, batch_size: int, mesh,
-             limit: int = 0, stop: Stop | None = None) -> dict[str, float] | None:
-  """Figures over an evaluation source; None if a signal came meanwhile."""
-  found = run_over(eval_step, trained, frozen, objective, rows, batch_size, mesh, limit, stop)
-  return found and {**found[0], **objective.score(found[1], rows)}
-
-
-def run_over(eval_step: Callable, trained, frozen, objective, rows, batch_size: int, mesh, limit: int = 0,
-             stop: Stop | None = None) -> tuple[dict[str, float], dict[str, np.ndarray]] | None:
-  """(means of the metrics, predictions of all rows) over an evaluation source; None if a signal came."""
-  history, predictions = [], []
-  for batch in batches_lib.passes(rows, objective.example, batch_size, mesh, limit):
-    if stop and stop.signal:
-      return None
-    found, predicted = eval_step(trained, frozen, batch)
-    history.append(found)
-    predictions.append(predicted)
-  figures = metrics_lib.means(jax.device_get(history))
-  seen = min(len(rows), len(predictions) * batch_size)
-  merged = {k: np.concatenate([host_rows(p[k]) for p in predictions])[:seen] for k in predictions[0]}
-  return figures, merged
 
 
 def _check_finite(history: list[dict], first: int):
@@ -131,8 +102,9 @@ def train(config: Config, workdir: str | pathlib.Path, *, go_on: bool = False, s
                   experiment_lib.state_bytes(experiment.config.model))
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.training.batch_size, config.optimizer.grad_accum_steps, mesh)
-    workdir_lib.claim(workdir, config, go_on)
     with jax.set_mesh(mesh):
+      experiment = reference.attached(experiment, mesh, say)
+      workdir_lib.claim(workdir, config, go_on)
       return _train(experiment, own, workdir, mesh, stop, say)
 
 
@@ -215,8 +187,8 @@ def _train(experiment, own, workdir, mesh, stop: Stop, say) -> dict:
   figures, done = {}, start
 
   def evaluated() -> dict:
-    return evaluate(eval_step, state.trained, state.frozen, objective, experiment.eval_rows,
-                    training.batch_size, mesh, training.eval_batches, stop) or {}
+    return evaluation.evaluate(eval_step, state.trained, state.frozen, objective, experiment.eval_rows,
+                               training.batch_size, mesh, training.eval_batches, stop) or {}
 
   try:
     with _profiler(training.profile, workdir) as profile:

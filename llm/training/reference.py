@@ -1,0 +1,52 @@
+"""What the checkpoint that a run starts from says of its rows: computed once, and kept in the cache."""
+import dataclasses
+from typing import Callable
+
+import jax
+import numpy as np
+
+from llm import config as config_lib
+from llm import sharding
+from llm.checkpoints import locate, manager
+from llm.core import UserError, flatten
+from llm.data import cache
+from llm.training import experiment as experiment_lib
+from llm.training import evaluation, step as step_lib
+
+
+def attached(experiment: experiment_lib.Experiment, mesh, say) -> experiment_lib.Experiment:
+  """The experiment, its rows with what its objective wants to know of the reference, if it wants any."""
+  predict = predictor(experiment.config, experiment.objective, mesh, say)
+  add = lambda rows: experiment.objective.with_reference(rows, predict)
+  batches = dataclasses.replace(experiment.batches, rows=[add(rows) for rows in experiment.batches.rows])
+  held_out = experiment.eval_rows if experiment.eval_rows is None else add(experiment.eval_rows)
+  return dataclasses.replace(experiment, batches=batches, eval_rows=held_out)
+
+
+def predictor(config: config_lib.Config, objective, mesh, say) -> Callable:
+  """predict(rows) -> what `objective.predict` gives for all rows under config.transfer.checkpoint.
+
+  Raises UserError where there is no such checkpoint.
+  """
+  def predict(rows) -> dict[str, np.ndarray]:
+    if not config.transfer.checkpoint:
+      raise UserError(f"config.objective.name={config.objective['name']} needs a reference: give config.transfer.checkpoint")
+    step = locate.find(config.transfer.checkpoint, say, config.data.cache)
+    key = cache.digest("reference 1", manager.digest(step), rows.digest(), config.model.dtype)
+
+    def write(scratch):
+      say(f"reference   {len(rows)} rows under {step}")
+      np.savez(scratch / "predictions.npz", **_of_checkpoint(step, config, objective, rows, mesh))
+    folder = cache.made_once(cache.cache_dir(config.data.cache) / "references" / key[:32], write)
+    with np.load(folder / "predictions.npz") as saved:
+      return dict(saved)
+  return predict
+
+
+def _of_checkpoint(step, config, objective, rows, mesh) -> dict[str, np.ndarray]:
+  saved = experiment_lib.from_checkpoint(step)
+  model = experiment_lib.build(objective, saved.config.model)
+  params = {p: leaf for p, leaf in flatten(manager.restore(step, "params")).items() if p.startswith("backbone/")}
+  placed = jax.device_put(params, sharding.shardings(params, mesh))
+  eval_step = step_lib.make_eval_step(model, objective, {path: [False] for path in params})
+  return evaluation.run_over(eval_step, placed, {}, objective, rows, config.training.batch_size, mesh)[1]
