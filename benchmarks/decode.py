@@ -44,26 +44,21 @@ def prompts(shape: str, rows: int) -> np.ndarray:
 
 def ours(shape, folder, rows):
   """run() -> tokens written."""
-  import jax
+  import types
   from llm import command
   from llm.checkpoints import families, huggingface
-  from llm.models import decoding
+  from llm.data.tokenizer import ByteTokenizer
   from llm.objectives import base
-  command.use_cpu_cores(1)
+  from llm.training import experiment, writer
+  command.use_cpu_cores(rows if rows >= 8 else 1)
   command.use_compilation_cache()
   config = model_config(shape)
   wanted = huggingface.shapes(config, base.build({"name": "causal_lm"}))
-  params = jax.tree.map(jax.numpy.asarray, huggingface._stack(families.GPT2, huggingface.Weights(folder), wanted, config))
-  ids = prompts(shape, rows).astype(np.int32)
-  batch = {"tokens": ids, "segments": np.ones_like(ids), "positions": np.tile(np.arange(PROMPT, dtype=np.int32), (rows, 1))}
-  start = jax.jit(decoding.start, static_argnums=(0, 3, 4, 5))
-  advance = jax.jit(decoding.advance, static_argnums=(0, 4, 5, 6), donate_argnums=2)
-
-  def run():
-    writing = start(config, params, batch, PROMPT + NEW, NEW, 0, jax.random.key(0))
-    writing = advance(config, params, writing, NEW, -1, 0, decoding.Sampling())
-    return np.asarray(writing.tokens_BxN)
-  return run
+  params = huggingface._stack(families.GPT2, huggingface.Weights(folder), wanted, config)
+  made = writer.Writer(experiment.Bundle(None, params, ByteTokenizer(), types.SimpleNamespace(model=config)))
+  made.tokenizer.eos = -1   # nothing ends a text
+  ids = prompts(shape, rows).tolist()
+  return lambda: np.array([written.tokens for written in made.write(ids, NEW)])
 
 
 def theirs(shape, folder, rows):

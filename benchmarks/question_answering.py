@@ -19,7 +19,7 @@ def windows(options):
   from llm.config import DataConfig, ModelConfig
   from llm.data import cache, embedded, sources
   from llm.objectives import span_qa
-  tokenizer = huggingface.read_tokenizer(embedded.model_folder("minilm", cache.cache_dir()))
+  tokenizer = huggingface.read_tokenizer(embedded.model("minilm", cache.cache_dir()))
   objective = span_qa.Objective()
   rows = objective.rows(sources.parse("embedded:abstracts", DataConfig())[0], tokenizer, DataConfig(),
                         ModelConfig(name="bert"), options.length)

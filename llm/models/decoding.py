@@ -8,6 +8,7 @@ from typing import NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from llm.models import build_backbone
 from llm.models.transformer import Cache, empty_cache
@@ -33,6 +34,12 @@ class Writing(flax.struct.PyTreeNode):
   count: jax.Array
   key: jax.Array
   read: dict                 # of an encoder-decoder: what was read
+
+
+def shardings(mesh: Mesh) -> Writing:
+  """How rows being written lie on a mesh: keys and values by heads, the rest on every device."""
+  whole, by_head = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, "tensor"))
+  return Writing(Cache(by_head, whole, whole, whole), *(whole,) * (len(Writing.__dataclass_fields__) - 1))
 
 
 EXPLAINED = 5   # likeliest tokens kept at every step

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from llm.config import ModelConfig
-from llm.core import round_up
+from llm.core import Params, round_up
 from llm.models import attention as attention_lib
 from llm.models.layers import NORMS, Linear, LoRA, MLP, normal
 from llm.sharding import BATCH, constrain
@@ -54,14 +54,14 @@ class Memory(NamedTuple):
 
 
 class Past(NamedTuple):
-  """Keys and values of S slots, of one layer or with a leading layer axis."""
-  keys_BxSxGxK: jax.Array
-  values_BxSxGxK: jax.Array
+  """Keys and values of S slots, of one layer; what one head looks at lies together."""
+  keys_BxGxSxK: jax.Array
+  values_BxGxSxK: jax.Array
 
 
 class Cache(flax.struct.PyTreeNode):
   """What a decoder has seen. New tokens go to the slots from `index` on; slots of segment 0 are not seen."""
-  past: Past
+  past: tuple[Past, ...]     # of each layer
   segments_BxS: jax.Array
   positions_BxS: jax.Array
   index: jax.Array
@@ -69,15 +69,15 @@ class Cache(flax.struct.PyTreeNode):
 
 def empty_cache(config: ModelConfig, rows: int, slots: int) -> Cache:
   """A cache in which nothing was written."""
-  shape = (config.num_layers, rows, slots, config.num_kv_heads or config.num_heads, head_width_of(config))
-  zeros = jnp.zeros((rows, slots), jnp.int32)
-  past = Past(*(jnp.zeros(shape, compute_dtype(config)) for _ in range(2)))
-  return Cache(past, zeros, zeros, jnp.zeros((), jnp.int32))
+  shape = (rows, config.num_kv_heads or config.num_heads, slots, head_width_of(config))
+  one = lambda: jnp.zeros(shape, compute_dtype(config))
+  past = tuple(Past(one(), one()) for _ in range(config.num_layers))
+  return Cache(past, *jnp.zeros((2, rows, slots), jnp.int32), jnp.zeros((), jnp.int32))
 
 
-def _written(old, new, index):
-  """`old` with `new` in its slots (dimension 1) from `index` on."""
-  return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, axis=1)
+def _written(old, new, index, axis=1):
+  """`old` with `new` in its slots (dimension `axis`) from `index` on."""
+  return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, axis)
 
 
 class Attention(nn.Module):
@@ -104,7 +104,8 @@ class Attention(nn.Module):
       own = visibility.kv_positions_BxS if past is None else visibility.q_positions_BxT
       k = attention_lib.rotary(k, own, cfg.rope_theta)
     if past is not None:
-      k, v = past = Past(*(_written(old, new, index) for old, new in zip(past, (k, v))))
+      past = Past(*(_written(old, new.swapaxes(1, 2), index, axis=2) for old, new in zip(past, (k, v))))
+      k, v = (a.swapaxes(1, 2) for a in past)
     # Context parallelism: queries stay split over positions, keys and values are gathered.
     q = constrain(q, BATCH, "context", "tensor", None)
     k, v = (constrain(a, BATCH, None, "tensor", None) for a in (k, v))
@@ -186,14 +187,35 @@ class Block(nn.Module):
     return attention_lib.dropout(x, self.config.dropout, key)
 
 
-def stack(config: ModelConfig, style: Style, x_BxTxD, visibility, bias_HxTxS, memory, index, past, *, train: bool):
-  """L blocks over x -> (BxTxD, past). Called inside a module, whose parameter `layers` they become."""
+def unstacked(params: Params) -> Params:
+  """The parameters with the layers of every stack as a tuple of trees, for `stack` to go through one by one."""
+  if not isinstance(params, dict):
+    return params
+  def layers(stacked):
+    return tuple(jax.tree.map(lambda leaf: leaf[i], stacked) for i in range(len(jax.tree.leaves(stacked)[0])))
+  return {name: layers(tree) if name == "layers" else unstacked(tree) for name, tree in params.items()}
+
+
+def stack(module: nn.Module, style: Style, x_BxTxD, visibility, bias_HxTxS, memory, index, past, *, train: bool):
+  """L blocks over x -> (BxTxD, past of each). Called inside a module with a `config`, whose parameter `layers` they become.
+
+  With a past, parameters must be `unstacked`: a step of decoding reads each parameter once, and would spend most of its
+  time on cutting the layers, and their pasts, out of one array.
+  """
+  config = module.config
+  if isinstance(own := module.variables.get("params", {}).get("layers"), tuple):
+    pasts = []
+    for params, one in zip(own, past or (None,) * len(own), strict=True):
+      block = Block(config, style, train, parent=None)
+      x_BxTxD, one = block.apply({"params": params}, x_BxTxD, visibility, bias_HxTxS, memory, index, one)
+      pasts.append(one)
+    return x_BxTxD, tuple(pasts)
   unroll = config.scan == "unroll" or config.scan == "auto" and jax.default_backend() == "cpu"
   block = nn.remat(Block, prevent_cse=unroll) if config.remat == "full" else Block
-  layers = nn.scan(block, variable_axes={"params": 0}, in_axes=(nn.broadcast,) * 4 + (0,),
+  layers = nn.scan(block, variable_axes={"params": 0}, in_axes=(nn.broadcast,) * 3,
                    split_rngs={"params": True, "dropout": True}, length=config.num_layers,
                    unroll=config.num_layers if unroll else 1)
-  return layers(config, style, train, name="layers")(x_BxTxD, visibility, bias_HxTxS, memory, index, past)
+  return layers(config, style, train, name="layers")(x_BxTxD, visibility, bias_HxTxS, memory)
 
 
 def trunk(backbone: nn.Module, style: Style, x_BxTxD, batch, *, train: bool, bias_HxTxS=None,
@@ -208,10 +230,10 @@ def trunk(backbone: nn.Module, style: Style, x_BxTxD, batch, *, train: bool, bia
   x_BxTxD = constrain(attention_lib.dropout(x_BxTxD, config.dropout, key), BATCH, "context", None)
   if cache is None:
     visibility = attention_lib.self_visibility(batch, causal=style.causal)
-    return stack(config, style, x_BxTxD, visibility, bias_HxTxS, memory, None, None, train=train)[0], None
+    return stack(backbone, style, x_BxTxD, visibility, bias_HxTxS, memory, None, None, train=train)[0], None
   seen = cache.replace(segments_BxS=_written(cache.segments_BxS, batch["segments"], cache.index),
                        positions_BxS=_written(cache.positions_BxS, batch["positions"], cache.index))
   visibility = attention_lib.Visibility(
       batch["segments"], seen.segments_BxS, batch["positions"], seen.positions_BxS, style.causal)
-  x_BxTxD, past = stack(config, style, x_BxTxD, visibility, bias_HxTxS, memory, cache.index, cache.past, train=train)
+  x_BxTxD, past = stack(backbone, style, x_BxTxD, visibility, bias_HxTxS, memory, cache.index, cache.past, train=train)
   return x_BxTxD, seen.replace(past=past, index=cache.index + x_BxTxD.shape[1])

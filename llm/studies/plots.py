@@ -32,3 +32,14 @@ def label_curve(rows: list[dict], path: pathlib.Path, title: str):
   axes.legend(frameon=False)
   figure.savefig(path, dpi=150)
   plt.close(figure)
+
+
+def reply_loss(curves: dict[str, list[tuple[int, float]]], path: pathlib.Path):
+  """The loss of held-out replies, in nats a token, against the steps of fine-tuning, to a PNG."""
+  figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+  for (name, points), colour in zip(curves.items(), ("#1b6ca8", "#d1495b")):
+    axes.plot(*zip(*points), "o-", color=colour, label=name)
+  axes.set(xlabel="steps of fine-tuning", ylabel="nats a token", title="Held-out replies")
+  axes.legend(frameon=False)
+  figure.savefig(path, dpi=150)
+  plt.close(figure)

@@ -4,8 +4,12 @@ from typing import Callable
 import jax
 import numpy as np
 
+from llm import sharding
+from llm.core import flatten
 from llm.data import batches as batches_lib
+from llm.training import experiment as experiment_lib
 from llm.training import metrics as metrics_lib
+from llm.training import step as step_lib
 
 
 def host_rows(array: jax.Array) -> np.ndarray:
@@ -21,6 +25,15 @@ def evaluate(eval_step: Callable, trained, frozen, objective, rows, batch_size: 
   """Figures over an evaluation source; None if a signal (`stop.signal`) came meanwhile."""
   found = run_over(eval_step, trained, frozen, objective, rows, batch_size, mesh, limit, stop)
   return found and {**found[0], **objective.score(found[1], rows)}
+
+
+def of_checkpoint(bundle, objective, rows, batch_size: int, mesh) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+  """What `run_over` gives for a checkpoint in memory (experiment.Bundle), judged by an objective."""
+  params = flatten(bundle.params)
+  placed = jax.device_put(params, sharding.shardings(params, mesh))
+  model = experiment_lib.build(objective, bundle.config.model)
+  eval_step = step_lib.make_eval_step(model, objective, {path: [False] for path in params})
+  return run_over(eval_step, placed, {}, objective, rows, batch_size, mesh)
 
 
 def run_over(eval_step: Callable, trained, frozen, objective, rows, batch_size: int, mesh, limit: int = 0,

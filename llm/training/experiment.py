@@ -152,6 +152,12 @@ def from_checkpoint(step: pathlib.Path) -> Experiment:
   return Experiment(config, objective, manager.load_tokenizer(step), build(objective, config.model))
 
 
+def load(step: pathlib.Path) -> Bundle:
+  """A step in memory, on the host."""
+  saved = from_checkpoint(step)
+  return Bundle(saved.model, manager.restore(step, "params"), saved.tokenizer, saved.config)
+
+
 def state_bytes(model: ModelConfig) -> int:
   """Roughly what parameters, gradients and two moments take in float32."""
   block = 4 * model.width ** 2 + (3 if model.gated else 2) * model.width * model.mlp_dim

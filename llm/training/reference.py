@@ -2,16 +2,14 @@
 import dataclasses
 from typing import Callable
 
-import jax
 import numpy as np
 
 from llm import config as config_lib
-from llm import sharding
 from llm.checkpoints import locate, manager
-from llm.core import UserError, flatten
+from llm.core import UserError
 from llm.data import cache
+from llm.training import evaluation
 from llm.training import experiment as experiment_lib
-from llm.training import evaluation, step as step_lib
 
 
 def attached(experiment: experiment_lib.Experiment, mesh, say) -> experiment_lib.Experiment:
@@ -32,21 +30,14 @@ def predictor(config: config_lib.Config, objective, mesh, say) -> Callable:
     if not config.transfer.checkpoint:
       raise UserError(f"config.objective.name={config.objective['name']} needs a reference: give config.transfer.checkpoint")
     step = locate.find(config.transfer.checkpoint, say, config.data.cache)
-    key = cache.digest("reference 1", manager.digest(step), rows.digest(), config.model.dtype)
+    key = cache.digest("reference 1", manager.digest(step), rows.digest())
 
     def write(scratch):
       say(f"reference   {len(rows)} rows under {step}")
-      np.savez(scratch / "predictions.npz", **_of_checkpoint(step, config, objective, rows, mesh))
+      predictions = evaluation.of_checkpoint(
+          experiment_lib.load(step), objective, rows, config.training.batch_size, mesh)[1]
+      np.savez(scratch / "predictions.npz", **predictions)
     folder = cache.made_once(cache.cache_dir(config.data.cache) / "references" / key[:32], write)
     with np.load(folder / "predictions.npz") as saved:
       return dict(saved)
   return predict
-
-
-def _of_checkpoint(step, config, objective, rows, mesh) -> dict[str, np.ndarray]:
-  saved = experiment_lib.from_checkpoint(step)
-  model = experiment_lib.build(objective, saved.config.model)
-  params = {p: leaf for p, leaf in flatten(manager.restore(step, "params")).items() if p.startswith("backbone/")}
-  placed = jax.device_put(params, sharding.shardings(params, mesh))
-  eval_step = step_lib.make_eval_step(model, objective, {path: [False] for path in params})
-  return evaluation.run_over(eval_step, placed, {}, objective, rows, config.training.batch_size, mesh)[1]

@@ -1,6 +1,7 @@
 """A checkpoint that writes after prompts, or fills the masks of a text."""
 import dataclasses
 import functools
+import math
 from typing import Sequence
 
 import jax
@@ -8,9 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
+from llm import sharding
+from llm.checkpoints import adapters
+from llm.config import MeshConfig, ModelConfig
 from llm.core import UserError, round_up
-from llm.models import decoding, heads
+from llm.models import decoding, heads, transformer
 from llm.models.decoding import Sampling
+from llm.training import step as step_lib
 from llm.training.experiment import Bundle
 
 CHUNK = 16   # tokens between two looks at what was written
@@ -25,6 +30,13 @@ class Written:
   choices: list[list[tuple[int, float]]]   # the likeliest tokens and their probabilities at each step
 
 
+def _mesh(config: ModelConfig) -> jax.sharding.Mesh:
+  """As many of this process's devices as divide the heads, which they share."""
+  devices = jax.local_devices()
+  count = math.gcd(config.num_kv_heads or config.num_heads, len(devices))
+  return sharding.make_mesh(MeshConfig(data=1, tensor=count), devices[:count])
+
+
 class Writer:
   """A checkpoint ready to write. Programs are compiled once for a bucket of prompt lengths and rows."""
 
@@ -33,9 +45,14 @@ class Writer:
     if self.config.name == "bert":
       raise UserError("a BERT does not write; give a --prompt with [MASK] to be filled")
     self.tokenizer.require("eos")
-    self.params, self.pad = jax.tree.map(jnp.asarray, bundle.params), max(self.tokenizer.pad, 0)
-    self.start = jax.jit(decoding.start, static_argnums=(0, 3, 4, 5))
-    self.advance = jax.jit(decoding.advance, static_argnums=(0, 4, 5, 6), donate_argnums=2)
+    merged = adapters.merge(bundle.params, self.config.lora_alpha)
+    self.config = dataclasses.replace(self.config, lora_rank=0)
+    self.pad, self.mesh = max(self.tokenizer.pad, 0), _mesh(self.config)
+    layers = transformer.unstacked(merged)
+    self.params = jax.device_put(layers, sharding.shardings(layers, self.mesh))
+    placed = decoding.shardings(self.mesh)
+    self.start = jax.jit(decoding.start, static_argnums=(0, 3, 4, 5), out_shardings=placed)
+    self.advance = jax.jit(decoding.advance, static_argnums=(0, 4, 5, 6), donate_argnums=2, out_shardings=placed)
 
   def _batch(self, prompts: Sequence[Sequence[int]], most: int) -> tuple[dict, int]:
     """Prompts as one batch in a bucket of lengths, and the slots of the cache."""
@@ -51,7 +68,7 @@ class Writer:
     return batch, round_up(most + (length if left else 1), 64)
 
   def write(self, prompts: Sequence[str | list[int]], most: int, sampling: Sampling = Sampling(), seed: int = 0,
-            stops: Sequence[str] = (), seen=lambda texts: None) -> list[Written]:
+            stops: Sequence[str] = (), seen=None) -> list[Written]:
     """Continues each prompt, a text or its ids. seen: called with the texts so far, every CHUNK tokens. Raises UserError."""
     ids = [self.tokenizer.encode([prompt])[0] if isinstance(prompt, str) else prompt for prompt in prompts]
     for prompt, found in zip(prompts, ids):
@@ -64,13 +81,19 @@ class Writer:
       ids = [[*i, self.tokenizer.eos] for i in ids]
     batch, slots = self._batch(ids, most)
     new = round_up(most, 64)
-    writing = self.start(self.config, self.params, batch, slots, new, self.pad, jax.random.key(seed))
+    run = lambda program, *args: step_lib.one_at_a_time(program)(self.config, self.params, *args)
+    with jax.set_mesh(self.mesh):
+      writing = run(self.start, batch, slots, new, self.pad, jax.random.key(seed))
+      return self._advanced(run, writing, most, sampling, stops, seen)
+
+  def _advanced(self, run, writing, most: int, sampling: Sampling, stops, seen) -> list[Written]:
     while True:
-      left = min(CHUNK, most - int(writing.count))
-      writing = self.advance(self.config, self.params, writing, left, self.tokenizer.eos, self.pad, sampling)
+      left = min(CHUNK if stops or seen else most, most - int(writing.count))
+      writing = run(self.advance, writing, left, self.tokenizer.eos, self.pad, sampling)
       found = jax.device_get((writing.tokens_BxN, writing.best_BxNxE, writing.odds_BxNxE, writing.finished_B))
       done = [self._written(*row, int(writing.count), stops) for row in zip(*found)]
-      seen([w.text for w in done])
+      if seen:
+        seen([w.text for w in done])
       if int(writing.count) >= most or all(w.ended != "length" for w in done):
         return done
 

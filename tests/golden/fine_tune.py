@@ -22,7 +22,7 @@ def splits():
   from llm.data import cache, embedded, sources
   from llm.objectives import classification
   from llm.studies import label_efficiency
-  folder = embedded.model_folder("minilm", cache.cache_dir())
+  folder = embedded.model("minilm", cache.cache_dir())
   converted = huggingface.read(folder)
   found = [sources.parse(f"embedded:reviews[{s}]", DataConfig())[0] for s in ("train", "test")]
   objective = classification.Objective().fit(found[:1])
