@@ -346,13 +346,20 @@ def unigram_definition(tokenizer: tokenizer_lib.SentencePieceTokenizer) -> bytes
   if proto.trainer_spec.model_type != proto.trainer_spec.UNIGRAM:
     raise UserError("only unigram models of SentencePiece can be written as tokenizer.json")
   pieces = [(p.piece, p.score) for p in proto.pieces]
-  fast = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=tokenizer.unk))
+  in_bytes = proto.trainer_spec.byte_fallback
+  fast = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=tokenizer.unk, byte_fallback=in_bytes))
   charsmap = proto.normalizer_spec.precompiled_charsmap
-  fast.normalizer = tokenizers.normalizers.Sequence([
-      *([tokenizers.normalizers.Precompiled(charsmap)] if charsmap else []),
-      tokenizers.normalizers.Strip(), tokenizers.normalizers.Replace(tokenizers.Regex(" {2,}"), " ")])
+  normalizers = tokenizers.normalizers
+  # Line breaks that are pieces of their own pass the normalisation as a private-use character, which is in no text.
+  own = any(p.piece == "\n" for p in proto.pieces)
+  hide, show = ([normalizers.Replace(a, b)] if own else [] for a, b in (("\n", "\ue001"), ("\ue001", "\n")))
+  fast.normalizer = normalizers.Sequence([
+      *hide, *([normalizers.Precompiled(charsmap)] if charsmap else []), normalizers.Strip(),
+      normalizers.Replace(tokenizers.Regex(" {2,}"), " "), *show])
   fast.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
-  fast.decoder = tokenizers.decoders.Metaspace(prepend_scheme="always")
+  decoders = tokenizers.decoders
+  spell = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+  fast.decoder = decoders.Sequence(spell) if in_bytes else decoders.Metaspace(prepend_scheme="always")
   fast.add_special_tokens([tokenizer.pieces[i] for i in tokenizer.special_ids])
   return fast.to_str().encode()
 

@@ -211,7 +211,8 @@ def _sentinel_pieces(count: int) -> list[str]:
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, lowercase: bool) -> bytes:
   """A unigram model of at most vocab_size pieces, [PAD] [UNK] </s> [CLS] [SEP] [MASK] first.
 
-  A corpus too small for so many pieces gets fewer.
+  A corpus too small for so many pieces gets fewer. A cased one is for models that write: line breaks are pieces, and
+  what has no piece is spelled in bytes, 256 more.
   """
   model = io.BytesIO()
   lines = (line for text in texts for line in text.splitlines())
@@ -222,7 +223,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, lowercase: bool) 
         input_sentence_size=1_000_000, shuffle_input_sentence=False,
         normalization_rule_name="nmt_nfkc_cf" if lowercase else "nmt_nfkc",
         pad_id=0, unk_id=1, eos_id=2, bos_id=-1, pad_piece="[PAD]", unk_piece="[UNK]",
-        control_symbols=["[CLS]", "[SEP]", "[MASK]"], minloglevel=2)
+        control_symbols=["[CLS]", "[SEP]", "[MASK]"], minloglevel=2, byte_fallback=not lowercase,
+        user_defined_symbols=[] if lowercase else ["\n"])
   except (RuntimeError, OSError) as error:
     raise UserError(f"cannot train a SentencePiece model of {vocab_size} pieces on this text: "
                     f"{str(error).strip().splitlines()[-1]}")
@@ -267,7 +269,7 @@ def make(config: TokenizerConfig, sources, cache_folder: pathlib.Path) -> Tokeni
                     "checkpoint is transferred")
   if config.path:
     return SentencePieceTokenizer(_read(config.path), config.lowercase, config.sentinels)
-  key = cache.digest("unigram", str(config.vocab_size), str(config.lowercase), str(config.sentinels),
+  key = cache.digest("unigram 2", str(config.vocab_size), str(config.lowercase), str(config.sentinels),
                      *(s.digest() for s in sources))
 
   def train(folder):

@@ -36,7 +36,7 @@ def pretraining_config(quick: bool, cache: str) -> config_lib.Config:
   config = config_lib.defaults(base.defaults("causal_lm"))
   config.model.update(name="gpt", num_layers=4, width=192, num_heads=4, mlp_dim=768, max_length=LENGTH, dropout=0.0)
   config.data.update(train="embedded:wikipedia", cache=cache)
-  config.tokenizer.update(name="sentencepiece", vocab_size=4096)
+  config.tokenizer.update(name="sentencepiece", vocab_size=4096, lowercase=False)
   config.optimizer.update(learning_rate=3e-3, beta2=0.98)
   config.training.update(steps=60 if quick else 500, batch_size=8, sequence_length=LENGTH, log_every=20 if quick else 50)
   return config_lib.freeze(config)
