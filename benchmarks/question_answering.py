@@ -47,7 +47,7 @@ def ours(options):
     trained, frozen = partition.split(jax.device_put(params, sharding.shardings(params, mesh)), marks)
     tx = optimizer.make(OptimizerConfig(), trained, options.layers, 1000)
     state = [step_lib.init_state(trained, frozen, tx)]
-    train = step_lib.make_train_step(model, objective, tx, marks, 1)
+    train = step_lib.make_train_step(model, objective, tx, marks, 1, None)
   numbers = iter(range(10 ** 9))
 
   def run(steps):

@@ -76,7 +76,7 @@ def ours(shape):
     tx = optimizer.make(OptimizerConfig(), trained, layers, 1000)
     placed = sharding.shardings(jax.eval_shape(tx.init, trained), mesh)
     state = [step_lib.TrainState(np.int32(0), trained, frozen, jax.jit(tx.init, out_shardings=placed)(trained))]
-    train = step_lib.make_train_step(model, objective, tx, marks, 1)
+    train = step_lib.make_train_step(model, objective, tx, marks, 1, None)
     batch = jax.device_put(batch, sharding.batch_sharding(mesh))
 
   def run(steps):

@@ -1,7 +1,7 @@
 """Look at a batch, at how parameters lie on the mesh, or into a checkpoint.
 
 python -m llm.show batch      --config=... [--step=N --rows=N]
-python -m llm.show sharding   --config=...
+python -m llm.show sharding   --config=... [--topology=v5p:8x8x8]
 python -m llm.show checkpoint --checkpoint=DIR
 """
 import math
@@ -17,10 +17,10 @@ from llm.checkpoints import locate, manager
 from llm.core import UserError, flatten
 from llm.train import read_config
 from llm.training import experiment as experiment_lib
-from llm.training import optimizer as optimizer_lib
-from llm.training import step as step_lib
+from llm.training import hardware, start
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir, its checkpoints folder or one step.")
+_TOPOLOGY = flags.DEFINE_string("topology", "", "Devices that need not be here, e.g. v5e:4x4; default: those that are.")
 _STEP = flags.DEFINE_integer("step", 0, "Which batch.", lower_bound=0)
 _ROWS = flags.DEFINE_integer("rows", 2, "How many of its rows.", lower_bound=1)
 
@@ -81,25 +81,24 @@ def show_batch():
 
 def show_sharding():
   """Prints every parameter and moment: shape, type, axes, bytes a device."""
-  made = experiment_lib.prepare(read_config())
-  command.use_cpu_cores(made.config.training.batch_size, experiment_lib.state_bytes(made.config.model))
-  mesh = sharding.make_mesh(made.config.mesh)
-  one = made.batches.read(0, range(1))
-  params = jax.eval_shape(lambda: step_lib.init_params(made.model, one, jax.random.key(0)))
-  leaves = flatten(params)
-  optimizer = optimizer_lib.make(made.config.optimizer, leaves, made.config.model.num_layers,
-                                 made.config.training.steps)
-  state = {"params": leaves, "optimizer": jax.eval_shape(optimizer.init, leaves)}
+  made = experiment_lib.without_data(read_config())
+  if _TOPOLOGY.value:
+    mesh = hardware.mesh(made.config.mesh, hardware.topology(_TOPOLOGY.value, made.config.mesh.slices))
+  else:
+    command.use_cpu_cores(made.config.training.batch_size, experiment_lib.state_bytes(made.config.model))
+    mesh = sharding.make_mesh(made.config.mesh)
+  state = start.plan(made, mesh).state
+  named = {"params": state.trained, "frozen": state.frozen, "optimizer": state.opt_state}
   rows, total = [], 0
-  for (path, leaf), placed in zip(jax.tree_util.tree_leaves_with_path(state),
-                                  jax.tree.leaves(sharding.shardings(state, mesh))):
-    size = math.prod(placed.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+  for path, leaf in jax.tree_util.tree_leaves_with_path(named):
+    shard = leaf.sharding.shard_shape(leaf.shape)
+    size = math.prod(shard) * leaf.dtype.itemsize
     total += size
-    rows.append((jax.tree_util.keystr(path, simple=True, separator="/"), "x".join(map(str, leaf.shape)),
-                 str(leaf.dtype), " ".join(str(a) for a in placed.spec) or "-",
-                 "replicated" if placed.is_fully_replicated and mesh.size > 1 else "", f"{size:,}"))
-  print(tabulate.tabulate(rows, headers=("array", "shape", "type", "axes", "", "bytes a device"),
-                          colalign=("left", "left", "left", "left", "left", "right")))
+    rows.append((jax.tree_util.keystr(path, simple=True, separator="/"), *("x".join(map(str, s)) for s in (leaf.shape, shard)),
+                 str(leaf.dtype), " ".join(str(a) for a in leaf.sharding.spec) or "-",
+                 "replicated" if leaf.sharding.is_fully_replicated and mesh.size > 1 else "", f"{size:,}"))
+  print(tabulate.tabulate(rows, headers=("array", "shape", "of a device", "type", "axes", "", "bytes a device"),
+                          colalign=("left",) * 6 + ("right",)))
   print(f"mesh {dict(mesh.shape)}: {total:,} bytes a device")
 
 

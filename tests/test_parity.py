@@ -181,6 +181,25 @@ def test_the_real_decoder_has_torchs_perplexity(smollm, library, tmp_path):
   print(f"perplexity on {len(ids)} passages: ours {ours:.4f}, torch {torchs:.4f}")
 
 
+def test_the_real_decoders_chat_template_gives_transformers_ids(smollm, library, tmp_path):
+  """Two turns with and without a system message; the assistant's tokens are learned, <|im_end|> included."""
+  from llm.checkpoints import gguf
+  from llm.objectives import chat
+  _, config, tokenizer = gguf.read(smollm)
+  huggingface.write_tokenizer(tokenizer, tmp_path, 2048, chat_template=chat.source_of(config.objective, tokenizer))
+  theirs = library.AutoTokenizer.from_pretrained(tmp_path)
+  template = chat.template_of(config.objective, tokenizer)
+  talk = [{"role": "user", "content": "Hi there, né?"}, {"role": "assistant", "content": "Yes.\n\nIndeed", "weight": 1},
+          {"role": "user", "content": "Why 東?"}, {"role": "assistant", "content": "So.", "weight": 1}]
+  for turns in (talk, [{"role": "system", "content": "Be brief."}, *talk]):
+    ids, learned = template.tokens([{"weight": 0, **turn} for turn in turns], tokenizer)
+    assert ids == theirs.apply_chat_template(turns, tokenize=True, return_dict=False)
+    assert tokenizer.decode([i for i, w in zip(ids, learned) if w]) == "Yes.\n\nIndeedSo."
+    assert [tokenizer.pieces[i] for i, w in zip(ids, learned) if w].count("<|im_end|>") == 2
+  asked = template.encode(template.render(talk[:1], True), tokenizer)
+  assert asked == theirs.apply_chat_template(talk[:1], tokenize=True, add_generation_prompt=True, return_dict=False)
+
+
 def _perplexity(logits, ids) -> float:
   logits = logits[:, :-1].astype(np.float64)
   log_probs = np.take_along_axis(logits, ids[:, 1:, None], -1)[..., 0] - np.log(np.exp(logits).sum(-1))

@@ -49,7 +49,7 @@ def gradients(name, mesh_config, accum, dtype):
     trained, frozen = partition.split(jax.device_put(params, sharding.shardings(params, mesh)), marks)
     state = step_lib.init_state(trained, frozen, Catch)
     placed = jax.device_put(batch, sharding.batch_sharding(mesh))
-    state, found = step_lib.make_train_step(model, objective, Catch, marks, accum)(state, placed, 0)
+    state, found = step_lib.make_train_step(model, objective, Catch, marks, accum, None)(state, placed, 0)
   return metrics.means([jax.device_get(found)])["loss"], {k: np.asarray(v) for k, v in state.opt_state.items()}
 
 

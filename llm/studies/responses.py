@@ -6,6 +6,7 @@ report.md, reply_loss.png and result.json.
 """
 import dataclasses
 import json
+import math
 import pathlib
 import time
 from typing import Callable
@@ -25,7 +26,7 @@ from llm.training import evaluation, experiment, loop, metrics
 from llm.training.log import duration
 from llm.training.writer import Writer
 
-LENGTH = 256
+LENGTH = 512        # holds nearly all prompts with their replies
 HELD_OUT = "embedded:alpaca[test]"
 SHOWN = 3            # held-out prompts that are answered
 ANSWER = 60          # tokens at most
@@ -38,18 +39,24 @@ def pretraining_config(quick: bool, cache: str) -> config_lib.Config:
   config.data.update(train="embedded:wikipedia", cache=cache)
   config.tokenizer.update(name="sentencepiece", vocab_size=4096, lowercase=False)
   config.optimizer.update(learning_rate=3e-3, beta2=0.98)
-  config.training.update(steps=60 if quick else 500, batch_size=8, sequence_length=LENGTH, log_every=20 if quick else 50)
+  config.training.update(steps=60 if quick else 700, batch_size=4, sequence_length=LENGTH, log_every=20 if quick else 50)
   return config_lib.freeze(config)
 
 
 def tuning_config(start: str, cache: str, **training) -> config_lib.Config:
-  """Fine-tuning on the Alpaca pairs, evaluated after every epoch."""
+  """Fine-tuning on the Alpaca pairs."""
   config = config_lib.defaults(base.defaults("chat"))
   config.data.update(train="embedded:alpaca", eval="embedded:alpaca[validation]", cache=cache)
   config.transfer.checkpoint = start
   config.optimizer.update(learning_rate=1e-3, schedule="cosine", beta2=0.98, weight_decay=0.0)
-  config.training.update({"epochs": 3.0, "batch_size": 8, "sequence_length": LENGTH, "log_every": 10, "eval_every": 20, **training})
+  config.training.update({"epochs": 3.0, "batch_size": 4, "sequence_length": LENGTH, "log_every": 10, **training})
   return config_lib.freeze(config)
+
+
+def evaluated_by_epoch(config: config_lib.Config) -> config_lib.Config:
+  """The same, evaluated at the end of every epoch."""
+  an_epoch = math.ceil(experiment.prepare(config, say=lambda *_: None).batches.steps_an_epoch())
+  return dataclasses.replace(config, training=dataclasses.replace(config.training, eval_every=an_epoch))
 
 
 def from_scratch(config: config_lib.Config) -> config_lib.Config:
@@ -66,11 +73,12 @@ class Replies:
   per_character: float      # nats, for models with other tokens
 
 
-def reply_loss(bundle: experiment.Bundle, template: str, data: config_lib.DataConfig, batch_size: int) -> Replies:
-  """Over the test split, conversations rendered by `template`."""
-  source, = sources.parse(HELD_OUT, data)
+def reply_loss(bundle: experiment.Bundle, template: str, data: config_lib.DataConfig, batch_size: int, held_out: str = HELD_OUT,
+               length: int = LENGTH) -> Replies:
+  """Over a split, conversations rendered by `template` in rows of `length`."""
+  source, = sources.parse(held_out, data)
   objective = chat.Objective(template=template)
-  rows = objective.rows(source, bundle.tokenizer, data, bundle.config.model, LENGTH)
+  rows = objective.rows(source, bundle.tokenizer, data, bundle.config.model, length)
   mesh = sharding.make_mesh(MeshConfig())
   with jax.set_mesh(mesh):
     predictions = evaluation.of_checkpoint(bundle, objective, rows, batch_size, mesh)[1]
@@ -96,14 +104,14 @@ def by_epoch(workdir: pathlib.Path) -> list[tuple[int, float]]:
 
 def tune(pretrained: pathlib.Path, workdir: pathlib.Path, cache: str, small_steps: int) -> dict[str, pathlib.Path]:
   """Name -> checkpoint of every model: the foundations, and what was fine-tuned from them."""
-  config = tuning_config(str(pretrained), cache)
+  config = evaluated_by_epoch(tuning_config(str(pretrained), cache))
   arms = {"fine-tuned": config, "from scratch": from_scratch(config)}
   made = {"foundation": pretrained}
   for name, arm in arms.items():
     made[name] = workdir / name.replace(" ", "_")
     loop.train(arm, made[name])
   print("the same for a few steps with a published decoder of 135 M parameters, by low-rank adapters", flush=True)
-  small = tuning_config("embedded:smollm2", cache, epochs=0.0, steps=small_steps, batch_size=4, log_every=2, eval_every=0)
+  small = tuning_config("embedded:smollm2", cache, epochs=0.0, steps=small_steps, batch_size=2, log_every=2)
   small = dataclasses.replace(
       small, model=dataclasses.replace(small.model, lora_rank=8), data=dataclasses.replace(small.data, eval=""),
       optimizer=dataclasses.replace(small.optimizer, learning_rate=5e-4))
@@ -146,7 +154,7 @@ def run(workdir: pathlib.Path, quick: bool, cache: str, use_devices: Callable):
   for name, path in tqdm.tqdm(models.items(), desc="held-out replies", unit=" models", disable=None):
     bundle = experiment.load(manager.find(path))
     template = chat.source_of(bundle.config.objective, bundle.tokenizer) or chat.TEMPLATE
-    losses[name] = reply_loss(bundle, template, config.data, 8)
+    losses[name] = reply_loss(bundle, template, config.data, 4)
     said[name] = answers(bundle, template, prompts)
   text = report(losses, prompts, said, pretraining, small_steps, time.time() - began)
   plots.reply_loss({name: by_epoch(models[name]) for name in ("fine-tuned", "from scratch")}, workdir / "reply_loss.png")

@@ -1,8 +1,10 @@
 """From a config to all that a run is made of, on the host alone: no device is touched here."""
 import dataclasses
+import json
 import math
 import pathlib
 import re
+import tempfile
 from typing import Callable, NamedTuple
 
 from llm.checkpoints import locate, manager
@@ -138,6 +140,42 @@ def prepare(config: Config, own: pathlib.Path | None = None, say: Callable = pri
       training=dataclasses.replace(config.training, steps=_steps(config, batches), epochs=0.0))
   return Experiment(resolved, objective, tokenizer, build(objective, model), batches, eval_rows,
                     tuple(s.spec for s in train), start)
+
+
+# Something for every task: without data, only the shapes of a batch are asked for, which no text changes.
+MADE_UP = {
+    "text": "One two three four.\nFive six.", "text_pair": "Seven eight nine.", "label": "1", "target": "two", "question": "Which?",
+    "answers": [{"text": "two", "answer_start": 4}], "id": "1", "messages": [
+        {"role": "user", "content": "Which?"}, {"role": "assistant", "content": "Two."}], "chosen": "Two.", "rejected": "Six."}
+
+
+def without_data(config: Config, say: Callable = print) -> Experiment:
+  """The experiment of a config on made-up rows: no source is read and no tokenizer trained, for looking at its programs.
+
+  Raises UserError as `prepare`.
+  """
+  start = _own_or_transferred(config, None, say)
+  objective = base.build(config.objective)
+  stand_in = tokenizer_lib.ByteTokenizer(max(100, config.tokenizer.sentinels))
+  if start and not config.tokenizer.name:
+    vocab_size = manager.load_tokenizer(start).vocab_size
+  elif config.tokenizer.path or config.tokenizer.name == "bytes":
+    vocab_size = _tokenizer(config, start, ()).vocab_size
+  else:
+    vocab_size = config.model.vocab_size or config.tokenizer.vocab_size + config.tokenizer.sentinels
+  model = _following(config.model, manager.describe(start) if start else None, vocab_size)
+  labels = [target.split("=")[0] for target in getattr(objective, "targets", ())] or ["0", "1"]
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / "made_up.jsonl"
+    path.write_text("".join(json.dumps(MADE_UP | {"label": labels[n % len(labels)]}) + "\n" for n in range(8)))
+    train = sources.parse(f"jsonl:{path}", dataclasses.replace(config.data, fields="", cache=folder))
+    objective = objective.fit(train, stand_in)
+    rows = objective.rows(train[0], stand_in, config.data, model, config.training.sequence_length)
+    batches = Batches([rows], [1.0], objective.example, config.training.batch_size, 0)
+    batches.read(0, range(1))   # while the files are there
+  resolved = dataclasses.replace(config, model=model, objective=base.to_mapping(objective), training=dataclasses.replace(
+      config.training, steps=config.training.steps or 1000, epochs=0.0))
+  return Experiment(resolved, objective, stand_in, build(objective, model), batches, start=start)
 
 
 def build(objective: base.Objective, model: ModelConfig) -> Model:

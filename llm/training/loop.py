@@ -173,7 +173,7 @@ def _train(experiment, own, workdir, mesh, stop: Stop, say) -> dict:
   start = int(state.step)
   _say_extension(own, config, start, say)
   train_step = step_lib.make_train_step(experiment.model, objective, optimizer, marks,
-                                        config.optimizer.grad_accum_steps)
+                                        config.optimizer.grad_accum_steps, jax.tree.map(lambda x: x.sharding, state))
   eval_step = step_lib.make_eval_step(experiment.model, objective, marks)
   params = jax.eval_shape(lambda: partition.merge(state.trained, state.frozen, marks))
   count = metrics_lib.count_parameters(params, config.model.vocab_size)

@@ -12,14 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from llm.core import flatten
 from llm.models.heads import Model
 from llm.models.transformer import head_width_of, padded_vocab
-
-# bf16 dense peak of one JAX device in FLOP/s, from the makers' data sheets.
-PEAKS = {
-    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12, "TPU v6e": 918e12, "A100": 312e12, "H100": 989e12, "H200": 989e12,
-    "L4": 121e12, "V100": 125e12,
-}
-
+from llm.training import hardware
 
 def means(history: list[dict]) -> dict[str, float]:
   """(sum, weight) pairs of several steps -> one mean each.
@@ -54,7 +47,7 @@ def bootstrap(summary: Callable, outcomes: dict[str, np.ndarray], draws: int = 1
   return {name: tuple(float(b) for b in bounds(name)) for name in found[0]}
 
 
-def _dot_flops(jaxpr) -> float:
+def dot_flops(jaxpr) -> float:
   """2 x multiplications of every dot_general of a jaxpr, scanned bodies as often as they run."""
   total = 0.0
   for eqn in jaxpr.eqns:
@@ -66,7 +59,7 @@ def _dot_flops(jaxpr) -> float:
     for value in jax.tree.leaves(eqn.params, is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")):
       inner = getattr(value, "jaxpr", value)
       if hasattr(inner, "eqns"):
-        total += times * _dot_flops(inner)
+        total += times * dot_flops(inner)
   return total
 
 
@@ -80,7 +73,7 @@ def model_flops(model: Model, params, batch, *, causal: bool) -> float:
   does not count.
   """
   traced = jax.make_jaxpr(lambda p, b: model.apply({"params": p}, b, train=False))(params, batch)
-  forward = _dot_flops(traced.jaxpr)
+  forward = dot_flops(traced.jaxpr)
   encodes = hasattr(model.backbone, "encode")
   if causal or encodes:
     rows, length = batch["decoder_tokens" if encodes else "tokens"].shape
@@ -98,10 +91,10 @@ def peak_flops(mesh: Mesh) -> tuple[float, str]:
   device = mesh.devices.flat[0]
   if device.platform == "cpu":
     return _matmul_ceiling(mesh), "measured float32 matmul"
-  kinds = sorted((k for k in PEAKS if k.lower() in device.device_kind.lower()), key=len)
-  if not kinds:
+  chip = hardware.chip_of(device.device_kind)
+  if chip is None:
     return float("nan"), "unknown"
-  return PEAKS[kinds[-1]] * mesh.size, f"{kinds[-1]} data sheet, bf16"
+  return chip.flops * mesh.size, f"{chip.kind} data sheet, bf16"
 
 
 def _matmul_ceiling(mesh: Mesh, size: int = 1024) -> float:

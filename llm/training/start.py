@@ -1,9 +1,12 @@
 """The first state of a run: resumed, else transferred, else random."""
 import dataclasses
 import pathlib
+from typing import NamedTuple
 
 import jax
 import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 from llm import config as config_lib
 from llm import sharding
@@ -17,8 +20,9 @@ from llm.training import workdir as workdir_lib
 ALL_BUT_ADAPTERS = r"^backbone/(?!.*/lora_[ab]$)"
 
 
-def _fresh_params(experiment, batch, mesh, seed: int):
+def _fresh_params(experiment, mesh, seed: int):
   """Fresh parameters, made in place on the mesh: values do not depend on its shape."""
+  batch = experiment.batches.read(0, range(1))
   init = lambda: step_lib.init_params(experiment.model, batch, jax.random.key(seed))
   placed = sharding.shardings(jax.eval_shape(init), mesh)
   return jax.jit(init, out_shardings=placed)()
@@ -43,36 +47,49 @@ def _transferred(experiment, fresh, workdir, say):
   return placed, f"transferred from {found}"
 
 
-def first_state(experiment, own: pathlib.Path | None, workdir, mesh, say):
-  """(state, optimizer, marks, where the parameters came from)."""
+class Plan(NamedTuple):
+  """The state of a run before there is one: shapes with their places on a mesh, and what makes and moves them."""
+  params: dict              # ShapeDtypeStruct, as the model has them
+  state: TrainState         # ShapeDtypeStruct, each with its sharding
+  optimizer: optax.GradientTransformation
+  marks: dict
+
+
+def _placed(tree, mesh):
+  return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), tree, sharding.shardings(tree, mesh))
+
+
+def plan(experiment, mesh) -> Plan:
+  """Allocates nothing. Raises UserError where a rule of the config matches nothing, or an axis divides no dimension."""
   config = experiment.config
   one = jax.tree.map(lambda x: np.asarray(x), experiment.batches.read(0, range(1)))
-  shapes = jax.eval_shape(lambda: step_lib.init_params(experiment.model, one, jax.random.key(0)))
-  if config.model.lora_rank and not any(adapters.is_adapter(path) for path in flatten(shapes)):
+  params = jax.eval_shape(lambda: step_lib.init_params(experiment.model, one, jax.random.key(0)))
+  if config.model.lora_rank and not any(adapters.is_adapter(path) for path in flatten(params)):
     raise UserError(f"config.model.lora_targets={config.model.lora_targets!r} matches no linear layer; they are called "
                     "attention/query, key, value, out and mlp/up, gate, down")
-  marks = partition.frozen_layers(shapes, config.optimizer.freeze or (ALL_BUT_ADAPTERS if config.model.lora_rank else ""))
-  trained_shapes, _ = jax.eval_shape(lambda p: partition.split(p, marks), shapes)
-  optimizer = optimizer_lib.make(config.optimizer, trained_shapes, config.model.num_layers,
-                                 config.training.steps)
+  marks = partition.frozen_layers(params, config.optimizer.freeze or (ALL_BUT_ADAPTERS if config.model.lora_rank else ""))
+  trained, frozen = jax.eval_shape(lambda p: partition.split(p, marks), params)
+  optimizer = optimizer_lib.make(config.optimizer, trained, config.model.num_layers, config.training.steps)
+  step = jax.ShapeDtypeStruct((), np.int32, sharding=NamedSharding(mesh, P()))
+  # Each tree is placed by the one table; the moments end in the paths of their parameters.
+  state = TrainState(step, *(_placed(tree, mesh) for tree in (trained, frozen, jax.eval_shape(optimizer.init, trained))))
+  return Plan(_placed(params, mesh), state, optimizer, marks)
+
+
+def first_state(experiment, own: pathlib.Path | None, workdir, mesh, say):
+  """(state, optimizer, marks, where the parameters came from)."""
+  config, planned = experiment.config, plan(experiment, mesh)
+  where = jax.tree.map(lambda s: s.sharding, planned.state)
   if own:
-    like = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p),
-                        shapes, sharding.shardings(shapes, mesh))
-    params, origin = manager.restore(own, "params", like), f"resumed from {own}"
+    params, origin = manager.restore(own, "params", planned.params), f"resumed from {own}"
   else:
-    params, origin = _fresh_params(experiment, one, mesh, config.training.seed), "random initialisation"
+    params, origin = _fresh_params(experiment, mesh, config.training.seed), "random initialisation"
     if config.transfer.checkpoint:
       params, origin = _transferred(experiment, params, workdir, say)
-  # Each tree is placed by the one table; the moments end in the paths of their parameters.
-  placed = sharding.shardings(jax.eval_shape(lambda p: partition.split(p, marks), params), mesh)
-  trained, frozen = jax.jit(lambda p: partition.split(p, marks), out_shardings=placed)(params)
-  opt_shapes = jax.eval_shape(optimizer.init, trained)
-  opt_placed = sharding.shardings(opt_shapes, mesh)
+  trained, frozen = jax.jit(lambda p: partition.split(p, planned.marks), out_shardings=(where.trained, where.frozen))(params)
   if own:
-    like = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), opt_shapes, opt_placed)
-    opt_state, number = manager.restore(own, "opt_state", like), manager.describe(own)["step"]
+    opt_state, number = manager.restore(own, "opt_state", planned.state.opt_state), manager.describe(own)["step"]
   else:
-    opt_state, number = jax.jit(optimizer.init, out_shardings=opt_placed)(trained), 0
-  scalar = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  state = TrainState(jax.device_put(np.int32(number), scalar), trained, frozen, opt_state)
-  return state, optimizer, marks, origin
+    opt_state, number = jax.jit(planned.optimizer.init, out_shardings=where.opt_state)(trained), 0
+  state = TrainState(jax.device_put(np.int32(number), where.step), trained, frozen, opt_state)
+  return state, planned.optimizer, planned.marks, origin

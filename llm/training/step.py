@@ -71,10 +71,15 @@ def one_at_a_time(compiled: Callable) -> Callable:
   return lambda *args: jax.block_until_ready(compiled(*args))
 
 
-def make_train_step(model: Model, objective, optimizer, marks, accum_steps: int) -> Callable:
-  """jitted (state, batch, seed) -> (state, metrics). The old state's memory is given to the new."""
-  return one_at_a_time(jax.jit(lambda state, batch, seed: train_step(
-      model, objective, optimizer, marks, accum_steps, state, batch, seed), donate_argnums=0))
+def jitted_train_step(model: Model, objective, optimizer, marks, accum_steps: int, placed):
+  """jitted (state, batch, seed) -> (state, metrics). The old state's memory is given to the new, which lies as `placed` says."""
+  return jax.jit(lambda state, batch, seed: train_step(
+      model, objective, optimizer, marks, accum_steps, state, batch, seed), donate_argnums=0, out_shardings=(placed, None))
+
+
+def make_train_step(model: Model, objective, optimizer, marks, accum_steps: int, placed) -> Callable:
+  """The same, on CPU one at a time."""
+  return one_at_a_time(jitted_train_step(model, objective, optimizer, marks, accum_steps, placed))
 
 
 def make_eval_step(model: Model, objective, marks) -> Callable:

@@ -1,0 +1,79 @@
+"""Compile a config's training step for hardware that is not here: does it fit, and what binds it?
+
+python -m llm.preflight --config=configs/pretrain_gpt.py:xl --topology=v5e:4x4 [--output=preflight.json] [--config.KEY=VALUE ...]
+
+The topology is a TPU slice (v5p:8x8x8, v6e-256; needs the extra `tpu`, no TPU) or cpu:8. No data is read and nothing allocated.
+"""
+import dataclasses
+import json
+import pathlib
+import time
+
+import jax
+import tabulate
+from absl import flags
+
+from llm import command
+from llm.core import UserError
+from llm.train import read_config
+from llm.training import experiment as experiment_lib
+from llm.training import hardware, program
+
+_TOPOLOGY = flags.DEFINE_string("topology", "", "What to compile for, e.g. v5p:8x8x8, v6e-256, cpu:8.")
+_OUTPUT = flags.DEFINE_string("output", "preflight.json", "Where the figures are written.")
+
+GIB = 2 ** 30
+
+
+def _memory_table(report: dict) -> str:
+  rows = [(kind, f"{size / GIB:.2f}") for kind, size in report["memory"].items()]
+  return tabulate.tabulate(rows, headers=("memory of a device", "GiB"), tablefmt="github", colalign=("left", "right"))
+
+
+def _traffic_table(report: dict) -> str:
+  rows = [(t["kind"], " ".join(t["axes"]) or "-", f"{t['bytes'] / 1e6:,.1f}", f"{1e3 * t['seconds']:,.1f}" if t["seconds"] else "-")
+          for t in report["collectives"]]
+  return tabulate.tabulate(rows, headers=("sent by a device, a step", "over", "MB", "ms at least"), tablefmt="github",
+                           colalign=("left", "left", "right", "right"))
+
+
+def _bounds_table(report: dict) -> str:
+  rows = [(name, f"{1e3 * seconds:,.1f}", f"{100 * report['mfu_bounds'][name]:.1f}%") for name, seconds in report["bounds"].items()]
+  return tabulate.tabulate(rows, headers=("bound", "ms a step at least", "MFU at most"), tablefmt="github",
+                           colalign=("left", "right", "right"))
+
+
+def show(report: dict):
+  """The report in words."""
+  shape = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
+  print(f"{report['topology']}: {report['devices']} devices, mesh {shape}; compiled in {report['compile_seconds']:.0f} s")
+  print(f"{report['parameters']:,} parameters, {report['tokens']:,} tokens a step")
+  if not report["fits"]:
+    print(f"DOES NOT FIT: {report['reason']}")
+    print("what may help: " + "; ".join(report["advice"]))
+    return
+  print(f"fits\n\n{_memory_table(report)}\n")
+  print(f"model {report['model_flops'] / 1e12:,.1f} TFLOP a step, executed {report['executed_flops'] / 1e12:,.1f} "
+        f"({report['executed_flops'] / report['model_flops']:.2f} times: recomputation, and what a causal mask hides)\n")
+  print(_traffic_table(report))
+  if report["bounds"]:
+    print(f"\n{_bounds_table(report)}\n\nbound by {report['binding']}: at most {100 * report['mfu_bounds'][report['binding']]:.1f}% MFU, "
+          f"{report['tokens'] / report['bounds'][report['binding']]:,.0f} tokens/s")
+
+
+def main():
+  if not _TOPOLOGY.value:
+    raise UserError("--topology is missing: what to compile for, e.g. v5p:8x8x8, v6e-256 or cpu:8")
+  config = read_config()
+  topology = hardware.topology(_TOPOLOGY.value, config.mesh.slices)
+  experiment = experiment_lib.without_data(program.explicit(config, topology))
+  began = time.time()
+  report = program.report(experiment, topology)
+  report["compile_seconds"] = time.time() - began
+  show(report)
+  pathlib.Path(_OUTPUT.value).write_text(json.dumps(report, indent=1))
+  return 0 if report["fits"] else 1
+
+
+if __name__ == "__main__":
+  command.run(main)
