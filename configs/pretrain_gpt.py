@@ -3,7 +3,7 @@
   python -m llm.train --config=configs/pretrain_gpt.py:tiny --workdir=DIR \\
       --config.data.train=text:corpus.txt --config.data.eval=text:held_out.txt
 
-Sizes small (124M), medium, large and xl are the published shapes; tiny is a laptop's.
+Sizes small (124M), medium, large and xl are the published shapes, 175b is GPT-3's; tiny is a laptop's.
 """
 from llm import config as config_lib
 from llm.models import gpt
@@ -28,4 +28,9 @@ def get_config(size: str = "tiny"):
     config.model.dropout = 0.0
     config.optimizer.update(learning_rate=1e-3, warmup_steps=-1)
     config.training.update(batch_size=32, sequence_length=128, steps=2_000, eval_every=500, save_every=500)
+  if size == "175b":   # for 512 chips of v5p
+    config.model.update(dropout=0.0, remat="full")
+    config.optimizer.update(learning_rate=6e-5)
+    config.mesh.update(data=1, fsdp=-1, tensor=8)
+    config.training.update(batch_size=512, sequence_length=2048, steps=300_000)
   return config

@@ -66,6 +66,10 @@ def _guarded(main, argv):
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower():
       raise UserError(OUT_OF_MEMORY)
+    if jax.distributed.is_initialized() and "Gloo" in str(error):
+      print(f"error: an exchange with the other processes failed; JAX says next which of them is gone ({_first_line(error)})",
+            file=sys.stderr)
+      return 1
     raise
 
 
@@ -114,6 +118,25 @@ def use_compilation_cache():
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     jax.config.update("jax_compilation_cache_dir", str(cache.cache_dir() / "xla"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def join_processes():
+  """Makes this process one of many: as JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say, else as the TPU pod
+  or the Slurm job does. Must come before JAX is first used.
+
+  PRETUNE_START_SECONDS (300) and PRETUNE_HEARTBEAT_SECONDS (60) say how long the others are waited for. Raises UserError.
+  """
+  told = {name: os.environ.get(f"JAX_{name}") for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")}
+  if any(told.values()) and not all(told.values()):
+    raise UserError(f"--distributed: JAX_{next(n for n, v in told.items() if not v)} is not set, though "
+                    f"JAX_{next(n for n, v in told.items() if v)} is: set all three of {', '.join(f'JAX_{n}' for n in told)}")
+  explicit = (told["COORDINATOR_ADDRESS"], int(told["NUM_PROCESSES"]), int(told["PROCESS_ID"])) if all(told.values()) else ()
+  patience = {name: int(os.environ.get(variable, seconds)) for name, variable, seconds in (
+      ("initialization_timeout", "PRETUNE_START_SECONDS", 300), ("heartbeat_timeout_seconds", "PRETUNE_HEARTBEAT_SECONDS", 60))}
+  try:
+    jax.distributed.initialize(*explicit, **patience)
+  except (RuntimeError, ValueError) as error:
+    raise UserError(f"--distributed: the processes did not meet: {_first_line(error)}")
 
 
 def use_cpu_cores(rows: int, state_bytes: int = 0):

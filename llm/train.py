@@ -12,6 +12,7 @@ from llm.training import loop
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with its argument after a colon.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept, and goes on from if it is there.")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of many processes: of a TPU pod, a Slurm job, launch/local.sh.")
 _GO_ON = flags.DEFINE_bool("go_on", False, "Go on in a workdir that was begun with another config.")
 
 
@@ -25,7 +26,10 @@ def read_config() -> config_lib.Config:
 def main():
   if not _WORKDIR.value:
     raise UserError("--workdir is missing: the folder where the run is kept")
-  loop.train(read_config(), _WORKDIR.value, go_on=_GO_ON.value, use_devices=command.use_cpu_cores)
+  config = read_config()
+  if _DISTRIBUTED.value:
+    command.join_processes()
+  loop.train(config, _WORKDIR.value, go_on=_GO_ON.value, use_devices=command.use_cpu_cores)
 
 
 if __name__ == "__main__":

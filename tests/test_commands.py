@@ -242,7 +242,7 @@ def test_every_config_is_valid(path):
   from llm.models import bert, gpt, llama, t5
   arguments = {"pretrain_bert": [*bert.SIZES, *(f"{s}-512" for s in bert.SIZES)], "pretrain_gpt": list(gpt.SIZES),
                "pretrain_llama": list(llama.SIZES), "pretrain_t5": list(t5.SIZES),
-               "finetune_chat": ["", "alpaca"], "finetune_qa": ["", "squad", "squad2", "abstracts"],
+               "finetune_chat": ["", "alpaca"], "finetune_preference": ["", "demo"], "finetune_qa": ["", "squad", "squad2", "abstracts"],
                "finetune_text_to_text": ["", "squad", "reviews", *getattr(module, "TASKS", ())]}.get(
       path.stem, ["", "reviews", "imdb", *getattr(module, "GLUE", ())])
   for argument in arguments:

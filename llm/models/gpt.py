@@ -9,13 +9,14 @@ from llm.models.layers import Embed, normal
 STYLE = transformer.Style(post_norm=False, causal=True, activation="gelu_tanh",
                           norm_epsilon=1e-5, scaled_residual_init=True)
 
-# small to xl are the published shapes (124M, 355M, 774M, 1.56B); tiny is a laptop's.
+# small to xl are the published shapes (124M, 355M, 774M, 1.56B), 175b that of GPT-3 (Brown et al. 2020, table 2.1); tiny is
+# a laptop's.
 SIZES = {
     name: dict(num_layers=layers, width=width, num_heads=heads, mlp_dim=4 * width,
                max_length=length, dropout=0.1)
     for name, layers, width, heads, length in (
         ("tiny", 4, 128, 4, 256), ("small", 12, 768, 12, 1024), ("medium", 24, 1024, 16, 1024),
-        ("large", 36, 1280, 20, 1024), ("xl", 48, 1600, 25, 1024))}
+        ("large", 36, 1280, 20, 1024), ("xl", 48, 1600, 25, 1024), ("175b", 96, 12_288, 96, 2048))}
 
 
 class Backbone(nn.Module):

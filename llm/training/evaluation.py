@@ -22,7 +22,7 @@ def host_rows(array: jax.Array) -> np.ndarray:
 
 def evaluate(eval_step: Callable, trained, frozen, objective, rows, batch_size: int, mesh,
              limit: int = 0, stop=None) -> dict[str, float] | None:
-  """Figures over an evaluation source; None if a signal (`stop.signal`) came meanwhile."""
+  """Figures over an evaluation source; None if a signal (`stop.asked()`) came meanwhile."""
   found = run_over(eval_step, trained, frozen, objective, rows, batch_size, mesh, limit, stop)
   return found and {**found[0], **objective.score(found[1], rows)}
 
@@ -41,7 +41,7 @@ def run_over(eval_step: Callable, trained, frozen, objective, rows, batch_size: 
   """(means of the metrics, predictions of all rows) over an evaluation source; None if a signal came."""
   history, predictions = [], []
   for batch in batches_lib.passes(rows, objective.example, batch_size, mesh, limit):
-    if stop and stop.signal:
+    if stop and stop.asked():
       return None
     found, predicted = eval_step(trained, frozen, batch)
     history.append(found)

@@ -12,6 +12,7 @@ from typing import Callable
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from llm import sharding
 from llm.checkpoints import manager
@@ -35,8 +36,20 @@ class Stopped(SystemExit):
 
 @dataclasses.dataclass
 class Stop:
-  """Set by SIGINT and SIGTERM, polled between steps."""
+  """Set by SIGINT and SIGTERM, polled between steps and between the batches of an evaluation.
+
+  Of many processes, one that gets SIGTERM has all stop at the same poll: JAX listens, and they agree.
+  """
   signal: int = 0
+  polls: int = 0
+
+  def asked(self) -> int:
+    """The signal, 0 if there was none. Every process must poll equally often."""
+    if jax.distributed.is_initialized():
+      self.polls += 1
+      if not self.signal and multihost_utils.reached_preemption_sync_point(self.polls):
+        self.signal = signal.SIGTERM
+    return self.signal
 
   @contextlib.contextmanager
   def listening(self):
@@ -46,6 +59,9 @@ class Stop:
         raise KeyboardInterrupt
       self.signal = number
       print(f"\n{signal.Signals(number).name}: saving, then stopping ...", file=sys.stderr, flush=True)
+    if jax.distributed.is_initialized():
+      yield
+      return
     try:
       old = {n: signal.signal(n, catch) for n in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not the main thread: signals are somebody else's
@@ -102,10 +118,14 @@ def train(config: Config, workdir: str | pathlib.Path, *, go_on: bool = False, s
                   experiment_lib.state_bytes(experiment.config.model))
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.training.batch_size, config.optimizer.grad_accum_steps, mesh)
+    if jax.process_index():
+      say = lambda *_: None
     with jax.set_mesh(mesh):
+      workdir_lib.agree(config, workdir)
       experiment = reference.attached(experiment, mesh, say)
       workdir_lib.claim(workdir, config, go_on)
-      return _train(experiment, own, workdir, mesh, stop, say)
+      with workdir_lib.locked(workdir):
+        return _train(experiment, own, workdir, mesh, stop, say)
 
 
 @dataclasses.dataclass
@@ -184,7 +204,7 @@ def _train(experiment, own, workdir, mesh, stop: Stop, say) -> dict:
   log = Log(workdir, start, steps)
   stream = batches_lib.stream(experiment.batches, start, steps, mesh, config.data.prefetch)
   meter = Meter(start, training.batch_size * training.sequence_length)
-  figures, done = {}, start
+  figures, done, asked = {}, start, 0
 
   def evaluated() -> dict:
     return evaluation.evaluate(eval_step, state.trained, state.frozen, objective, experiment.eval_rows,
@@ -208,18 +228,19 @@ def _train(experiment, own, workdir, mesh, stop: Stop, say) -> dict:
             if results := evaluated():
               figures = results
               log.metrics(done, results, "eval")
-          if _due(done, training.save_every, last) or stop.signal or training.keep_best and results:
+          asked = stop.asked()
+          if _due(done, training.save_every, last) or asked or training.keep_best and results:
             meter.settle(done)
             saver.save(done, partition.merge(state.trained, state.frozen, marks), state.opt_state,
                        {**experiment.description(), "metrics": results})
-        if stop.signal:
+        if asked:
           break
   finally:
     log.close()
     saver.close()
-  if stop.signal:
+  if asked:
     say(f"saved step {done}; the same command goes on from there")
-    raise Stopped(128 + stop.signal)
+    raise Stopped(128 + asked)
   finished = workdir / "result.json"
   if start >= steps and finished.exists():
     say(f"already done: step {start} in {workdir}")

@@ -1,4 +1,6 @@
 """The workdir of a run: whose it is, and the records that stand in it."""
+import contextlib
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -8,10 +10,12 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 
 from llm import config as config_lib
 from llm.config import Config
 from llm.core import UserError
+from llm.data import cache
 
 # What may differ between a run and its continuation.
 MAY_CHANGE = {"data.prefetch", "data.cache", "mesh", "model.scan", "model.remat", "model.loss_chunk",
@@ -56,6 +60,31 @@ def _differences(old: dict, new: dict) -> list[str]:
       if left != right and f"{group}.{key}" not in MAY_CHANGE:
         found.append(f"{group}.{key} was {left}, is {right}")
   return found
+
+
+def agree(config: Config, workdir: pathlib.Path):
+  """Raises UserError, naming the process, unless all were started with one config and one workdir."""
+  if jax.process_count() == 1:
+    return
+  from jax.experimental import multihost_utils
+  told = cache.digest(json.dumps(config_lib.thaw(config), sort_keys=True), str(workdir))
+  digests = multihost_utils.process_allgather(np.frombuffer(bytes.fromhex(told), np.uint8))
+  if different := [n for n, other in enumerate(digests) if (other != digests[0]).any()]:
+    raise UserError(f"process {different[0]} was started with another config or --workdir than process 0: start all with the same")
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path):
+  """The workdir is this run's while it lasts. Raises UserError where another run has it."""
+  if jax.process_index():
+    yield
+    return
+  with open(workdir / "lock", "w") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+      raise UserError(f"another run is at work in {workdir}: choose another --workdir, or stop it first")
+    yield
 
 
 def claim(workdir: pathlib.Path, config: Config, go_on: bool):

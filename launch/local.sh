@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# N processes of llm.train on this machine, joined over loopback: what a pod does, without one.
+#
+#   launch/local.sh [--dry_run] N -- --config=configs/pretrain_gpt.py:tiny --workdir=DIR [--config.KEY=VALUE ...]
+#
+# Ctrl-C, or SIGTERM to this script, lets all of them save at the same step and stop.
+set -euo pipefail
+
+usage() { sed -n '2,6s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+dry=
+if [ "${1:-}" = --dry_run ]; then dry=1; shift; fi
+[[ "${1:-}" =~ ^[1-9][0-9]*$ && "${2:-}" = -- && $# -gt 2 ]] || usage
+count=$1
+shift 2
+
+port=${PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')}
+cores=$(( $(nproc) / count ))
+pids=()
+for (( i = 0; i < count; i++ )); do
+  command=(env JAX_COORDINATOR_ADDRESS="localhost:$port" JAX_NUM_PROCESSES="$count" JAX_PROCESS_ID="$i"
+    JAX_NUM_CPU_DEVICES="${JAX_NUM_CPU_DEVICES:-$(( cores > 0 ? cores : 1 ))}" python -m llm.train --distributed "$@")
+  if [ -n "$dry" ]; then printf '%q ' "${command[@]}"; echo; continue; fi
+  "${command[@]}" &
+  pids+=($!)
+done
+[ -z "$dry" ] || exit 0
+
+# A terminal sends Ctrl-C to the processes too, which wait for the SIGTERM that follows.
+trap 'kill -TERM "${pids[@]}" 2> /dev/null || true' INT TERM
+status=0
+for pid in "${pids[@]}"; do
+  while kill -0 "$pid" 2> /dev/null; do wait "$pid" && one=0 || one=$?; done   # a trap ends a wait early
+  [ "${one:-0}" -le "$status" ] || status=$one
+done
+exit "$status"
