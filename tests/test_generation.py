@@ -14,7 +14,7 @@ from llm.models import decoding
 from llm.models.decoding import Sampling
 from llm.training import experiment, writer
 from tests.test_huggingface import GOLDEN
-from tests.test_models import batch_of, model_of, params_of
+from tests.test_models import model_of, params_of
 
 BYTES = tokenizer_lib.ByteTokenizer()
 PROMPTS = ["a", "what is it", "no one knows"]

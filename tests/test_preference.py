@@ -11,7 +11,7 @@ from llm.core import UserError
 from llm.data import sources
 from llm.data import tokenizer as tokenizer_lib
 from llm.objectives import chat, preference
-from llm.training import evaluation, loop, reference
+from llm.training import evaluation, loop
 from tests.conftest import tiny
 from tests.test_models import model_of, params_of
 
@@ -100,8 +100,8 @@ def test_a_run_prefers_what_was_chosen_and_asks_the_reference_once(tmp_path, cor
   config = tiny("gpt", source.spec, data__eval=source.spec, transfer__checkpoint=str(tmp_path / "base"), model__max_length=256,
                 training__sequence_length=256, training__steps=8, training__log_every=1, optimizer__learning_rate=3e-3)
   config = config.__class__(**{**config.__dict__, "objective": {"name": "preference", "beta": 0.1, "template": chat.TEMPLATE}})
-  asked, run = [], evaluation.run_over
-  monkeypatch.setattr(reference, "_of_checkpoint", lambda *a, of=reference._of_checkpoint: (asked.append(1), of(*a))[1])
+  asked, of_checkpoint = [], evaluation.of_checkpoint
+  monkeypatch.setattr(evaluation, "of_checkpoint", lambda *a: (asked.append(1), of_checkpoint(*a))[1])
   result = loop.train(config, tmp_path / "run", say=lambda *_: None)
   assert result["eval"]["accuracy"] > 0.9 and result["eval"]["margin"] > 0 and result["eval"]["loss"] < math.log(2)
   first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])

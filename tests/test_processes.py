@@ -2,6 +2,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -21,10 +22,10 @@ SMALL = ["--config=configs/pretrain_gpt.py:tiny", "--config.tokenizer.name=bytes
          "--config.training.log_every=4", "--config.training.eval_every=6"]
 
 
-def start(count, corpus, workdir, steps, *more, log=subprocess.DEVNULL):
-  """`count` processes, or one with four devices."""
+def start(count, corpus, workdir, steps, *more, log=subprocess.DEVNULL, devices=1):
+  """`count` processes."""
   command = ["launch/local.sh", str(count), "--"] if count > 1 else [sys.executable, "-m", "llm.train"]
-  environment = {**PLAIN, "JAX_NUM_CPU_DEVICES": str(4 // count), "PRETUNE_HEARTBEAT_SECONDS": "10",
+  environment = {**PLAIN, "JAX_NUM_CPU_DEVICES": str(devices), "PRETUNE_HEARTBEAT_SECONDS": "10",
                  "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"}
   return subprocess.Popen([*command, *SMALL, f"--config.data.train=text:{corpus}", f"--config.data.eval=text:{corpus}", f"--workdir={workdir}",
                            f"--config.training.steps={steps}", *more], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True)
@@ -55,14 +56,18 @@ def wait_for(path):
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_compute_what_one_does(count, corpus, tmp_path):
-  """The same devices in one, two and four processes: figures, with an evaluation that no number divides, and parameters."""
-  one = start(1, corpus, tmp_path / "one", 12)
+  """The same devices in one process and in several: figures, with an evaluation that no number divides, and parameters.
+
+  Two add up in one order only: every bit is the same. Four add up as the transport does.
+  """
+  one = start(1, corpus, tmp_path / "one", 12, devices=count)
   assert one.wait() == 0
   several = start(count, corpus, tmp_path / "several", 12)
   assert several.wait() == 0
-  assert figures(tmp_path / "several") == figures(tmp_path / "one") and len(figures(tmp_path / "one")) == 5
+  expected, found = (np.array([loss for *_, loss in figures(tmp_path / name)]) for name in ("one", "several"))
+  assert len(expected) == 5 and np.abs(found / expected - 1).max() <= (0 if count == 2 else 1e-6)
   expected, found = params(tmp_path / "one"), params(tmp_path / "several")
-  assert all((expected[path] == found[path]).all() for path in expected)
+  assert max(np.abs(expected[path] - found[path]).max() for path in expected) <= (0 if count == 2 else 1e-4)
 
 
 def test_a_lost_process_stops_the_rest_and_the_job_goes_on(corpus, tmp_path):
@@ -72,7 +77,8 @@ def test_a_lost_process_stops_the_rest_and_the_job_goes_on(corpus, tmp_path):
     wait_for(tmp_path / "run/checkpoints/50")
     os.kill(processes(tmp_path / "run")[-1], signal.SIGKILL)
     assert run.wait(timeout=90) != 0
-  assert "Task 1 heartbeat timeout" in (tmp_path / "log").read_text()
+  said = (tmp_path / "log").read_text()   # JAX has two ways to name it
+  assert re.search(r"stopped sending heartbeats\):\s+1\s|Task 1 heartbeat timeout", said), said
   # On from what was saved, then all are asked to stop through one of them.
   run = start(2, corpus, tmp_path / "run", 5000, *every)
   reached = max(manager.steps(tmp_path / "run/checkpoints"))

@@ -1,5 +1,4 @@
 """GPT-2 (Radford et al. 2019): decoder, pre-norm, tanh GELU, learned positions, tied output."""
-import jax
 from flax import linen as nn
 
 from llm.config import ModelConfig

@@ -1,5 +1,4 @@
 """Llama (Touvron et al. 2023): decoder, pre-norm with RMS norms, rotary positions, gated SiLU, no biases."""
-import jax
 from flax import linen as nn
 
 from llm.config import ModelConfig

@@ -39,7 +39,7 @@ def pretraining_config(quick: bool, cache: str) -> config_lib.Config:
   config.data.update(train="embedded:wikipedia", cache=cache)
   config.tokenizer.update(name="sentencepiece", vocab_size=4096, lowercase=False)
   config.optimizer.update(learning_rate=3e-3, beta2=0.98)
-  config.training.update(steps=60 if quick else 700, batch_size=4, sequence_length=LENGTH, log_every=20 if quick else 50)
+  config.training.update(steps=60 if quick else 600, batch_size=4, sequence_length=LENGTH, log_every=20 if quick else 50)
   return config_lib.freeze(config)
 
 

@@ -21,7 +21,7 @@ def duration(seconds: float) -> str:
 
 
 def _figure(name: str, value: float) -> str:
-  if name.endswith(("accuracy", "mfu")):
+  if name.endswith(("accuracy", "mfu", "input_wait")):
     return f"{name} {value:.1%}"
   if name == "tokens_per_second":
     return f"{value:,.0f} tokens/s"

@@ -1,18 +1,13 @@
 """The training loop: train, evaluate, save, stop cleanly."""
 import contextlib
-import dataclasses
 import importlib
 import json
-import math
 import pathlib
-import signal
-import sys
 import time
 from typing import Callable
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from llm import sharding
 from llm.checkpoints import manager
@@ -28,60 +23,8 @@ from llm.training import start as start_lib
 from llm.training import step as step_lib
 from llm.training import workdir as workdir_lib
 from llm.training.log import Log, duration
-
-
-class Stopped(SystemExit):
-  """A signal asked the run to stop; it has saved."""
-
-
-@dataclasses.dataclass
-class Stop:
-  """Set by SIGINT and SIGTERM, polled between steps and between the batches of an evaluation.
-
-  Of many processes, one that gets SIGTERM has all stop at the same poll: JAX listens, and they agree.
-  """
-  signal: int = 0
-  polls: int = 0
-
-  def asked(self) -> int:
-    """The signal, 0 if there was none. Every process must poll equally often."""
-    if jax.distributed.is_initialized():
-      self.polls += 1
-      if not self.signal and multihost_utils.reached_preemption_sync_point(self.polls):
-        self.signal = signal.SIGTERM
-    return self.signal
-
-  @contextlib.contextmanager
-  def listening(self):
-    """Catches the signals; a second one ends the process at once."""
-    def catch(number, frame):
-      if self.signal:
-        raise KeyboardInterrupt
-      self.signal = number
-      print(f"\n{signal.Signals(number).name}: saving, then stopping ...", file=sys.stderr, flush=True)
-    if jax.distributed.is_initialized():
-      yield
-      return
-    try:
-      old = {n: signal.signal(n, catch) for n in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: signals are somebody else's
-      old = {}
-    try:
-      yield
-    finally:
-      for number, handler in old.items():
-        signal.signal(number, handler)
-
-
-def _check_finite(history: list[dict], first: int):
-  """Raises UserError naming the first step whose metrics are not finite."""
-  for number, found in enumerate(history, first):
-    bad = [name for name, (value, _) in found.items() if not math.isfinite(value)]
-    if bad:
-      raise UserError(
-          f"{bad[0]} is not finite at step {number + 1} (batch {number}); nothing was saved after it. Look at "
-          f"it with `python -m llm.show batch --step={number} --config=...`; a lower optimizer.learning_rate "
-          "or a longer warm-up may help")
+from llm.training.meter import Meter
+from llm.training.stop import Stop, Stopped
 
 
 def _header(experiment, mesh, params: int, origin: str, start: int, say):
@@ -126,41 +69,6 @@ def train(config: Config, workdir: str | pathlib.Path, *, go_on: bool = False, s
       workdir_lib.claim(workdir, config, go_on)
       with workdir_lib.locked(workdir):
         return _train(experiment, own, workdir, mesh, stop, say)
-
-
-@dataclasses.dataclass
-class Meter:
-  """What the steps since the last log line were: their metrics and their time."""
-  checked: int                    # steps known to be finite
-  tokens: int                     # a step
-  waiting: list = dataclasses.field(default_factory=list)    # on the device, not looked at
-  unlogged: list = dataclasses.field(default_factory=list)   # on the host, finite
-  paces: list = dataclasses.field(default_factory=list)      # tokens a second
-  mark: float = dataclasses.field(default_factory=time.perf_counter)
-  paused: float = 0.0             # evaluation and saving since the mark
-
-  def settle(self, step: int):
-    """Brings the waiting metrics to the host. Raises UserError if one is not finite."""
-    found, self.waiting = jax.device_get(self.waiting), []
-    _check_finite(found, self.checked)
-    self.unlogged += found
-    self.checked = step
-
-  def figures(self, step: int) -> dict[str, float]:
-    """Means and pace since the last call."""
-    self.settle(step)
-    pace = len(self.unlogged) * self.tokens / (time.perf_counter() - self.mark - self.paused)
-    self.paces.append(pace)
-    means = metrics_lib.means(self.unlogged)
-    self.unlogged, self.mark, self.paused = [], time.perf_counter(), 0.0
-    return {**means, "tokens_per_second": pace}
-
-  @contextlib.contextmanager
-  def pause(self):
-    """Time in here is not training time."""
-    began = time.perf_counter()
-    yield
-    self.paused += time.perf_counter() - began
 
 
 @contextlib.contextmanager
@@ -214,21 +122,25 @@ def _train(experiment, own, workdir, mesh, stop: Stop, say) -> dict:
     with _profiler(training.profile, workdir) as profile:
       for number in range(start, steps):
         profile(number, state)
-        state, found = train_step(state, next(stream), training.seed)
+        with meter.spending("input"):
+          batch = next(stream)
+        with meter.spending("compile") if number == start else contextlib.nullcontext():
+          state, found = train_step(state, batch, training.seed)
         meter.waiting.append(found)
         done, last = number + 1, number + 1 == steps
         log.advance()
         if _due(done, training.log_every, last):
           shown = meter.figures(done)
           log.metrics(done, {**shown, "mfu": mfu_of_pace(shown["tokens_per_second"])})
-        with meter.pause():
-          results = {}
+        results = {}
+        with meter.spending("evaluation"):
           if experiment.eval_rows is not None and _due(done, training.eval_every, last):
             meter.settle(done)
             if results := evaluated():
               figures = results
               log.metrics(done, results, "eval")
-          asked = stop.asked()
+        asked = stop.asked()
+        with meter.spending("checkpoint"):
           if _due(done, training.save_every, last) or asked or training.keep_best and results:
             meter.settle(done)
             saver.save(done, partition.merge(state.trained, state.frozen, marks), state.opt_state,
@@ -248,7 +160,8 @@ def _train(experiment, own, workdir, mesh, stop: Stop, say) -> dict:
   if start >= steps and experiment.eval_rows is not None:   # stopped between its last save and its result
     figures = evaluated()
   pace = float(np.median(meter.paces)) if meter.paces else None
-  result = {"step": done, "parameters": count, "origin": origin, "seconds": time.time() - began,
+  seconds = time.time() - began
+  result = {"step": done, "parameters": count, "origin": origin, "seconds": seconds, "shares": meter.shares(seconds),
             "tokens_per_second": pace, "mfu": pace and mfu_of_pace(pace),
             "data": {name: {"epochs": epochs, "tokens": seen} for name, (epochs, seen) in
                      zip(experiment.names, experiment.batches.usage(done))}, "eval": figures}

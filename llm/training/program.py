@@ -94,12 +94,15 @@ def report(experiment: Experiment, topology: hardware.Topology) -> dict:
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", str(error))
-    reason = f"{used[1]}iB of {used[2]}iB of a device's memory" if used else str(error).splitlines()[0]
+    used = (re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", str(error))
+            or re.search(r"temporaries \(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", str(error)))
+    reason = f"{used[1]}iB a device, which has {used[2]}iB" if used else str(error).splitlines()[0]
     return out | {"fits": False, "reason": reason, "advice": _advice(config, mesh.size)}
   memory = compiled.memory_analysis()
   held = _held(planned.state, mesh)
-  peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+  # Older compilers do not say when their arrays live: then all at once.
+  peak = getattr(memory, "peak_memory_in_bytes", 0) or (
+      memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes)
   out |= {"fits": True, "memory": {**held, "the rest: activations, gradients, batch": peak - sum(held.values()), "peak": peak}}
   exchanges = hlo.collectives(compiled.as_text(), mesh)
   totals = collections.defaultdict(lambda: [0.0, 0.0])
