@@ -37,7 +37,9 @@ class ModelConfig:
   lora_dropout: float = 0.0  # of the adapters' input
   dtype: str = "auto"       # of the computation; auto: bfloat16 on accelerators, float32 on CPU
   scan: str = "auto"        # scan, unroll; auto: unroll on CPU, scan elsewhere
-  remat: str = "none"       # none, full: recompute each block in the backward pass
+  remat: str = "none"       # what a block recomputes in the backward pass: none; dots: all but matrix products with weights;
+                            # full: everything
+  attention: str = "auto"   # reference; splash (TPU: no T x T array); auto: splash on TPUs where it can serve
   loss_chunk: int = 0       # rows of logits at a time; 0: all at once
 
 
@@ -83,6 +85,7 @@ class OptimizerConfig:
   beta1: float = 0.9        # of adamw, as the next two
   beta2: float = 0.999
   epsilon: float = 1e-6
+  moment_dtype: str = "float32"     # of adamw's first moment: float32, bfloat16
   weight_decay: float = 0.01
   no_decay: str = r"bias$|scale$"   # regex of paths without decay
   grad_clip_norm: float = 1.0       # 0: no clipping
@@ -149,8 +152,10 @@ ELSEWHERE = {
 
 CHOICES = {
     "optimizer.schedule": ("linear", "cosine", "constant", "rsqrt"), "optimizer.name": ("adamw", "adafactor"),
+    "optimizer.moment_dtype": ("float32", "bfloat16"),
     "model.dtype": ("auto", "float32", "bfloat16", "float64"),
-    "model.scan": ("auto", "scan", "unroll"), "model.remat": ("none", "full"),
+    "model.attention": ("auto", "reference", "splash"),
+    "model.scan": ("auto", "scan", "unroll"), "model.remat": ("none", "dots", "full"),
     "model.name": ("", "bert", "gpt", "llama", "t5"), "data.sentences": ("split", "lines"),
     "transfer.vocabulary": ("same", "match"),
     "tokenizer.name": ("", "sentencepiece", "wordpiece", "huggingface", "bytes"),

@@ -96,7 +96,7 @@ def test_padding_changes_nothing(name):
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt", "llama", "t5"])
-@pytest.mark.parametrize("change", [{"scan": "scan"}, {"remat": "full"}, {"remat": "full", "scan": "scan"},
+@pytest.mark.parametrize("change", [{"scan": "scan"}, {"remat": "full"}, {"remat": "dots"}, {"remat": "full", "scan": "scan"},
                                     {"loss_chunk": 5}])
 def test_how_it_is_computed_does_not_matter(name, change):
   objective = base.build(base.defaults("masked_lm" if name == "bert" else "causal_lm"))

@@ -88,6 +88,22 @@ def test_adamw_is_torchs_by_hand():
   assert {k: float(x[0]) for k, x in params.items()} == pytest.approx(expected, rel=1e-5)
 
 
+def test_first_moments_may_be_kept_in_bfloat16():
+  params = {"w/kernel": jnp.linspace(-1, 1, 64).reshape(8, 8)}
+  states, moved = [], []
+  for dtype in ("float32", "bfloat16"):
+    opt = optimizer.make(OptimizerConfig(moment_dtype=dtype, schedule="constant", warmup_steps=0), params, 1, 10)
+    state, now = opt.init(params), params
+    for step in range(4):
+      updates, state = opt.update({"w/kernel": jnp.cos(step + 3 * params["w/kernel"])}, state, now)
+      now = jax.tree.map(jnp.add, now, updates)
+    states.append(state)
+    moved.append(now["w/kernel"] - params["w/kernel"])
+  kinds = [{str(leaf.dtype) for leaf in jax.tree.leaves(state) if leaf.ndim} for state in states]
+  assert kinds == [{"float32"}, {"float32", "bfloat16"}]
+  assert 0 < np.abs(moved[0] - moved[1]).max() < 0.02 * np.abs(moved[0]).max()
+
+
 def test_schedules():
   rate = lambda schedule: np.array([float(optimizer.schedule(OptimizerConfig(schedule=schedule), 2.0, 10, 4)(s)) for s in range(11)])
   assert rate("linear") == pytest.approx([0.5, 1, 1.5, 2, 2, 5 / 3, 4 / 3, 1, 2 / 3, 1 / 3, 0])

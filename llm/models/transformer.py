@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from llm.config import ModelConfig
-from llm.core import Params, round_up
+from llm.core import Params, UserError, round_up
 from llm.models import attention as attention_lib
+from llm.models import splash
 from llm.models.layers import NORMS, Linear, LoRA, MLP, normal
 from llm.sharding import BATCH, constrain
 
@@ -45,6 +46,24 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
 def padded_vocab(vocab_size: int) -> int:
   """Rows of the embedding table: a multiple of 128, so that mesh axes divide it."""
   return round_up(vocab_size, 128)
+
+
+def splash_cannot(config: ModelConfig, length: int, dropout: bool) -> str:
+  """Why splash attention cannot serve a model in training; empty where it can."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return ("T5's position bias" if config.name == "t5" else "dropout of attention weights" if dropout and config.dropout
+          else "a context axis" if mesh.shape.get("context", 1) > 1
+          else f"a length of {length}, no multiple of {splash.LANES}" if length % splash.LANES else "")
+
+
+def attention_backend(config: ModelConfig, length: int, dropout: bool) -> str:
+  """reference or splash. "auto" is splash on TPUs, where it can serve. Raises UserError where it is asked for and cannot."""
+  why_not = splash_cannot(config, length, dropout)
+  if config.attention == "splash" and why_not:
+    raise UserError(f"config.model.attention=splash cannot serve {why_not}: reference or auto")
+  if config.attention == "auto":
+    return "splash" if jax.default_backend() == "tpu" and not why_not else "reference"
+  return config.attention
 
 
 class Memory(NamedTuple):
@@ -110,8 +129,11 @@ class Attention(nn.Module):
     q = constrain(q, BATCH, "context", "tensor", None)
     k, v = (constrain(a, BATCH, None, "tensor", None) for a in (k, v))
     key = self.make_rng("dropout") if self.train and cfg.dropout else None
-    mixed = attention_lib.attend(q, k, v, visibility, scale=head_width ** -0.5 if style.scaled else 1.0,
-                                 bias_HxTxS=bias_HxTxS, dropout_rate=cfg.dropout, key=key)
+    scale = head_width ** -0.5 if style.scaled else 1.0
+    if past is None and attention_backend(cfg, x_BxTxD.shape[1], self.train) == "splash":
+      mixed = splash.attend(q, k, v, visibility.q_segments_BxT, causal=style.causal, scale=scale)
+    else:
+      mixed = attention_lib.attend(q, k, v, visibility, scale=scale, bias_HxTxS=bias_HxTxS, dropout_rate=cfg.dropout, key=key)
     return Linear((heads, head_width, cfg.width), dtype=dtype, kernel_init=residual_init(cfg, style, heads * head_width),
                   bias=style.bias, lora=lora(cfg), name="out")(mixed), past
 
@@ -211,7 +233,8 @@ def stack(module: nn.Module, style: Style, x_BxTxD, visibility, bias_HxTxS, memo
       pasts.append(one)
     return x_BxTxD, tuple(pasts)
   unroll = config.scan == "unroll" or config.scan == "auto" and jax.default_backend() == "cpu"
-  block = nn.remat(Block, prevent_cse=unroll) if config.remat == "full" else Block
+  keep = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+  block = nn.remat(Block, prevent_cse=unroll, policy=keep[config.remat]) if config.remat in keep else Block
   layers = nn.scan(block, variable_axes={"params": 0}, in_axes=(nn.broadcast,) * 3,
                    split_rngs={"params": True, "dropout": True}, length=config.num_layers,
                    unroll=config.num_layers if unroll else 1)

@@ -14,6 +14,7 @@ from llm.checkpoints import manager
 from llm.config import Config
 from llm.core import UserError
 from llm.data import batches as batches_lib
+from llm.models import transformer
 from llm.training import evaluation
 from llm.training import experiment as experiment_lib
 from llm.training import metrics as metrics_lib
@@ -41,6 +42,10 @@ def _header(experiment, mesh, params: int, origin: str, start: int, say):
   for name, rows in zip(experiment.names, experiment.batches.rows):
     if note := getattr(rows, "note", ""):
       say(f"            {name}: {note}")
+  if mesh.devices.flat[0].platform == "tpu":
+    why_not = transformer.splash_cannot(config.model, config.training.sequence_length, True)
+    say("attention   splash" if not why_not and config.model.attention != "reference" else
+        f"attention   reference, a T x T array in memory ({why_not or 'as the config says'})")
   say(f"parameters  {origin}" + (f", step {start}" if start else ""))
 
 
@@ -51,6 +56,8 @@ def train(config: Config, workdir: str | pathlib.Path, *, go_on: bool = False, s
   use_devices(rows, state bytes): called before JAX is first used. Raises UserError on bad input and
   Stopped after a signal, both with everything saved.
   """
+  if "://" in str(workdir):
+    raise UserError(f"--workdir={workdir} is no folder: mount the bucket (gcsfuse) and give the path where it stands")
   workdir = pathlib.Path(workdir).expanduser().absolute()
   stop = Stop()
   with stop.listening():
@@ -61,6 +68,8 @@ def train(config: Config, workdir: str | pathlib.Path, *, go_on: bool = False, s
                   experiment_lib.state_bytes(experiment.config.model))
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.training.batch_size, config.optimizer.grad_accum_steps, mesh)
+    if config.model.attention == "splash" and mesh.devices.flat[0].platform != "tpu":
+      raise UserError("config.model.attention=splash runs on TPUs alone: auto takes it there (llm.preflight compiles it anywhere)")
     if jax.process_index():
       say = lambda *_: None
     with jax.set_mesh(mesh):

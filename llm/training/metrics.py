@@ -48,14 +48,17 @@ def bootstrap(summary: Callable, outcomes: dict[str, np.ndarray], draws: int = 1
 
 
 def dot_flops(jaxpr) -> float:
-  """2 x multiplications of every dot_general of a jaxpr, scanned bodies as often as they run."""
+  """2 x multiplications of every dot_general of a jaxpr: scanned bodies as often as they run, kernels as often as their grid
+  has places, what each device does for itself as often as there are devices.
+  """
   total = 0.0
   for eqn in jaxpr.eqns:
     if eqn.primitive.name == "dot_general":
       (contracted, _), _ = eqn.params["dimension_numbers"]
       depth = np.prod([eqn.invars[0].aval.shape[i] for i in contracted])
       total += 2.0 * depth * np.prod(eqn.outvars[0].aval.shape)
-    times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
+    times = {"scan": lambda p: p["length"], "pallas_call": lambda p: math.prod(p["grid_mapping"].grid),
+             "shard_map": lambda p: p["mesh"].size}.get(eqn.primitive.name, lambda p: 1)(eqn.params)
     for value in jax.tree.leaves(eqn.params, is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")):
       inner = getattr(value, "jaxpr", value)
       if hasattr(inner, "eqns"):

@@ -106,7 +106,7 @@ def a_matrix_at_a_time(inner: optax.GradientTransformation) -> optax.GradientTra
 def _scaling(config: OptimizerConfig) -> optax.GradientTransformation:
   """Gradients -> updates of the right size for a rate of 1."""
   if config.name == "adamw":
-    return optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
+    return optax.scale_by_adam(config.beta1, config.beta2, config.epsilon, mu_dtype=config.moment_dtype)
   # Adafactor as T5 used it: no momentum, second moments in factors, updates clipped, steps relative to
   # the parameters (Shazeer and Stern 2018, algorithm 4, sections 6 and 8).
   return a_matrix_at_a_time(optax.chain(
