@@ -1,6 +1,6 @@
 """Prompt and response: next-token prediction of the assistant's turns alone, end of turn included."""
 import dataclasses
-from typing import Mapping
+from typing import Callable, Mapping
 
 import jinja2
 import jinja2.sandbox
@@ -151,22 +151,28 @@ class Objective(causal_lm.Objective):
   def fit(self, sources, tokenizer):
     return dataclasses.replace(self, template=self.template or tokenizer.template or TEMPLATE)
 
-  def _template(self, tokenizer) -> Template:
-    return Template(self.template, tokenizer.special.get("bos", ""))
-
-  def rows(self, source, tokenizer, data, model, length):
-    require_decoder(tokenizer, model)
-    template, encoded, shortened, dropped = self._template(tokenizer), [], 0, 0
+  def encoded(self, source, tokenizer, model, length: int, talks: Callable) -> tuple[list, str]:
+    """(ids, learned) of every conversation that fits a row, and what became of the others. talks(record): those that must fit
+    it together."""
+    tokenizer.require("eos")
+    if model.name not in ("gpt", "llama"):
+      raise UserError(f"conversations need a decoder, model.name=gpt or llama, not {model.name}")
+    template = Template(self.template, tokenizer.special.get("bos", ""))
+    encoded, shortened, dropped = [], 0, 0
     for record in source.records():
-      found, lost = fitted([conversation(record)], template, tokenizer, length)
+      found, lost = fitted(talks(record), template, tokenizer, length)
       encoded += found
       shortened, dropped = shortened + (lost and bool(found)), dropped + (not found)
+    return encoded, f"{shortened} lost their first turns, {dropped} left out as too long"
+
+  def rows(self, source, tokenizer, data, model, length):
+    encoded, others = self.encoded(source, tokenizer, model, length, lambda record: [conversation(record)])
     if not encoded:
       raise UserError(f"{source.spec}: no conversation fits config.training.sequence_length={length}")
     packed = packing.best_fit_decreasing(np.array([len(ids) - 1 for ids, _ in encoded]), length)
     fill = sum(len(ids) - 1 for ids, _ in encoded) / (len(packed) * length)
     return ChatRows(encoded, packed, length, max(tokenizer.pad, 0), f"{len(encoded)} conversations in {len(packed)} rows, "
-                    f"{fill:.1%} full; {shortened} lost their first turns, {dropped} left out as too long")
+                    f"{fill:.1%} full; {others}")
 
   def example(self, row, rng):
     rows, conversations = row
@@ -179,13 +185,6 @@ class Objective(causal_lm.Objective):
       out["segments"][here], out["positions"][here] = number, np.arange(len(ids) - 1)
       at = here.stop
     return out
-
-
-def require_decoder(tokenizer, model):
-  """Raises UserError where a model cannot learn from conversations."""
-  tokenizer.require("eos")
-  if model.name not in ("gpt", "llama"):
-    raise UserError(f"conversations need a decoder, model.name=gpt or llama, not {model.name}")
 
 
 def fitted(talks: list[list[dict]], template: Template, tokenizer, room: int) -> tuple[list, bool]:

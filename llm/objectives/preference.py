@@ -71,12 +71,7 @@ class Objective(chat.Objective):
       raise UserError(f"config.objective.beta must be positive, not {self.beta}")
 
   def rows(self, source, tokenizer, data, model, length):
-    chat.require_decoder(tokenizer, model)
-    template, encoded, shortened, dropped = self._template(tokenizer), [], 0, 0
-    for record in source.records():
-      found, lost = chat.fitted(talks(record), template, tokenizer, length)
-      encoded += found
-      shortened, dropped = shortened + (lost and bool(found)), dropped + (not found)
+    encoded, others = self.encoded(source, tokenizer, model, length, talks)
     if not encoded:
       raise UserError(f"{source.spec}: no prompt with both its replies fits config.training.sequence_length={length}")
     sizes = np.array([len(ids) - 1 for ids, _ in encoded]).reshape(-1, 2).sum(-1)
@@ -84,8 +79,7 @@ class Objective(chat.Objective):
     packed = [np.stack([2 * row, 2 * row + 1], -1).ravel()
               for row in packing.at_most(slots, packing.best_fit_decreasing(sizes, length))]
     return PairRows(encoded, packed, length, max(tokenizer.pad, 0), f"{len(sizes)} pairs in {len(packed)} rows, "
-                    f"{sizes.sum() / (len(packed) * length):.1%} full; {shortened} lost their first turns, {dropped} left out "
-                    "as too long", slots, np.zeros(len(encoded), np.float32))
+                    f"{sizes.sum() / (len(packed) * length):.1%} full; {others}", slots, np.zeros(len(encoded), np.float32))
 
   def with_reference(self, rows: PairRows, predict) -> PairRows:
     return dataclasses.replace(rows, reference=rows.of_conversations(predict(rows)["likelihoods"]))
