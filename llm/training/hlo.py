@@ -126,7 +126,7 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
       if kind not in KINDS or not times[name]:
         continue
       group = _group(rest)
-      if kind != "send" and len(group) < 2:
+      if kind != "send" and len(set(group)) < 2:
         continue
       shape = instruction["shape"]
       if name.startswith("all-reduce-scatter"):   # a sum of which each device then keeps its part
