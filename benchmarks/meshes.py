@@ -26,7 +26,7 @@ from llm.training import metrics, partition, step as step_lib
 from tests.test_models import batch_of, model_of, params_of
 
 SHAPES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(shape) == 8]
-GRADIENTS = optax.GradientTransformation(lambda params: params, lambda grads, state, params: (jax.tree.map(np.zeros_like, grads), grads))
+GRADIENTS = optax.GradientTransformation(lambda params: params, lambda grads, state, params: (jax.tree.map(jax.numpy.zeros_like, grads), grads))
 
 
 def run(name: str, shape, accum: int, dtype: str, optimizer, steps: int):

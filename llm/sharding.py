@@ -92,8 +92,9 @@ def shardings(tree, mesh: Mesh):
     spec = parameter_spec(path, leaf.ndim)
     for dim, axis in enumerate(spec):
       if axis and leaf.shape[dim] % mesh.shape[axis]:
+        would_do = [n for n in range(1, 1 + max(8, mesh.size)) if leaf.shape[dim] % n == 0]
         raise UserError(f"config.mesh.{axis}={mesh.shape[axis]} does not divide dimension {dim} of "
-                        f"{path}, which has size {leaf.shape[dim]}")
+                        f"{path}, which has size {leaf.shape[dim]}; {', '.join(map(str, would_do))} would do")
     return NamedSharding(mesh, spec)
   return jax.tree_util.tree_map_with_path(one, tree)
 

@@ -101,7 +101,7 @@ def test_topologies_by_the_names_that_people_type(typed, name):
 
 
 @pytest.mark.parametrize("typed, message", [
-    ("gpu:8", "compiled on that GPU alone"), ("H100:8", "compiled on that GPU alone"), ("v9x:4", "is not known: expected a TPU version"),
+    ("gpu:8", "compiled on that GPU alone"), ("H100:8", "compiled on that GPU alone"), ("l4", "compiled on that GPU alone"), ("v9x:4", "is not known: expected a TPU version"),
     ("v5e:4x4x4", "v5e has 2 dimensions"), ("v5e-24", "no power of two"), ("", "is not known")])
 def test_topologies_that_there_are_not(typed, message):
   with pytest.raises(UserError, match=message):

@@ -77,7 +77,7 @@ def _parsed(text: str) -> str:
   """
   plain = re.sub(r"^v7x", "tpu7x", text.lower().replace("v5litepod", "v5e"))
   version, mark, size = re.fullmatch(r"(\w*)([:-]?)(.*)", plain, re.S).groups()
-  if re.match(r"(gpu|cuda|nvidia|[ahlv]\d{1,3}0+$)", version):
+  if re.match("gpu|cuda|nvidia", version) or chip_of(version) in GPUS:
     raise UserError(f"--topology={text}: a program for a GPU is compiled on that GPU alone: start llm.train there for a few steps; "
                     f"without hardware there are TPUs ({_names()}) and cpu:8")
   if version not in TPUS or not re.fullmatch(r"\d+" if mark == "-" else r"[1-9]\d*(x[1-9]\d*)*", size):
