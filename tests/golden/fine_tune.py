@@ -25,7 +25,7 @@ def splits():
   folder = embedded.model("minilm", cache.cache_dir())
   converted = huggingface.read(folder)
   found = [sources.parse(f"embedded:reviews[{s}]", DataConfig())[0] for s in ("train", "test")]
-  objective = classification.Objective().fit(found[:1])
+  objective = classification.Objective().fit(found[:1], None)
   train, test = (label_efficiency.encode(objective, s, converted[2], converted[1].model, LENGTH) for s in found)
   rows = np.random.default_rng(0).choice(len(test.labels), 500, replace=False)
   test = label_efficiency.Split([test.texts[i] for i in rows], test.labels[rows], {k: v[rows] for k, v in test.arrays.items()})
