@@ -25,11 +25,16 @@ for (( i = 0; i < count; i++ )); do
 done
 [ -z "$dry" ] || exit 0
 
-# A terminal sends Ctrl-C to the processes too, which wait for the SIGTERM that follows.
+# The processes start with SIGINT ignored, as a script's background ones do: only the SIGTERM reaches them.
 trap 'kill -TERM "${pids[@]}" 2> /dev/null || true' INT TERM
 status=0
 for pid in "${pids[@]}"; do
-  while kill -0 "$pid" 2> /dev/null; do wait "$pid" && one=0 || one=$?; done   # a trap ends a wait early
-  [ "${one:-0}" -le "$status" ] || status=$one
+  one=0
+  wait "$pid" || one=$?
+  while kill -0 "$pid" 2> /dev/null; do   # a trap ended the wait early
+    one=0
+    wait "$pid" || one=$?
+  done
+  [ "$one" -le "$status" ] || status=$one
 done
 exit "$status"

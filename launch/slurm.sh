@@ -3,7 +3,7 @@
 #
 #   launch/slurm.sh [--dry_run] NODES [SBATCH-OPTION ...] -- --config=... --workdir=DIR [--config.KEY=VALUE ...]
 #
-# scancel --signal=TERM --full JOB lets all save and stop; the same command, or Slurm's requeue, goes on from there.
+# scancel --signal=TERM JOB lets all save and stop; the same command, or Slurm's requeue, goes on from there.
 set -euo pipefail
 
 usage() { sed -n '2,6s/^# \{0,1\}//p' "$0" >&2; exit 2; }

@@ -43,9 +43,11 @@ wait_until_active() {
 }
 
 install() {
-  act tar --create --gzip --file=/tmp/pretune.tar.gz --exclude=.git --directory="$(dirname "$0")/.." .
+  act tar --create --gzip --file=/tmp/pretune.tar.gz --exclude=.git --exclude=.venv --exclude=runs --exclude='quickstart*' \
+    --directory="$(dirname "$0")/.." .
   act gcloud compute tpus tpu-vm scp /tmp/pretune.tar.gz "$NAME":pretune.tar.gz "${where[@]}" --worker=all
-  on_workers all "mkdir -p pretune && tar -xzf pretune.tar.gz -C pretune && cd pretune && python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e '.[tpu]'"
+  # The image's own Python may be older than what this needs: uv brings one.
+  on_workers all "mkdir -p pretune && tar -xzf pretune.tar.gz -C pretune && cd pretune && python3 -m pip install -q --user uv && python3 -m uv venv -q --allow-existing --python 3.11 .venv && python3 -m uv pip install -q --python .venv/bin/python -c constraints.txt -e '.[tpu]'"
 }
 
 run() {
@@ -58,18 +60,21 @@ run() {
     wait_until_active
     install
     # Worker 0's log is followed while all workers train; what ssh returns is what training returned.
-    [ -n "$dry" ] || (sleep 20; on_workers 0 "tail -n +1 -F pretune/run.log" || true) &
-    local follower=$!
-    if on_workers all "$train"; then
-      kill "$follower" 2> /dev/null || true
+    local follower=
+    if [ -z "$dry" ]; then
+      gcloud compute tpus tpu-vm ssh "$NAME" "${where[@]}" --worker=0 --command="tail -n +1 -F --retry pretune/run.log" &
+      follower=$!
+    fi
+    local ended=0
+    on_workers all "$train" || ended=$?
+    [ -z "$follower" ] || kill "$follower" 2> /dev/null || true
+    if [ "$ended" = 0 ]; then
       [ -n "$dry" ] || echo "finished"
       return 0
     fi
-    kill "$follower" 2> /dev/null || true
-    if [ "$(state)" = ACTIVE ]; then   # no preemption: the fault is in the run
-      echo "error: training failed; see launch/tpu_vm.sh logs" >&2
-      return 1
-    fi
+    case $(state) in   # no preemption, but a fault of the run, or somebody's `stop`
+      ACTIVE | NONE | DELETING) echo "training ended with status $ended; see launch/tpu_vm.sh logs" >&2; return 1 ;;
+    esac
     echo "preempted: going on from the last checkpoint"
   done
 }
@@ -80,7 +85,7 @@ case $verb in
   status) act gcloud compute tpus queued-resources describe "$NAME" "${where[@]}" ;;
   logs) on_workers 0 "tail -n 200 pretune/run.log" ;;
   stop)
-    on_workers all "pkill -TERM -f llm.train || true"
+    on_workers all "pkill -TERM -f '[l]lm.train' || true" || true   # an unreachable worker must not keep the slice alive
     act sleep 60   # the run saves
     act gcloud compute tpus queued-resources delete "$NAME" "${where[@]}" --quiet --force ;;
   *) usage ;;

@@ -130,10 +130,10 @@ def join_processes():
   if any(told.values()) and not all(told.values()):
     raise UserError(f"--distributed: JAX_{next(n for n, v in told.items() if not v)} is not set, though "
                     f"JAX_{next(n for n, v in told.items() if v)} is: set all three of {', '.join(f'JAX_{n}' for n in told)}")
-  explicit = (told["COORDINATOR_ADDRESS"], int(told["NUM_PROCESSES"]), int(told["PROCESS_ID"])) if all(told.values()) else ()
-  patience = {name: int(os.environ.get(variable, seconds)) for name, variable, seconds in (
-      ("initialization_timeout", "PRETUNE_START_SECONDS", 300), ("heartbeat_timeout_seconds", "PRETUNE_HEARTBEAT_SECONDS", 60))}
   try:
+    explicit = (told["COORDINATOR_ADDRESS"], int(told["NUM_PROCESSES"]), int(told["PROCESS_ID"])) if all(told.values()) else ()
+    patience = {name: int(os.environ.get(variable, seconds)) for name, variable, seconds in (
+        ("initialization_timeout", "PRETUNE_START_SECONDS", 300), ("heartbeat_timeout_seconds", "PRETUNE_HEARTBEAT_SECONDS", 60))}
     jax.distributed.initialize(*explicit, **patience)
   except (RuntimeError, ValueError) as error:
     raise UserError(f"--distributed: the processes did not meet: {_first_line(error)}")

@@ -76,7 +76,7 @@ def main():
   config = read_config()
   jax.config.update("jax_enable_compilation_cache", False)   # programs for absent devices cannot be read back
   topology = hardware.topology(_TOPOLOGY.value, config.mesh.slices)
-  experiment = experiment_lib.without_data(program.explicit(config, topology))
+  experiment = program.explicit(experiment_lib.without_data(config), topology)
   began = time.time()
   report = program.report(experiment, topology)
   report["compile_seconds"] = time.time() - began

@@ -35,6 +35,8 @@ def test_it_is_the_reference_forward_and_backward(causal, kv_heads):
   found = both(lambda *qkv: splash.attend(*qkv, segments, causal=causal, scale=K ** -0.5, interpret=True))
   with jax.set_mesh(sharding.make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])):   # each device its rows and heads
     apart = both(lambda *qkv: splash.attend(*qkv, segments, causal=causal, scale=K ** -0.5, interpret=True))
+    one_row = splash.attend(q[:1], k[:1], v[:1], segments[:1], causal=causal, scale=K ** -0.5, interpret=True)
+  np.testing.assert_allclose(one_row, attention.attend(q, k, v, seen, scale=K ** -0.5)[:1], atol=2e-5)
   for one in (found, apart):
     for ours, theirs in zip(jax.tree.leaves(one), jax.tree.leaves(expected)):
       np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=1e-5)

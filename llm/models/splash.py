@@ -30,8 +30,10 @@ def attend(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, segments_BxT, *, causal: bool, scale
 
   mesh = jax.sharding.get_abstract_mesh()
   if not mesh.empty and mesh.size > 1:
-    heads_apart = P(BATCH, "tensor", None, None)
-    of_device = jax.shard_map(of_device, in_specs=(*(heads_apart,) * 3, P(BATCH, None)), out_specs=heads_apart, check_vma=False)
+    # One row, by which shapes are found out, is no device's own.
+    rows = BATCH if q.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
+    heads_apart = P(rows, "tensor", None, None)
+    of_device = jax.shard_map(of_device, in_specs=(*(heads_apart,) * 3, P(rows, None)), out_specs=heads_apart, check_vma=False)
   return of_device(q, k, v, segments_BxT).swapaxes(1, 2)
 
 

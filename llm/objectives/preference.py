@@ -110,7 +110,9 @@ class Objective(chat.Objective):
     return {"likelihoods": _likelihoods_BxM(outputs, batch)}
 
   def outcomes(self, predictions, rows):
-    margin = self.beta * self._margin_BxN(rows.of_conversations(predictions["likelihoods"])[None], rows.reference[None])[0]
+    seen = np.sort(np.concatenate(rows.packed[:len(predictions["likelihoods"])]))   # an evaluation may be cut short
+    likelihoods = rows.of_conversations(predictions["likelihoods"])
+    margin = self.beta * self._margin_BxN(likelihoods[None, seen], rows.reference[None, seen])[0]
     return {"loss": np.logaddexp(0, -margin), "margin": margin, "accuracy": (margin > 0).astype(float)}
 
   def summary(self, outcomes):

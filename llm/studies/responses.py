@@ -133,7 +133,7 @@ def report(losses: dict[str, Replies], prompts: list[str], said: dict[str, list[
       "# Prompt and response", "",
       f"The loss of held-out replies (Alpaca, test split). A GPT of {pretraining['parameters']:,} parameters, pretrained for "
       f"{duration(pretraining['seconds'])} on {tokens / 1e6:.1f} M tokens of Wikipedia (foundation), then fine-tuned for three "
-      "epochs on 800 prompt-responses; the same fine-tuning from random parameters; and SmolLM2-135M-Instruct, which has seen "
+      "epochs on the prompt-responses that fit; the same fine-tuning from random parameters; and SmolLM2-135M-Instruct, which has seen "
       f"such replies, with {small_steps} steps of low-rank adapters. {duration(seconds)} in all.", "",
       tabulate.tabulate(rows, headers=("model", "nats a token [95%]", "nats a character"), tablefmt="github"), "",
       "![reply loss](reply_loss.png)", "", *shown])

@@ -186,6 +186,8 @@ def build(objective: base.Objective, model: ModelConfig) -> Model:
 def from_checkpoint(step: pathlib.Path) -> Experiment:
   """The experiment that wrote a step, without its data."""
   config = config_lib.freeze(manager.describe(step)["config"])
+  # What computed attention where it was trained may not be had here.
+  config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
   objective = base.build(config.objective)
   return Experiment(config, objective, manager.load_tokenizer(step), build(objective, config.model))
 

@@ -15,7 +15,7 @@ from llm.core import UserError
 @dataclasses.dataclass(frozen=True)
 class Chip:
   """What one JAX device reaches, per second. Of GPUs only the peak is used."""
-  kind: str                    # in jax's device_kind
+  kinds: tuple[str, ...]       # one of them is in jax's device_kind
   flops: float                 # dense, bfloat16
   memory_bandwidth: float = 0  # bytes
   link_bandwidth: float = 0    # bytes through one link to a neighbour, one way
@@ -27,22 +27,22 @@ class Chip:
 # links: 6 of a 3D torus, 4 of a 2D one), network bandwidth per chip or pod. v4 and v6e's network: Austin et al. 2025, "How to
 # Scale Your Model", part 2. tpu7x: two devices a chip, half of its figures each.
 TPUS = {
-    "v4": Chip("TPU v4", 275e12, 1200e9, 50e9, (4, 4, 4), 6.25e9),
-    "v5e": Chip("TPU v5 lite", 197e12, 819e9, 50e9, (16, 16), 3.125e9),
-    "v5p": Chip("TPU v5", 459e12, 2765e9, 100e9, (4, 4, 4), 6.25e9),
-    "v6e": Chip("TPU v6 lite", 918e12, 1638e9, 100e9, (16, 16), 12.5e9),
-    "tpu7x": Chip("TPU7x", 1153e12, 3690e9, 50e9, (4, 4, 4), 6.25e9),
+    "v4": Chip(("TPU v4",), 275e12, 1200e9, 50e9, (4, 4, 4), 6.25e9),
+    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 819e9, 50e9, (16, 16), 3.125e9),
+    "v5p": Chip(("TPU v5", "TPU v5p"), 459e12, 2765e9, 100e9, (4, 4, 4), 6.25e9),
+    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 1638e9, 100e9, (16, 16), 12.5e9),
+    "tpu7x": Chip(("TPU7x",), 1153e12, 3690e9, 50e9, (4, 4, 4), 6.25e9),
 }
 # NVIDIA's data sheets: dense tensor-core peak.
-GPUS = tuple(Chip(kind, flops) for kind, flops in (
+GPUS = tuple(Chip((kind,), flops) for kind, flops in (
     ("A100", 312e12), ("H100", 989e12), ("H200", 989e12), ("L4", 121e12), ("V100", 125e12)))
 
 
 def chip_of(device_kind: str) -> Chip | None:
   """The chip that a device is, None where the tables lack it."""
   # The longest name wins: "TPU v5" is part of "TPU v5 lite".
-  found = [chip for chip in (*TPUS.values(), *GPUS) if chip.kind.lower() in device_kind.lower()]
-  return max(found, key=lambda chip: len(chip.kind), default=None)
+  found = [(len(kind), chip) for chip in (*TPUS.values(), *GPUS) for kind in chip.kinds if kind.lower() in device_kind.lower()]
+  return max(found, key=lambda pair: pair[0], default=(0, None))[1]
 
 
 def _shape(chips: int, dimensions: int) -> tuple[int, ...]:

@@ -74,9 +74,11 @@ def train(config: Config, workdir: str | pathlib.Path, *, go_on: bool = False, s
       say = lambda *_: None
     with jax.set_mesh(mesh):
       workdir_lib.agree(config, workdir)
-      experiment = reference.attached(experiment, mesh, say)
-      workdir_lib.claim(workdir, config, go_on)
       with workdir_lib.locked(workdir):
+        if own != manager.newest_valid(workdir / "checkpoints", lambda *_: None):
+          raise UserError(f"another run went on in {workdir} meanwhile: start again, from where it is now")
+        experiment = reference.attached(experiment, mesh, say)
+        workdir_lib.claim(workdir, config, go_on)
         return _train(experiment, own, workdir, mesh, stop, say)
 
 
@@ -142,16 +144,17 @@ def _train(experiment, own, workdir, mesh, stop: Stop, say) -> dict:
           shown = meter.figures(done)
           log.metrics(done, {**shown, "mfu": mfu_of_pace(shown["tokens_per_second"])})
         results = {}
-        with meter.spending("evaluation"):
-          if experiment.eval_rows is not None and _due(done, training.eval_every, last):
-            meter.settle(done)
-            if results := evaluated():
-              figures = results
-              log.metrics(done, results, "eval")
+        if experiment.eval_rows is not None and _due(done, training.eval_every, last):
+          meter.settle(done)   # what trains still is not evaluation
+          with meter.spending("evaluation"):
+            results = evaluated()
+          if results:
+            figures = results
+            log.metrics(done, results, "eval")
         asked = stop.asked()
-        with meter.spending("checkpoint"):
-          if _due(done, training.save_every, last) or asked or training.keep_best and results:
-            meter.settle(done)
+        if _due(done, training.save_every, last) or asked or training.keep_best and results:
+          meter.settle(done)
+          with meter.spending("checkpoint"):
             saver.save(done, partition.merge(state.trained, state.frozen, marks), state.opt_state,
                        {**experiment.description(), "metrics": results})
         if asked:
@@ -168,6 +171,8 @@ def _train(experiment, own, workdir, mesh, stop: Stop, say) -> dict:
     return json.loads(finished.read_text())
   if start >= steps and experiment.eval_rows is not None:   # stopped between its last save and its result
     figures = evaluated()
+    if asked := stop.asked():
+      raise Stopped(128 + asked)
   pace = float(np.median(meter.paces)) if meter.paces else None
   seconds = time.time() - began
   result = {"step": done, "parameters": count, "origin": origin, "seconds": seconds, "shares": meter.shares(seconds),

@@ -45,9 +45,11 @@ class Meter:
     """Means and pace since the last call."""
     self.settle(step)
     seconds = time.perf_counter() - self.mark
-    waited = self.since.pop("input", 0.0)
+    waited, first = self.since.pop("input", 0.0), "compile" in self.since
     at_work = seconds - sum(self.since.values())
-    pace = len(self.unlogged) * self.tokens / at_work
+    # The first step stands in the time of its compilation: it does not count, unless there is no other.
+    steps = len(self.unlogged) - first
+    pace = steps * self.tokens / at_work if steps else self.tokens / seconds
     self.paces.append(pace)
     means = metrics_lib.means(self.unlogged)
     self.unlogged, self.mark = [], time.perf_counter()

@@ -97,7 +97,7 @@ def peak_flops(mesh: Mesh) -> tuple[float, str]:
   chip = hardware.chip_of(device.device_kind)
   if chip is None:
     return float("nan"), "unknown"
-  return chip.flops * mesh.size, f"{chip.kind} data sheet, bf16"
+  return chip.flops * mesh.size, f"{chip.kinds[0]} data sheet, bf16"
 
 
 def _matmul_ceiling(mesh: Mesh, size: int = 1024) -> float:

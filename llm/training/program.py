@@ -11,19 +11,22 @@ import numpy as np
 from llm import sharding
 from llm.config import Config
 from llm.models import transformer
+from llm.training import experiment as experiment_lib
 from llm.training import hardware, hlo, metrics, start
 from llm.training import step as step_lib
 from llm.training.experiment import Experiment
 
 
-def explicit(config: Config, topology: hardware.Topology) -> Config:
-  """The config with what follows the platform set to what it is on that one, not on this machine."""
-  there = topology.chip is not None
+def explicit(experiment: Experiment, topology: hardware.Topology) -> Experiment:
+  """The experiment with what follows the platform set to what it is on that one, not on this machine."""
+  config, there = experiment.config, topology.chip is not None
   cannot = transformer.splash_cannot(config.model, config.training.sequence_length, True) or config.mesh.context > 1
   choices = {"dtype": "bfloat16" if there else "float32", "scan": "scan" if there else "unroll",
              "attention": "splash" if there and not cannot else "reference"}
   unset = {key: value for key, value in choices.items() if getattr(config.model, key) == "auto"}
-  return dataclasses.replace(config, model=dataclasses.replace(config.model, **unset))
+  model = dataclasses.replace(config.model, **unset)
+  return dataclasses.replace(experiment, config=dataclasses.replace(config, model=model),
+                             model=experiment_lib.build(experiment.objective, model))
 
 
 def lowered(experiment: Experiment, mesh) -> jax.stages.Lowered:

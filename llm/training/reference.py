@@ -3,6 +3,7 @@ import dataclasses
 from typing import Callable
 
 import numpy as np
+from jax.experimental import multihost_utils
 
 from llm import config as config_lib
 from llm.checkpoints import locate, manager
@@ -32,12 +33,12 @@ def predictor(config: config_lib.Config, objective, mesh, say) -> Callable:
     step = locate.find(config.transfer.checkpoint, say, config.data.cache)
     key = cache.digest("reference 1", manager.digest(step), rows.digest())
 
-    def write(scratch):
+    folder = cache.cache_dir(config.data.cache) / "references" / key[:32]
+    # All processes compute, or none: what one has kept, another may lack.
+    if not multihost_utils.process_allgather(np.array(folder.exists())).all():
       say(f"reference   {len(rows)} rows under {step}")
-      predictions = evaluation.of_checkpoint(
-          experiment_lib.load(step), objective, rows, config.training.batch_size, mesh)[1]
-      np.savez(scratch / "predictions.npz", **predictions)
-    folder = cache.made_once(cache.cache_dir(config.data.cache) / "references" / key[:32], write)
+      found = evaluation.of_checkpoint(experiment_lib.load(step), objective, rows, config.training.batch_size, mesh)[1]
+      cache.made_once(folder, lambda scratch: np.savez(scratch / "predictions.npz", **found))
     with np.load(folder / "predictions.npz") as saved:
       return dict(saved)
   return predict

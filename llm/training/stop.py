@@ -16,7 +16,8 @@ class Stopped(SystemExit):
 class Stop:
   """Set by SIGINT and SIGTERM, polled between steps and between the batches of an evaluation.
 
-  Of many processes, one that gets SIGTERM has all stop at the same poll: JAX listens, and they agree.
+  Of many processes, one that gets SIGTERM has all stop at the same poll: JAX listens, and they agree. SIGINT ends such a
+  process at once; launch/local.sh sends SIGTERM for it.
   """
   signal: int = 0
   polls: int = 0

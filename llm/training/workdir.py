@@ -75,25 +75,25 @@ def agree(config: Config, workdir: pathlib.Path):
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path):
-  """The workdir is this run's while it lasts. Raises UserError where another run has it."""
-  if jax.process_index():
-    yield
-    return
-  with open(workdir / "lock", "w") as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-      raise UserError(f"another run is at work in {workdir}: choose another --workdir, or stop it first")
-    yield
-
-
-def claim(workdir: pathlib.Path, config: Config, go_on: bool):
-  """Makes the workdir this config's. Raises UserError if it holds a run of another one."""
-  path = workdir / "config.json"
+  """The workdir, made if need be, is this run's while it lasts. Raises UserError where another run has it."""
   try:
     workdir.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise UserError(f"--workdir={workdir}: {error.strerror}")
+  with open(workdir / "lock", "a") as file:
+    try:
+      if not jax.process_index():
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise UserError(f"another run is at work in {workdir}: choose another --workdir, or stop it first")
+    except OSError as error:   # not every shared file system knows locks
+      print(f"{workdir} cannot be locked ({error.strerror}): see to it that no other run uses it", file=sys.stderr)
+    yield
+
+
+def claim(workdir: pathlib.Path, config: Config, go_on: bool):
+  """Makes the workdir, which is there, this config's. Raises UserError if it holds a run of another one."""
+  path = workdir / "config.json"
   if path.exists() and not go_on:
     try:
       old = json.loads(path.read_text())

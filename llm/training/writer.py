@@ -30,9 +30,9 @@ class Written:
 
 
 def _mesh(config: ModelConfig) -> jax.sharding.Mesh:
-  """As many of this process's devices as divide the heads, which they share."""
+  """As many of this process's devices as divide what they share: heads, feed-forward, vocabulary."""
   devices = jax.local_devices()
-  count = math.gcd(config.num_kv_heads or config.num_heads, len(devices))
+  count = math.gcd(config.num_kv_heads or config.num_heads, config.mlp_dim, transformer.padded_vocab(config.vocab_size), len(devices))
   return sharding.make_mesh(MeshConfig(data=1, tensor=count), devices[:count])
 
 
