@@ -2,7 +2,7 @@
 
   pip install -e '.[tpu]' && python benchmarks/weak_scaling.py [--output=weak_scaling.png]
 
-A GPT small (124M), 4 rows of 1,024 tokens a chip, parameters over all chips (fsdp), on v5e from 4 to 256 chips and on v5p
+A GPT small (124M), 4 rows of 1,024 tokens a chip, parameters over the chips (fsdp, at most 256, which divides its width), on v5e from 4 to 256 chips and on v5p
 from 8 to 512. Prints a table and draws a plot.
 """
 import argparse
@@ -28,7 +28,7 @@ def measured(version: str, chips: int, shape: str, folder: str) -> dict:
   """The report of preflight."""
   output = pathlib.Path(folder) / f"{version}-{chips}.json"
   command = [sys.executable, "-m", "llm.preflight", f"--config={ROOT}/configs/pretrain_gpt.py:small", f"--topology={version}:{shape}",
-             f"--config.mesh.fsdp={chips}", "--config.mesh.data=1", f"--config.training.batch_size={ROWS * chips}",
+             f"--config.mesh.fsdp={min(chips, 256)}", "--config.mesh.data=-1", f"--config.training.batch_size={ROWS * chips}",
              "--config.model.dropout=0.0", f"--output={output}"]
   subprocess.run(command, check=True, capture_output=True)
   return json.loads(output.read_text())
