@@ -68,8 +68,13 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     grid = mesh_utils.create_hybrid_device_mesh(
         tuple(per_slice.values()), (config.slices, 1, 1, 1), devices=devices)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-  return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES),
-                       devices=devices)
+  automatic = (AxisType.Auto,) * len(AXES)
+  try:
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=automatic, devices=devices)
+  except NotImplementedError:   # an axis that is no product of the slice's own: it shares one of them with another
+    from jax.experimental import mesh_utils
+    grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=automatic)
 
 
 def parameter_spec(path: str, ndim: int) -> P:
