@@ -64,7 +64,7 @@ def _asked(bundle, prompts: list[str]) -> list:
   if bundle.config.objective["name"] not in ("chat", "preference"):
     return prompts
   template = chat.template_of(bundle.config.objective, bundle.tokenizer)
-  return [template.encode(template.render([{"role": "user", "content": prompt}], True), bundle.tokenizer) for prompt in prompts]
+  return [template.opening([{"role": "user", "content": prompt}], bundle.tokenizer) for prompt in prompts]
 
 
 def _chat(bundle, sampling: Sampling):
@@ -82,7 +82,7 @@ def _chat(bundle, sampling: Sampling):
       nonlocal shown
       print(texts[0][shown:], end="", flush=True)
       shown = len(texts[0])
-    answer, = writer.write([template.encode(template.render(turns, True), writer.tokenizer)], _MAX_TOKENS.value, sampling,
+    answer, = writer.write([template.opening(turns, writer.tokenizer)], _MAX_TOKENS.value, sampling,
                            _SEED.value + len(turns), _STOP.value, seen=appear)
     print()
     turns.append({"role": "assistant", "content": answer.text})

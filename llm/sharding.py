@@ -3,6 +3,7 @@
 Axes: `data` (batch), `fsdp` (batch; parameters and optimizer state split), `tensor` (heads,
 feed-forward, vocabulary), `context` (token positions).
 """
+import math
 import re
 
 import jax
@@ -102,6 +103,11 @@ def shardings(tree, mesh: Mesh):
                         f"{path}, which has size {leaf.shape[dim]}; {', '.join(map(str, would_do))} would do")
     return NamedSharding(mesh, spec)
   return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def device_bytes(leaf) -> int:
+  """What a device holds of an array, or of its shape with a sharding."""
+  return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

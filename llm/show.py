@@ -4,7 +4,6 @@ python -m llm.show batch      --config=... [--step=N --rows=N]
 python -m llm.show sharding   --config=... [--topology=v5p:8x8x8]
 python -m llm.show checkpoint --checkpoint=DIR
 """
-import math
 import sys
 
 import jax
@@ -92,7 +91,7 @@ def show_sharding():
   rows, total = [], 0
   for path, leaf in jax.tree_util.tree_leaves_with_path(named):
     shard = leaf.sharding.shard_shape(leaf.shape)
-    size = math.prod(shard) * leaf.dtype.itemsize
+    size = sharding.device_bytes(leaf)
     total += size
     rows.append((jax.tree_util.keystr(path, simple=True, separator="/"), *("x".join(map(str, s)) for s in (leaf.shape, shard)),
                  str(leaf.dtype), " ".join(str(a) for a in leaf.sharding.spec) or "-",

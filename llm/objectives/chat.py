@@ -75,6 +75,10 @@ class Template:
     parts = tokenizer.encode(text.split(END))
     return [*parts[0], *(i for part in parts[1:] for i in (tokenizer.eos, *part))]
 
+  def opening(self, turns: list[dict], tokenizer) -> list[int]:
+    """Ids of the turns, up to where the assistant answers."""
+    return self.encode(self.render(turns, answering=True), tokenizer)
+
   def tokens(self, turns: list[dict], tokenizer) -> tuple[list[int], list[int]]:
     """(ids, whether each is learned) of a conversation."""
     whole, ids, learned, at = self.render(turns), [], [], 0

@@ -92,7 +92,7 @@ def reply_loss(bundle: experiment.Bundle, template: str, data: config_lib.DataCo
 def answers(bundle: experiment.Bundle, template: str, prompts: list[str]) -> list[str]:
   """What a checkpoint answers, greedily."""
   made = chat.Template(template, bundle.tokenizer.special.get("bos", ""))
-  ids = [made.encode(made.render([{"role": "user", "content": prompt}], True), bundle.tokenizer) for prompt in prompts]
+  ids = [made.opening([{"role": "user", "content": prompt}], bundle.tokenizer) for prompt in prompts]
   return [written.text.strip() for written in Writer(bundle).write(ids, ANSWER)]
 
 

@@ -18,7 +18,6 @@ class Collective:
   """One exchange: how often a step does it, over which mesh axes, and what a device then sends."""
   kind: str
   axes: tuple[str, ...]
-  devices: int           # in a group
   times: int
   sent: float            # bytes a device sends each time, by the ring algorithms
   shape: str             # of the whole: what a gather gives, what a reduction takes
@@ -137,7 +136,7 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
       channel = re.search(r"channel_id=(\d+)", rest)
       key = channel[1] if channel else (name, instruction["name"])
       source = re.search(r'op_name="(.*?)"', rest)
-      one = Collective(kind, _axes(group, mesh) if group else ("slices",), len(group), times[name],
+      one = Collective(kind, _axes(group, mesh) if group else ("slices",), times[name],
                        _sent(kind, _bytes(shape), max(len(group), 1)), re.sub(r"\{.*?\}", "", shape), source[1] if source else "")
       found[key] = max(found.get(key, one), one, key=lambda c: (c.times, c.sent))
   return list(found.values())

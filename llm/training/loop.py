@@ -1,6 +1,5 @@
 """The training loop: train, evaluate, save, stop cleanly."""
 import contextlib
-import importlib
 import json
 import pathlib
 import time
@@ -61,6 +60,7 @@ def train(config: Config, workdir: str | pathlib.Path, *, go_on: bool = False, s
   workdir = pathlib.Path(workdir).expanduser().absolute()
   stop = Stop()
   with stop.listening():
+    seen = manager.steps(workdir / "checkpoints")
     own = manager.newest_valid(workdir / "checkpoints", say)
     experiment = experiment_lib.prepare(config, own, say)
     if use_devices:
@@ -75,7 +75,7 @@ def train(config: Config, workdir: str | pathlib.Path, *, go_on: bool = False, s
     with jax.set_mesh(mesh):
       workdir_lib.agree(config, workdir)
       with workdir_lib.locked(workdir):
-        if own != manager.newest_valid(workdir / "checkpoints", lambda *_: None):
+        if seen != manager.steps(workdir / "checkpoints"):
           raise UserError(f"another run went on in {workdir} meanwhile: start again, from where it is now")
         experiment = reference.attached(experiment, mesh, say)
         workdir_lib.claim(workdir, config, go_on)
@@ -193,9 +193,7 @@ def _mfu(experiment, params, mesh, say) -> Callable[[float], float]:
   """A function from tokens a second to the share of the peak that the model's FLOPs are."""
   training = experiment.config.training
   peak, source = metrics_lib.peak_flops(mesh)
-  one = experiment.batches.read(0, range(1))
-  causal = importlib.import_module(f"llm.models.{experiment.config.model.name}").STYLE.causal
-  a_row = metrics_lib.model_flops(experiment.model, params, one, causal=causal)
+  a_row = metrics_lib.row_flops(experiment, params)
   say(f"peak        {peak / 1e9:,.0f} GFLOP/s ({source}), {a_row * training.batch_size / 1e9:,.1f} GFLOP a step")
   return lambda pace: a_row / training.sequence_length * pace / peak
 

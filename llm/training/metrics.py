@@ -1,4 +1,5 @@
 """Sums to means, counted FLOPs, and the peak they are held against."""
+import importlib
 import math
 import time
 from typing import Callable
@@ -83,6 +84,12 @@ def model_flops(model: Model, params, batch, *, causal: bool) -> float:
     cfg = model.backbone.config
     forward -= 2.0 * rows * length ** 2 * cfg.num_heads * head_width_of(cfg) * cfg.num_layers
   return 3.0 * forward
+
+
+def row_flops(experiment, params) -> float:
+  """`model_flops` of one row of an experiment's batches."""
+  causal = importlib.import_module(f"llm.models.{experiment.config.model.name}").STYLE.causal
+  return model_flops(experiment.model, params, experiment.batches.read(0, range(1)), causal=causal)
 
 
 def peak_flops(mesh: Mesh) -> tuple[float, str]:

@@ -1,8 +1,6 @@
 """The training step as a compiled program for devices that need not be here: memory, FLOPs, traffic, bounds."""
 import collections
 import dataclasses
-import importlib
-import math
 import re
 
 import jax
@@ -56,9 +54,9 @@ def _advice(config: Config, devices: int) -> list[str]:
   return out + ["a smaller --config.training.batch_size", "more devices, or --config.mesh.tensor"]
 
 
-def _held(state, mesh) -> dict[str, int]:
+def _held(state) -> dict[str, int]:
   """Bytes of a device by kind, from the shardings."""
-  size = lambda tree: sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+  size = lambda tree: sum(map(sharding.device_bytes, jax.tree.leaves(tree)))
   return {"parameters": size(state.trained) + size(state.frozen), "optimizer state": size(state.opt_state)}
 
 
@@ -91,9 +89,7 @@ def report(experiment: Experiment, topology: hardware.Topology) -> dict:
          "parameters": metrics.count_parameters(planned.params, config.model.vocab_size),
          "tokens": config.training.batch_size * config.training.sequence_length}
   traced = lowered(experiment, mesh)
-  causal = importlib.import_module(f"llm.models.{config.model.name}").STYLE.causal
-  one = experiment.batches.read(0, range(1))
-  out["model_flops"] = metrics.model_flops(experiment.model, planned.params, one, causal=causal) * config.training.batch_size
+  out["model_flops"] = metrics.row_flops(experiment, planned.params) * config.training.batch_size
   out["executed_flops"] = metrics.dot_flops(traced.jaxpr.jaxpr)
   try:
     compiled = traced.lower().compile()
@@ -105,7 +101,7 @@ def report(experiment: Experiment, topology: hardware.Topology) -> dict:
     reason = f"{used[1]}iB a device, which has {used[2]}iB" if used else str(error).splitlines()[0]
     return out | {"fits": False, "reason": reason, "advice": _advice(config, mesh.size)}
   memory = compiled.memory_analysis()
-  held = _held(planned.state, mesh)
+  held = _held(planned.state)
   # Older compilers do not say when their arrays live: then all at once.
   peak = getattr(memory, "peak_memory_in_bytes", 0) or (
       memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes)
