@@ -39,7 +39,7 @@ class ModelConfig:
   scan: str = "auto"        # scan, unroll; auto: unroll on CPU, scan elsewhere
   remat: str = "none"       # what a block recomputes in the backward pass: none; dots: all but matrix products with weights;
                             # full: everything
-  attention: str = "auto"   # reference; splash (TPU: no T x T array); auto: splash on TPUs where it can serve
+  attention: str = "auto"   # reference; splash (TPU) or cudnn (GPU), which hold no scores; auto: splash on TPUs where it can serve
   loss_chunk: int = 0       # rows of logits at a time; 0: all at once
 
 
@@ -52,6 +52,7 @@ class DataConfig:
   sentences: str = "split"  # how sentences are found in a document: split, lines
   cache: str = ""           # "" : ~/.cache/pretune, or $PRETUNE_CACHE
   prefetch: int = 4         # batches made ahead
+  workers: int = 0          # processes that make them; 0: a thread of the run's own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +155,7 @@ CHOICES = {
     "optimizer.schedule": ("linear", "cosine", "constant", "rsqrt"), "optimizer.name": ("adamw", "adafactor"),
     "optimizer.moment_dtype": ("float32", "bfloat16"),
     "model.dtype": ("auto", "float32", "bfloat16", "float64"),
-    "model.attention": ("auto", "reference", "splash"),
+    "model.attention": ("auto", "reference", "splash", "cudnn"),
     "model.scan": ("auto", "scan", "unroll"), "model.remat": ("none", "dots", "full"),
     "model.name": ("", "bert", "gpt", "llama", "t5"), "data.sentences": ("split", "lines"),
     "transfer.vocabulary": ("same", "match"),
@@ -164,11 +165,11 @@ CHOICES = {
 NON_NEGATIVE = {"num_layers", "width", "num_heads", "num_kv_heads", "head_width", "norm_epsilon", "lora_rank",
                 "lora_dropout", "mlp_dim", "vocab_size", "max_length", "loss_chunk", "steps", "epochs", "log_every",
                 "eval_every", "eval_batches",
-                "save_every", "sentinels", "learning_rate", "weight_decay", "grad_clip_norm", "seed"}
+                "save_every", "sentinels", "workers", "learning_rate", "weight_decay", "grad_clip_norm", "seed"}
 POSITIVE = {"batch_size", "sequence_length", "grad_accum_steps", "keep", "slices", "prefetch",
             "log_every", "layer_decay", "epsilon", "rope_theta", "init_std", "lora_alpha"}
 
-AT_MOST = {"sentinels": 10_000, "sequence_length": 2 ** 24}
+AT_MOST = {"sentinels": 10_000, "sequence_length": 2 ** 24, "workers": 256}
 
 
 def unknown_key(where: str, key: str, known) -> UserError:

@@ -18,10 +18,14 @@ A `Batch` is a dict of fixed-shape arrays, B rows each:
   decoder_tokens, decoder_segments, decoder_positions   BxT, where an encoder reads BxS and a decoder writes
                                `targets`, T of them; segments of one number belong together
 """
+import importlib.util
+import os
+import pathlib
 from typing import Any
 
 import flax.struct
 import jax
+from etils import epath
 from flax import traverse_util
 
 Batch = dict[str, jax.Array]
@@ -66,3 +70,31 @@ def virtual_paths(path: str, leaf) -> list[str]:
 def round_up(n: int, multiple: int) -> int:
   """The smallest multiple of `multiple` that is at least n."""
   return -(-n // multiple) * multiple
+
+
+def is_bucket(path: pathlib.PurePath) -> bool:
+  """Whether a folder lies in an object store: files are written whole or not at all, and nothing is renamed or locked."""
+  return "://" in str(path)
+
+
+def folder(path: str | pathlib.PurePath) -> epath.Path:
+  """A workdir or a checkpoint as the user gave it: a folder of this machine, made absolute, or gs://BUCKET/... .
+
+  Raises UserError where the bucket cannot be reached.
+  """
+  if not is_bucket(path):
+    return epath.Path(os.path.abspath(os.path.expanduser(path)))
+  scheme, _, rest = str(path).partition("://")
+  if scheme != "gs" or not rest.strip("/"):
+    raise UserError(f"{path} is no place for a run: give a folder, or gs://BUCKET/FOLDER")
+  if not importlib.util.find_spec("gcsfs"):
+    raise UserError(f"{path}: buckets need the extra gcs: pip install 'pretune[gcs]'")
+  import fsspec
+  fsspec.config.conf["gcs"] = {"use_listings_cache": False}   # Orbax writes behind its back
+  try:
+    found = epath.Path(f"gs://{rest.split('/')[0]}").is_dir()
+  except Exception as error:   # gcsfs and what it stands on have many kinds
+    raise UserError(f"{path} cannot be reached: {str(error).strip().splitlines()[0]}")
+  if not found:
+    raise UserError(f"{path}: there is no such bucket, or your credentials may not see it")
+  return epath.Path(path)

@@ -59,10 +59,19 @@ def test_one_process_reads_what_several_put_together(corpus, processes):
 def test_devices_hold_the_rows_that_the_mesh_gives_them():
   batches = numbered(64, 16)
   mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-  read = []
-  placed = batches_lib.to_mesh(lambda rows: read.append(rows) or batches.read(1, rows), 16, mesh)
+  own = batches_lib.own_rows(16, mesh)
+  placed = batches_lib.to_mesh({part: batches.read(1, range(*part)) for part in own}, 16, mesh)
   assert (np.asarray(placed["row"]) == batches[1]["row"]).all()
-  assert sorted((r.start, r.stop) for r in read) == [(0, 4), (4, 8), (8, 12), (12, 16)]   # each once
+  assert own == [(0, 4), (4, 8), (8, 12), (12, 16)]   # each once
+  assert all(s.data.shape == (4,) for s in placed["row"].addressable_shards)
+
+
+def test_worker_processes_make_the_same_batches_in_the_same_order(corpus):
+  mesh, wanted = sharding.make_mesh(MeshConfig()), ("bert", "t5")
+  for batches in (experiment.prepare(tiny(name, f"text:{corpus}")).batches for name in wanted):
+    found = batches_lib.stream(batches, 3, 8, mesh, prefetch=2, workers=2)   # no whole number of turns
+    for step, batch in zip(range(3, 8), found, strict=True):
+      assert all((np.asarray(batch[key]) == value).all() for key, value in batches[step].items()), step
 
 
 def test_mixture_keeps_its_weights():

@@ -5,6 +5,9 @@ embedded:minilm or embedded:smollm2, which are converted once and kept in the ca
 """
 import pathlib
 
+from etils import epath
+
+from llm import core
 from llm.checkpoints import gguf, huggingface, manager
 from llm.data import cache, embedded
 
@@ -18,9 +21,11 @@ def foreign(name: str, cache_folder: pathlib.Path) -> pathlib.Path | None:
   return None
 
 
-def find(name: str | pathlib.Path, say=print, cache_folder: str = "") -> pathlib.Path:
+def find(name: str | pathlib.PurePath, say=print, cache_folder: str = "") -> epath.Path:
   """The step folder. Raises UserError where there is none, or it is damaged or not supported."""
   kept = cache.cache_dir(cache_folder)
+  if core.is_bucket(name):
+    return manager.find(name, say)
   path = foreign(str(name), kept) or pathlib.Path(name).expanduser().absolute()
   if path.is_file():
     read, files = gguf.read, [path]

@@ -2,18 +2,20 @@
 
 checkpoints/STEP/ holds params/ and opt_state/ (Orbax), description.json (config, objective, step,
 metrics), tokenizer/ and manifest.json (size and SHA-256 of every other file). The manifest is
-written before Orbax renames the folder to its final name, so a step that has its name is whole; it
-is verified when the step is read.
+written last: before Orbax renames the folder to its final name, so a step that has its name is
+whole, or, in a bucket, which knows no renaming, so that a step without one is not. It is verified
+when the step is read; in a bucket by the sizes alone, for the store keeps checksums of its own.
 """
 import json
 import pathlib
-import shutil
-from typing import Any
+from typing import Any, Iterator
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
+from llm import core
 from llm.core import Params, UserError
 from llm.data import cache
 from llm.data import tokenizer as tokenizer_lib
@@ -27,22 +29,27 @@ class Damaged(UserError):
   """A checkpoint that is incomplete or not what was written."""
 
 
-def _files(folder: pathlib.Path):
-  return sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in CHANGING)
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+  for path in sorted(folder.iterdir()):
+    if path.is_dir():
+      yield from _files(path)
+    elif path.name not in CHANGING:
+      yield path
 
 
-def write_manifest(folder: pathlib.Path):
+def write_manifest(folder: epath.Path):
   """Size and digest of every file of a step."""
-  entries = {str(p.relative_to(folder)): [p.stat().st_size, cache.file_digest(p)] for p in _files(folder)}
+  told = lambda path: "" if core.is_bucket(path) else cache.file_digest(path)
+  entries = {str(path.relative_to(folder)): [path.stat().length, told(path)] for path in _files(folder)}
   (folder / MANIFEST).write_text(json.dumps(entries, indent=0))
 
 
-def digest(folder: pathlib.Path) -> str:
+def digest(folder: epath.Path) -> str:
   """A name for the content of a step."""
-  return cache.file_digest(folder / MANIFEST)
+  return cache.digest((folder / MANIFEST).read_bytes())
 
 
-def verify(folder: pathlib.Path):
+def verify(folder: epath.Path):
   """Raises Damaged, naming the file, unless the step is exactly what was written."""
   try:
     entries = json.loads((folder / MANIFEST).read_text())
@@ -54,18 +61,18 @@ def verify(folder: pathlib.Path):
     path = folder / name
     if not path.exists():
       raise Damaged(f"{folder}: {name} is missing")
-    if path.stat().st_size != size:
-      raise Damaged(f"{folder}: {name} has {path.stat().st_size} bytes, {size} were written")
-    if cache.file_digest(path) != digest:
+    if path.stat().length != size:
+      raise Damaged(f"{folder}: {name} has {path.stat().length} bytes, {size} were written")
+    if digest and not core.is_bucket(path) and cache.file_digest(path) != digest:
       raise Damaged(f"{folder}: {name} is damaged (its SHA-256 is not the one that was written)")
 
 
-def steps(root: pathlib.Path) -> list[int]:
+def steps(root: epath.Path) -> list[int]:
   """The steps with a folder under checkpoints/, newest first."""
   return sorted((int(p.name) for p in root.glob("*") if p.name.isdigit() and p.is_dir()), reverse=True)
 
 
-def newest_valid(root: pathlib.Path, say=print) -> pathlib.Path | None:
+def newest_valid(root: epath.Path, say=print) -> epath.Path | None:
   """The newest whole step; those passed over are named."""
   for leftover in sorted(root.glob("*.orbax-checkpoint-tmp*")):
     say(f"passing over {leftover.name}: its writing was cut off")
@@ -78,9 +85,9 @@ def newest_valid(root: pathlib.Path, say=print) -> pathlib.Path | None:
   return None
 
 
-def find(path: str | pathlib.Path, say=print) -> pathlib.Path:
+def find(path: str | pathlib.PurePath, say=print) -> epath.Path:
   """A workdir, its checkpoints/ or one step -> a verified step folder. Raises UserError."""
-  path = pathlib.Path(path).expanduser().absolute()   # Orbax reads no metadata by a relative path
+  path = core.folder(path)
   if not path.is_dir():
     raise UserError(f"{path}: no such checkpoint folder")
   if (path / MANIFEST).exists() or path.name.isdigit() and path.parent.name == "checkpoints":
@@ -93,7 +100,7 @@ def find(path: str | pathlib.Path, say=print) -> pathlib.Path:
   return step
 
 
-def describe(step: pathlib.Path) -> dict[str, Any]:
+def describe(step: epath.Path) -> dict[str, Any]:
   """description.json of a step: step, config, metrics, what the tokenizer is."""
   try:
     return json.loads((step / "description.json").read_text())
@@ -101,12 +108,12 @@ def describe(step: pathlib.Path) -> dict[str, Any]:
     raise Damaged(f"{step}: description.json cannot be read ({error})")
 
 
-def load_tokenizer(step: pathlib.Path) -> tokenizer_lib.Tokenizer:
+def load_tokenizer(step: epath.Path) -> tokenizer_lib.Tokenizer:
   """The tokenizer that a step was trained with."""
   return tokenizer_lib.load(step / "tokenizer")
 
 
-def restore(step: pathlib.Path, item: str, like=None):
+def restore(step: epath.Path, item: str, like=None):
   """`params` or `opt_state` of a step. like: a tree of ShapeDtypeStructs with shardings, or None
   for host arrays as they were saved. The step must have been verified. Raises Damaged."""
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
@@ -124,9 +131,9 @@ def restore(step: pathlib.Path, item: str, like=None):
 class Manager:
   """Saves the steps of one run and removes the old ones: the newest `keep` stay, and the best."""
 
-  def __init__(self, workdir: pathlib.Path, keep: int, keep_best: str,
+  def __init__(self, workdir: str | pathlib.PurePath, keep: int, keep_best: str,
                tokenizer: tokenizer_lib.Tokenizer):
-    self.root = workdir / "checkpoints"
+    self.root = core.folder(workdir) / "checkpoints"
     self.root.mkdir(parents=True, exist_ok=True)
     self.keep, self.tokenizer = keep, tokenizer
     self.best_mode, _, self.best_metric = keep_best.partition(":")
@@ -146,7 +153,7 @@ class Manager:
     folder = self.root / str(step)
     if folder.exists():
       if jax.process_index() == 0:  # a damaged one that was passed over
-        shutil.rmtree(folder)
+        folder.rmtree()
     try:
       items = {"params": params} if opt_state is None else {"params": params, "opt_state": opt_state}
       self._writer.save(folder, ocp.args.Composite(**{k: ocp.args.PyTreeSave(v) for k, v in items.items()}))
@@ -154,9 +161,9 @@ class Manager:
       raise self._failed(error)
 
   def _finish(self):
-    """Runs in Orbax's thread, inside the temporary folder, before it gets its final name."""
+    """Runs in Orbax's thread, inside the temporary folder, before it gets its final name (which it has in a bucket)."""
     step, description = self._pending
-    folder = next(self.root.glob(f"{step}.orbax-checkpoint-tmp*"))
+    folder = next(iter(self.root.glob(f"{step}.orbax-checkpoint-tmp*")), self.root / str(step))
     (folder / "description.json").write_text(json.dumps({"step": step, **description}, indent=1))
     self.tokenizer.save(folder / "tokenizer")
     write_manifest(folder)
@@ -170,7 +177,7 @@ class Manager:
 
   def _failed(self, error: BaseException) -> UserError:
     step = self._pending[0] if self._pending else "?"
-    kept = steps(self.root)
+    kept = [step for step in steps(self.root) if (self.root / str(step) / MANIFEST).exists()]
     return UserError(f"cannot save step {step} in {self.root}: {str(error).splitlines()[0]}; "
                      + (f"the newest complete checkpoint is step {kept[0]}" if kept else
                         "there is no earlier checkpoint") + "; free space and start again")
@@ -190,12 +197,13 @@ class Manager:
     return (max if self.best_mode == "max" else min)(scores, key=scores.get)
 
   def _prune(self):
-    if jax.process_index() == 0:
-      stay = {*steps(self.root)[:self.keep], self.best() if self.best_metric else None}
+    if jax.process_index() == 0 and self._pending:   # nothing goes before something new is there
+      ours = [step for step in steps(self.root) if step <= self._pending[0]]   # later ones were damaged
+      stay = {*ours[:self.keep], self.best() if self.best_metric else None}
       for step in set(steps(self.root)) - stay:
-        shutil.rmtree(self.root / str(step))
+        (self.root / str(step)).rmtree()
       for leftover in self.root.glob("*.orbax-checkpoint-tmp*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        leftover.rmtree(missing_ok=True)
 
   def close(self):
     """Waits for the last save and tidies up."""

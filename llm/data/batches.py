@@ -4,11 +4,14 @@ So a run that resumes at a step sees what the uninterrupted one saw, whatever th
 processes, and the data position of a run is its step.
 """
 import dataclasses
+import signal
 from typing import Callable, Iterator, Sequence
 
 import grain
+import grain.experimental
 import jax
 import numpy as np
+from absl import flags
 from jax.sharding import Mesh
 
 from llm.core import Batch
@@ -63,35 +66,39 @@ def pad_rows(batch: dict[str, np.ndarray], batch_size: int) -> dict[str, np.ndar
   return {k: np.pad(v, [(0, batch_size - len(v))] + [(0, 0)] * (v.ndim - 1)) for k, v in batch.items()}
 
 
-def to_mesh(read: Callable[[range], dict[str, np.ndarray]], batch_size: int, mesh: Mesh) -> Batch:
-  """A global batch of which this process reads only the rows that its devices hold.
+def own_rows(batch_size: int, mesh: Mesh) -> list[tuple[int, int]]:
+  """The parts (from, to) of a batch that lie on this process's devices, each once."""
+  index_map = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+  return sorted({rows.indices(batch_size)[:2] for (rows,) in index_map.values()})
 
-  read: range of rows -> host arrays.
-  """
+
+def to_mesh(parts: dict[tuple[int, int], dict[str, np.ndarray]], batch_size: int, mesh: Mesh) -> Batch:
+  """A global batch from this process's parts of it, by (from, to)."""
   sharding = batch_sharding(mesh)
-  index_map = sharding.addressable_devices_indices_map((batch_size,))
-  parts = {}
-  for (rows,) in index_map.values():
-    start, stop, _ = rows.indices(batch_size)
-    if (start, stop) not in parts:
-      parts[start, stop] = read(range(start, stop))
   first = next(iter(parts.values()))
 
   def array(key):
-    def part(index):
-      start, stop, _ = index[0].indices(batch_size)
-      return parts[start, stop][key]
+    part = lambda index: parts[index[0].indices(batch_size)[:2]][key]
     return jax.make_array_from_callback((batch_size, *first[key].shape[1:]), sharding, part)
 
   return {key: array(key) for key in first}
 
 
-def stream(batches: Batches, start: int, stop: int, mesh: Mesh, prefetch: int) -> Iterator[Batch]:
-  """The batches of steps start .. stop-1 on the mesh, made ahead by Grain's threads."""
-  read = lambda step: to_mesh(lambda rows: batches.read(step, rows), batches.batch_size, mesh)
-  steps = grain.MapDataset.range(start, stop).map(read)
-  return iter(steps.to_iter_dataset(
-      grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)))
+def _deaf(worker: int, workers: int):
+  """A Ctrl-C is for the run, which ends its workers."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def stream(batches: Batches, start: int, stop: int, mesh: Mesh, prefetch: int, workers: int = 0) -> Iterator[Batch]:
+  """The batches of steps start .. stop-1 on the mesh, made and placed ahead by Grain: by a thread, or by processes for it."""
+  if not flags.FLAGS.is_parsed():   # Grain reads flags of its own, of which a library's user knows nothing
+    flags.FLAGS.mark_as_parsed()
+  size, own = batches.batch_size, own_rows(batches.batch_size, mesh)
+  made = grain.MapDataset.range(start, stop).map(lambda step: {part: batches.read(step, range(*part)) for part in own})
+  ahead = made.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)).mp_prefetch(
+      grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch), worker_init_fn=_deaf)
+  placed = ahead.map(lambda parts: to_mesh(parts, size, mesh))
+  return iter(grain.experimental.ThreadPrefetchIterDataset(placed, prefetch_buffer_size=prefetch))
 
 
 def passes(rows, example: Callable, batch_size: int, mesh: Mesh, limit: int = 0) -> Iterator[Batch]:
@@ -101,11 +108,11 @@ def passes(rows, example: Callable, batch_size: int, mesh: Mesh, limit: int = 0)
   """
   count = -(-len(rows) // batch_size)
   for step in range(min(count, limit) if limit else count):
-    def read(wanted: range):
-      numbers = [step * batch_size + r for r in wanted]
+    def read(first: int, last: int):
+      numbers = range(step * batch_size + first, step * batch_size + last)
       real = [example(rows[i], np.random.default_rng((0, i))) for i in numbers if i < len(rows)]
       if not real:
         real = [example(rows[0], np.random.default_rng((0, 0)))]
-        return {k: np.zeros((len(wanted), *v.shape[1:]), v.dtype) for k, v in stack(real).items()}
-      return pad_rows(stack(real), len(wanted))
-    yield to_mesh(read, batch_size, mesh)
+        return {k: np.zeros((len(numbers), *v.shape[1:]), v.dtype) for k, v in stack(real).items()}
+      return pad_rows(stack(real), len(numbers))
+    yield to_mesh({part: read(*part) for part in own_rows(batch_size, mesh)}, batch_size, mesh)

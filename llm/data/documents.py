@@ -23,9 +23,14 @@ class Documents:
   sentences: np.ndarray
   documents: np.ndarray
   digest: str
+  folder: pathlib.Path
 
   def __len__(self) -> int:
     return len(self.documents) - 1
+
+  def __reduce__(self):
+    """Another process maps the same files."""
+    return _opened, (self.folder, self.tokens_N.dtype, self.digest)
 
   def bounds(self) -> np.ndarray:
     """Start of every document in tokens_N, and the end."""
@@ -79,5 +84,9 @@ def load(source: Source, tokenizer: Tokenizer, how: str) -> Documents:
   folder = cache.made_once(source.cache / "tokens" / key[:32],
                            lambda scratch: _write(source, tokenizer, how, scratch))
   dtype = np.uint16 if tokenizer.vocab_size <= 2 ** 16 else np.uint32
-  return Documents(np.memmap(folder / "tokens.bin", dtype, "r"),
-                   np.load(folder / "sentences.npy"), np.load(folder / "documents.npy"), key)
+  return _opened(folder, dtype, key)
+
+
+def _opened(folder: pathlib.Path, dtype, digest: str) -> Documents:
+  return Documents(np.memmap(folder / "tokens.bin", dtype, "r"), np.load(folder / "sentences.npy"), np.load(folder / "documents.npy"),
+                   digest, folder)

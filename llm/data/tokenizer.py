@@ -73,7 +73,7 @@ class Tokenizer:
     return cache.digest(self.name, str(self.lowercase), str(self.extra), *self.files.values(),
                         *(f"{k}={v}" for k, v in self.special.items()))
 
-  def save(self, folder: pathlib.Path):
+  def save(self, folder: pathlib.PurePath):
     """Writes the files, and what they are; `load` reads them."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in self.files.items():
@@ -238,7 +238,7 @@ def _read(path: str) -> bytes:
     raise UserError(f"config.tokenizer.path={path}: {error.strerror}")
 
 
-def load(folder: pathlib.Path) -> Tokenizer:
+def load(folder: pathlib.PurePath) -> Tokenizer:
   """What `save` wrote."""
   meta = json.loads((folder / META).read_text())
   kinds = {k.name: k for k in (SentencePieceTokenizer, WordPieceTokenizer, HuggingFaceTokenizer)}

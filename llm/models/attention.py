@@ -23,7 +23,7 @@ def self_visibility(batch, *, causal: bool) -> Visibility:
                     causal)
 
 
-def _mask_Bx1xTxS(visibility: Visibility) -> jax.Array:
+def mask_Bx1xTxS(visibility: Visibility) -> jax.Array:
   visible = visibility.q_segments_BxT[:, :, None] == visibility.kv_segments_BxS[:, None, :]
   if visibility.causal:
     visible &= visibility.kv_positions_BxS[:, None, :] <= visibility.q_positions_BxT[:, :, None]
@@ -62,7 +62,7 @@ def attend(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, visibility: Visibility, *, scale: fl
   scores_BxHxTxS = scores_BxGxRxTxS.reshape(rows, heads, length, -1)
   if bias_HxTxS is not None:
     scores_BxHxTxS += bias_HxTxS
-  scores_BxHxTxS = jnp.where(_mask_Bx1xTxS(visibility), scores_BxHxTxS, -1e30)
+  scores_BxHxTxS = jnp.where(mask_Bx1xTxS(visibility), scores_BxHxTxS, -1e30)
   weights_BxHxTxS = jax.nn.softmax(scores_BxHxTxS, axis=-1).astype(v_BxSxGxK.dtype)
   weights_BxHxTxS = dropout(weights_BxHxTxS, dropout_rate, key)
   mixed_BxTxGxRxK = jnp.einsum("BGRTS,BSGK->BTGRK", weights_BxHxTxS.reshape(scores_BxGxRxTxS.shape), v_BxSxGxK)

@@ -14,7 +14,7 @@ from flax import linen as nn
 from llm.config import ModelConfig
 from llm.core import Params, UserError, round_up
 from llm.models import attention as attention_lib
-from llm.models import splash
+from llm.models import cudnn, splash
 from llm.models.layers import NORMS, Linear, LoRA, MLP, normal
 from llm.sharding import BATCH, constrain
 
@@ -48,22 +48,31 @@ def padded_vocab(vocab_size: int) -> int:
   return round_up(vocab_size, 128)
 
 
-def splash_cannot(config: ModelConfig, length: int, dropout: bool) -> str:
-  """Why splash attention cannot serve a model in training; empty where it can."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return ("T5's position bias" if config.name == "t5" else "dropout of attention weights" if dropout and config.dropout
-          else "a context axis" if mesh.shape.get("context", 1) > 1
-          else f"a length of {length}, no multiple of {splash.LANES}" if length % splash.LANES else "")
+FLASH = {"splash": "tpu", "cudnn": "gpu"}   # attention that holds no scores, and the platform it runs on
+
+
+def cannot(backend: str, config: ModelConfig, length: int, context: int, dropout: bool) -> str:
+  """Why a backend cannot serve a model on `context` devices a row; empty where it can. dropout: whether it is trained."""
+  if backend == "reference":
+    return ""
+  if config.name == "t5":
+    return "T5's position bias"
+  if dropout and config.dropout:
+    return "dropout of attention weights"
+  if backend == "splash":
+    part = length // context
+    return f"{part} tokens a device, no multiple of {splash.LANES}" if part % splash.LANES else ""
+  return ("a context axis" if context > 1 else "float32" if compute_dtype(config) != jnp.bfloat16 else
+          f"a head width of {head_width_of(config)}, over {cudnn.WIDEST}" if head_width_of(config) > cudnn.WIDEST else "")
 
 
 def attention_backend(config: ModelConfig, length: int, dropout: bool) -> str:
-  """reference or splash. "auto" is splash on TPUs, where it can serve. Raises UserError where it is asked for and cannot."""
-  why_not = splash_cannot(config, length, dropout)
-  if config.attention == "splash" and why_not:
-    raise UserError(f"config.model.attention=splash cannot serve {why_not}: reference or auto")
-  if config.attention == "auto":
-    return "splash" if jax.default_backend() == "tpu" and not why_not else "reference"
-  return config.attention
+  """reference, splash or cudnn. "auto" is splash on TPUs, where it can serve. Raises UserError where what is asked for cannot."""
+  backend = config.attention if config.attention != "auto" else "splash" if jax.default_backend() == "tpu" else "reference"
+  why_not = cannot(backend, config, length, jax.sharding.get_abstract_mesh().shape.get("context", 1), dropout)
+  if why_not and config.attention != "auto":
+    raise UserError(f"config.model.attention={backend} cannot serve {why_not}: reference or auto")
+  return "reference" if why_not else backend
 
 
 class Memory(NamedTuple):
@@ -130,8 +139,12 @@ class Attention(nn.Module):
     k, v = (constrain(a, BATCH, None, "tensor", None) for a in (k, v))
     key = self.make_rng("dropout") if self.train and cfg.dropout else None
     scale = head_width ** -0.5 if style.scaled else 1.0
-    if past is None and attention_backend(cfg, x_BxTxD.shape[1], self.train) == "splash":
+    itself = past is None and source_BxSxD is x_BxTxD
+    backend = attention_backend(cfg, x_BxTxD.shape[1], self.train) if itself else "reference"
+    if backend == "splash":
       mixed = splash.attend(q, k, v, visibility.q_segments_BxT, causal=style.causal, scale=scale)
+    elif backend == "cudnn":
+      mixed = cudnn.attend(q, k, v, visibility, scale=scale)
     else:
       mixed = attention_lib.attend(q, k, v, visibility, scale=scale, bias_HxTxS=bias_HxTxS, dropout_rate=cfg.dropout, key=key)
     return Linear((heads, head_width, cfg.width), dtype=dtype, kernel_init=residual_init(cfg, style, heads * head_width),

@@ -7,6 +7,8 @@ import re
 import tempfile
 from typing import Callable, NamedTuple
 
+from etils import epath
+
 from llm.checkpoints import locate, manager
 from llm.config import Config, ModelConfig
 from llm import config as config_lib
@@ -33,7 +35,7 @@ class Experiment:
   batches: Batches | None = None
   eval_rows: base.Rows | None = None
   names: tuple[str, ...] = ()      # of the training sources
-  start: pathlib.Path | None = None   # the verified step that the run resumes or transfers from
+  start: epath.Path | None = None   # the verified step that the run resumes or transfers from
 
   def description(self) -> dict:
     """What a checkpoint says of itself."""
@@ -79,13 +81,13 @@ def _following(model: ModelConfig, start: dict | None, vocab_size: int) -> Model
   return dataclasses.replace(model, vocab_size=vocab_size, dropout=max(model.dropout, 0.0))
 
 
-def _own_or_transferred(config: Config, own: pathlib.Path | None, say) -> pathlib.Path | None:
+def _own_or_transferred(config: Config, own: epath.Path | None, say) -> epath.Path | None:
   if own:
     return own
   return locate.find(config.transfer.checkpoint, say, config.data.cache) if config.transfer.checkpoint else None
 
 
-def _tokenizer(config: Config, start: pathlib.Path | None, train) -> tokenizer_lib.Tokenizer:
+def _tokenizer(config: Config, start: epath.Path | None, train) -> tokenizer_lib.Tokenizer:
   if start and not config.tokenizer.name:
     return manager.load_tokenizer(start)
   made = tokenizer_lib.make(config.tokenizer, train, cache.cache_dir(config.data.cache))
@@ -102,7 +104,7 @@ def _steps(config: Config, batches: Batches) -> int:
   return config.training.steps or max(1, math.ceil(config.training.epochs * batches.steps_an_epoch()))
 
 
-def prepare(config: Config, own: pathlib.Path | None = None, say: Callable = print) -> Experiment:
+def prepare(config: Config, own: epath.Path | None = None, say: Callable = print) -> Experiment:
   """Everything that a run of `config` needs. own: the run's own checkpoint, when it goes on.
 
   Raises UserError on bad input of every kind.
@@ -183,7 +185,7 @@ def build(objective: base.Objective, model: ModelConfig) -> Model:
   return Model(build_backbone(model), objective.head(model))
 
 
-def from_checkpoint(step: pathlib.Path) -> Experiment:
+def from_checkpoint(step: epath.Path) -> Experiment:
   """The experiment that wrote a step, without its data."""
   config = config_lib.freeze(manager.describe(step)["config"])
   # What computed attention where it was trained may not be had here.
@@ -192,7 +194,7 @@ def from_checkpoint(step: pathlib.Path) -> Experiment:
   return Experiment(config, objective, manager.load_tokenizer(step), build(objective, config.model))
 
 
-def load(step: pathlib.Path) -> Bundle:
+def load(step: epath.Path) -> Bundle:
   """A step in memory, on the host."""
   saved = from_checkpoint(step)
   return Bundle(saved.model, manager.restore(step, "params"), saved.tokenizer, saved.config)

@@ -2,13 +2,16 @@
 import json
 import math
 import os
-import pathlib
 import sys
 import time
 
 import jax
 import tensorboardX
 import tqdm
+
+from llm.training.workdir import Growing
+
+COPY_EVERY = 60   # seconds between two copies of the lines to a bucket
 
 
 def duration(seconds: float) -> str:
@@ -34,11 +37,12 @@ class Log:
   On resuming, metrics.jsonl keeps the lines up to `start` and loses those of lost steps.
   """
 
-  def __init__(self, workdir: pathlib.Path, start: int, steps: int):
+  def __init__(self, growing: Growing, start: int, steps: int):
     self.writes = jax.process_index() == 0
     if not self.writes:
       return
-    self.path, self.steps, self.began, self.start = workdir / "metrics.jsonl", steps, time.time(), start
+    self.growing, self.steps, self.began, self.start = growing, steps, time.time(), start
+    self.path, self.copied = growing.folder / "metrics.jsonl", time.time()
     kept = []
     if self.path.exists():
       for line in self.path.read_text().splitlines():
@@ -51,7 +55,7 @@ class Log:
     scratch.write_text("".join(kept))
     os.replace(scratch, self.path)
     self.file = open(self.path, "a", buffering=1)
-    self.events = tensorboardX.SummaryWriter(str(workdir / "events"), purge_step=start or None)
+    self.events = tensorboardX.SummaryWriter(str(growing.folder / "events"), purge_step=start or None)
     self.bar = tqdm.tqdm(total=steps, initial=start, unit=" steps", disable=None, leave=False,
                          dynamic_ncols=True)
 
@@ -82,9 +86,18 @@ class Log:
     self.file.write(json.dumps({"step": step, "split": split, **clean}) + "\n")
     for name, value in figures.items():
       self.events.add_scalar(f"{split}/{name}", value, step)
+    if time.time() - self.copied > COPY_EVERY:
+      self.flush()
+
+  def flush(self):
+    """What was logged stands in the workdir."""
+    if self.writes:
+      self.events.flush()
+      self.growing.copy()
+      self.copied = time.time()
 
   def close(self):
-    """Flushes what is open."""
+    """Closes what is open."""
     if self.writes:
       self.bar.close()
       self.file.close()

@@ -8,7 +8,7 @@ from typing import Callable
 import jax
 import numpy as np
 
-from llm import sharding
+from llm import core, sharding
 from llm.checkpoints import manager
 from llm.config import Config
 from llm.core import UserError
@@ -42,22 +42,20 @@ def _header(experiment, mesh, params: int, origin: str, start: int, say):
     if note := getattr(rows, "note", ""):
       say(f"            {name}: {note}")
   if mesh.devices.flat[0].platform == "tpu":
-    why_not = transformer.splash_cannot(config.model, config.training.sequence_length, True)
+    why_not = transformer.cannot("splash", config.model, config.training.sequence_length, mesh.shape["context"], True)
     say("attention   splash" if not why_not and config.model.attention != "reference" else
         f"attention   reference, a T x T array in memory ({why_not or 'as the config says'})")
   say(f"parameters  {origin}" + (f", step {start}" if start else ""))
 
 
-def train(config: Config, workdir: str | pathlib.Path, *, go_on: bool = False, say=print,
+def train(config: Config, workdir: str | pathlib.PurePath, *, go_on: bool = False, say=print,
           use_devices: Callable | None = None) -> dict:
   """Runs a config to its end in `workdir` and returns what result.json holds.
 
   use_devices(rows, state bytes): called before JAX is first used. Raises UserError on bad input and
   Stopped after a signal, both with everything saved.
   """
-  if "://" in str(workdir):
-    raise UserError(f"--workdir={workdir} is no folder: mount the bucket (gcsfuse) and give the path where it stands")
-  workdir = pathlib.Path(workdir).expanduser().absolute()
+  workdir = core.folder(workdir)
   stop = Stop()
   with stop.listening():
     seen = manager.steps(workdir / "checkpoints")
@@ -68,8 +66,10 @@ def train(config: Config, workdir: str | pathlib.Path, *, go_on: bool = False, s
                   experiment_lib.state_bytes(experiment.config.model))
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.training.batch_size, config.optimizer.grad_accum_steps, mesh)
-    if config.model.attention == "splash" and mesh.devices.flat[0].platform != "tpu":
-      raise UserError("config.model.attention=splash runs on TPUs alone: auto takes it there (llm.preflight compiles it anywhere)")
+    wanted, platform = transformer.FLASH.get(config.model.attention), mesh.devices.flat[0].platform
+    if wanted and wanted != platform:
+      raise UserError(f"config.model.attention={config.model.attention} runs on a {wanted.upper()} alone, this is a "
+                      f"{platform.upper()}: reference or auto")
     if jax.process_index():
       say = lambda *_: None
     with jax.set_mesh(mesh):
@@ -83,7 +83,7 @@ def train(config: Config, workdir: str | pathlib.Path, *, go_on: bool = False, s
 
 
 @contextlib.contextmanager
-def _profiler(text: str, workdir: pathlib.Path):
+def _profiler(text: str, folder: pathlib.Path):
   """Gives a function to call before every step, which profiles those of `text`, e.g. "10:15"."""
   first, last = _profile_range(text)
   running = False
@@ -91,7 +91,7 @@ def _profiler(text: str, workdir: pathlib.Path):
   def at(step: int, state):
     nonlocal running
     if step == first:
-      jax.profiler.start_trace(str(workdir / "profile"))
+      jax.profiler.start_trace(str(folder / "profile"))
       running = True
     elif running and step == last:
       jax.block_until_ready(state)
@@ -120,8 +120,9 @@ def _train(experiment, own, workdir, mesh, stop: Stop, say) -> dict:
   _header(experiment, mesh, count, origin, start, say)
   mfu_of_pace = _mfu(experiment, params, mesh, say)
   saver = manager.Manager(workdir, training.keep, training.keep_best, experiment.tokenizer)
-  log = Log(workdir, start, steps)
-  stream = batches_lib.stream(experiment.batches, start, steps, mesh, config.data.prefetch)
+  growing = workdir_lib.Growing(workdir)
+  log = Log(growing, start, steps)
+  stream = batches_lib.stream(experiment.batches, start, steps, mesh, config.data.prefetch, config.data.workers)
   meter = Meter(start, training.batch_size * training.sequence_length)
   figures, done, asked = {}, start, 0
 
@@ -130,7 +131,7 @@ def _train(experiment, own, workdir, mesh, stop: Stop, say) -> dict:
                                training.batch_size, mesh, training.eval_batches, stop) or {}
 
   try:
-    with _profiler(training.profile, workdir) as profile:
+    with _profiler(training.profile, growing.folder) as profile:
       for number in range(start, steps):
         profile(number, state)
         with meter.spending("input"):
@@ -154,6 +155,7 @@ def _train(experiment, own, workdir, mesh, stop: Stop, say) -> dict:
         asked = stop.asked()
         if _due(done, training.save_every, last) or asked or training.keep_best and results:
           meter.settle(done)
+          log.flush()
           with meter.spending("checkpoint"):
             saver.save(done, partition.merge(state.trained, state.frozen, marks), state.opt_state,
                        {**experiment.description(), "metrics": results})
@@ -161,6 +163,7 @@ def _train(experiment, own, workdir, mesh, stop: Stop, say) -> dict:
           break
   finally:
     log.close()
+    growing.copy()
     saver.close()
   if asked:
     say(f"saved step {done}; the same command goes on from there")

@@ -18,7 +18,7 @@ from llm.training.experiment import Experiment
 def explicit(experiment: Experiment, topology: hardware.Topology) -> Experiment:
   """The experiment with what follows the platform set to what it is on that one, not on this machine."""
   config, there = experiment.config, topology.chip is not None
-  cannot = transformer.splash_cannot(config.model, config.training.sequence_length, True) or config.mesh.context > 1
+  cannot = transformer.cannot("splash", config.model, config.training.sequence_length, config.mesh.context, True)
   choices = {"dtype": "bfloat16" if there else "float32", "scan": "scan" if there else "unroll",
              "attention": "splash" if there and not cannot else "reference"}
   unset = {key: value for key, value in choices.items() if getattr(config.model, key) == "auto"}

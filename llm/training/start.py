@@ -1,11 +1,11 @@
 """The first state of a run: resumed, else transferred, else random."""
 import dataclasses
-import pathlib
 from typing import NamedTuple
 
 import jax
 import numpy as np
 import optax
+from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from llm import config as config_lib
@@ -28,7 +28,7 @@ def _fresh_params(experiment, mesh, seed: int):
   return jax.jit(init, out_shardings=placed)()
 
 
-def _alpha(step: pathlib.Path) -> float:
+def _alpha(step: epath.Path) -> float:
   return config_lib.freeze(manager.describe(step)["config"]).model.lora_alpha
 
 
@@ -76,7 +76,7 @@ def plan(experiment, mesh) -> Plan:
   return Plan(_placed(params, mesh), state, optimizer, marks)
 
 
-def first_state(experiment, own: pathlib.Path | None, workdir, mesh, say):
+def first_state(experiment, own: epath.Path | None, workdir, mesh, say):
   """(state, optimizer, marks, where the parameters came from)."""
   config, planned = experiment.config, plan(experiment, mesh)
   where = jax.tree.map(lambda s: s.sharding, planned.state)

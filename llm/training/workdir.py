@@ -8,17 +8,20 @@ import pathlib
 import platform
 import subprocess
 import sys
+import tempfile
 
 import jax
 import numpy as np
+from etils import epath
 
 from llm import config as config_lib
+from llm import core
 from llm.config import Config
 from llm.core import UserError
 from llm.data import cache
 
 # What may differ between a run and its continuation.
-MAY_CHANGE = {"data.prefetch", "data.cache", "mesh", "model.scan", "model.remat", "model.loss_chunk",
+MAY_CHANGE = {"data.prefetch", "data.workers", "data.cache", "mesh", "model.scan", "model.remat", "model.loss_chunk",
               *(f"training.{k}" for k in ("steps", "epochs", "log_every", "eval_every", "eval_batches",
                                           "save_every", "keep", "keep_best", "profile"))}
 
@@ -34,12 +37,13 @@ def _revision() -> dict:
     return {"revision": "unknown", "clean": None}
 
 
-def write_json(path: pathlib.Path, value):
+def write_json(path: epath.Path, value):
   """Written whole or not at all, by process 0."""
   if jax.process_index() == 0:
-    scratch = path.with_suffix(".tmp")
+    scratch = path if core.is_bucket(path) else path.with_suffix(".tmp")   # in a bucket a file is whole or not there
     scratch.write_text(json.dumps(value, indent=1))
-    scratch.replace(path)
+    if scratch != path:
+      scratch.replace(path)
 
 
 def run_record() -> dict:
@@ -62,7 +66,7 @@ def _differences(old: dict, new: dict) -> list[str]:
   return found
 
 
-def agree(config: Config, workdir: pathlib.Path):
+def agree(config: Config, workdir: epath.Path):
   """Raises UserError, naming the process, unless all were started with one config and one workdir."""
   if jax.process_count() == 1:
     return
@@ -74,8 +78,13 @@ def agree(config: Config, workdir: pathlib.Path):
 
 
 @contextlib.contextmanager
-def locked(workdir: pathlib.Path):
+def locked(workdir: epath.Path):
   """The workdir, made if need be, is this run's while it lasts. Raises UserError where another run has it."""
+  if core.is_bucket(workdir):   # its folders are names
+    if not jax.process_index():
+      print(f"{workdir} cannot be locked, for it is a bucket: see to it that no other run uses it", file=sys.stderr)
+    yield
+    return
   try:
     workdir.mkdir(parents=True, exist_ok=True)
   except OSError as error:
@@ -91,7 +100,7 @@ def locked(workdir: pathlib.Path):
     yield
 
 
-def claim(workdir: pathlib.Path, config: Config, go_on: bool):
+def claim(workdir: epath.Path, config: Config, go_on: bool):
   """Makes the workdir, which is there, this config's. Raises UserError if it holds a run of another one."""
   path = workdir / "config.json"
   if path.exists() and not go_on:
@@ -103,3 +112,25 @@ def claim(workdir: pathlib.Path, config: Config, go_on: bool):
       raise UserError(f"{workdir} holds a run of another config ({'; '.join(found[:4])}): choose another "
                       "--workdir, or --go_on to go on with the new one")
   write_json(path, config_lib.thaw(config))
+
+
+class Growing:
+  """The folder of a workdir for files that grow (metrics.jsonl, events, profiles).
+
+  A bucket takes whole files alone: there they grow in a folder of this machine, and `copy` brings them over.
+  """
+
+  def __init__(self, workdir: epath.Path):
+    self._away = core.is_bucket(workdir)
+    self._scratch = tempfile.TemporaryDirectory(prefix="pretune-") if self._away else None
+    self.workdir, self.folder, self._copied = workdir, pathlib.Path(self._scratch.name if self._away else workdir), {}
+    metrics = workdir / "metrics.jsonl"
+    if self._away and metrics.exists():
+      self._copied[self.folder / metrics.name] = (self.folder / metrics.name).write_bytes(metrics.read_bytes())
+
+  def copy(self):
+    """What changed since the last call, to the bucket."""
+    for path in filter(pathlib.Path.is_file, self.folder.rglob("*") if self._away else ()):
+      if self._copied.get(path) != path.stat().st_size:
+        self._copied[path] = path.stat().st_size
+        (self.workdir / path.relative_to(self.folder).as_posix()).write_bytes(path.read_bytes())

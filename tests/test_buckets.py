@@ -1,0 +1,69 @@
+"""Workdirs in a bucket: gs:// of a store on this machine that speaks Google's protocol."""
+import json
+import logging
+import socket
+
+import numpy as np
+import pytest
+
+from llm import core
+from llm.checkpoints import locate, manager
+from llm.core import UserError, flatten
+from llm.training import experiment, loop
+from tests.conftest import tiny
+
+
+@pytest.fixture(scope="module")
+def bucket():
+  """The name of an empty bucket."""
+  from gcp_storage_emulator.server import create_server
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    port = probe.getsockname()[1]
+  server = create_server("127.0.0.1", port, in_memory=True, default_bucket="runs")
+  server.start()
+  with pytest.MonkeyPatch.context() as patch:
+    for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
+      patch.setenv(name, f"http://127.0.0.1:{port}")
+    # No credentials are looked for, and the store mixes up writes to one object that come at once.
+    patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
+    patch.setenv("NO_GCE_CHECK", "true")
+    patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    patch.setenv("TENSORSTORE_GCS_REQUEST_CONCURRENCY", "1")
+    logging.getLogger("google.auth").setLevel(logging.ERROR)
+    yield "gs://runs"
+  server.stop()
+
+
+def test_a_run_in_a_bucket(bucket, corpus, tmp_path):
+  """It leaves what a run in a folder does, is cut off, goes on bit-equal, and its checkpoint is one for every command."""
+  run, said = f"{bucket}/it", []
+  constant = lambda **more: tiny("gpt", f"text:{corpus}", training__save_every=2, training__log_every=1,
+                                 optimizer__schedule="constant", **more)
+  loop.train(constant(training__steps=4), run, say=said.append)
+  folder = core.folder(run)
+  (folder / "checkpoints/4/manifest.json").unlink()   # as if the machine had gone before the last file
+  said.clear()
+  result = loop.train(constant(), run, say=said.append)
+  assert any("4 is no complete checkpoint" in line for line in said)
+  assert any("resumed from gs://runs/it/checkpoints/2" in line for line in said)
+  loop.train(constant(), tmp_path / "whole", say=said.append)
+  ours, theirs = (flatten(manager.restore(manager.find(where), "params")) for where in (run, tmp_path / "whole"))
+  assert all(np.array_equal(ours[path], theirs[path]) for path in theirs)
+  lines = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+  assert lines == list(range(1, result["step"] + 1))
+  assert {path.name for path in folder.iterdir()} == {
+      path.name for path in (tmp_path / "whole").iterdir()} - {"lock"}
+  assert list((folder / "events").iterdir())
+  assert manager.steps(folder / "checkpoints") == [6, 4]
+  assert experiment.load(locate.find(run)).tokenizer.name == "bytes"
+
+
+def test_what_is_no_bucket(bucket, tmp_path):
+  with pytest.raises(UserError, match="no such bucket"):
+    core.folder("gs://elsewhere/run")
+  with pytest.raises(UserError, match="no such checkpoint folder"):
+    manager.find(f"{bucket}/nothing")
+  for name in ("s3://bucket/run", "gs://"):
+    with pytest.raises(UserError, match="gs://BUCKET/FOLDER"):
+      core.folder(name)
