@@ -37,15 +37,31 @@ def _computations(text: str) -> tuple[dict[str, list[dict]], str]:
   return found, entry
 
 
-def _trips(computations, condition: str) -> int:
-  """How often a loop runs that counts from 0 to a constant."""
-  pending, numbers = [condition], []
-  while pending:
-    for instruction in computations[pending.pop()]:
-      if instruction["opcode"] == "constant" and (number := re.match(r"(\d+)\)", instruction["rest"])):
-        numbers.append(int(number[1]))
-      pending += re.findall(r"calls=%?([\w.-]+)", instruction["rest"])
-  return max(numbers, default=1)
+def _constants(computations, name: str) -> dict[str, int]:
+  """The whole numbers of a computation and of those that it calls."""
+  found = {}
+  for instruction in computations[name]:
+    if instruction["opcode"] == "constant" and (number := re.match(r"(\d+)\)", instruction["rest"])):
+      found[instruction["name"]] = int(number[1])
+    for other in re.findall(r"calls=%?([\w.-]+)", instruction["rest"]):
+      found |= _constants(computations, other)
+  return found
+
+
+def _trips(computations, condition: str, body: str) -> int:
+  """How often a loop runs that counts from 0 to a constant: by ones, or as the compiler unrolled it."""
+  limit = max(_constants(computations, condition).values(), default=1)
+  counters = [re.search(r"index=(\d+)", i["rest"]) for i in computations[condition] if i["opcode"] == "get-tuple-element"]
+  instructions = {i["name"]: i for i in computations[body]}
+  results = re.findall(r"%([\w.-]+)", computations[body][-1]["rest"].partition(")")[0])
+  if len(counters) != 1 or not counters[0] or int(counters[0][1]) >= len(results):
+    return limit
+  counted = instructions.get(results[int(counters[0][1])])
+  if not counted or counted["opcode"] != "add":
+    return limit
+  constants = _constants(computations, body)
+  step = max((constants.get(name, 1) for name in re.findall(r"%([\w.-]+)", counted["rest"].partition(")")[0])), default=1)
+  return -(-limit // max(step, 1))
 
 
 def _times(computations, entry: str) -> dict[str, int]:
@@ -59,8 +75,9 @@ def _times(computations, entry: str) -> dict[str, int]:
       inner = re.findall(r"(?:calls|body|to_apply)=%?([\w.-]+)", rest)
       inner += re.findall(r"%([\w.-]+)", "".join(re.findall(r"branch_computations=\{(.*?)\}", rest)))
       loop = re.search(r"condition=%?([\w.-]+)", rest)
+      body = re.search(r"body=%?([\w.-]+)", rest)
       known = re.search(r'known_trip_count":\{"n":"(\d+)"', rest)
-      trips = int(known[1]) if known else _trips(computations, loop[1]) if loop else 1
+      trips = int(known[1]) if known else _trips(computations, loop[1], body[1]) if loop else 1
       for other in inner:
         if other in computations:
           visit(other, count * trips)
