@@ -1,13 +1,18 @@
 """What every command shares: flags, devices, the compilation cache, and how errors end."""
+import contextlib
 import ctypes
+import functools
 import os
 import sys
+import threading
 import traceback
 from typing import Callable
+from unittest import mock
 
 import jax
 import psutil
 from absl import flags, logging
+from jax._src import distributed   # for what jax.distributed has no argument for
 
 from llm import config as config_lib
 from llm import sharding
@@ -132,11 +137,32 @@ def join_processes():
                     f"JAX_{next(n for n, v in told.items() if v)} is: set all three of {', '.join(f'JAX_{n}' for n in told)}")
   try:
     explicit = (told["COORDINATOR_ADDRESS"], int(told["NUM_PROCESSES"]), int(told["PROCESS_ID"])) if all(told.values()) else ()
-    patience = {name: int(os.environ.get(variable, seconds)) for name, variable, seconds in (
-        ("initialization_timeout", "PRETUNE_START_SECONDS", 300), ("heartbeat_timeout_seconds", "PRETUNE_HEARTBEAT_SECONDS", 60))}
-    jax.distributed.initialize(*explicit, **patience)
+    start, heartbeat = (int(os.environ.get(f"PRETUNE_{name}_SECONDS", seconds)) for name, seconds in (("START", 300), ("HEARTBEAT", 60)))
+    with _meeting_within(start):
+      jax.distributed.initialize(*explicit, initialization_timeout=start + 30, heartbeat_timeout_seconds=heartbeat)
   except (RuntimeError, ValueError) as error:
     raise UserError(f"--distributed: the processes did not meet: {_first_line(error)}")
+
+
+@contextlib.contextmanager
+def _meeting_within(seconds: int):
+  """Has JAX's service, which waits for an hour, give up before the processes do, which do not know whom they miss: it names them.
+
+  JAX then ends all processes by force: the line before says what happened.
+  """
+  service = getattr(distributed, "_jax", None)
+  make = getattr(service, "get_distributed_runtime_service", None)
+  late = threading.Timer(max(seconds - 1, 0), lambda: print(
+      f"error: --distributed: not all processes came within {seconds} s (PRETUNE_START_SECONDS); those that JAX names next as "
+      "\"timed out task names\", in the log of process 0, are missing", file=sys.stderr, flush=True))
+  late.daemon = True
+  late.start()
+  try:
+    with (mock.patch.object(service, "get_distributed_runtime_service", functools.partial(make, cluster_register_timeout=seconds))
+          if make else contextlib.nullcontext()):
+      yield
+  finally:
+    late.cancel()
 
 
 def use_cpu_cores(rows: int, state_bytes: int = 0):
