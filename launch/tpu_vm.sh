@@ -47,7 +47,7 @@ install() {
     --directory="$(dirname "$0")/.." .
   act gcloud compute tpus tpu-vm scp /tmp/pretune.tar.gz "$NAME":pretune.tar.gz "${where[@]}" --worker=all
   # The image's own Python may be older than what this needs: uv brings one.
-  on_workers all "mkdir -p pretune && tar -xzf pretune.tar.gz -C pretune && cd pretune && python3 -m pip install -q --user uv && python3 -m uv venv -q --allow-existing --python 3.11 .venv && python3 -m uv pip install -q --python .venv/bin/python -c constraints.txt -e '.[tpu]'"
+  on_workers all "mkdir -p pretune && tar -xzf pretune.tar.gz -C pretune && cd pretune && python3 -m pip install -q --user uv && python3 -m uv venv -q --allow-existing --python 3.11 .venv && python3 -m uv pip install -q --python .venv/bin/python -c constraints.txt -e '.[tpu,gcs]'"
 }
 
 run() {

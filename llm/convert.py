@@ -10,7 +10,7 @@ import sys
 
 from absl import flags
 
-from llm import command
+from llm import command, core
 from llm.checkpoints import gguf, huggingface, locate
 from llm.core import UserError
 from llm.data import cache
@@ -23,6 +23,8 @@ _OUTPUT = flags.DEFINE_string("output", None, "The folder to write; must not exi
 def _output() -> pathlib.Path:
   if not _OUTPUT.value:
     raise UserError("--output is missing: the folder to write")
+  if core.is_bucket(_OUTPUT.value):
+    raise UserError(f"--output={_OUTPUT.value}: give a folder of this machine; a checkpoint of ours may be copied to a bucket as it is")
   output = pathlib.Path(_OUTPUT.value).expanduser().absolute()
   if output.exists():
     raise UserError(f"--output={output} exists: choose another, or remove it")

@@ -9,7 +9,8 @@ import sys
 
 from absl import flags
 
-from llm import command
+from llm import command, core
+from llm.core import UserError
 from llm.studies import responses, sentiment
 
 _WORKDIR = flags.DEFINE_string("workdir", "", "Where runs and report are kept; default quickstart or quickstart_gpt.")
@@ -21,6 +22,8 @@ _OFFLINE = flags.DEFINE_bool("offline", False, "Fetch nothing: the archives are 
 def _run(study, folder: str):
   if _OFFLINE.value:
     os.environ["PRETUNE_OFFLINE"] = "1"
+  if core.is_bucket(_WORKDIR.value):
+    raise UserError(f"--workdir={_WORKDIR.value}: give a folder of this machine")
   study.run(pathlib.Path(_WORKDIR.value or folder).expanduser().absolute(), _QUICK.value, _CACHE.value, command.use_cpu_cores)
 
 
