@@ -78,7 +78,7 @@ def main():
   command.use_cpu_cores(training.batch_size)
   mesh = sharding.make_mesh(MeshConfig())
   with jax.set_mesh(mesh):
-    rows = saved.objective.with_reference(rows, reference.predictor(saved.config, saved.objective, mesh, print))
+    rows = saved.objective.with_reference(rows, reference.predictor(saved.config, saved.objective, saved.tokenizer, mesh, print))
     bundle = experiment_lib.load(step)
     figures, predictions = evaluation.of_checkpoint(bundle, saved.objective, rows, training.batch_size, mesh)
   outcomes = saved.objective.outcomes(predictions, rows)

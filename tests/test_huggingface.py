@@ -165,6 +165,15 @@ def test_a_folder_of_theirs_is_a_start_like_ours(tmp_path, reviews):
   assert locate.find(GOLDEN / "bert_pretraining") == locate.find(GOLDEN / "bert_pretraining")
 
 
+def test_many_processes_convert_nothing(tmp_path, monkeypatch):
+  """Each would write a part of it to a folder of its own."""
+  locate.find(GOLDEN / "bert_pretraining")
+  monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+  locate.find(GOLDEN / "bert_pretraining")   # it is there
+  with pytest.raises(UserError, match="is not converted on every machine: make a workdir of it"):
+    locate.find(GOLDEN / "bert_pretraining", cache_folder=str(tmp_path))
+
+
 @pytest.fixture
 def copy(tmp_path):
   """A copy of a golden folder that may be spoilt."""

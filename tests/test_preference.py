@@ -1,4 +1,5 @@
 """Preferences: the loss starts at ln 2, its gradient is the one derived by hand, the reference is asked once."""
+import dataclasses
 import json
 import math
 
@@ -111,6 +112,10 @@ def test_a_run_prefers_what_was_chosen_and_asks_the_reference_once(tmp_path, cor
   with pytest.raises(UserError, match="needs a reference: give config.transfer.checkpoint"):
     loop.train(config.__class__(**{**config.__dict__, "transfer": config.transfer.__class__(), "data": DataConfig(train=source.spec)}),
                tmp_path / "none", say=lambda *_: None)
+  other = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, sentinels=21),
+                              transfer=dataclasses.replace(config.transfer, vocabulary="match"))
+  with pytest.raises(UserError, match="has another vocabulary than the run"):
+    loop.train(other, tmp_path / "other", say=lambda *_: None)
 
 
 @pytest.mark.parametrize("record, message", [

@@ -5,10 +5,12 @@ embedded:minilm or embedded:smollm2, which are converted once and kept in the ca
 """
 import pathlib
 
+import jax
 from etils import epath
 
 from llm import core
 from llm.checkpoints import gguf, huggingface, manager
+from llm.core import UserError
 from llm.data import cache, embedded
 
 
@@ -35,6 +37,9 @@ def find(name: str | pathlib.PurePath, say=print, cache_folder: str = "") -> epa
   else:
     return manager.find(path, say)
   key = cache.digest("converted 2", *(part for p in files for part in (p.name, cache.file_digest(p))))
+  if jax.distributed.is_initialized() and not (kept / "converted" / key[:32]).exists():
+    raise UserError(f"{name} is not converted on every machine: make a workdir of it by `python -m llm.convert from_hf` (or from_gguf), "
+                    "in a place that all processes share, and give that")
   workdir = cache.made_once(kept / "converted" / key[:32],
                             lambda scratch: huggingface.write(*read(path), scratch, str(path)))
   return manager.find(workdir, say)
