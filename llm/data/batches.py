@@ -5,6 +5,7 @@ processes, and the data position of a run is its step.
 """
 import dataclasses
 import signal
+import sys
 from typing import Callable, Iterator, Sequence
 
 import grain
@@ -95,7 +96,10 @@ def stream(batches: Batches, start: int, stop: int, mesh: Mesh, prefetch: int, w
     flags.FLAGS.mark_as_parsed()
   size, own = batches.batch_size, own_rows(batches.batch_size, mesh)
   made = grain.MapDataset.range(start, stop).map(lambda step: {part: batches.read(step, range(*part)) for part in own})
-  ahead = made.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)).mp_prefetch(
+  made = made.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+  # Through pipes: of shared memory, Grain would leave pieces behind.
+  piped = grain.experimental.WithOptionsIterDataset(made, grain.experimental.DatasetOptions(min_shm_size=sys.maxsize))
+  ahead = piped.mp_prefetch(
       grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch), worker_init_fn=_deaf)
   placed = ahead.map(lambda parts: to_mesh(parts, size, mesh))
   return iter(grain.experimental.ThreadPrefetchIterDataset(placed, prefetch_buffer_size=prefetch))

@@ -162,6 +162,7 @@ def _train(experiment, own, workdir, mesh, stop: Stop, say) -> dict:
         if asked:
           break
   finally:
+    stream.close()
     log.close()
     growing.copy()
     saver.close()
