@@ -48,20 +48,26 @@ def _constants(computations, name: str) -> dict[str, int]:
   return found
 
 
+def _operands(instruction: dict) -> list[str]:
+  return re.findall(r"%([\w.-]+)", instruction["rest"].partition(")")[0])
+
+
+def _step(computations, condition: str, body: str) -> int:
+  """What a loop adds to its counter: one, where nothing else is found, or several where the compiler unrolled it."""
+  read = [i for i in computations[condition] if i["opcode"] == "get-tuple-element"]
+  place = len(read) == 1 and re.search(r"index=(\d+)", read[0]["rest"])
+  results = _operands(computations[body][-1])
+  if not place or int(place[1]) >= len(results):
+    return 1
+  name, constants = results[int(place[1])], _constants(computations, body)
+  added = [i for i in computations[body] if i["name"] == name and i["opcode"] == "add"]
+  return max([1, *(constants.get(operand, 1) for i in added for operand in _operands(i))])
+
+
 def _trips(computations, condition: str, body: str) -> int:
-  """How often a loop runs that counts from 0 to a constant: by ones, or as the compiler unrolled it."""
+  """How often a loop runs that counts from 0 to a constant."""
   limit = max(_constants(computations, condition).values(), default=1)
-  counters = [re.search(r"index=(\d+)", i["rest"]) for i in computations[condition] if i["opcode"] == "get-tuple-element"]
-  instructions = {i["name"]: i for i in computations[body]}
-  results = re.findall(r"%([\w.-]+)", computations[body][-1]["rest"].partition(")")[0])
-  if len(counters) != 1 or not counters[0] or int(counters[0][1]) >= len(results):
-    return limit
-  counted = instructions.get(results[int(counters[0][1])])
-  if not counted or counted["opcode"] != "add":
-    return limit
-  constants = _constants(computations, body)
-  step = max((constants.get(name, 1) for name in re.findall(r"%([\w.-]+)", counted["rest"].partition(")")[0])), default=1)
-  return -(-limit // max(step, 1))
+  return -(-limit // _step(computations, condition, body))
 
 
 def _times(computations, entry: str) -> dict[str, int]:
@@ -74,10 +80,10 @@ def _times(computations, entry: str) -> dict[str, int]:
       rest = instruction["rest"]
       inner = re.findall(r"(?:calls|body|to_apply)=%?([\w.-]+)", rest)
       inner += re.findall(r"%([\w.-]+)", "".join(re.findall(r"branch_computations=\{(.*?)\}", rest)))
-      loop = re.search(r"condition=%?([\w.-]+)", rest)
+      condition = re.search(r"condition=%?([\w.-]+)", rest)
       body = re.search(r"body=%?([\w.-]+)", rest)
       known = re.search(r'known_trip_count":\{"n":"(\d+)"', rest)
-      trips = int(known[1]) if known else _trips(computations, loop[1], body[1]) if loop else 1
+      trips = int(known[1]) if known else _trips(computations, condition[1], body[1]) if condition else 1
       for other in inner:
         if other in computations:
           visit(other, count * trips)

@@ -131,6 +131,7 @@ def _bounds(found: dict, memory, topology: hardware.Topology) -> dict:
   moved = memory.argument_size_in_bytes + memory.output_size_in_bytes + 2 * memory.temp_size_in_bytes
   bounds = {"compute": found["executed_flops"] / peak, "memory": moved / topology.chip.memory_bandwidth,
             **{f"links, {' '.join(axes)}": seconds for axes, seconds in by_axis.most_common()}}
-  in_turns = sum(bounds.values()) - bounds["memory"]
+  on_chip = bounds["compute"], bounds["memory"]   # at once, at best
+  in_turns = sum(bounds.values()) - min(on_chip)
   return {"bounds": bounds, "binding": max(bounds, key=bounds.get), "mfu_without_overlap": found["model_flops"] / peak / in_turns,
           "mfu_bounds": {name: found["model_flops"] / peak / seconds if seconds else 1.0 for name, seconds in bounds.items()}}
