@@ -80,7 +80,7 @@ def _guarded(main, argv):
 
 def _first_line(error: BaseException) -> str:
   lines = [line.strip() for line in str(error).strip("'\" \n").splitlines() if line.strip()]
-  return (lines[-1] if lines and "parsing config file" in lines[0] else lines[0]) if lines else repr(error)
+  return lines[-1] if lines and "parsing config file" in lines[0] else lines[0] if lines else repr(error)
 
 
 def _from_config_file(error: BaseException) -> bool:
@@ -154,7 +154,7 @@ def _meeting_within(seconds: int):
   make = getattr(service, "get_distributed_runtime_service", None)
   late = threading.Timer(max(seconds - 1, 0), lambda: print(
       f"error: --distributed: not all processes came within {seconds} s (PRETUNE_START_SECONDS); those that JAX names next as "
-      "\"timed out task names\", in the log of process 0, are missing", file=sys.stderr, flush=True))
+      "\"timed out task names\", in the log of process 0, are missing; if it has none, 0 itself is", file=sys.stderr, flush=True))
   late.daemon = True
   late.start()
   try:

@@ -39,7 +39,7 @@ class ModelConfig:
   scan: str = "auto"        # scan, unroll; auto: unroll on CPU, scan elsewhere
   remat: str = "none"       # what a block recomputes in the backward pass: none; dots: all but matrix products with weights;
                             # full: everything
-  attention: str = "auto"   # reference; splash (TPU) or cudnn (GPU), which hold no scores; auto: splash on TPUs where it can serve
+  attention: str = "auto"   # reference; splash (TPU); cudnn (GPU); auto: splash on TPUs where it can serve, else reference
   loss_chunk: int = 0       # rows of logits at a time; 0: all at once
 
 
@@ -51,7 +51,7 @@ class DataConfig:
   fields: str = ""          # renames the fields of records: "text=sentence1,text_pair=sentence2"
   sentences: str = "split"  # how sentences are found in a document: split, lines
   cache: str = ""           # "" : ~/.cache/pretune, or $PRETUNE_CACHE
-  prefetch: int = 4         # batches made ahead
+  prefetch: int = 4         # batches made ahead, and as many by each worker
   workers: int = 0          # processes that make them; 0: a thread of the run's own
 
 

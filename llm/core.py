@@ -82,6 +82,8 @@ def folder(path: str | pathlib.PurePath) -> epath.Path:
 
   Raises UserError where the bucket cannot be reached.
   """
+  if pattern := set("*?[") & set(str(path)):
+    raise UserError(f"{path}: {pattern.pop()} would be read as a pattern by those who look for checkpoints there: choose another name")
   if not is_bucket(path):
     return epath.Path(os.path.abspath(os.path.expanduser(path)))
   scheme, _, rest = str(path).partition("://")
@@ -90,11 +92,18 @@ def folder(path: str | pathlib.PurePath) -> epath.Path:
   if not importlib.util.find_spec("gcsfs"):
     raise UserError(f"{path}: buckets need the extra gcs: pip install 'pretune[gcs]'")
   import fsspec
-  fsspec.config.conf["gcs"] = {"use_listings_cache": False}   # Orbax writes behind its back
+  fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False   # Orbax writes behind its back
+  bucket = epath.Path(f"gs://{rest.split('/')[0]}")
   try:
-    found = epath.Path(f"gs://{rest.split('/')[0]}").is_dir()
-  except Exception as error:   # gcsfs and what it stands on have many kinds
-    raise UserError(f"{path} cannot be reached: {str(error).strip().splitlines()[0]}")
-  if not found:
+    if not bucket.is_dir():   # which an empty one is to nobody but its owner
+      next(bucket.iterdir(), None)
+  except FileNotFoundError:
     raise UserError(f"{path}: there is no such bucket, or your credentials may not see it")
+  except Exception as error:   # gcsfs and what it stands on have many kinds
+    raise UserError(f"{path} cannot be reached: {first_line(error)}")
   return epath.Path(path)
+
+
+def first_line(error: BaseException) -> str:
+  """What an exception says, shortly."""
+  return (str(error).strip().splitlines() or [repr(error)])[0]

@@ -11,11 +11,12 @@ import numpy as np
 import tabulate
 from absl import flags
 
-from llm import command, sharding
+from llm import command, core, sharding
 from llm.checkpoints import locate, manager
 from llm.core import UserError, flatten
 from llm.train import read_config
 from llm.training import experiment as experiment_lib
+from llm.models import transformer
 from llm.training import hardware, start
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir, its checkpoints folder or one step.")
@@ -86,6 +87,7 @@ def show_sharding():
   else:
     command.use_cpu_cores(made.config.training.batch_size, experiment_lib.state_bytes(made.config.model))
     mesh = sharding.make_mesh(made.config.mesh)
+  transformer.check_platform(made.config.model, mesh.devices.flat[0].platform)
   state = start.plan(made, mesh).state
   named = {"params": state.trained, "frozen": state.frozen, "optimizer": state.opt_state}
   rows, total = [], 0
@@ -109,7 +111,7 @@ def show_checkpoint():
   description = manager.describe(step)
   tokenizer = manager.load_tokenizer(step)
   leaves = flatten(manager.restore(step, "params"))
-  print(f"{step}: whole (every digest verified), step {description['step']}, "
+  print(f"{step}: whole by the {'size' if core.is_bucket(step) else 'digest'} of every file, step {description['step']}, "
         f"objective {description['config']['objective']['name']}")
   print(f"tokenizer {tokenizer.name}, {tokenizer.vocab_size} pieces; metrics {description['metrics']}")
   print(f"model {description['config']['model']}")

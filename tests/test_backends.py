@@ -1,5 +1,6 @@
 """The kernels for TPUs, interpreted here, and for GPUs: they are the reference, and nothing leaks between packed documents."""
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from llm import sharding
 from llm.config import MeshConfig, ModelConfig
 from llm.core import UserError
 from llm.models import attention, cudnn, splash, transformer
-from llm.training import loop
+from llm.training import experiment, hardware, loop, program
 from tests.conftest import tiny
 
 B, T, H, K = 4, 256, 4, 32
@@ -64,9 +65,10 @@ GPT = ModelConfig(name="gpt", dropout=0.0, dtype="bfloat16", width=128, num_head
 @pytest.mark.parametrize("backend, config, length, context, why", [
     ("splash", ModelConfig(name="t5"), 128, 1, "T5's position bias"), ("cudnn", ModelConfig(name="t5"), 128, 1, "T5's position bias"),
     ("splash", dataclasses.replace(GPT, dropout=0.1), 128, 1, "dropout of attention weights"),
-    ("splash", GPT, 256, 1, ""), ("splash", GPT, 256, 2, ""), ("splash", GPT, 384, 2, "192 tokens a device, no multiple of 128"),
-    ("cudnn", GPT, 200, 1, ""), ("cudnn", GPT, 256, 2, "a context axis"), ("cudnn", dataclasses.replace(GPT, dtype="float32"), 64, 1, "float32"),
-    ("cudnn", dataclasses.replace(GPT, num_heads=1, width=256), 64, 1, "a head width of 256, over 128")])
+    ("splash", GPT, 256, 1, ""), ("splash", GPT, 256, 2, ""), ("splash", GPT, 384, 2, "a length of 384 on 2 devices, no multiple of 128 on each"),
+    ("splash", GPT, 257, 2, "a length of 257 on 2 devices, no multiple of 128 on each"), ("cudnn", GPT, 201, 1, "an odd length, 201,"),
+    ("cudnn", dataclasses.replace(GPT, num_heads=32), 200, 1, "a head width of 4, no multiple of 8 up to 128"), ("cudnn", GPT, 200, 1, ""), ("cudnn", GPT, 256, 2, "a context axis"), ("cudnn", dataclasses.replace(GPT, dtype="float32"), 64, 1, "float32"),
+    ("cudnn", dataclasses.replace(GPT, num_heads=1, width=256), 64, 1, "a head width of 256, no multiple of 8 up to 128")])
 def test_where_one_cannot_serve_is_said(backend, config, length, context, why):
   assert transformer.cannot(backend, config, length, context, True) == why
   asked = dataclasses.replace(config, attention=backend)
@@ -84,6 +86,8 @@ def test_it_is_refused_on_another_platform(backend, platform, corpus, tmp_path):
   config = tiny("gpt", f"text:{corpus}", model__attention=backend, model__dropout=0.0)
   with pytest.raises(UserError, match=f"runs on a {platform} alone, this is a CPU"):
     loop.train(config, tmp_path, say=lambda *_: None)
+  with pytest.raises(UserError, match=f"runs on a {platform} alone, this is a CPU"):
+    program.explicit(experiment.without_data(config), hardware.topology("cpu:8", 1))
 
 
 @pytest.mark.parametrize("causal, kv_heads", [(True, 2), (False, 4)])
@@ -103,6 +107,21 @@ def test_cudnn_is_the_reference_forward_and_backward(causal, kv_heads):
   both = lambda attend: jax.jit(jax.value_and_grad(lambda *qkv: attend(*qkv, seen, scale=K ** -0.5).astype(jnp.float32).var(), (0, 1, 2)))
   for ours, theirs in zip(*(jax.tree.leaves(both(attend)(q, k, v)) for attend in (cudnn.attend, attention.attend))):
     np.testing.assert_allclose(ours.astype(jnp.float32), theirs.astype(jnp.float32), atol=2e-2 * float(jnp.abs(theirs).max()))
+
+
+@pytest.mark.gpu
+def test_cudnn_serves_a_step_on_a_mesh(corpus, tmp_path):
+  """All devices that there are, data and fsdp; losses as those of the reference, in bfloat16."""
+  losses = {}
+  for attention in ("cudnn", "reference"):
+    config = tiny("gpt", f"text:{corpus}", model__attention=attention, model__dropout=0.0, model__width=64, model__dtype="bfloat16",
+                  mesh__fsdp=2 if jax.device_count() % 2 == 0 else 1, training__batch_size=8 * jax.device_count())
+    losses[attention] = loop.train(config, tmp_path / attention, say=lambda *_: None) and metrics_of(tmp_path / attention)
+  np.testing.assert_allclose(losses["cudnn"], losses["reference"], rtol=2e-2)
+
+
+def metrics_of(workdir):
+  return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.gpu

@@ -1,15 +1,18 @@
 """Workdirs in a bucket: gs:// of a store on this machine that speaks Google's protocol."""
 import json
 import logging
+import os
 import socket
 
 import numpy as np
 import pytest
+from etils import epath
 
 from llm import core
 from llm.checkpoints import locate, manager
 from llm.core import UserError, flatten
-from llm.training import experiment, loop
+from llm.training import experiment, loop, workdir
+from tests import test_processes
 from tests.conftest import tiny
 
 
@@ -69,6 +72,49 @@ def test_a_run_in_a_bucket(bucket, corpus, tmp_path):
   assert experiment.load(locate.find(run)).tokenizer.name == "bytes"
 
 
+def test_a_save_that_fails_costs_nothing_that_was_saved(bucket, corpus, monkeypatch):
+  run = f"{bucket}/failing"
+  config = tiny("gpt", f"text:{corpus}", training__save_every=2, training__keep=1)
+  write = manager.write_manifest
+  monkeypatch.setattr(manager, "write_manifest", lambda folder: write(folder) if folder.name == "2" else refuse())
+
+  def refuse():
+    raise PermissionError("no")
+  with pytest.raises(UserError, match="cannot save step 4 .*newest complete checkpoint is step 2"):
+    loop.train(config, run, say=lambda *_: None)
+  monkeypatch.setattr(manager, "write_manifest", write)
+  assert manager.find(run).name == "2"
+  loop.train(config, run, say=lambda *_: None)
+  assert manager.find(run).name == "6"
+
+
+def test_a_log_that_cannot_be_written_is_not_worth_the_run(bucket, corpus, monkeypatch, capsys):
+  write = epath.Path.write_bytes
+  monkeypatch.setattr(type(epath.Path(bucket)), "write_bytes",
+                      lambda path, data: refuse() if path.name == "metrics.jsonl" else write(path, data))
+
+  def refuse():
+    raise PermissionError("no")
+  loop.train(tiny("gpt", f"text:{corpus}"), f"{bucket}/silent", say=lambda *_: None)
+  assert "metrics.jsonl cannot be written now: no" in capsys.readouterr().err
+  assert manager.find(f"{bucket}/silent").name == "6"
+
+
+def test_a_bucket_that_cannot_be_written_is_said(bucket, corpus, monkeypatch):
+  monkeypatch.setattr(workdir, "write_json", lambda *_: (_ for _ in ()).throw(OSError("Forbidden: storage.objects.create")))
+  with pytest.raises(UserError, match="cannot be written: Forbidden"):
+    loop.train(tiny("gpt", f"text:{corpus}"), f"{bucket}/forbidden", say=lambda *_: None)
+
+
+@pytest.mark.slow
+def test_two_processes_in_a_bucket_are_those_in_a_folder(bucket, corpus, tmp_path, monkeypatch):
+  monkeypatch.setattr(test_processes, "PLAIN", {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"})
+  for where in (f"{bucket}/two", tmp_path / "two"):
+    assert test_processes.start(2, corpus, where, 8, "--config.training.save_every=4").wait() == 0
+  ours, theirs = (flatten(manager.restore(manager.find(where), "params")) for where in (f"{bucket}/two", tmp_path / "two"))
+  assert all(np.array_equal(ours[path], theirs[path]) for path in theirs)
+
+
 def test_what_is_no_bucket(bucket, tmp_path):
   with pytest.raises(UserError, match="no such bucket"):
     core.folder("gs://elsewhere/run")
@@ -77,3 +123,5 @@ def test_what_is_no_bucket(bucket, tmp_path):
   for name in ("s3://bucket/run", "gs://"):
     with pytest.raises(UserError, match="gs://BUCKET/FOLDER"):
       core.folder(name)
+  with pytest.raises(UserError, match="would be read as a pattern"):
+    core.folder(tmp_path / "lr[3e-4]")

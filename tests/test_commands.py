@@ -76,7 +76,7 @@ def test_show(pretrained, corpus):
   status, out, err = run("llm.show", "sharding", *config)
   assert status == 0 and "params/backbone/token/embedding" in out and "optimizer/" in out, err
   status, out, err = run("llm.show", "checkpoint", f"--checkpoint={pretrained}")
-  assert status == 0 and "every digest verified" in out and "head/lm/bias" in out, err
+  assert status == 0 and "whole by the digest of every file" in out and "head/lm/bias" in out, err
   relative = os.path.relpath(pretrained, ROOT)
   assert run("llm.show", "checkpoint", f"--checkpoint={relative}")[1].count("head/lm/bias") == 1
   assert run("llm.show", "nothing")[0] == 2

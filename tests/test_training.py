@@ -1,15 +1,18 @@
 """Steps: the same on every mesh and under accumulation; resuming is exact; stopping is clean."""
+import dataclasses
 import json
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import psutil
 import pytest
 
 from llm import config as config_lib
@@ -285,10 +288,10 @@ llm.data.batches.Batches.read = killing
 }
 
 
-def start(config, workdir, patch=""):
+def start(config, workdir, patch="", **more):
   return subprocess.Popen([sys.executable, "-c", RUN.format(patch=patch), json.dumps(config_lib.thaw(config)), str(workdir)],
                           cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}, **more)
 
 
 @pytest.fixture(scope="module")
@@ -328,6 +331,34 @@ def test_sigterm_saves_and_says_how_to_go_on(killable, tmp_path):
   assert final_state(tmp_path)[0] == 4
   assert start(config, tmp_path).wait() == 0
   assert same(final_state(tmp_path), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_their_run(number, killable, tmp_path):
+  """A signal to every process of a job, as Slurm sends it, lets the run save; one that ends it by force ends them too."""
+  config, expected = killable
+  config = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=2))
+  kill = KILLS["in a step"] if number == signal.SIGKILL else KILLS["in a step"].replace("os.kill(os.getpid(), signal.SIGKILL)",
+                                                                                       "os.killpg(0, signal.SIGTERM)")
+  first = start(config, tmp_path, kill, start_new_session=True)
+  output = first.communicate(timeout=120)[0]   # to which its workers write too
+  assert first.returncode == (128 + number if number == signal.SIGTERM else -number), output
+  members = lambda: [p.pid for p in psutil.process_iter(["pid"]) if p.pid != first.pid and _group(p.pid) == first.pid]
+  for _ in range(100):
+    if not members():
+      break
+    time.sleep(0.1)
+  assert not members()
+  assert start(config, tmp_path).wait() == 0
+  assert same(final_state(tmp_path), expected)
+
+
+def _group(pid: int) -> int:
+  try:
+    return os.getpgid(pid)
+  except OSError:
+    return -1
 
 
 def test_a_loss_that_is_not_finite_stops_before_anything_is_saved_over(corpus, tmp_path):

@@ -6,7 +6,9 @@ written last: before Orbax renames the folder to its final name, so a step that 
 whole, or, in a bucket, which knows no renaming, so that a step without one is not. It is verified
 when the step is read; in a bucket by the sizes alone, for the store keeps checksums of its own.
 """
+import contextlib
 import json
+import os
 import pathlib
 from typing import Any, Iterator
 
@@ -37,10 +39,15 @@ def _files(folder: epath.Path) -> Iterator[epath.Path]:
       yield path
 
 
+def _size(path: epath.Path) -> int:
+  # epath would also look up the name of a local file's owner, who may have none.
+  return path.stat().length if core.is_bucket(path) else os.path.getsize(path)
+
+
 def write_manifest(folder: epath.Path):
   """Size and digest of every file of a step."""
   told = lambda path: "" if core.is_bucket(path) else cache.file_digest(path)
-  entries = {str(path.relative_to(folder)): [path.stat().length, told(path)] for path in _files(folder)}
+  entries = {str(path.relative_to(folder)): [_size(path), told(path)] for path in _files(folder)}
   (folder / MANIFEST).write_text(json.dumps(entries, indent=0))
 
 
@@ -61,8 +68,8 @@ def verify(folder: epath.Path):
     path = folder / name
     if not path.exists():
       raise Damaged(f"{folder}: {name} is missing")
-    if path.stat().length != size:
-      raise Damaged(f"{folder}: {name} has {path.stat().length} bytes, {size} were written")
+    if (found := _size(path)) != size:
+      raise Damaged(f"{folder}: {name} has {found} bytes, {size} were written")
     if digest and not core.is_bucket(path) and cache.file_digest(path) != digest:
       raise Damaged(f"{folder}: {name} is damaged (its SHA-256 is not the one that was written)")
 
@@ -151,13 +158,12 @@ class Manager:
     self._prune()
     self._pending = step, description
     folder = self.root / str(step)
-    if folder.exists():
-      if jax.process_index() == 0:  # a damaged one that was passed over
-        folder.rmtree()
     try:
+      if folder.exists() and jax.process_index() == 0:  # a damaged one that was passed over
+        folder.rmtree()
       items = {"params": params} if opt_state is None else {"params": params, "opt_state": opt_state}
       self._writer.save(folder, ocp.args.Composite(**{k: ocp.args.PyTreeSave(v) for k, v in items.items()}))
-    except OSError as error:
+    except Exception as error:  # those of stores have no common base
       raise self._failed(error)
 
   def _finish(self):
@@ -176,16 +182,23 @@ class Manager:
       raise self._failed(error)
 
   def _failed(self, error: BaseException) -> UserError:
-    step = self._pending[0] if self._pending else "?"
-    kept = [step for step in steps(self.root) if (self.root / str(step) / MANIFEST).exists()]
-    return UserError(f"cannot save step {step} in {self.root}: {str(error).splitlines()[0]}; "
-                     + (f"the newest complete checkpoint is step {kept[0]}" if kept else
-                        "there is no earlier checkpoint") + "; free space and start again")
+    step, self._pending = self._pending[0] if self._pending else "?", None
+    kept = []
+    with contextlib.suppress(Exception):   # the store may be what failed
+      kept = self._whole()
+    return UserError(f"cannot save step {step} in {self.root}: {core.first_line(error)}; "
+                     + (f"the newest complete checkpoint is step {kept[0]}" if kept else "no earlier checkpoint is seen")
+                     + ("" if core.is_bucket(self.root) else "; free space and start again"))
+
+  def _whole(self) -> list[int]:
+    """The steps that were written to their end, newest first. Those after the last save were damaged, and passed over."""
+    last = self._pending[0] if self._pending else float("inf")
+    return [step for step in steps(self.root) if step <= last and (self.root / str(step) / MANIFEST).exists()]
 
   def best(self) -> int | None:
     """The step with the best metric, of those on disk that have it."""
     scores = {}
-    for step in steps(self.root):
+    for step in self._whole():
       try:
         value = describe(self.root / str(step))["metrics"].get(self.best_metric)
       except UserError:
@@ -197,13 +210,14 @@ class Manager:
     return (max if self.best_mode == "max" else min)(scores, key=scores.get)
 
   def _prune(self):
-    if jax.process_index() == 0 and self._pending:   # nothing goes before something new is there
-      ours = [step for step in steps(self.root) if step <= self._pending[0]]   # later ones were damaged
-      stay = {*ours[:self.keep], self.best() if self.best_metric else None}
-      for step in set(steps(self.root)) - stay:
-        (self.root / str(step)).rmtree()
-      for leftover in self.root.glob("*.orbax-checkpoint-tmp*"):
-        leftover.rmtree(missing_ok=True)
+    if jax.process_index() or not self._pending:   # nothing goes before something new is there
+      return
+    stay = {*self._whole()[:self.keep], self.best() if self.best_metric else None}
+    for step in set(steps(self.root)) - stay:
+      (self.root / str(step)).rmtree()
+    for leftover in self.root.glob("*.orbax-checkpoint-tmp*"):
+      with contextlib.suppress(OSError):
+        leftover.rmtree()
 
   def close(self):
     """Waits for the last save and tidies up."""

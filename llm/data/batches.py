@@ -4,8 +4,11 @@ So a run that resumes at a step sees what the uninterrupted one saw, whatever th
 processes, and the data position of a run is its step.
 """
 import dataclasses
+import multiprocessing
+import os
 import signal
 import sys
+import threading
 from typing import Callable, Iterator, Sequence
 
 import grain
@@ -85,9 +88,15 @@ def to_mesh(parts: dict[tuple[int, int], dict[str, np.ndarray]], batch_size: int
   return {key: array(key) for key in first}
 
 
-def _deaf(worker: int, workers: int):
-  """A Ctrl-C is for the run, which ends its workers."""
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _of_the_run(worker: int, workers: int):
+  """A worker ends with its run: not by a signal to all processes of a job, which the run saves after, and not after it."""
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+
+  def watch():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+  threading.Thread(target=watch, daemon=True).start()
 
 
 def stream(batches: Batches, start: int, stop: int, mesh: Mesh, prefetch: int, workers: int = 0) -> Iterator[Batch]:
@@ -100,7 +109,7 @@ def stream(batches: Batches, start: int, stop: int, mesh: Mesh, prefetch: int, w
   # Through pipes: of shared memory, Grain would leave pieces behind.
   piped = grain.experimental.WithOptionsIterDataset(made, grain.experimental.DatasetOptions(min_shm_size=sys.maxsize))
   ahead = piped.mp_prefetch(
-      grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch), worker_init_fn=_deaf)
+      grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch), worker_init_fn=_of_the_run)
   placed = ahead.map(lambda parts: to_mesh(parts, size, mesh))
   return iter(grain.experimental.ThreadPrefetchIterDataset(placed, prefetch_buffer_size=prefetch))
 

@@ -1,7 +1,7 @@
 """Who sees whom, and attention over it.
 
-Visibility is data (segments and positions), not a mask, so that other backends can serve it; only
-the reference backend below ever makes a mask of B x 1 x T x S.
+Visibility is data (segments and positions), not a mask, so that other backends can serve it: splash attention never makes
+one. The reference below and cuDNN make a mask of B x 1 x T x S.
 """
 import flax.struct
 import jax

@@ -1,4 +1,4 @@
-"""Self-attention by cuDNN on NVIDIA GPUs, through jax.nn: scores and weights never lie in memory.
+"""Self-attention by cuDNN on NVIDIA GPUs, through jax.nn: the scores of the heads never lie in memory, one mask for all does.
 
 Who sees whom goes in as a mask, one for all heads: cuDNN's own packed layout cannot say that padding stands between documents.
 """

@@ -48,7 +48,14 @@ def padded_vocab(vocab_size: int) -> int:
   return round_up(vocab_size, 128)
 
 
-FLASH = {"splash": "tpu", "cudnn": "gpu"}   # attention that holds no scores, and the platform it runs on
+FLASH = {"splash": "tpu", "cudnn": "gpu"}   # attention that keeps no scores for the backward pass, and the platform it runs on
+
+
+def check_platform(config: ModelConfig, platform: str):
+  """Raises UserError where the attention that is asked for does not run on cpu, gpu or tpu."""
+  if FLASH.get(config.attention, platform) != platform:
+    raise UserError(f"config.model.attention={config.attention} runs on a {FLASH[config.attention].upper()} alone, this is a "
+                    f"{platform.upper()}: reference or auto")
 
 
 def cannot(backend: str, config: ModelConfig, length: int, context: int, dropout: bool) -> str:
@@ -60,10 +67,12 @@ def cannot(backend: str, config: ModelConfig, length: int, context: int, dropout
   if dropout and config.dropout:
     return "dropout of attention weights"
   if backend == "splash":
-    part = length // context
-    return f"{part} tokens a device, no multiple of {splash.LANES}" if part % splash.LANES else ""
+    return (f"a length of {length} on {context} devices, no multiple of {splash.LANES} on each"
+            if length % (context * splash.LANES) else "")
+  width = head_width_of(config)
   return ("a context axis" if context > 1 else "float32" if compute_dtype(config) != jnp.bfloat16 else
-          f"a head width of {head_width_of(config)}, over {cudnn.WIDEST}" if head_width_of(config) > cudnn.WIDEST else "")
+          f"a head width of {width}, no multiple of 8 up to {cudnn.WIDEST}" if width % 8 or width > cudnn.WIDEST else
+          f"an odd length, {length}," if length % 2 else "")
 
 
 def attention_backend(config: ModelConfig, length: int, dropout: bool) -> str:

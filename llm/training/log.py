@@ -6,7 +6,6 @@ import sys
 import time
 
 import jax
-import tensorboardX
 import tqdm
 
 from llm.training.workdir import Growing
@@ -41,6 +40,7 @@ class Log:
     self.writes = jax.process_index() == 0
     if not self.writes:
       return
+    import tensorboardX   # which imports torch where it is: a second that other commands need not wait
     self.growing, self.steps, self.began, self.start = growing, steps, time.time(), start
     self.path, self.copied = growing.folder / "metrics.jsonl", time.time()
     kept = []

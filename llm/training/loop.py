@@ -66,10 +66,7 @@ def train(config: Config, workdir: str | pathlib.PurePath, *, go_on: bool = Fals
                   experiment_lib.state_bytes(experiment.config.model))
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.training.batch_size, config.optimizer.grad_accum_steps, mesh)
-    wanted, platform = transformer.FLASH.get(config.model.attention), mesh.devices.flat[0].platform
-    if wanted and wanted != platform:
-      raise UserError(f"config.model.attention={config.model.attention} runs on a {wanted.upper()} alone, this is a "
-                      f"{platform.upper()}: reference or auto")
+    transformer.check_platform(config.model, mesh.devices.flat[0].platform)
     if jax.process_index():
       say = lambda *_: None
     with jax.set_mesh(mesh):
@@ -162,10 +159,12 @@ def _train(experiment, own, workdir, mesh, stop: Stop, say) -> dict:
         if asked:
           break
   finally:
-    stream.close()
-    log.close()
-    growing.copy()
-    saver.close()
+    try:
+      saver.close()
+    finally:
+      stream.close()
+      log.close()
+      growing.copy()
   if asked:
     say(f"saved step {done}; the same command goes on from there")
     raise Stopped(128 + asked)

@@ -1,4 +1,5 @@
 """Sums to means, counted FLOPs, and the peak they are held against."""
+import functools
 import importlib
 import math
 import time
@@ -95,8 +96,8 @@ def row_flops(experiment, params) -> float:
 def peak_flops(mesh: Mesh) -> tuple[float, str]:
   """FLOP/s that the devices of the mesh can reach together, and where the figure comes from.
 
-  Of an accelerator, its data sheet; on CPU a float32 matrix product measured now, all devices at
-  once; (nan, "unknown") for a device that is not in the table.
+  Of an accelerator, its data sheet; on CPU a float32 matrix product measured once, all devices
+  together; (nan, "unknown") for a device that is not in the table.
   """
   device = mesh.devices.flat[0]
   if device.platform == "cpu":
@@ -107,6 +108,7 @@ def peak_flops(mesh: Mesh) -> tuple[float, str]:
   return chip.flops * mesh.size, f"{chip.kinds[0]} data sheet, bf16"
 
 
+@functools.cache
 def _matmul_ceiling(mesh: Mesh, size: int = 1024) -> float:
   rows = NamedSharding(mesh, P(mesh.axis_names))
   a = jax.device_put(np.ones((size * mesh.size, size), np.float32), rows)

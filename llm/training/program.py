@@ -16,8 +16,9 @@ from llm.training.experiment import Experiment
 
 
 def explicit(experiment: Experiment, topology: hardware.Topology) -> Experiment:
-  """The experiment with what follows the platform set to what it is on that one, not on this machine."""
+  """The experiment with what follows the platform set to what it is on that one, not on this machine. Raises UserError."""
   config, there = experiment.config, topology.chip is not None
+  transformer.check_platform(config.model, "tpu" if there else "cpu")
   cannot = transformer.cannot("splash", config.model, config.training.sequence_length, config.mesh.context, True)
   choices = {"dtype": "bfloat16" if there else "float32", "scan": "scan" if there else "unroll",
              "attention": "splash" if there and not cannot else "reference"}

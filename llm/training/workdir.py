@@ -111,7 +111,12 @@ def claim(workdir: epath.Path, config: Config, go_on: bool):
     if found := _differences(old, json.loads(json.dumps(config_lib.thaw(config)))):
       raise UserError(f"{workdir} holds a run of another config ({'; '.join(found[:4])}): choose another "
                       "--workdir, or --go_on to go on with the new one")
-  write_json(path, config_lib.thaw(config))
+  try:
+    write_json(path, config_lib.thaw(config))
+  except Exception as error:
+    if not core.is_bucket(workdir):
+      raise
+    raise UserError(f"{workdir} cannot be written: {core.first_line(error)}")
 
 
 class Growing:
@@ -129,8 +134,12 @@ class Growing:
       self._copied[self.folder / metrics.name] = (self.folder / metrics.name).write_bytes(metrics.read_bytes())
 
   def copy(self):
-    """What changed since the last call, to the bucket."""
+    """What changed since the last call, to the bucket. What fails is said, and tried again by the next call."""
     for path in filter(pathlib.Path.is_file, self.folder.rglob("*") if self._away else ()):
-      if self._copied.get(path) != path.stat().st_size:
-        self._copied[path] = path.stat().st_size
-        (self.workdir / path.relative_to(self.folder).as_posix()).write_bytes(path.read_bytes())
+      if self._copied.get(path) != (size := path.stat().st_size):
+        there = self.workdir / path.relative_to(self.folder).as_posix()
+        try:
+          there.write_bytes(path.read_bytes())
+          self._copied[path] = size
+        except Exception as error:   # a log is not worth the run
+          print(f"{there} cannot be written now: {core.first_line(error)}", file=sys.stderr)
