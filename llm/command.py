@@ -15,7 +15,7 @@ from absl import flags, logging
 from jax._src import distributed   # for what jax.distributed has no argument for
 
 from llm import config as config_lib
-from llm import sharding
+from llm import core, sharding
 from llm.core import UserError
 from llm.data import cache
 
@@ -79,8 +79,8 @@ def _guarded(main, argv):
 
 
 def _first_line(error: BaseException) -> str:
-  lines = [line.strip() for line in str(error).strip("'\" \n").splitlines() if line.strip()]
-  return lines[-1] if lines and "parsing config file" in lines[0] else lines[0] if lines else repr(error)
+  lines = str(error).strip().splitlines()
+  return lines[-1].strip() if lines and "parsing config file" in lines[0] else core.first_line(error)
 
 
 def _from_config_file(error: BaseException) -> bool:

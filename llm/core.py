@@ -106,4 +106,5 @@ def folder(path: str | pathlib.PurePath) -> epath.Path:
 
 def first_line(error: BaseException) -> str:
   """What an exception says, shortly."""
-  return (str(error).strip().splitlines() or [repr(error)])[0]
+  text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)   # str of a KeyError is quoted
+  return (text.strip().splitlines() or [repr(error)])[0].strip()

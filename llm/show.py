@@ -14,9 +14,9 @@ from absl import flags
 from llm import command, core, sharding
 from llm.checkpoints import locate, manager
 from llm.core import UserError, flatten
+from llm.models import transformer
 from llm.train import read_config
 from llm.training import experiment as experiment_lib
-from llm.models import transformer
 from llm.training import hardware, start
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir, its checkpoints folder or one step.")

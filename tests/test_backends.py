@@ -113,15 +113,13 @@ def test_cudnn_is_the_reference_forward_and_backward(causal, kv_heads):
 def test_cudnn_serves_a_step_on_a_mesh(corpus, tmp_path):
   """All devices that there are, data and fsdp; losses as those of the reference, in bfloat16."""
   losses = {}
-  for attention in ("cudnn", "reference"):
-    config = tiny("gpt", f"text:{corpus}", model__attention=attention, model__dropout=0.0, model__width=64, model__dtype="bfloat16",
+  for backend in ("cudnn", "reference"):
+    config = tiny("gpt", f"text:{corpus}", model__attention=backend, model__dropout=0.0, model__width=64, model__dtype="bfloat16",
                   mesh__fsdp=2 if jax.device_count() % 2 == 0 else 1, training__batch_size=8 * jax.device_count())
-    losses[attention] = loop.train(config, tmp_path / attention, say=lambda *_: None) and metrics_of(tmp_path / attention)
+    loop.train(config, tmp_path / backend, say=lambda *_: None)
+    lines = (tmp_path / backend / "metrics.jsonl").read_text().splitlines()
+    losses[backend] = [json.loads(line)["loss"] for line in lines]
   np.testing.assert_allclose(losses["cudnn"], losses["reference"], rtol=2e-2)
-
-
-def metrics_of(workdir):
-  return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.gpu

@@ -207,7 +207,7 @@ def _perplexity(logits, ids) -> float:
 
 
 def test_fine_tuning_the_real_bert_reaches_what_torch_reaches(minilm):
-  """256 review sentences, five draws of them: our mean is in the interval of torch's, and above NBSVM's.
+  """256 review sentences, four draws of them: our mean is in the interval of torch's over five, and above NBSVM's.
 
   Torch's side was run once by the same script: golden/fine_tuning.json. Ours runs in a process of its own, without
   the compiler flags of the tests.
@@ -219,6 +219,6 @@ def test_fine_tuning_the_real_bert_reaches_what_torch_reaches(minilm):
   found = json.loads(done.stdout.splitlines()[-1])
   torchs = json.loads((GOLDEN / "fine_tuning.json").read_text())
   print(found, torchs)
-  spread = ((np.var(found["ours"], ddof=1) + np.var(torchs, ddof=1)) / len(torchs)) ** 0.5
-  assert np.mean(found["ours"]) > np.mean(torchs) - 2.3 * spread   # the 95% interval of a difference of such means
+  spread = (np.var(found["ours"], ddof=1) / len(found["ours"]) + np.var(torchs, ddof=1) / len(torchs)) ** 0.5
+  assert np.mean(found["ours"]) > np.mean(torchs) - 2.36 * spread   # the 95% interval of a difference of such means (t of 7)
   assert np.mean(found["ours"]) > np.mean(found["nbsvm"]) + 0.05

@@ -20,7 +20,7 @@ from llm import config as config_lib
 from llm.checkpoints import adapters, families, manager, vocabulary
 from llm.checkpoints.families import Family
 from llm.config import ModelConfig
-from llm.core import STACKED, Params, UserError, flatten, unflatten
+from llm.core import STACKED, Params, UserError, first_line, flatten, unflatten
 from llm.data import tokenizer as tokenizer_lib
 from llm.models import build_backbone
 from llm.models.heads import Model
@@ -56,7 +56,7 @@ def fetch(name: str) -> pathlib.Path:
     return pathlib.Path(huggingface_hub.snapshot_download(
         name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
   except Exception as error:   # its network, name and cache errors have no common base
-    raise UserError(f"hf:{name} cannot be fetched: {str(error).strip().splitlines()[0]}")
+    raise UserError(f"hf:{name} cannot be fetched: {first_line(error)}")
 
 
 class Weights:
@@ -93,7 +93,7 @@ class Weights:
     try:
       return safetensors.safe_open(path, framework="numpy")
     except Exception as error:   # SafetensorError, and MemoryError or OSError on a lying header
-      raise UserError(f"{path} is damaged or no safetensors file: {str(error).splitlines()[0]}")
+      raise UserError(f"{path} is damaged or no safetensors file: {first_line(error)}")
 
   def __iter__(self) -> Iterator[str]:
     return iter(self._files)

@@ -132,7 +132,7 @@ def restore(step: epath.Path, item: str, like=None):
       return reader.restore(step / item, item=like,
                             restore_args=ocp.checkpoint_utils.construct_restore_args(like))
     except (ValueError, FileNotFoundError, KeyError, TypeError) as error:
-      raise Damaged(f"{step}: {item} does not fit this run: {str(error).splitlines()[0]}")
+      raise Damaged(f"{step}: {item} does not fit this run: {core.first_line(error)}")
 
 
 class Manager:

@@ -18,7 +18,7 @@ import re
 from typing import Iterator
 
 from llm.config import DataConfig
-from llm.core import UserError
+from llm.core import UserError, first_line
 from llm.data import cache, embedded
 
 KINDS = ("embedded", "text", "jsonl", "csv", "squad", "tfds", "hf")
@@ -163,7 +163,7 @@ def _jsonl_records(path) -> Iterator[dict]:
     try:
       record = json.loads(line)
     except (ValueError, RecursionError) as error:
-      raise UserError(f"{path}:{number}: not JSON: {str(error).splitlines()[0]}")
+      raise UserError(f"{path}:{number}: not JSON: {first_line(error)}")
     if not isinstance(record, dict):
       raise UserError(f"{path}:{number}: expected a JSON object, e.g. {{\"text\": \"...\"}}")
     yield {**record, "_where": f"{path}:{number}"}
@@ -191,7 +191,7 @@ def _squad_records(path) -> Iterator[dict]:
           yield {"text": paragraph["context"], "question": asked["question"], "id": str(asked["id"]),
                  "answers": asked.get("answers", []), "_where": f"{path}: question {asked['id']}"}
   except ValueError as error:
-    raise UserError(f"{path}: not JSON: {str(error).splitlines()[0]}")
+    raise UserError(f"{path}: not JSON: {first_line(error)}")
   except (KeyError, TypeError) as error:
     raise UserError(f"{path}: not in SQuAD's layout (data, paragraphs, context, qas, id, question): {error!r}")
 
@@ -201,7 +201,7 @@ def _tfds_builder(source: Source):
   try:
     return tfds.builder(source.name, file_format="array_record")
   except Exception as error:  # many kinds: unknown name, no network, unreadable folder
-    raise UserError(f"{source.spec}: {str(error).strip().splitlines()[0]}")
+    raise UserError(f"{source.spec}: {first_line(error)}")
 
 
 def _tfds_records(source: Source) -> Iterator[dict]:
@@ -211,7 +211,7 @@ def _tfds_records(source: Source) -> Iterator[dict]:
     builder.download_and_prepare(file_format="array_record")
     data = builder.as_data_source(split=source.split or "train")
   except Exception as error:
-    raise UserError(f"{source.spec}: {str(error).strip().splitlines()[0]}")
+    raise UserError(f"{source.spec}: {first_line(error)}")
   names = {key: feature for key, feature in builder.info.features.items()
            if isinstance(feature, tfds.features.ClassLabel)}
   for number in range(len(data)):
@@ -235,7 +235,7 @@ def _hf_dataset(source: Source):
   try:
     return datasets.load_dataset(name, config or None, split=source.split or "train")
   except Exception as error:
-    raise UserError(f"{source.spec}: {str(error).strip().splitlines()[0]}")
+    raise UserError(f"{source.spec}: {first_line(error)}")
 
 
 def _hf_records(source: Source) -> Iterator[dict]:

@@ -13,7 +13,7 @@ import sentencepiece
 import tokenizers
 
 from llm.config import TokenizerConfig
-from llm.core import UserError
+from llm.core import UserError, first_line
 from llm.data import cache
 
 META = "tokenizer_config.json"
@@ -160,7 +160,7 @@ class HuggingFaceTokenizer(FastTokenizer):
     try:
       self._fast = tokenizers.Tokenizer.from_buffer(definition)
     except Exception as error:   # the package raises nothing narrower
-      raise UserError(f"tokenizer.json cannot be read: {str(error).splitlines()[0]}")
+      raise UserError(f"tokenizer.json cannot be read: {first_line(error)}")
     self._fast.no_truncation()   # files of published checkpoints may carry both
     self._fast.no_padding()
     known = self._fast.get_vocab(with_added_tokens=True)

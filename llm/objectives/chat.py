@@ -6,7 +6,7 @@ import jinja2
 import jinja2.sandbox
 import numpy as np
 
-from llm.core import UserError
+from llm.core import UserError, first_line
 from llm.data import packing
 from llm.objectives import causal_lm
 
@@ -68,7 +68,7 @@ class Template:
     try:
       return self._template.render(messages=turns, add_generation_prompt=answering, eos_token=END, bos_token=self._bos)
     except Exception as error:   # a template may raise anything; the sandbox refuses what is not rendering
-      raise UserError(f"config.objective.template does not render: {type(error).__name__}: {str(error).splitlines()[0]}")
+      raise UserError(f"config.objective.template does not render: {type(error).__name__}: {first_line(error)}")
 
   def encode(self, text: str, tokenizer) -> list[int]:
     """Ids of a rendered text, with the end token where the template put it."""

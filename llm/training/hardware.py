@@ -9,7 +9,7 @@ import jax
 
 from llm import sharding
 from llm.config import MeshConfig
-from llm.core import UserError
+from llm.core import UserError, first_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,5 +111,5 @@ def topology(text: str, slices: int) -> Topology:
   try:
     found = topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=slices, **more)
   except Exception as error:   # the compiler's own refusals have no narrower type
-    raise UserError(f"--topology={text}: the compiler refuses {name}: {str(error).splitlines()[0]}")
+    raise UserError(f"--topology={text}: the compiler refuses {name}: {first_line(error)}")
   return Topology(name, tuple(found.devices), TPUS[name.partition(":")[0]])

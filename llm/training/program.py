@@ -8,6 +8,7 @@ import numpy as np
 
 from llm import sharding
 from llm.config import Config
+from llm.core import first_line
 from llm.models import transformer
 from llm.training import experiment as experiment_lib
 from llm.training import hardware, hlo, metrics, start
@@ -99,7 +100,7 @@ def report(experiment: Experiment, topology: hardware.Topology) -> dict:
       raise
     used = (re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", str(error))
             or re.search(r"temporaries \(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", str(error)))
-    reason = f"{used[1]}iB a device, which has {used[2]}iB" if used else str(error).splitlines()[0]
+    reason = f"{used[1]}iB a device, which has {used[2]}iB" if used else first_line(error)
     return out | {"fits": False, "reason": reason, "advice": _advice(config, mesh.size)}
   memory = compiled.memory_analysis()
   held = _held(planned.state)
