@@ -90,7 +90,7 @@ def folder(path: str | pathlib.PurePath) -> epath.Path:
   if scheme != "gs" or not rest.strip("/"):
     raise UserError(f"{path} is no place for a run: give a folder, or gs://BUCKET/FOLDER")
   if not importlib.util.find_spec("gcsfs"):
-    raise UserError(f"{path}: buckets need the extra gcs: pip install 'pretune[gcs]'")
+    raise UserError(f"{path}: buckets need the extra gcs: pip install -e '.[gcs]'")
   import fsspec
   fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False   # Orbax writes behind its back
   bucket = epath.Path(f"gs://{rest.split('/')[0]}")
