@@ -50,7 +50,7 @@ def ours(shape, folder, rows):
   from llm.data.tokenizer import ByteTokenizer
   from llm.objectives import base
   from llm.training import experiment, writer
-  command.use_cpu_cores(rows if rows >= 8 else 1)
+  command.start_cpu()
   command.use_compilation_cache()
   config = model_config(shape)
   wanted = huggingface.shapes(config, base.build({"name": "causal_lm"}))

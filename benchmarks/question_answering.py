@@ -33,7 +33,7 @@ def ours(options):
   from llm.config import MeshConfig, ModelConfig, OptimizerConfig
   from llm.data import batches
   from llm.training import experiment, optimizer, partition, step as step_lib
-  command.use_cpu_cores(options.rows, 1)
+  command.start_cpu()
   command.use_compilation_cache()
   objective, rows, vocab = windows(options)
   model = experiment.build(objective, ModelConfig(

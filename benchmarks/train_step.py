@@ -8,6 +8,7 @@ measured matmul ceiling, peak memory; and writes it as JSON with --output.
 """
 import argparse
 import json
+import os
 import multiprocessing
 import pathlib
 import resource
@@ -60,9 +61,9 @@ def ours(shape):
   from llm.training import experiment, metrics, optimizer, partition, step as step_lib
   kind, layers, width, heads, vocab, rows, length, _ = shape
   config = ModelConfig(name=kind, num_layers=layers, width=width, num_heads=heads, mlp_dim=4 * width,
-                       vocab_size=vocab, max_length=length if kind == "gpt" else 512, dropout=0.0, dtype="float32",
+                       vocab_size=vocab, max_length=length if kind == "gpt" else 512, dropout=0.0, dtype=os.environ.get('DT','float32'),
                        gated=False, init_std=1.0 if kind == "t5" else 0.02)
-  command.use_cpu_cores(rows, experiment.state_bytes(config))
+  command.start_cpu()
   command.use_compilation_cache()
   objective = base.build(base.defaults({"gpt": "causal_lm", "bert": "masked_lm", "t5": "span_corruption"}[kind]))
   model, batch, mesh = experiment.build(objective, config), make_batch(kind, vocab, rows, length), sharding.make_mesh(MeshConfig())

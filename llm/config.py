@@ -35,7 +35,8 @@ class ModelConfig:
   lora_alpha: float = 16.0  # the adapters' output is scaled by alpha / rank
   lora_targets: str = "attention/(query|value)$"   # regex of the linear layers that get one
   lora_dropout: float = 0.0  # of the adapters' input
-  dtype: str = "auto"       # of the computation; auto: bfloat16 on accelerators, float32 on CPU
+  dtype: str = "auto"       # of the computation: float32; bfloat16; bfloat16_operands (of products
+                            # alone); auto: what is fastest (models/precision.py)
   scan: str = "auto"        # scan, unroll; auto: unroll on CPU, scan elsewhere
   remat: str = "none"       # what a block recomputes in the backward pass: none; dots: all but matrix products with weights;
                             # full: everything
@@ -154,7 +155,7 @@ ELSEWHERE = {
 CHOICES = {
     "optimizer.schedule": ("linear", "cosine", "constant", "rsqrt"), "optimizer.name": ("adamw", "adafactor"),
     "optimizer.moment_dtype": ("float32", "bfloat16"),
-    "model.dtype": ("auto", "float32", "bfloat16", "float64"),
+    "model.dtype": ("auto", "float32", "bfloat16", "bfloat16_operands", "float64"),
     "model.attention": ("auto", "reference", "splash", "cudnn"),
     "model.scan": ("auto", "scan", "unroll"), "model.remat": ("none", "dots", "full"),
     "model.name": ("", "bert", "gpt", "llama", "t5"), "data.sentences": ("split", "lines"),

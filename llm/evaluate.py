@@ -75,7 +75,7 @@ def main():
     raise UserError("the checkpoint was trained without evaluation data: give --config.data.eval=SOURCE")
   source = _source(data)
   rows = saved.objective.eval_rows(source, saved.tokenizer, data, saved.config.model, training.sequence_length)
-  command.use_cpu_cores(training.batch_size)
+  command.start_cpu()
   mesh = sharding.make_mesh(MeshConfig())
   with jax.set_mesh(mesh):
     rows = saved.objective.with_reference(rows, reference.predictor(saved.config, saved.objective, saved.tokenizer, mesh, print))

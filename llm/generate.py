@@ -101,8 +101,7 @@ def main():
     raise UserError("--checkpoint is missing: a workdir of llm.train, a folder of transformers or hf:ORG/NAME")
   sampling = _sampling()
   prompts = [] if _CHAT.value else _prompts()
-  # Of few rows, sharing the work among CPU cores costs more than it saves.
-  command.use_cpu_cores(len(prompts) if len(prompts) >= 8 else 1)
+  command.start_cpu()
   if _CHAT.value:
     return _chat(llm.load(_CHECKPOINT.value), sampling)
   bundles = {name: llm.load(name) for name in (_CHECKPOINT.value, _COMPARE.value) if name}

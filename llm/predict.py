@@ -81,7 +81,7 @@ def main():
     raise UserError("--checkpoint is missing: a workdir of llm.train, its checkpoints folder or one step")
   records = _records()
   step = locate.find(_CHECKPOINT.value)
-  command.use_cpu_cores(BATCH_SIZE)
+  command.start_cpu()
   objective, predictions, rows = predict(step, records)
   results = objective.results(predictions, rows)
   if not _OUTPUT.value:

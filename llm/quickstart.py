@@ -24,7 +24,7 @@ def _run(study, folder: str):
     os.environ["PRETUNE_OFFLINE"] = "1"
   if core.is_bucket(_WORKDIR.value):
     raise UserError(f"--workdir={_WORKDIR.value}: give a folder of this machine")
-  study.run(pathlib.Path(_WORKDIR.value or folder).expanduser().absolute(), _QUICK.value, _CACHE.value, command.use_cpu_cores)
+  study.run(pathlib.Path(_WORKDIR.value or folder).expanduser().absolute(), _QUICK.value, _CACHE.value, command.start_cpu)
 
 
 VERBS = {"bert": lambda: _run(sentiment, "quickstart"), "gpt": lambda: _run(responses, "quickstart_gpt")}

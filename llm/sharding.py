@@ -132,12 +132,10 @@ def constrain(x: jax.Array, *axes) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, P(*axes))
 
 
-def cpu_devices(rows: int, cores: int, state_bytes: int, memory_bytes: int) -> int:
-  """How many devices the CPU cores become: the largest divisor of the rows up to the cores, at most
-  8, whose copies of the state fit a quarter of the memory.
+def cpu_devices(config: MeshConfig) -> int:
+  """How many devices the CPU becomes: as many as the axes that are set ask for, else one.
 
-  A core a device was 1.2 to 1.6 times faster than one device of many threads, and every local run
-  takes the sharded path.
+  A device uses all cores. Several devices would each keep a replica of the state, and sum gradients:
+  on two cores that was slower at every shape of `benchmarks/train_step.py`.
   """
-  most = min(cores, 8, max(1, int(memory_bytes / 4 / max(state_bytes, 1))))
-  return max(n for n in range(1, most + 1) if rows % n == 0)
+  return math.prod(max(getattr(config, axis), 1) for axis in AXES)

@@ -85,7 +85,7 @@ def show_sharding():
   if _TOPOLOGY.value:
     mesh = hardware.mesh(made.config.mesh, hardware.topology(_TOPOLOGY.value, made.config.mesh.slices))
   else:
-    command.use_cpu_cores(made.config.training.batch_size, experiment_lib.state_bytes(made.config.model))
+    command.start_cpu(made.config.mesh)
     mesh = sharding.make_mesh(made.config.mesh)
   transformer.check_platform(made.config.model, mesh.devices.flat[0].platform)
   state = start.plan(made, mesh).state

@@ -29,7 +29,7 @@ def main():
   config = read_config()
   if _DISTRIBUTED.value:
     command.join_processes()
-  loop.train(config, _WORKDIR.value, go_on=_GO_ON.value, use_devices=command.use_cpu_cores)
+  loop.train(config, _WORKDIR.value, go_on=_GO_ON.value, use_devices=command.start_cpu)
 
 
 if __name__ == "__main__":

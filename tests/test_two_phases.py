@@ -49,7 +49,7 @@ from llm.studies import responses
 from llm.objectives import chat
 from llm.training import experiment, loop
 work = pathlib.Path(sys.argv[1])
-command.use_cpu_cores(4)
+command.start_cpu()
 command.use_compilation_cache()
 config = responses.evaluated_by_epoch(responses.tuning_config(str(work / "gpt"), "", sequence_length=256, batch_size=8, epochs=2.0))
 before = responses.reply_loss(experiment.load(manager.find(work / "gpt")), chat.TEMPLATE, config.data, 8, "embedded:alpaca[validation]", 256)

@@ -3,7 +3,7 @@ import jax
 from flax import linen as nn
 
 from llm.config import ModelConfig
-from llm.models import transformer
+from llm.models import precision, transformer
 from llm.models.layers import Embed, normal
 
 STYLE = transformer.Style(post_norm=True, causal=False, activation="gelu", norm_epsilon=1e-12,
@@ -23,7 +23,7 @@ class Backbone(nn.Module):
 
   @nn.compact
   def __call__(self, batch, *, train: bool, cache: None = None) -> tuple[jax.Array, jax.Array, None]:
-    cfg, dtype = self.config, transformer.compute_dtype(self.config)
+    cfg, dtype = self.config, precision.of(self.config).values
     init = normal(cfg.init_std)
     x_BxTxD, table_VxD = Embed(transformer.padded_vocab(cfg.vocab_size), cfg.width, dtype, init,
                                split="tensor", name="token")(batch["tokens"])

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from llm.models import build_backbone
+from llm.models import build_backbone, precision
 from llm.models.transformer import Cache, empty_cache
 from llm.config import ModelConfig
 
@@ -47,7 +47,7 @@ EXPLAINED = 5   # likeliest tokens kept at every step
 
 def _logits(config: ModelConfig, hidden_BxTxD, table_VxD) -> jax.Array:
   """Of the last position, BxV float32, without the padding of the vocabulary."""
-  logits_BxV = hidden_BxTxD[:, -1] @ table_VxD.T
+  logits_BxV = precision.dot(hidden_BxTxD[:, -1], table_VxD.T, precision.of(config))
   return logits_BxV[:, :config.vocab_size].astype(jnp.float32)
 
 

@@ -2,7 +2,7 @@
 from flax import linen as nn
 
 from llm.config import ModelConfig
-from llm.models import transformer
+from llm.models import precision, transformer
 from llm.models.layers import Embed, normal
 
 STYLE = transformer.Style(post_norm=False, causal=True, activation="gelu_tanh",
@@ -24,7 +24,7 @@ class Backbone(nn.Module):
 
   @nn.compact
   def __call__(self, batch, *, train: bool, cache: transformer.Cache | None = None):
-    cfg, dtype = self.config, transformer.compute_dtype(self.config)
+    cfg, dtype = self.config, precision.of(self.config).values
     x_BxTxD, table_VxD = Embed(transformer.padded_vocab(cfg.vocab_size), cfg.width, dtype,
                                normal(cfg.init_std), split="tensor", name="token")(batch["tokens"])
     x_BxTxD += Embed(cfg.max_length, cfg.width, dtype, normal(cfg.init_std / 2),

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from llm.config import ModelConfig
-from llm.models import attention
+from llm.models import attention, precision
 from llm.models.layers import ACTIVATIONS, LayerNorm, Linear, matmul, normal
-from llm.models.transformer import compute_dtype, padded_vocab
+from llm.models.precision import Precision
+from llm.models.transformer import padded_vocab
 from llm.sharding import BATCH, constrain
 
 
@@ -23,7 +24,8 @@ class Model(nn.Module):
     return self.head(hidden_BxTxD, batch, table_VxD, train=train)
 
 
-def token_losses(hidden_BxTxD, table_VxD, bias_V, targets_BxT, *, vocab_size: int, chunk: int):
+def token_losses(hidden_BxTxD, table_VxD, bias_V, targets_BxT, types: Precision, *,
+                 vocab_size: int, chunk: int):
   """Cross-entropy of each target in nats and whether it was the likeliest token, both BxT float32.
 
   Logits of the padding of the vocabulary do not count. With `chunk`, that many positions at a
@@ -31,7 +33,7 @@ def token_losses(hidden_BxTxD, table_VxD, bias_V, targets_BxT, *, vocab_size: in
   """
   def losses(hidden_BxTxD, targets_BxT):
     exact = jnp.promote_types(hidden_BxTxD.dtype, jnp.float32)
-    logits_BxTxV = matmul(hidden_BxTxD, table_VxD.T).astype(exact)
+    logits_BxTxV = matmul(hidden_BxTxD, table_VxD.T, types).astype(exact)
     if bias_V is not None:
       logits_BxTxV += bias_V
     logits_BxTxV = constrain(logits_BxTxV, BATCH, None, "tensor")
@@ -59,15 +61,15 @@ class CausalLMHead(nn.Module):
 
   @nn.compact
   def __call__(self, hidden_BxTxD, batch, table_VxD, *, train: bool):
-    losses, correct = token_losses(hidden_BxTxD, table_VxD, None, batch["targets"],
+    losses, correct = token_losses(hidden_BxTxD, table_VxD, None, batch["targets"], precision.of(self.config),
                                    vocab_size=self.config.vocab_size, chunk=self.config.loss_chunk)
     return {"losses": losses, "correct": correct}
 
 
-def pooler(hidden_BxTxD, dtype):
+def pooler(hidden_BxTxD, types: Precision):
   """tanh(W h + b) of the first token: of BERT's published code, where both phases share it."""
   width = hidden_BxTxD.shape[-1]
-  return jnp.tanh(Linear((width, width), dtype=dtype, name="pooler")(hidden_BxTxD[:, 0]))
+  return jnp.tanh(Linear((width, width), precision=types, name="pooler")(hidden_BxTxD[:, 0]))
 
 
 class MaskedLMHead(nn.Module):
@@ -77,17 +79,17 @@ class MaskedLMHead(nn.Module):
 
   @nn.compact
   def __call__(self, hidden_BxTxD, batch, table_VxD, *, train: bool):
-    cfg, dtype = self.config, compute_dtype(self.config)
+    cfg, types = self.config, precision.of(self.config)
     masked_BxMxD = jnp.take_along_axis(hidden_BxTxD, batch["masked_positions"][..., None], axis=1)
-    masked_BxMxD = Linear((cfg.width, cfg.width), dtype=dtype, kernel_init=normal(cfg.init_std), name="transform")(masked_BxMxD)
+    masked_BxMxD = Linear((cfg.width, cfg.width), precision=types, kernel_init=normal(cfg.init_std), name="transform")(masked_BxMxD)
     masked_BxMxD = LayerNorm(1e-12, name="transform_norm")(ACTIVATIONS["gelu"](masked_BxMxD))
     bias_V = LMBias(padded_vocab(cfg.vocab_size), name="lm")()
-    losses, correct = token_losses(masked_BxMxD, table_VxD, bias_V, batch["masked_targets"],
+    losses, correct = token_losses(masked_BxMxD, table_VxD, bias_V, batch["masked_targets"], types,
                                    vocab_size=cfg.vocab_size, chunk=cfg.loss_chunk)
     outputs = {"losses": losses, "correct": correct}
     if self.next_sentence:
-      pooled_BxD = pooler(hidden_BxTxD, dtype)
-      outputs["pair_logits"] = Linear((cfg.width, 2), dtype=dtype, name="next_sentence")(
+      pooled_BxD = pooler(hidden_BxTxD, types)
+      outputs["pair_logits"] = Linear((cfg.width, 2), precision=types, name="next_sentence")(
           pooled_BxD).astype(losses.dtype)
     return outputs
 
@@ -98,9 +100,9 @@ class SpanHead(nn.Module):
 
   @nn.compact
   def __call__(self, hidden_BxTxD, batch, table_VxD, *, train: bool):
-    dtype = compute_dtype(self.config)
-    scores_BxTx2 = Linear((self.config.width, 2), dtype=dtype, name="span")(hidden_BxTxD)
-    scores_BxTx2 = scores_BxTx2.astype(jnp.promote_types(dtype, jnp.float32))
+    types = precision.of(self.config)
+    scores_BxTx2 = Linear((self.config.width, 2), precision=types, name="span")(hidden_BxTxD)
+    scores_BxTx2 = scores_BxTx2.astype(jnp.promote_types(types.values, jnp.float32))
     return {"starts": scores_BxTx2[..., 0], "ends": scores_BxTx2[..., 1]}
 
 
@@ -125,10 +127,10 @@ class ClassificationHead(nn.Module):
 
   @nn.compact
   def __call__(self, hidden_BxTxD, batch, table_VxD, *, train: bool):
-    cfg, dtype = self.config, compute_dtype(self.config)
+    cfg, types = self.config, precision.of(self.config)
     real_BxT = (batch["segments"] > 0).astype(hidden_BxTxD.dtype)
     if self.pooling == "first":
-      pooled_BxD = pooler(hidden_BxTxD, dtype)
+      pooled_BxD = pooler(hidden_BxTxD, types)
     elif self.pooling == "last":
       last_B = jnp.maximum(real_BxT.sum(-1).astype(jnp.int32) - 1, 0)
       pooled_BxD = jnp.take_along_axis(hidden_BxTxD, last_B[:, None, None], axis=1)[:, 0]
@@ -137,5 +139,5 @@ class ClassificationHead(nn.Module):
       pooled_BxD = total_BxD / jnp.maximum(real_BxT.sum(-1, keepdims=True), 1)
     key = self.make_rng("dropout") if train and cfg.dropout else None
     pooled_BxD = attention.dropout(pooled_BxD, cfg.dropout, key)
-    logits_BxC = Linear((cfg.width, self.num_classes), dtype=dtype, name="classifier")(pooled_BxD)
-    return {"logits": logits_BxC.astype(jnp.promote_types(dtype, jnp.float32))}
+    logits_BxC = Linear((cfg.width, self.num_classes), precision=types, name="classifier")(pooled_BxD)
+    return {"logits": logits_BxC.astype(jnp.promote_types(types.values, jnp.float32))}

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from llm.config import ModelConfig
 from llm.models import attention as attention_lib
-from llm.models import transformer
+from llm.models import precision, transformer
 from llm.models.layers import Embed, normal
 
 STYLE = transformer.Style(post_norm=False, causal=False, activation="relu", norm_epsilon=1e-6,
@@ -80,7 +80,7 @@ class Backbone(nn.Module):
   config: ModelConfig
 
   def setup(self):
-    cfg, dtype = self.config, transformer.compute_dtype(self.config)
+    cfg, dtype = self.config, precision.of(self.config).values
     rows = transformer.padded_vocab(cfg.vocab_size)
     style = dataclasses.replace(STYLE, gated=cfg.gated, activation="gelu_tanh" if cfg.gated else "relu")
     self.token = Embed(rows, cfg.width, dtype, normal(cfg.init_std), split="tensor")

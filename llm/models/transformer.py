@@ -14,7 +14,7 @@ from flax import linen as nn
 from llm.config import ModelConfig
 from llm.core import Params, UserError, round_up
 from llm.models import attention as attention_lib
-from llm.models import cudnn, splash
+from llm.models import cudnn, precision, splash
 from llm.models.layers import NORMS, Linear, LoRA, MLP, normal
 from llm.sharding import BATCH, constrain
 
@@ -34,13 +34,6 @@ class Style:
   scaled: bool = True        # attention scores over sqrt(K) (not T5, which starts its queries smaller)
   fan_in_init: bool = False  # kernels start at init_std / sqrt(inputs) (T5)
   inner_dropout: bool = False  # inside the feed-forward layer too (T5)
-
-
-def compute_dtype(config: ModelConfig) -> jnp.dtype:
-  """The type of the computation: "auto" is bfloat16 on accelerators, float32 on CPU."""
-  if config.dtype != "auto":
-    return jnp.dtype(config.dtype)
-  return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
 
 def padded_vocab(vocab_size: int) -> int:
@@ -70,7 +63,7 @@ def cannot(backend: str, config: ModelConfig, length: int, context: int, dropout
     return (f"a length of {length} on {context} devices, no multiple of {splash.LANES} on each"
             if length % (context * splash.LANES) else "")
   width = head_width_of(config)
-  return ("a context axis" if context > 1 else "float32" if compute_dtype(config) != jnp.bfloat16 else
+  return ("a context axis" if context > 1 else "float32" if precision.of(config).values != jnp.bfloat16 else
           f"a head width of {width}, no multiple of 8 up to {cudnn.WIDEST}" if width % 8 or width > cudnn.WIDEST else
           f"an odd length, {length}," if length % 2 else "")
 
@@ -107,7 +100,7 @@ class Cache(flax.struct.PyTreeNode):
 def empty_cache(config: ModelConfig, rows: int, slots: int) -> Cache:
   """A cache in which nothing was written."""
   shape = (rows, config.num_kv_heads or config.num_heads, slots, head_width_of(config))
-  one = lambda: jnp.zeros(shape, compute_dtype(config))
+  one = lambda: jnp.zeros(shape, precision.of(config).operands)
   past = tuple(Past(one(), one()) for _ in range(config.num_layers))
   return Cache(past, *jnp.zeros((2, rows, slots), jnp.int32), jnp.zeros((), jnp.int32))
 
@@ -128,11 +121,11 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(self, x_BxTxD, visibility, bias_HxTxS=None, source_BxSxD=None, past: Past | None = None, index=None):
-    cfg, style, dtype = self.config, self.style, compute_dtype(self.config)
+    cfg, style, types = self.config, self.style, precision.of(self.config)
     heads, kv_heads, head_width = cfg.num_heads, cfg.num_kv_heads or cfg.num_heads, head_width_of(cfg)
     source_BxSxD = x_BxTxD if source_BxSxD is None else source_BxSxD
     project = lambda name, count, x, fan_in: Linear(
-        (cfg.width, count, head_width), out=2, dtype=dtype, kernel_init=initial(cfg, style, fan_in), bias=style.bias,
+        (cfg.width, count, head_width), out=2, precision=types, kernel_init=initial(cfg, style, fan_in), bias=style.bias,
         lora=lora(cfg), name=name)(x)
     q = project("query", heads, x_BxTxD, cfg.width * (1 if style.scaled else head_width))
     k, v = (project(name, kv_heads, source_BxSxD, cfg.width) for name in ("key", "value"))
@@ -155,8 +148,9 @@ class Attention(nn.Module):
     elif backend == "cudnn":
       mixed = cudnn.attend(q, k, v, visibility, scale=scale)
     else:
-      mixed = attention_lib.attend(q, k, v, visibility, scale=scale, bias_HxTxS=bias_HxTxS, dropout_rate=cfg.dropout, key=key)
-    return Linear((heads, head_width, cfg.width), dtype=dtype, kernel_init=residual_init(cfg, style, heads * head_width),
+      mixed = attention_lib.attend(q, k, v, visibility, types, scale=scale, bias_HxTxS=bias_HxTxS,
+                                   dropout_rate=cfg.dropout, key=key)
+    return Linear((heads, head_width, cfg.width), precision=types, kernel_init=residual_init(cfg, style, heads * head_width),
                   bias=style.bias, lora=lora(cfg), name="out")(mixed), past
 
 
@@ -201,7 +195,7 @@ class Block(nn.Module):
                past: Past | None = None):
     cfg, style = self.config, self.style
     attention = Attention(cfg, style, self.train, name="attention")
-    mlp = MLP(cfg.mlp_dim, style.activation, compute_dtype(cfg), initial(cfg, style, cfg.width),
+    mlp = MLP(cfg.mlp_dim, style.activation, precision.of(cfg), initial(cfg, style, cfg.width),
               residual_init(cfg, style, cfg.mlp_dim), style.gated, style.bias, lora(cfg), name="mlp")
 
     def look_back(x):

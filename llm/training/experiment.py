@@ -17,7 +17,6 @@ from llm.data import cache, sources, tokenizer as tokenizer_lib
 from llm.data.batches import Batches
 from llm.models import build_backbone
 from llm.models.heads import Model
-from llm.models.transformer import padded_vocab
 from llm.objectives import base
 
 SHAPE = ("name", "num_layers", "width", "num_heads", "mlp_dim", "max_length")
@@ -198,11 +197,3 @@ def load(step: epath.Path) -> Bundle:
   """A step in memory, on the host."""
   saved = from_checkpoint(step)
   return Bundle(saved.model, manager.restore(step, "params"), saved.tokenizer, saved.config)
-
-
-def state_bytes(model: ModelConfig) -> int:
-  """Roughly what parameters, gradients and two moments take in float32."""
-  block = 4 * model.width ** 2 + (3 if model.gated else 2) * model.width * model.mlp_dim
-  stacks = 2.5 if model.name == "t5" else 1   # an encoder, and a decoder that looks at it
-  rows = padded_vocab(model.vocab_size) * (1 if model.tied else 2) + model.max_length
-  return int(16 * (stacks * model.num_layers * block + rows * model.width))

@@ -13,7 +13,7 @@ from llm.checkpoints import manager
 from llm.config import Config
 from llm.core import UserError
 from llm.data import batches as batches_lib
-from llm.models import transformer
+from llm.models import precision, transformer
 from llm.training import evaluation
 from llm.training import experiment as experiment_lib
 from llm.training import metrics as metrics_lib
@@ -33,6 +33,7 @@ def _header(experiment, mesh, params: int, origin: str, start: int, say):
   steps = config.training.steps
   shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
   say(f"devices     {mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {shape}")
+  say(f"dtype       {precision.explained(config.model.dtype)}")
   say(f"model       {config.model.name}, {params:,} parameters, objective {config.objective['name']}")
   say(f"batch       {config.training.batch_size} rows x {config.training.sequence_length} = {tokens:,} tokens a "
       f"step, {steps:,} steps, {tokens * steps / params:.3g} tokens a parameter")
@@ -52,7 +53,7 @@ def train(config: Config, workdir: str | pathlib.PurePath, *, go_on: bool = Fals
           use_devices: Callable | None = None) -> dict:
   """Runs a config to its end in `workdir` and returns what result.json holds.
 
-  use_devices(rows, state bytes): called before JAX is first used. Raises UserError on bad input and
+  use_devices(mesh config): called before JAX is first used. Raises UserError on bad input and
   Stopped after a signal, both with everything saved.
   """
   workdir = core.folder(workdir)
@@ -62,8 +63,7 @@ def train(config: Config, workdir: str | pathlib.PurePath, *, go_on: bool = Fals
     own = manager.newest_valid(workdir / "checkpoints", say)
     experiment = experiment_lib.prepare(config, own, say)
     if use_devices:
-      use_devices(config.training.batch_size // config.optimizer.grad_accum_steps,
-                  experiment_lib.state_bytes(experiment.config.model))
+      use_devices(config.mesh)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.training.batch_size, config.optimizer.grad_accum_steps, mesh)
     transformer.check_platform(config.model, mesh.devices.flat[0].platform)
