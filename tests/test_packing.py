@@ -14,7 +14,7 @@ from llm.data import documents as documents_lib
 from llm.data import packing, sources
 from llm.data import tokenizer as tokenizer_lib
 from llm.objectives import classification, masked_lm
-from llm.training import evaluation, experiment, metrics
+from llm.training import evaluation, experiment, loop, metrics
 from llm.training import step as step_lib
 from tests.conftest import sentences, tiny
 
@@ -32,7 +32,7 @@ def texts(count, seed=0, longest=20):
 
 
 def labelled(objective, given, name="bert", length=T, labels=None):
-  """(objective, its rows) of texts; where no labels are given, the label is the parity of the first two characters."""
+  """(objective, its rows) of texts; without labels, those are the parity of the texts' numbers."""
   labels = [int(t[:2]) % 2 for t in given] if labels is None else labels
   records = [{"text": t, "label": str(l)} for t, l in zip(given, labels)]
   if not objective.regression:
@@ -161,7 +161,8 @@ def random_documents(rng) -> documents_lib.Documents:
   counts = rng.integers(1, 12, int(rng.integers(2, 20)))
   kinds = rng.choice([1, 2, 5, 12, 40, 150], counts.sum())
   ends = np.cumsum([0, *rng.integers(1, kinds + 1)])
-  return documents_lib.Documents(rng.integers(0, 256, ends[-1]), ends, np.cumsum([0, *counts]), "", None)
+  tokens = rng.integers(0, 256, ends[-1])
+  return documents_lib.Documents(tokens, ends, np.cumsum([0, *counts]), "", None)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -193,9 +194,11 @@ def test_every_draw_of_pairs_has_room(seed, tmp_path):
 
 def test_some_runs_are_short(tmp_path):
   """With a chance of 1, the lengths that runs aim at are even between 2 and a row."""
-  ends = np.arange(200_001)   # sentences of one token
-  documents = documents_lib.Documents(np.zeros(200_000, np.uint8), ends, np.array([0, 100_000, 200_000]), "", None)
-  sizes = {share: np.diff(masked_lm.plan_anchors(documents, 50, share)[:, 1:]).ravel() for share in (0.0, 0.1, 1.0)}
+  tokens, ends = np.zeros(200_000, np.uint8), np.arange(200_001)   # sentences of one token
+  bounds = np.array([0, 100_000, 200_000])
+  documents = documents_lib.Documents(tokens, ends, bounds, "", None)
+  sizes = {share: np.diff(masked_lm.plan_anchors(documents, 50, share)[:, 1:]).ravel()
+           for share in (0.0, 0.1, 1.0)}
   assert (sizes[0.0] == 50).all()
   counts = np.bincount(sizes[1.0], minlength=51)
   assert counts[:2].sum() == 0 and abs(counts[2:] / counts.sum() - 1 / 49).max() < 0.005
@@ -204,20 +207,20 @@ def test_some_runs_are_short(tmp_path):
 
 def test_plans_are_the_same_again_and_rows_of_short_sentences_are_full(tmp_path):
   documents = [sentences(n, 1) for n in range(400)]
-  _, rows = pair_rows(tmp_path, documents, length=256)
+  objective, rows = pair_rows(tmp_path, documents, length=256)
   (tmp_path / "again").mkdir()
   _, again = pair_rows(tmp_path / "again", documents, length=256)
   assert (rows.anchors == again.anchors).all() and (rows.offsets == again.offsets).all()
-  example = masked_lm.Objective().example
-  used = [(example(rows[i], np.random.default_rng(i))["segments"] > 0).mean() for i in range(len(rows))]
+  examples = (objective.example(rows[i], np.random.default_rng(i)) for i in range(len(rows)))
+  used = [(example["segments"] > 0).mean() for example in examples]
   fill = (rows.tokens + 3 * len(rows.anchors)) / (len(rows) * 256)
-  assert fill > 0.9 and np.mean(used) > 0.85   # a document that has less than is wanted of it gives less
+  assert fill > 0.9 and np.mean(used) > 0.85   # a document that has less than is wanted gives less
   assert f"{fill:.1%} full" in rows.note
-  objective, labels = labelled(classification.Objective(), [d[0] for d in documents], length=256,
-                               labels=[n % 2 for n in range(400)])
-  assert labels.tokens / (len(labels) * 256) > 0.9
-  with_many = packing.into_rows(np.full(100, 2), 64, 8)   # slots run out with the tokens, not before
-  assert sorted(map(len, with_many)) == [4] + [8] * 12 and packing.slots(64, 8) == 8
+  _, rows = labelled(classification.Objective(), [d[0] for d in documents], length=256,
+                     labels=[n % 2 for n in range(400)])
+  assert rows.tokens / (len(rows) * 256) > 0.9
+  of_short_ones = packing.into_rows(np.full(100, 2), 64, 8)
+  assert sorted(map(len, of_short_ones)) == [4] + [8] * 12 and packing.slots(64, 8) == 8
 
 
 @pytest.mark.parametrize("regression", [False, True])
@@ -235,10 +238,11 @@ def test_metrics_count_examples(regression):
     example = one_row(objective.example(single[n], None))
     logits = np.asarray(run(example)["logits"], np.float64)[0, 0]
     label = example["labels"][0, 0]
-    losses.append((logits[0] - label) ** 2 if regression else np.log(np.exp(logits).sum()) - logits[int(label)])
+    losses.append((logits[0] - label) ** 2 if regression else
+                  np.log(np.exp(logits).sum()) - logits[int(label)])
     right.append(logits.argmax() == label)
   means = metrics.means([found])
-  assert float(loss) == pytest.approx(np.mean(losses), rel=1e-4) == pytest.approx(means["loss"], rel=1e-4)
+  assert (float(loss), means["loss"]) == pytest.approx([np.mean(losses)] * 2, rel=1e-4)
   if not regression:
     assert means["accuracy"] == pytest.approx(np.mean(right)) and 0 < np.mean(right) < 1
 
@@ -246,7 +250,7 @@ def test_metrics_count_examples(regression):
 @pytest.mark.parametrize("limit", [0, 1])
 @pytest.mark.parametrize("regression", [False, True])
 def test_what_is_predicted_goes_to_its_record(regression, limit):
-  """Texts of many lengths, out of order in their rows; what a row says is read from the text itself."""
+  """Texts of many lengths, out of order in their rows; what is predicted is the text's number."""
   given = texts(70, longest=30)
   labels = [int(t[:2]) if regression else int(t[:2]) % 2 for t in given]
   objective = classification.Objective(num_classes=1 if regression else 0)
@@ -254,8 +258,9 @@ def test_what_is_predicted_goes_to_its_record(regression, limit):
   assert np.concatenate(rows.packed).tolist() != list(range(70))
 
   def told(trained, frozen, batch):
-    digits = [np.take_along_axis(np.asarray(batch["tokens"]), np.asarray(batch["firsts"]) + at, 1) - ord("0") for at in (1, 2)]
-    number = 10 * digits[0] + digits[1]
+    tokens_BxT, firsts_BxN = np.asarray(batch["tokens"]), np.asarray(batch["firsts"])
+    tens, ones = (np.take_along_axis(tokens_BxT, firsts_BxN + at, 1) - ord("0") for at in (1, 2))
+    number = 10 * tens + ones
     logits = number[..., None] if regression else np.eye(2)[number % 2] * 9
     predicted = objective.predict({"logits": jax.numpy.asarray(logits, "float32")}, batch)
     return {"weight": (batch["label_weights"].sum(), jax.numpy.float32(1))}, predicted
@@ -285,27 +290,28 @@ class Shared:
 
 
 @pytest.mark.parametrize("examples, parts, rows, weights, expected", [
-    (33, 1, [Shared(50, 50)], [1.0], 33),                 # a row is an example: as many, divided or not
+    (33, 1, [Shared(50, 50)], [1.0], 33),   # a row is an example: as many, divided or not
     (32, 1, [Shared(100, 400)], [1.0], 8), (32, 1, [Shared(100, 1000)], [1.0], 4),
     (8, 1, [Shared(100, 1000)], [1.0], 1), (37, 1, [Shared(100, 460)], [1.0], 8),
     (256, 1, [Shared(100, 500)], [1.0], 48), (64, 4, [Shared(100, 400)], [1.0], 16),
-    (64, 1, [Shared(100, 200), Shared(10, 60)], [0.5, 0.5], 16),   # 4 a row, whatever their numbers of rows
+    (64, 1, [Shared(100, 200), Shared(10, 60)], [0.5, 0.5], 16),   # 4 a row, however many rows
 ])
 def test_the_rows_of_a_batch_follow_from_the_plan(examples, parts, rows, weights, expected):
   assert batches_lib.rows_a_batch(examples, parts, rows, weights) == expected
   made = batches_lib.Batches(rows, weights, None, expected, 0)
+  assert made.tokens() == pytest.approx(10 * expected)   # of Shared
   assert made.examples() == pytest.approx(expected * batches_lib.examples_a_row(rows, weights))
 
 
-def test_batches_of_labelled_texts_are_the_same_on_every_mesh(tmp_path, corpus, reviews):
-  from llm.training import loop
+def test_batches_of_labelled_texts_are_the_same_on_every_mesh(tmp_path, corpus):
   lines = [json.dumps({"text": t, "label": str(n % 2)}) for n, t in enumerate(texts(90))]
   (tmp_path / "some.jsonl").write_text("\n".join(lines))
   loop.train(tiny("bert", f"text:{corpus}", training__steps=1), tmp_path / "start")
   config = tiny("classifier", f"jsonl:{tmp_path}/some.jsonl", training__batch_size=32,
                 transfer__checkpoint=str(tmp_path / "start"), transfer__skip=("^head/(?!pooler)",))
-  of_mesh = [experiment.prepare(dataclasses.replace(config, mesh=mesh), say=str).batches for mesh in (
-      MeshConfig(data=8), MeshConfig(data=2), MeshConfig(data=2, fsdp=2, tensor=2))]
+  meshes = MeshConfig(data=8), MeshConfig(data=2), MeshConfig(data=2, fsdp=2, tensor=2)
+  of_mesh = [experiment.prepare(dataclasses.replace(config, mesh=mesh), say=str).batches
+             for mesh in meshes]
   assert {made.batch_size for made in of_mesh} == {16}
   for made in of_mesh[1:]:
     assert all((made[5][key] == value).all() for key, value in of_mesh[0][5].items())
@@ -313,9 +319,11 @@ def test_batches_of_labelled_texts_are_the_same_on_every_mesh(tmp_path, corpus, 
   loop.train(dataclasses.replace(config, training=dataclasses.replace(config.training, steps=1)),
              tmp_path / "run", say=said.append)
   examples = of_mesh[0].examples()
-  assert any(f"16 rows x 32 = 512 tokens a step, about {examples:.0f} examples" in line for line in said)
+  header = f"16 rows x 32 = 512 tokens a step, about {examples:.0f} examples"
+  assert any(header in line for line in said)
   assert any("90 examples in" in line and "full; 0 were cut" in line for line in said)
   small = dataclasses.replace(config, training=dataclasses.replace(config.training, batch_size=6))
-  with pytest.raises(UserError, match="batch_size=6 examples come to 2 rows, which must be a multiple of "
-                                      r"mesh.data x .* = 8 x 1 x 1: set it to about 24, or"):
+  said = ("batch_size=6 examples come to 2 rows, which must be a multiple of mesh.data x .* = "
+          "8 x 1 x 1: set it to about 24, or")
+  with pytest.raises(UserError, match=said):
     loop.train(small, tmp_path / "small")

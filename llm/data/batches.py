@@ -59,6 +59,10 @@ class Batches:
     """Examples of a batch, on average."""
     return self.batch_size * examples_a_row(self.rows, self.weights)
 
+  def tokens(self) -> float:
+    """Tokens of a batch, on average: what is real of its rows, without padding."""
+    return sum(tokens for _, tokens in self.usage(1))
+
   def usage(self, steps: int) -> list[tuple[float, float]]:
     """(epochs, tokens) that each source gives in `steps` batches."""
     drawn = [steps * self.batch_size * w / sum(self.weights) for w in self.weights]

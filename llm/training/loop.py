@@ -38,7 +38,8 @@ def _header(experiment, mesh, params: int, origin: str, start: int, say):
   say(f"devices     {mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {shape}")
   say(f"model       {config.model.name}, {params:,} parameters, objective {config.objective['name']}")
   say(f"batch       {batches.batch_size} rows x {length} = {tokens:,} tokens a "
-      f"step{shared}, {steps:,} steps, {tokens * steps / params:.3g} tokens a parameter")
+      f"step{shared}, {steps:,} steps, "
+      f"{batches.tokens() * steps / params:.3g} tokens a parameter")
   for name, (epochs, seen) in zip(experiment.names, batches.usage(steps)):
     say(f"data        {name}: {seen:,.0f} tokens, {epochs:.3g} epochs")
   for name, rows in zip(experiment.names, batches.rows):
@@ -125,7 +126,7 @@ def _train(experiment, own, workdir, mesh, stop: Stop, say) -> dict:
   log = Log(growing, start, steps)
   stream = batches_lib.stream(experiment.batches, start, steps, mesh, config.data.prefetch, config.data.workers)
   batch_size = experiment.batches.batch_size
-  meter = Meter(start, batch_size * training.sequence_length)
+  meter = Meter(start, experiment.batches.tokens())
   figures, done, asked = {}, start, 0
 
   def evaluated() -> dict:
@@ -198,12 +199,12 @@ def _due(step: int, every: int, last: bool) -> bool:
 
 
 def _mfu(experiment, params, mesh, say) -> Callable[[float], float]:
-  """A function from tokens a second to the share of the peak that the model's FLOPs are."""
+  """A function from (real) tokens a second to the share of the peak that the model's FLOPs are."""
   peak, source = metrics_lib.peak_flops(mesh)
   a_row = metrics_lib.row_flops(experiment, params)
   a_step = a_row * experiment.batches.batch_size
   say(f"peak        {peak / 1e9:,.0f} GFLOP/s ({source}), {a_step / 1e9:,.1f} GFLOP a step")
-  return lambda pace: a_row / experiment.config.training.sequence_length * pace / peak
+  return lambda pace: a_step / experiment.batches.tokens() * pace / peak
 
 
 def _say_extension(own, config: Config, start: int, say):
