@@ -150,6 +150,7 @@ def test_pairs_restart_and_every_run_of_sentences_is_there_once_an_epoch(tmp_pat
       for tokens, types, positions in segments_of(batches[step]):
         assert (positions == np.arange(len(tokens))).all()
         assert types[0] == 0 and types[-1] == 1 and (np.diff(types) >= 0).all()
+        assert tokens[types == 0][-1] == BYTES.sep != tokens[types == 1][0]
   doc, starts, stops = rows.anchors[np.argsort(rows.anchors[:, 1])].T
   assert (starts[1:] == stops[:-1]).all() and starts[0] == 0   # no token twice, none left out
   assert stops[-1] == len(rows.documents.tokens_N) and set(doc) == set(range(50))
@@ -206,11 +207,14 @@ def test_some_runs_are_short(tmp_path):
 
 
 def test_plans_are_the_same_again_and_rows_of_short_sentences_are_full(tmp_path):
+  folders = [tmp_path / name for name in ("once", "again")]
+  for folder in folders:
+    folder.mkdir()
+  long_ones = [sentences(n, 20) for n in range(20)]
+  once, again = (pair_rows(folder, long_ones, 256, short_share=0.5)[1] for folder in folders)
+  assert (once.anchors == again.anchors).all() and (once.offsets == again.offsets).all()
   documents = [sentences(n, 1) for n in range(400)]
   objective, rows = pair_rows(tmp_path, documents, length=256)
-  (tmp_path / "again").mkdir()
-  _, again = pair_rows(tmp_path / "again", documents, length=256)
-  assert (rows.anchors == again.anchors).all() and (rows.offsets == again.offsets).all()
   examples = (objective.example(rows[i], np.random.default_rng(i)) for i in range(len(rows)))
   used = [(example["segments"] > 0).mean() for example in examples]
   fill = (rows.tokens + 3 * len(rows.anchors)) / (len(rows) * 256)
