@@ -133,7 +133,7 @@ def peers(kind: str, layers: int, width: int, heads: int, vocab: int, batch: dic
         t["tokens"], token_type_ids=t["types"], labels=labels, next_sentence_label=t["next_sentence"]).loss
     make_plain = lambda: _init(PlainBERT(layers, width, heads, vocab, 512))
     plain_loss = lambda model: model(t["tokens"], t["types"], t["masked_positions"],
-                                     t["masked_targets"], t["next_sentence"])
+                                     t["masked_targets"], t["next_sentence"][:, 0])
   name = {"gpt": "GPT2LMHeadModel", "bert": "BertForPreTraining", "t5": "T5ForConditionalGeneration"}[kind]
   found = {f"{name} eager": _stepper(make_hf(), hf_loss), f"{name} compiled": _compiled(make_hf(), hf_loss)}
   if make_plain:

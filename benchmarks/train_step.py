@@ -49,7 +49,8 @@ def make_batch(kind: str, vocab: int, rows: int, length: int) -> dict[str, np.nd
   return batch | {
       "types": np.zeros_like(tokens), "masked_positions": masked,
       "masked_targets": np.take_along_axis(tokens, masked, 1), "masked_weights": np.ones(masked.shape, np.float32),
-      "next_sentence": np.arange(rows, dtype=np.int32) % 2, "pair_weights": np.ones(rows, np.float32)}
+      "firsts": np.zeros((rows, 1), np.int32), "pair_weights": np.ones((rows, 1), np.float32),
+      "next_sentence": np.arange(rows, dtype=np.int32)[:, None] % 2}
 
 
 def ours(shape):

@@ -112,7 +112,8 @@ class TrainingConfig:
   """Length and rhythm of a run. All counts are global, not per device."""
   steps: int = 0
   epochs: float = 0.0       # of the training rows, in place of steps
-  batch_size: int = 32
+  batch_size: int = 32      # examples: rows of text where a model learns to write or to fill in;
+                            # labelled texts and questions, of which several share a row
   sequence_length: int = 128
   seed: int = 0
   log_every: int = 50

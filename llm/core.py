@@ -5,7 +5,8 @@ Dimension legend, used as suffixes (`tokens_BxT`, `kernel_DxHxK`):
   B batch rows          T target or token position   S source (key) position
   M masked slots a row  D model width                H attention heads
   K head width          F feed-forward width         V vocabulary, padded to a multiple of 128
-  L layers              C classes                    N number of something named beside it
+  L layers              C classes                    N examples of a row, or a number of something
+                                                       named beside it
 
 A `Batch` is a dict of fixed-shape arrays, B rows each:
 
@@ -13,8 +14,10 @@ A `Batch` is a dict of fixed-shape arrays, B rows each:
   types                        BxT int32, where the model has token types
   targets, weights             BxT, causal language modelling
   masked_positions, masked_targets, masked_weights   BxM, masked language modelling
-  next_sentence, pair_weights  B int32 and float32, 1 where the second part follows the first
-  labels, label_weights        B, classification (int32) and regression (float32)
+  firsts                       BxN int32, where each example of a row begins; example n is segment
+                               n + 1, and slots left empty have no weight
+  next_sentence, pair_weights  BxN int32 and float32, 1 where the second part follows the first
+  labels, label_weights        BxN, classification (int32) and regression (float32)
   decoder_tokens, decoder_segments, decoder_positions   BxT, where an encoder reads BxS and a decoder writes
                                `targets`, T of them; segments of one number belong together
 """

@@ -16,11 +16,11 @@ import tabulate
 from absl import flags
 from ml_collections import config_flags
 
-from llm import command, sharding
+from llm import command, core, sharding
 from llm.checkpoints import locate
 from llm.config import DataConfig, MeshConfig
 from llm.core import UserError
-from llm.data import answers, sources
+from llm.data import answers, batches, sources
 from llm.training import experiment as experiment_lib
 from llm.training import evaluation, metrics, reference, writer
 
@@ -75,17 +75,20 @@ def main():
     raise UserError("the checkpoint was trained without evaluation data: give --config.data.eval=SOURCE")
   source = _source(data)
   rows = saved.objective.eval_rows(source, saved.tokenizer, data, saved.config.model, training.sequence_length)
+  batch_size = batches.rows_a_batch(training.batch_size, 1, [rows], [1.0])
   command.start_cpu()
   mesh = sharding.make_mesh(MeshConfig())
+  batch_size = core.round_up(batch_size, mesh.size)
   with jax.set_mesh(mesh):
-    rows = saved.objective.with_reference(rows, reference.predictor(saved.config, saved.objective, saved.tokenizer, mesh, print))
+    rows = saved.objective.with_reference(rows, reference.predictor(
+        saved.config, saved.objective, saved.tokenizer, batch_size, mesh, print))
     bundle = experiment_lib.load(step)
-    figures, predictions = evaluation.of_checkpoint(bundle, saved.objective, rows, training.batch_size, mesh)
+    figures, predictions = evaluation.of_checkpoint(bundle, saved.objective, rows, batch_size, mesh)
   outcomes = saved.objective.outcomes(predictions, rows)
   if hasattr(saved.objective, "written"):
     outcomes |= saved.objective.written(writer.in_batches(bundle, training.batch_size), rows)
   _show({**figures, **saved.objective.summary(outcomes)}, metrics.bootstrap(saved.objective.summary, outcomes),
-        source.spec, str(step), f"{len(rows)} rows")
+        source.spec, str(step), f"{rows.examples} examples")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from llm.config import MeshConfig
-from llm.core import UserError
+from llm.core import UserError, round_up
 
 AXES = ("data", "fsdp", "tensor", "context")
 BATCH = ("data", "fsdp")
@@ -115,13 +115,20 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P(BATCH))
 
 
-def check_batch(batch_size: int, accum_steps: int, mesh: Mesh):
-  """Raises UserError unless rows divide over accumulation steps and batch axes."""
-  rows = mesh.shape["data"] * mesh.shape["fsdp"]
-  if batch_size % (rows * accum_steps):
+def check_batch(examples: int, rows: int, accum_steps: int, mesh: Mesh):
+  """Raises UserError unless the rows of a batch divide over accumulation steps and batch axes.
+
+  examples: config.training.batch_size, which came to so many rows.
+  """
+  data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
+  together = data * fsdp * accum_steps
+  if rows % together:
+    come_to = "" if rows == examples else f" examples come to {rows} rows, which"
+    enough = math.ceil(round_up(rows, together) * examples / rows)
     raise UserError(
-        f"config.training.batch_size={batch_size} must be a multiple of mesh.data x mesh.fsdp x "
-        f"optimizer.grad_accum_steps = {mesh.shape['data']} x {mesh.shape['fsdp']} x {accum_steps}")
+        f"config.training.batch_size={examples}{come_to} must be a multiple of mesh.data x "
+        f"mesh.fsdp x optimizer.grad_accum_steps = {data} x {fsdp} x {accum_steps}: set it to "
+        f"about {enough}, or take fewer devices or parts")
 
 
 def constrain(x: jax.Array, *axes) -> jax.Array:

@@ -30,7 +30,7 @@ def _decoded(tokenizer, ids) -> str:
 
 
 def render_row(batch: dict, row: int, tokenizer, classes=()) -> str:
-  """One row in words: its documents, what is masked and how, the pair's label, what bears loss."""
+  """One row in words: its documents, what is masked and how, their labels, what bears loss."""
   part = {k: v[row] for k, v in batch.items()}
   segments = part["segments"]
   lines = [f"{int((segments > 0).sum())} of {len(segments)} positions used, {segments.max()} document(s)"]
@@ -57,24 +57,26 @@ def render_row(batch: dict, row: int, tokenizer, classes=()) -> str:
       kinds["[MASK]" if now == tokenizer.mask else "kept" if now == target else "random"] += 1
     lines.append(f"  loss at {len(masked)} positions: " + ", ".join(f"{v} {k}" for k, v in kinds.items())
                  + "; shown as <original => what the model sees>")
-  if "next_sentence" in part:
-    second = _decoded(tokenizer, part["tokens"][(part["types"] == 1) & (segments > 0)])
-    lines.append(f"  next sentence: {'true' if part['next_sentence'] else 'another document'}; second part: {second}")
+  for number in np.flatnonzero(part.get("pair_weights", ())):
+    second = _decoded(tokenizer, part["tokens"][(part["types"] == 1) & (segments == number + 1)])
+    truth = "true" if part["next_sentence"][number] else "another document"
+    lines.append(f"  next sentence in document {number + 1}: {truth}; second part: {second}")
   for number in np.flatnonzero(part.get("window_weights", ())):
     answer = part["tokens"][part["starts"][number]:part["ends"][number] + 1]
     lines.append(f"  answer in document {number + 1}: {_decoded(tokenizer, answer)}")
-  if "labels" in part:
-    label = part["labels"]
-    lines.append(f"  label: {classes[int(label)] if classes else float(label)}")
+  for number in np.flatnonzero(part.get("label_weights", ())):
+    label = part["labels"][number]
+    label = classes[int(label)] if classes else float(label)
+    lines.append(f"  label of document {number + 1}: {label}")
   return "\n".join(lines)
 
 
 def show_batch():
   """Prints decoded rows of one training batch."""
   made = experiment_lib.prepare(read_config())
-  count = min(_ROWS.value, made.config.training.batch_size)
+  count = min(_ROWS.value, made.batches.batch_size)
   batch = made.batches.read(_STEP.value, range(count))
-  print(f"batch {_STEP.value}, {count} of {made.config.training.batch_size} rows")
+  print(f"batch {_STEP.value}, {count} of {made.batches.batch_size} rows")
   for row in range(count):
     print(f"row {row}: " + render_row(batch, row, made.tokenizer, getattr(made.objective, "classes", ())))
 

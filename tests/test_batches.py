@@ -13,7 +13,7 @@ from tests.conftest import tiny
 class Numbers:
   """Rows that are their own numbers."""
   def __init__(self, count):
-    self.count, self.tokens = count, 10 * count
+    self.count, self.tokens, self.examples = count, 10 * count, count
 
   def __len__(self):
     return self.count

@@ -72,7 +72,7 @@ def test_a_workdir_tells_all(pretrained):
 def test_show(pretrained, corpus):
   config = ["--config=configs/pretrain_bert.py:tiny", *SMALL, f"--config.data.train=text:{corpus}", "--config.data.eval="]
   status, out, err = run("llm.show", "batch", *config)
-  assert status == 0 and "=> [MASK]>" in out and "next sentence:" in out, err
+  assert status == 0 and "=> [MASK]>" in out and "next sentence in document 1:" in out, err
   status, out, err = run("llm.show", "sharding", *config)
   assert status == 0 and "params/backbone/token/embedding" in out and "optimizer/" in out, err
   status, out, err = run("llm.show", "checkpoint", f"--checkpoint={pretrained}")

@@ -112,7 +112,7 @@ def test_a_bert_fills_masks_by_its_own_odds():
   assert len(found) == 3 and found[0][1] >= found[1][1] >= found[2][1] and sum(o for _, o in found) < 1
   batch = {"tokens": np.array([row], np.int32), "segments": np.ones((1, len(row)), np.int32),
            "positions": np.arange(len(row), dtype=np.int32)[None], "types": np.zeros((1, len(row)), np.int32),
-           "masked_positions": np.array([[1 + len(ids[0])]], np.int32),
+           "firsts": np.zeros((1, 1), np.int32), "masked_positions": np.array([[1 + len(ids[0])]], np.int32),
            "masked_targets": np.array([[bundle.tokenizer.pieces.index(found[0][0])]], np.int32)}
   losses = bundle.model.apply({"params": bundle.params}, batch, train=False)["losses"]
   assert found[0][1] == pytest.approx(float(np.exp(-losses[0, 0])), rel=1e-4)

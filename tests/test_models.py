@@ -27,7 +27,8 @@ def batch_of(rows: int, seed: int = 0, segments=None):
           "masked_targets": tokens[:, [1, 4, 9]], "masked_weights": np.ones((rows, 3), np.float32),
           **{f"decoder_{k}": v for k, v in (("tokens", np.roll(tokens, 3, 1)), ("segments", segments),
                                             ("positions", positions.astype(np.int32)))},
-          "next_sentence": (np.arange(rows) % 2).astype(np.int32), "pair_weights": np.ones(rows, np.float32)}
+          "firsts": np.zeros((rows, 1), np.int32), "pair_weights": np.ones((rows, 1), np.float32),
+          "next_sentence": (np.arange(rows) % 2).astype(np.int32)[:, None]}
 
 
 def model_of(name: str, **changes):

@@ -98,17 +98,19 @@ def test_pairs_are_balanced_and_true(corpus, byte_tokenizer):
   for _ in range(40):
     for i in range(len(rows)):
       example = objective.example(rows[i], rng)
-      tokens, used = unmasked(example), example["segments"] > 0
-      a = byte_tokenizer.decode(tokens[used & (example["types"] == 0)])
-      b = byte_tokenizer.decode(tokens[used & (example["types"] == 1)])
-      own = text[int(rows.anchors[i][0])]
-      assert a and b and a in own
-      if example["next_sentence"]:
-        assert a + b in own
-      else:
-        assert any(b in other for other in text if other is not own)
-      labels.append(int(example["next_sentence"]))
-      assert used.sum() == len(a) + len(b) + 3
+      tokens = unmasked(example)
+      for slot, (doc, _, _) in enumerate(rows[i][1]):
+        used = example["segments"] == slot + 1
+        a = byte_tokenizer.decode(tokens[used & (example["types"] == 0)])
+        b = byte_tokenizer.decode(tokens[used & (example["types"] == 1)])
+        own = text[doc]
+        assert a and b and a in own
+        if example["next_sentence"][slot]:
+          assert a + b in own
+        else:
+          assert any(b in other for other in text if other is not own)
+        labels.append(int(example["next_sentence"][slot]))
+        assert used.sum() == len(a) + len(b) + 3 and used[example["firsts"][slot]]
   assert within(sum(labels), len(labels), 0.5)
 
 
@@ -139,12 +141,13 @@ def test_pairs_of_texts_are_put_together_as_bert_does(tmp_path, byte_tokenizer):
   source = jsonl(tmp_path, [{"text": "abc", "text_pair": "defgh", "label": "x"}, {"text": "q" * 50, "text_pair": "r" * 9, "label": "y"}])
   objective = classification.Objective().fit([source], None)
   rows = objective.rows(source, byte_tokenizer, DataConfig(), BERT, 16)
-  first, second = (objective.example(rows[i], None) for i in range(2))
+  first, second = (objective.example(rows.apart()[i], None) for i in range(2))
   cls, sep = byte_tokenizer.cls, byte_tokenizer.sep
   assert first["tokens"][:11].tolist() == [cls, *b"abc", sep, *b"defgh", sep]
   assert first["types"][:11].tolist() == [0] * 5 + [1] * 6 and first["segments"].sum() == 11
   assert second["tokens"].tolist() == [cls, *b"q" * 7, sep, *b"r" * 6, sep] or second["segments"].sum() == 16
-  assert rows.truncated == 1 and (first["labels"], second["labels"]) == (0, 1)
+  assert rows.truncated == 1 and (first["labels"], second["labels"]) == ([0], [1])
+  assert rows.note.endswith("1 were cut at config.training.sequence_length=16")
 
 
 def test_classes_come_from_the_data(tmp_path, byte_tokenizer):
@@ -155,12 +158,14 @@ def test_classes_come_from_the_data(tmp_path, byte_tokenizer):
 
 
 def test_figures_agree_with_hand_worked_ones():
-  rows = type("Rows", (), {"labels": np.array([0, 0, 1, 1, 1, 0])})
+  rows = type("Rows", (), {"labels": np.array([0, 0, 1, 1, 1, 0]),
+                           "packed": np.arange(6).reshape(2, 3)})
   objective = classification.Objective(classes=("no", "yes"), num_classes=2)
   guesses = np.array([0, 1, 1, 1, 0, 0])   # tp 2, fp 1, fn 1, tn 2
-  figures = objective.score({"probabilities": np.eye(2)[guesses]}, rows)
+  figures = objective.score({"probabilities": np.eye(2)[guesses].reshape(2, 3, 2)}, rows)
   assert figures == pytest.approx({"accuracy": 4 / 6, "f1": 2 / 3, "macro_f1": 2 / 3, "mcc": 3 / 9})
   rows.labels = np.array([0.0, 1.0, 2.0, 4.0, 3.0, 9.0])
-  figures = classification.Objective(num_classes=1).score({"score": np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])}, rows)
+  predictions = {"score": np.arange(1.0, 7.0).reshape(2, 3)}
+  figures = classification.Objective(num_classes=1).score(predictions, rows)
   assert figures["spearman"] == pytest.approx(1 - 6 * 2 / (6 * 35))
   assert figures["pearson"] == pytest.approx(np.corrcoef(rows.labels, np.arange(6))[0, 1])

@@ -106,8 +106,8 @@ class Weights:
 def shapes(model: ModelConfig, objective: base.Objective) -> dict[str, tuple[int, ...]]:
   """path -> shape of every parameter of a model with the head of an objective."""
   ids = jnp.zeros((1, 1), jnp.int32)
-  batch = dict.fromkeys(("tokens", "segments", "positions", "types", "targets", "masked_positions", "masked_targets",
-                         "decoder_tokens", "decoder_segments", "decoder_positions"), ids)
+  batch = dict.fromkeys(("tokens", "segments", "positions", "types", "firsts", "targets", "masked_positions",
+                         "masked_targets", "decoder_tokens", "decoder_segments", "decoder_positions"), ids)
   whole = Model(build_backbone(model), objective.head(model))
   tree = jax.eval_shape(lambda: whole.init(jax.random.key(0), batch, train=False)["params"])
   return {path: leaf.shape for path, leaf in flatten(tree).items()}

@@ -27,6 +27,7 @@ class Batches:
   """The batches of a run: rows shuffled anew in every epoch, sources mixed by weight.
 
   rows: one `Rows` a source. weights: their shares of the rows. example: (row, rng) -> arrays.
+  batch_size: rows of a batch, whatever the number of examples that share each.
   """
   rows: Sequence
   weights: Sequence[float]
@@ -54,10 +55,37 @@ class Batches:
     """Batches until every row of the first source was seen once."""
     return len(self.rows[0]) * sum(self.weights) / self.weights[0] / self.batch_size
 
+  def examples(self) -> float:
+    """Examples of a batch, on average."""
+    return self.batch_size * examples_a_row(self.rows, self.weights)
+
+  def tokens(self) -> float:
+    """Tokens of a batch, on average: what is real of its rows, without padding."""
+    return sum(tokens for _, tokens in self.usage(1))
+
   def usage(self, steps: int) -> list[tuple[float, float]]:
     """(epochs, tokens) that each source gives in `steps` batches."""
     drawn = [steps * self.batch_size * w / sum(self.weights) for w in self.weights]
     return [(n / len(rows), n / len(rows) * rows.tokens) for n, rows in zip(drawn, self.rows)]
+
+
+def examples_a_row(rows: Sequence, weights: Sequence[float]) -> float:
+  """Examples that share a row of a mixture, on average."""
+  return sum(w * r.examples / len(r) for w, r in zip(weights, rows)) / sum(weights)
+
+
+def rows_a_batch(examples: int, parts: int, rows: Sequence, weights: Sequence[float]) -> int:
+  """The rows of a batch that come nearest to so many examples; as many where a row is one example.
+
+  In each of the `parts` that a batch is worked through in, 1, 2, 4 or a multiple of 8: it does not
+  depend on the mesh, so that batches are equal on each, and most meshes can share it.
+  """
+  together = examples_a_row(rows, weights)
+  if together == 1:
+    return examples
+  wanted = examples / together / parts
+  of_part = 8 * round(wanted / 8) if wanted > 6 else min((1, 2, 4), key=lambda n: abs(n - wanted))
+  return parts * of_part
 
 
 def stack(examples) -> dict[str, np.ndarray]:

@@ -1,10 +1,12 @@
-"""Packing: which pieces of documents share a row. Planned once, so that any row can be read alone.
+"""Packing: which pieces of documents, or which examples, share a row. Planned once, so that any row
+can be read alone.
 
 Best-fit decreasing (Johnson 1974) over pieces of documents. Greedy packers over a
 stream cannot give row i without rows 0 .. i-1, nor the same rows to another number of hosts.
 """
 import dataclasses
 import pathlib
+from typing import Iterable, Sequence
 
 import numpy as np
 
@@ -43,6 +45,10 @@ class PlannedRows:
   def tokens(self) -> int:
     return int(self.plan.lengths.sum())
 
+  @property
+  def examples(self) -> int:
+    return len(self)
+
   def __len__(self) -> int:
     return len(self.plan)
 
@@ -79,9 +85,55 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
   return [np.concatenate(b) for room in rooms for b in room]
 
 
-def at_most(count: int, bins: list[np.ndarray]) -> list[np.ndarray]:
-  """The bins, those with more than `count` pieces split."""
-  return [part for one in bins for part in np.split(one, range(count, len(one), count))]
+def slots(length: int, least: int) -> int:
+  """N: examples that a row of `length` tokens has room for where each takes `least` at least."""
+  return max(1, length // least)
+
+
+def into_rows(sizes: np.ndarray, length: int, least: int) -> list[np.ndarray]:
+  """Numbers of the examples that share each row, at most `slots(length, least)` of them.
+
+  sizes: tokens of each example. One that is shorter than `least` takes that much, so no row runs
+  out of slots before it runs out of tokens.
+  """
+  return best_fit_decreasing(np.clip(sizes, least, length), length)
+
+
+def lay_out(examples: Iterable[tuple[Sequence[int], Sequence[int]]], length: int,
+            pad: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+  """Examples, (tokens, types) each, one after another -> the arrays of a row, where each begins.
+
+  Each is a segment of its own, and positions restart in it. The arrays are int32, T long.
+  """
+  row = {name: np.zeros(length, np.int32) for name in ("segments", "positions", "types")}
+  row["tokens"] = np.full(length, pad, np.int32)
+  firsts, at = [], 0
+  for number, (tokens, types) in enumerate(examples, 1):
+    here = slice(at, at + len(tokens))
+    row["tokens"][here] = tokens
+    row["types"][here] = types
+    row["segments"][here] = number
+    row["positions"][here] = np.arange(len(tokens))
+    firsts.append(at)
+    at = here.stop
+  return row, np.array(firsts, np.int32)
+
+
+def in_slots(values: Sequence, count: int, dtype) -> np.ndarray:
+  """A value for each example of a row -> one for each of `count` slots, 0 in those left empty."""
+  return np.pad(np.asarray(values, dtype), (0, count - len(values)))
+
+
+def by_example(packed: list[np.ndarray], values_RxN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Values by row and slot -> (numbers of the examples of these R rows, ascending; their values).
+
+  An evaluation that was cut short has fewer rows than were packed. N may have dimensions after it.
+  """
+  seen = packed[:len(values_RxN)]
+  numbers = np.concatenate(seen)
+  values = np.concatenate([values[:len(row)] for values, row in zip(values_RxN, seen)])
+  order = np.argsort(numbers)
+  return numbers[order], values[order]
 
 
 def _pieces(documents: Documents, piece: int) -> tuple[np.ndarray, np.ndarray, int]:

@@ -66,10 +66,12 @@ class CausalLMHead(nn.Module):
     return {"losses": losses, "correct": correct}
 
 
-def pooler(hidden_BxTxD, types: Precision):
-  """tanh(W h + b) of the first token: of BERT's published code, where both phases share it."""
+def pooler(hidden_BxTxD, firsts_BxN, types: Precision):
+  """BxNxD: tanh(W h + b) of the first token of each example of a row: of BERT's published code,
+  where both phases share it."""
   width = hidden_BxTxD.shape[-1]
-  return jnp.tanh(Linear((width, width), precision=types, name="pooler")(hidden_BxTxD[:, 0]))
+  first_BxNxD = jnp.take_along_axis(hidden_BxTxD, firsts_BxN[..., None], axis=1)
+  return jnp.tanh(Linear((width, width), precision=types, name="pooler")(first_BxNxD))
 
 
 class MaskedLMHead(nn.Module):
@@ -88,9 +90,9 @@ class MaskedLMHead(nn.Module):
                                    vocab_size=cfg.vocab_size, chunk=cfg.loss_chunk)
     outputs = {"losses": losses, "correct": correct}
     if self.next_sentence:
-      pooled_BxD = pooler(hidden_BxTxD, types)
+      pooled_BxNxD = pooler(hidden_BxTxD, batch["firsts"], types)
       outputs["pair_logits"] = Linear((cfg.width, 2), precision=types, name="next_sentence")(
-          pooled_BxD).astype(losses.dtype)
+          pooled_BxNxD).astype(losses.dtype)
     return outputs
 
 
@@ -116,10 +118,10 @@ class LMBias(nn.Module):
 
 
 class ClassificationHead(nn.Module):
-  """Logits BxC from one vector a row.
+  """Logits BxNxC from one vector an example: segment n + 1 of a row begins at firsts_BxN[:, n].
 
   pooling: first (BERT's pooled first token), last (the last token of a decoder), mean (of all
-  real tokens).
+  tokens of the example).
   """
   config: ModelConfig
   num_classes: int
@@ -128,16 +130,20 @@ class ClassificationHead(nn.Module):
   @nn.compact
   def __call__(self, hidden_BxTxD, batch, table_VxD, *, train: bool):
     cfg, types = self.config, precision.of(self.config)
-    real_BxT = (batch["segments"] > 0).astype(hidden_BxTxD.dtype)
+    firsts_BxN = batch["firsts"]
     if self.pooling == "first":
-      pooled_BxD = pooler(hidden_BxTxD, types)
-    elif self.pooling == "last":
-      last_B = jnp.maximum(real_BxT.sum(-1).astype(jnp.int32) - 1, 0)
-      pooled_BxD = jnp.take_along_axis(hidden_BxTxD, last_B[:, None, None], axis=1)[:, 0]
+      pooled_BxNxD = pooler(hidden_BxTxD, firsts_BxN, types)
     else:
-      total_BxD = jnp.einsum("BTD,BT->BD", hidden_BxTxD, real_BxT)
-      pooled_BxD = total_BxD / jnp.maximum(real_BxT.sum(-1, keepdims=True), 1)
+      of_example_BxTxN = batch["segments"][..., None] == 1 + jnp.arange(firsts_BxN.shape[1])
+      lengths_BxN = jnp.maximum(of_example_BxTxN.sum(1), 1)   # slots may be empty
+      if self.pooling == "last":
+        last_BxN = firsts_BxN + lengths_BxN - 1
+        pooled_BxNxD = jnp.take_along_axis(hidden_BxTxD, last_BxN[..., None], axis=1)
+      else:
+        total_BxNxD = jnp.einsum("BTD,BTN->BND", hidden_BxTxD,
+                                 of_example_BxTxN.astype(hidden_BxTxD.dtype))
+        pooled_BxNxD = total_BxNxD / lengths_BxN[..., None]
     key = self.make_rng("dropout") if train and cfg.dropout else None
-    pooled_BxD = attention.dropout(pooled_BxD, cfg.dropout, key)
-    logits_BxC = Linear((cfg.width, self.num_classes), precision=types, name="classifier")(pooled_BxD)
-    return {"logits": logits_BxC.astype(jnp.promote_types(types.values, jnp.float32))}
+    pooled_BxNxD = attention.dropout(pooled_BxNxD, cfg.dropout, key)
+    classifier = Linear((cfg.width, self.num_classes), precision=types, name="classifier")
+    return {"logits": classifier(pooled_BxNxD).astype(jnp.promote_types(types.values, jnp.float32))}

@@ -23,9 +23,12 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]   # name -> (sum, weight): divi
 
 
 class Rows(Protocol):
-  """Training rows by number: `len(rows)`, `rows[i]`. `tokens` is how many an epoch holds; a `note`, where there is
-  one, stands in the header of the run."""
+  """Training rows by number: `len(rows)`, `rows[i]`. `tokens` and `examples` are how many an epoch
+  holds; a row that labelled examples do not share is one example. A `note`, where there is one,
+  stands in the header of the run.
+  """
   tokens: int
+  examples: int
 
   def __len__(self) -> int: ...
   def __getitem__(self, i: int) -> Any: ...
@@ -94,6 +97,12 @@ def row_sums(values_BxN, weights_BxN) -> jax.Array:
 def mean_of_sums(outcomes: dict[str, np.ndarray]) -> dict[str, float]:
   """name -> mean, of such sums over all rows."""
   return {name: float(sums[:, 0].sum() / max(sums[:, 1].sum(), 1e-9)) for name, sums in outcomes.items()}
+
+
+def cross_entropy(logits_BxNxC, labels_BxN) -> jax.Array:
+  """BxN: minus the log-probability of each label, in nats."""
+  log_probs_BxNxC = jax.nn.log_softmax(logits_BxNxC)
+  return -jax.numpy.take_along_axis(log_probs_BxNxC, labels_BxN[..., None], axis=-1)[..., 0]
 
 
 def weighted_mean(values, weights, total):

@@ -133,6 +133,10 @@ class ChatRows:
   def tokens(self) -> int:
     return sum(len(ids) - 1 for ids, _ in self.encoded)
 
+  @property
+  def examples(self) -> int:
+    return len(self)
+
   def __len__(self) -> int:
     return len(self.packed)
 

@@ -9,15 +9,20 @@ import scipy.stats
 import sklearn.metrics
 
 from llm.core import UserError
+from llm.data import packing
 from llm.models import heads
 from llm.objectives import base
+
+LEAST = 8   # tokens of a row that a text takes at least
 
 
 @dataclasses.dataclass(frozen=True)
 class LabelledRows:
-  """Encoded records: tokens, types and label of each. `texts` serve reports."""
+  """Encoded records, (tokens, types, label) each, packed into rows, at most `slots` in one."""
   encoded: list[tuple[list[int], list[int], float]]
+  packed: list[np.ndarray]     # row -> numbers of records
   length: int
+  slots: int
   pad: int
   truncated: int
 
@@ -26,14 +31,28 @@ class LabelledRows:
     return sum(len(tokens) for tokens, _, _ in self.encoded)
 
   @property
+  def examples(self) -> int:
+    return len(self.encoded)
+
+  @property
   def labels(self) -> np.ndarray:
     return np.array([label for _, _, label in self.encoded])
 
+  @property
+  def note(self) -> str:
+    return (f"{self.examples} examples in {len(self)} rows, "
+            f"{self.tokens / (len(self) * self.length):.1%} full; {self.truncated} were cut at "
+            f"config.training.sequence_length={self.length}")
+
+  def apart(self) -> "LabelledRows":
+    """The same records, one a row, in order."""
+    return dataclasses.replace(self, packed=list(np.arange(self.examples)[:, None]), slots=1)
+
   def __len__(self) -> int:
-    return len(self.encoded)
+    return len(self.packed)
 
   def __getitem__(self, i: int):
-    return self, self.encoded[i]
+    return self, [self.encoded[n] for n in self.packed[i]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +109,9 @@ class Objective(base.Objective):
       tokens, types, cut = _assemble(a, b, tokenizer, model.name == "bert", length)
       encoded.append((tokens, types, label))
       truncated += cut
-    return LabelledRows(encoded, length, max(tokenizer.pad, 0), truncated)
+    packed = packing.into_rows(np.array([len(tokens) for tokens, _, _ in encoded]), length, LEAST)
+    slots = packing.slots(length, LEAST)
+    return LabelledRows(encoded, packed, length, slots, max(tokenizer.pad, 0), truncated)
 
   def _target(self, record, source) -> float:
     label = _label(record, source)
@@ -109,14 +130,14 @@ class Objective(base.Objective):
     return float(self.classes.index(label))
 
   def example(self, row, rng):
-    rows, (tokens, types, label) = row
-    pad = rows.length - len(tokens)
-    out = {"tokens": np.pad(np.array(tokens, np.int32), (0, pad), constant_values=rows.pad),
-           "types": np.pad(np.array(types, np.int32), (0, pad)),
-           "segments": np.pad(np.ones(len(tokens), np.int32), (0, pad)),
-           "positions": np.pad(np.arange(len(tokens), dtype=np.int32), (0, pad))}
-    return {**out, "label_weights": np.float32(1),
-            "labels": np.float32(label) if self.regression else np.int32(label)}
+    rows, records = row
+    examples = [(tokens, types) for tokens, types, _ in records]
+    out, firsts = packing.lay_out(examples, rows.length, rows.pad)
+    labels = [label for _, _, label in records]
+    kind = np.float32 if self.regression else np.int32
+    return {**out, "firsts": packing.in_slots(firsts, rows.slots, np.int32),
+            "labels": packing.in_slots(labels, rows.slots, kind),
+            "label_weights": packing.in_slots(np.ones(len(labels)), rows.slots, np.float32)}
 
   def head(self, model):
     pooling = self.pooling
@@ -125,36 +146,38 @@ class Objective(base.Objective):
     return heads.ClassificationHead(model, self.num_classes, pooling)
 
   def totals(self, batch):
-    return {"rows": batch["label_weights"].sum()}
+    return {"examples": batch["label_weights"].sum()}
 
   def loss(self, outputs, batch, totals):
-    logits_BxC, weights_B, weight = outputs["logits"], batch["label_weights"], batch["label_weights"].sum()
+    logits_BxNxC, labels_BxN = outputs["logits"], batch["labels"]
+    weights_BxN, weight = batch["label_weights"], batch["label_weights"].sum()
     if self.regression:
-      losses_B = jnp.square(logits_BxC[:, 0] - batch["labels"])
-      return (base.weighted_mean(losses_B, weights_B, totals["rows"]),
-              {"loss": ((losses_B * weights_B).sum(), weight)})
-    log_probs_BxC = jax.nn.log_softmax(logits_BxC)
-    losses_B = -jnp.take_along_axis(log_probs_BxC, batch["labels"][:, None], axis=1)[:, 0]
-    correct_B = logits_BxC.argmax(-1) == batch["labels"]
-    return (base.weighted_mean(losses_B, weights_B, totals["rows"]),
-            {"loss": ((losses_B * weights_B).sum(), weight),
-             "accuracy": ((correct_B * weights_B).sum(), weight)})
+      losses_BxN = jnp.square(logits_BxNxC[..., 0] - labels_BxN)
+      return (base.weighted_mean(losses_BxN, weights_BxN, totals["examples"]),
+              {"loss": ((losses_BxN * weights_BxN).sum(), weight)})
+    losses_BxN = base.cross_entropy(logits_BxNxC, labels_BxN)
+    correct_BxN = logits_BxNxC.argmax(-1) == labels_BxN
+    return (base.weighted_mean(losses_BxN, weights_BxN, totals["examples"]),
+            {"loss": ((losses_BxN * weights_BxN).sum(), weight),
+             "accuracy": ((correct_BxN * weights_BxN).sum(), weight)})
 
   def predict(self, outputs, batch):
     if self.regression:
-      return {"score": outputs["logits"][:, 0]}
+      return {"score": outputs["logits"][..., 0]}
     return {"probabilities": jax.nn.softmax(outputs["logits"])}
 
   def results(self, predictions, rows):
     if self.regression:
-      return [{"score": float(s)} for s in predictions["score"]]
+      return [{"score": float(s)} for s in packing.by_example(rows.packed, predictions["score"])[1]]
     return [{"label": self.classes[int(p.argmax())],
              "probabilities": {c: round(float(x), 6) for c, x in zip(self.classes, p)}}
-            for p in predictions["probabilities"]]
+            for p in packing.by_example(rows.packed, predictions["probabilities"])[1]]
 
   def outcomes(self, predictions, rows):
-    found = predictions["score"] if self.regression else predictions["probabilities"].argmax(-1)
-    return {"labels": rows.labels[:len(found)], "found": found}
+    found_RxN = (predictions["score"] if self.regression
+                 else predictions["probabilities"].argmax(-1))
+    numbers, found = packing.by_example(rows.packed, found_RxN)
+    return {"labels": rows.labels[numbers], "found": found}
 
   def summary(self, outcomes):
     labels, guesses = outcomes["labels"], outcomes["found"]

@@ -1,16 +1,20 @@
 """Masked language modelling, with or without next-sentence prediction (BERT)."""
 import dataclasses
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from llm.core import UserError
+from llm.data import cache
 from llm.data import documents as documents_lib
 from llm.data import packing
 from llm.models import heads
 from llm.objectives import base
+
+LEAST = 8   # tokens of a row that a pair takes at least: three of them are [CLS], [SEP] and [SEP]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +44,15 @@ class PackedRows(packing.PlannedRows):
 
 @dataclasses.dataclass(frozen=True)
 class PairRows:
-  """Rows with pairs. An anchor is a run of sentences of one document that fills a row.
+  """Rows with pairs. An anchor is a run of tokens of one document, of which a pair is drawn.
 
-  anchors: (document, start, stop) in the tokens. Which part of the anchor is A, and whether B
-  is the rest of it or comes from another document, is drawn anew in every epoch.
+  anchors: (document, start, stop) in the tokens; row i holds the pairs of anchors offsets[i] ..
+  offsets[i+1]. Which part of an anchor is A, and whether B is the rest of it or comes from another
+  document, is drawn anew in every epoch; no draw is longer than the anchor, [CLS] and two [SEP].
   """
   documents: documents_lib.Documents
   anchors: np.ndarray
+  offsets: np.ndarray
   length: int
   vocabulary: _Vocabulary
 
@@ -54,33 +60,65 @@ class PairRows:
   def tokens(self) -> int:
     return int((self.anchors[:, 2] - self.anchors[:, 1]).sum())
 
+  @property
+  def examples(self) -> int:
+    return len(self)
+
+  @property
+  def slots(self) -> int:
+    """N: pairs of a row, at most."""
+    return packing.slots(self.length, LEAST)
+
+  @property
+  def note(self) -> str:
+    fill = (self.tokens + 3 * len(self.anchors)) / (len(self) * self.length)
+    return f"{len(self.anchors)} pairs in {len(self)} rows, {fill:.1%} full"
+
   def __len__(self) -> int:
-    return len(self.anchors)
+    return len(self.offsets) - 1
 
   def __getitem__(self, i: int):
-    return self, self.anchors[i]
+    return self, self.anchors[self.offsets[i]:self.offsets[i + 1]]
 
 
-def plan_anchors(documents: documents_lib.Documents, room: int) -> np.ndarray:
-  """Every document cut at sentence ends into runs of at most `room` tokens: Nx3 int64.
+def plan_anchors(documents: documents_lib.Documents, room: int, short_share: float) -> np.ndarray:
+  """Every document cut into runs of at most `room` tokens: Nx3 int64, in order.
 
-  A sentence longer than a row is cut. Runs of one token are left out: they make no pair.
+  A run has `room` tokens, or with the chance `short_share` fewer, 2 at least, each number as
+  likely. It ends inside a sentence where that fills the row, as in BERT's published code, but the
+  next run goes on there and no token is lost. Runs of one token are left out: they make no pair.
+
+  Lengths are drawn from a seed of their own, before a run is made: so the plan holds for every
+  epoch, and no short run leaves tokens unused.
   """
-  anchors = []
-  for doc in range(len(documents)):
-    ends = documents.sentences[documents.documents[doc]:documents.documents[doc + 1] + 1]
-    start = previous = int(ends[0])
-    for end in ends[1:].tolist():
-      if end - start > room and previous > start:
-        anchors.append((doc, start, previous))
-        start = previous
-      while end - start > room:
-        anchors.append((doc, start, start + room))
-        start += room
-      previous = end
-    if previous > start:
-      anchors.append((doc, start, previous))
-  return np.array([a for a in anchors if a[2] - a[1] > 1], np.int64).reshape(-1, 3)
+  rng = np.random.default_rng(0)
+  bounds = documents.bounds()
+  going = np.flatnonzero(np.diff(bounds))   # documents that have tokens left
+  starts, anchors = bounds[going], []
+  while len(going):   # one run of each of them at a time
+    short = rng.random(len(going)) < short_share
+    lengths = np.where(short, rng.integers(2, room + 1, len(going)), room)
+    stops = np.minimum(starts + lengths, bounds[going + 1])
+    stops -= (bounds[going + 1] - stops == 1) & (stops - starts > 2)   # one token alone is no pair
+    anchors.append(np.stack([going, starts, stops], 1))
+    left = stops < bounds[going + 1]
+    going, starts = going[left], stops[left]
+  anchors = np.concatenate(anchors)
+  anchors = anchors[anchors[:, 2] - anchors[:, 1] > 1]
+  return anchors[np.argsort(anchors[:, 1])].astype(np.int64)
+
+
+def plan_pairs(documents: documents_lib.Documents, length: int, short_share: float,
+               folder: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
+  """(anchors, offsets) of `PairRows`. Kept in `folder` beside the token cache."""
+  def write(scratch):
+    anchors = plan_anchors(documents, length - 3, short_share)
+    rows = packing.into_rows(anchors[:, 2] - anchors[:, 1] + 3, length, LEAST)
+    np.savez(scratch / "plan.npz", anchors=anchors[np.concatenate(rows)] if rows else anchors,
+             offsets=np.cumsum([0, *map(len, rows)]))
+  key = cache.digest("pairs 2", documents.digest, str(length), repr(short_share))
+  with np.load(cache.made_once(folder / "plans" / key[:32], write) / "plan.npz") as saved:
+    return saved["anchors"], saved["offsets"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +126,9 @@ class Objective(base.Objective):
   """BERT's pretraining (Devlin et al. 2019, section 3.1 and appendix A.1).
 
   mask_rate of the tokens are predicted: of these mask_share become [MASK], random_share another
-  token, the rest stay. next_sentence: half of the rows are a true pair, half have their second
-  part from another document; without it rows are packed. short_share of the pairs are cut to a
-  random shorter length (0.1 in the published code).
+  token, the rest stay. next_sentence: half of the pairs are true, half have their second part from
+  another document; without it there are no pairs. short_share of the pairs aim at a random shorter
+  length (0.1 in the published code). Rows are packed either way.
   """
   mask_rate: float = 0.15
   mask_share: float = 0.8
@@ -122,15 +160,14 @@ class Objective(base.Objective):
     if len(documents) < 2:
       raise UserError(f"{source.spec}: next-sentence prediction needs two documents at least (a blank "
                       "line parts them); or set config.objective.next_sentence=False")
-    anchors = plan_anchors(documents, length - 3)
+    anchors, offsets = plan_pairs(documents, length, self.short_share, source.cache)
     if not len(anchors):
       raise UserError(f"{source.spec}: no document has two tokens, which a pair needs")
-    return PairRows(documents, anchors, length, vocabulary)
+    return PairRows(documents, anchors, offsets, length, vocabulary)
 
   def example(self, row, rng):
     rows, content = row
-    example = (_pair(rows, content, self.short_share, rng) if self.next_sentence
-               else _packed(rows, content))
+    example = _pairs(rows, content, rng) if self.next_sentence else _packed(rows, content)
     return self._mask(example, rows.vocabulary, rng)
 
   def _mask(self, example, vocabulary: _Vocabulary, rng) -> dict[str, np.ndarray]:
@@ -180,21 +217,20 @@ class Objective(base.Objective):
     metrics = {"mlm_loss": ((outputs["losses"] * weights).sum(), weight),
                "mlm_accuracy": ((outputs["correct"] * weights).sum(), weight)}
     if self.next_sentence:
-      log_probs_Bx2 = jax.nn.log_softmax(outputs["pair_logits"])
-      losses_B = -jnp.take_along_axis(log_probs_Bx2, batch["next_sentence"][:, None], axis=1)[:, 0]
-      correct_B = outputs["pair_logits"].argmax(-1) == batch["next_sentence"]
-      weights_B, pairs = batch["pair_weights"], batch["pair_weights"].sum()
-      loss += base.weighted_mean(losses_B, weights_B, totals["pairs"])
-      metrics |= {"nsp_loss": ((losses_B * weights_B).sum(), pairs),
-                  "nsp_accuracy": ((correct_B * weights_B).sum(), pairs)}
+      losses_BxN = base.cross_entropy(outputs["pair_logits"], batch["next_sentence"])
+      correct_BxN = outputs["pair_logits"].argmax(-1) == batch["next_sentence"]
+      weights_BxN, pairs = batch["pair_weights"], batch["pair_weights"].sum()
+      loss += base.weighted_mean(losses_BxN, weights_BxN, totals["pairs"])
+      metrics |= {"nsp_loss": ((losses_BxN * weights_BxN).sum(), pairs),
+                  "nsp_accuracy": ((correct_BxN * weights_BxN).sum(), pairs)}
     return loss, metrics
 
   def predict(self, outputs, batch):
     found = {name: base.row_sums(outputs[key], batch["masked_weights"])
              for name, key in (("mlm_loss", "losses"), ("mlm_accuracy", "correct"))}
     if self.next_sentence:
-      right_B = outputs["pair_logits"].argmax(-1) == batch["next_sentence"]
-      found["nsp_accuracy"] = base.row_sums(right_B[:, None], batch["pair_weights"][:, None])
+      correct_BxN = outputs["pair_logits"].argmax(-1) == batch["next_sentence"]
+      found["nsp_accuracy"] = base.row_sums(correct_BxN, batch["pair_weights"])
     return found
 
   def outcomes(self, predictions, rows):
@@ -206,38 +242,33 @@ class Objective(base.Objective):
 
 def _packed(rows: PackedRows, pieces) -> dict[str, np.ndarray]:
   """[CLS] piece [SEP] ... of one packed row."""
-  out = {k: np.zeros(rows.length, np.int32) for k in ("segments", "positions", "types")}
-  out["tokens"] = np.full(rows.length, rows.vocabulary.pad, np.int32)
-  at = 0
-  for number, piece in enumerate(pieces, 1):
-    here = slice(at, at + len(piece) + 2)
-    out["tokens"][here] = [rows.vocabulary.cls, *piece, rows.vocabulary.sep]
-    out["segments"][here] = number
-    out["positions"][here] = np.arange(len(piece) + 2)
-    at += len(piece) + 2
-  return out
+  known = rows.vocabulary
+  examples = [([known.cls, *piece, known.sep], [0] * (len(piece) + 2)) for piece in pieces]
+  return packing.lay_out(examples, rows.length, known.pad)[0]
 
 
-def _pair(rows: PairRows, anchor, short_share: float, rng) -> dict[str, np.ndarray]:
-  """[CLS] A [SEP] B [SEP] of one anchor; next_sentence is 1 where B follows A in its document."""
+def _pairs(rows: PairRows, anchors, rng) -> dict[str, np.ndarray]:
+  """The pairs of one row; next_sentence is 1 where B follows A in its document."""
+  drawn = [_pair(rows, anchor, rng) for anchor in anchors]
+  examples = [(tokens, types) for tokens, types, _ in drawn]
+  row, firsts = packing.lay_out(examples, rows.length, rows.vocabulary.pad)
+  true_pairs = [true_pair for _, _, true_pair in drawn]
+  return {**row, "firsts": packing.in_slots(firsts, rows.slots, np.int32),
+          "next_sentence": packing.in_slots(true_pairs, rows.slots, np.int32),
+          "pair_weights": packing.in_slots(np.ones(len(drawn)), rows.slots, np.float32)}
+
+
+def _pair(rows: PairRows, anchor, rng) -> tuple[list[int], np.ndarray, bool]:
+  """[CLS] A [SEP] B [SEP] of one anchor, its types, and whether B follows A in its document."""
   doc, start, stop = (int(a) for a in anchor)
-  room = rows.length - 3
-  if rng.random() < short_share:
-    room = int(rng.integers(2, room + 1))
-  stop = min(stop, start + room)
   true_pair = rng.random() < 0.5
   middle, whole = _split_point(rows.documents, doc, start, stop, rng)
   a = rows.documents.tokens_N[start:middle]
   b = (rows.documents.tokens_N[middle:stop] if true_pair
        else _elsewhere(rows.documents, doc, stop - middle, whole, rng))
-  used = len(a) + len(b) + 3
-  out = {k: np.zeros(rows.length, np.int32) for k in ("segments", "positions", "types")}
-  out["tokens"] = np.full(rows.length, rows.vocabulary.pad, np.int32)
-  out["tokens"][:used] = [rows.vocabulary.cls, *a, rows.vocabulary.sep, *b, rows.vocabulary.sep]
-  out["segments"][:used] = 1
-  out["types"][len(a) + 2:used] = 1
-  out["positions"][:used] = np.arange(used)
-  return {**out, "next_sentence": np.int32(true_pair), "pair_weights": np.float32(1)}
+  tokens = [rows.vocabulary.cls, *a, rows.vocabulary.sep, *b, rows.vocabulary.sep]
+  types = (np.arange(len(tokens)) >= len(a) + 2).astype(np.int32)
+  return tokens, types, true_pair
 
 
 def _split_point(documents, doc: int, start: int, stop: int, rng) -> tuple[int, bool]:

@@ -9,6 +9,8 @@ from llm.core import UserError
 from llm.data import cache, packing
 from llm.objectives import base, chat
 
+LEAST = 64   # tokens of a row that the conversations of a pair take at least
+
 
 def talks(record: dict) -> list[list[dict]]:
   """The conversation with the chosen and with the rejected reply, only that reply learned. Raises UserError.
@@ -75,9 +77,9 @@ class Objective(chat.Objective):
     if not encoded:
       raise UserError(f"{source.spec}: no prompt with both its replies fits config.training.sequence_length={length}")
     sizes = np.array([len(ids) - 1 for ids, _ in encoded]).reshape(-1, 2).sum(-1)
-    slots = max(1, length // 64)
+    slots = packing.slots(length, LEAST)
     packed = [np.stack([2 * row, 2 * row + 1], -1).ravel()
-              for row in packing.at_most(slots, packing.best_fit_decreasing(sizes, length))]
+              for row in packing.into_rows(sizes, length, LEAST)]
     return PairRows(encoded, packed, length, max(tokenizer.pad, 0), f"{len(sizes)} pairs in {len(packed)} rows, "
                     f"{sizes.sum() / (len(packed) * length):.1%} full; {others}", slots, np.zeros(len(encoded), np.float32))
 

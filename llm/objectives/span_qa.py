@@ -13,6 +13,8 @@ from llm.data import packing
 from llm.models import heads
 from llm.objectives import base
 
+LEAST = 32   # tokens of a row that a window takes at least; the loss has an array of slots x T
+
 
 @dataclasses.dataclass(frozen=True)
 class Question:
@@ -37,6 +39,11 @@ class Window:
   start: int
   end: int
 
+  @property
+  def types(self) -> np.ndarray:
+    """0 of the question, 1 of the part and what ends it."""
+    return (np.arange(len(self.tokens)) >= self.offset).astype(np.int32)
+
 
 @dataclasses.dataclass(frozen=True)
 class QuestionRows:
@@ -51,6 +58,17 @@ class QuestionRows:
   @property
   def tokens(self) -> int:
     return sum(len(w.tokens) for w in self.windows)
+
+  @property
+  def examples(self) -> int:
+    return len(self.windows)
+
+  @property
+  def note(self) -> str:
+    cut = (np.bincount([w.question for w in self.windows]) > 1).sum()
+    return (f"{len(self.questions)} questions, {len(self.windows)} windows in {len(self)} rows, "
+            f"{self.tokens / (len(self) * self.length):.1%} full; {cut} contexts are longer than a "
+            "row")
 
   def __len__(self) -> int:
     return len(self.packed)
@@ -106,8 +124,8 @@ class Objective(base.Objective):
         raise UserError(f"{record.get('_where', 'a record')}: the question has {len(question)} tokens and leaves {room} of "
                         f"config.training.sequence_length={length} for its context")
       windows += self._windows(number, question, *encoded[record["text"]], found, room, tokenizer)
-    slots = max(1, length // 32)
-    packed = packing.at_most(slots, packing.best_fit_decreasing(np.array([len(w.tokens) for w in windows]), length))
+    packed = packing.into_rows(np.array([len(w.tokens) for w in windows]), length, LEAST)
+    slots = packing.slots(length, LEAST)
     return QuestionRows(questions, windows, packed, length, slots, max(tokenizer.pad, 0))
 
   def _windows(self, number, question, ids, spans, found, room, tokenizer) -> list[Window]:
@@ -133,20 +151,17 @@ class Objective(base.Objective):
 
   def example(self, row, rng):
     rows, windows = row
-    out = {k: np.zeros(rows.length, np.int32) for k in ("segments", "positions", "types", "may_end", "may_start")}
-    out["tokens"] = np.full(rows.length, rows.pad, np.int32)
-    slots = {k: np.zeros(rows.slots, np.int32) for k in ("firsts", "starts", "ends")}
-    weights, at = np.zeros(rows.slots, np.float32), 0
-    for slot, window in enumerate(windows):
-      here, context = slice(at, at + len(window.tokens)), at + window.offset
-      out["tokens"][here], out["segments"][here] = window.tokens, slot + 1
-      out["positions"][here] = np.arange(len(window.tokens))
-      out["types"][context:here.stop] = 1
+    out, firsts = packing.lay_out(((w.tokens, w.types) for w in windows), rows.length, rows.pad)
+    out |= {name: np.zeros(rows.length, np.int32) for name in ("may_end", "may_start")}
+    for first, window in zip(firsts, windows):
+      context = first + window.offset
       out["may_end"][context:context + len(window.own_N)] = 1
       out["may_start"][context:context + len(window.own_N)] = window.own_N
-      slots["firsts"][slot], slots["starts"][slot], slots["ends"][slot] = at, at + window.start, at + window.end
-      weights[slot], at = 1.0, here.stop
-    return {**out, **slots, "window_weights": weights}
+    slots = {"firsts": firsts, "starts": firsts + [w.start for w in windows],
+             "ends": firsts + [w.end for w in windows]}
+    out |= {name: packing.in_slots(values, rows.slots, np.int32) for name, values in slots.items()}
+    weights = packing.in_slots(np.ones(len(windows)), rows.slots, np.float32)
+    return {**out, "window_weights": weights}
 
   def head(self, model):
     return heads.SpanHead(model)

@@ -10,6 +10,8 @@ from llm.core import UserError
 from llm.data import answers, packing, pairs
 from llm.objectives import causal_lm
 
+LEAST = 16   # tokens of a row that a pair takes at least
+
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
@@ -36,6 +38,10 @@ class PairRows:
   @property
   def tokens(self) -> int:
     return sum(len(p.given) + len(p.wanted) for p in self.pairs)
+
+  @property
+  def examples(self) -> int:
+    return len(self)
 
   def __len__(self) -> int:
     return len(self.packed)
@@ -96,8 +102,8 @@ class Objective(causal_lm.Objective):
         made.append(Pair(number, gold, given, target))
     sizes = pairs.sizes(np.array([len(p.given) for p in made]), np.array([len(p.wanted) for p in made]),
                         length, self.target_length)
-    slots = max(1, length // 16)
-    packed = packing.at_most(slots, packing.best_fit_decreasing(sizes, length))
+    slots = packing.slots(length, LEAST)
+    packed = packing.into_rows(sizes, length, LEAST)
     gold = [tuple(text for text, _ in answers.given(record)) if record.get("answers") and not self.targets
             else tuple(text for text, right in of_record if right) for record, of_record in zip(records, texts)]
     return PairRows(made, packed, length, self.target_length, slots, tokenizer.pad, f"{cut} inputs lost their end", said, gold)
@@ -134,7 +140,7 @@ class Objective(causal_lm.Objective):
 
   def predict(self, outputs, batch):
     """BxKx2 a target: its log-likelihood in nats, and 1 where greedy decoding writes exactly it."""
-    slots = batch["tokens"].shape[1] // 16 or 1
+    slots = packing.slots(batch["tokens"].shape[1], LEAST)
     of_pair_BxKxT = batch["decoder_segments"][:, None] == 1 + jnp.arange(slots)[:, None]
     likelihood = -(outputs["losses"][:, None] * of_pair_BxKxT).sum(-1)
     # Greedy decoding stays on the target as long as each next token of it is the likeliest.

@@ -51,9 +51,9 @@ class Split:
 
 
 def encode(objective: classification.Objective, source, tokenizer, model, length: int) -> Split:
-  """All rows of a source as one batch on the host."""
+  """All records of a source as one batch on the host, one a row, as draws pick single records."""
   records = list(source.records())
-  rows = objective.encode(records, tokenizer, model, length, source)
+  rows = objective.encode(records, tokenizer, model, length, source).apart()
   examples = [objective.example(rows[i], None) for i in range(len(rows))]
   return Split([r["text"] for r in records], rows.labels.astype(int),
                {k: np.stack([e[k] for e in examples]) for k in examples[0]})
@@ -87,7 +87,7 @@ class FineTuner:
 
     def guess(params, batch):
       outputs = self.model.apply({"params": partition.merge(params, {}, self.marks)}, batch, train=False)
-      return outputs["logits"].argmax(-1)
+      return outputs["logits"][:, 0].argmax(-1)
 
     self.first = jax.jit(jax.vmap(first))
     self.train = jax.jit(jax.vmap(train), donate_argnums=0)

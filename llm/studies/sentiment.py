@@ -75,6 +75,7 @@ def _splits(data: DataConfig, tokenizer, model) -> tuple[classification.Objectiv
 def _fresh(objective, model, init_std: float):
   """Random parameters."""
   one = {k: jax.numpy.zeros((1, LENGTH), "int32") for k in ("tokens", "segments", "positions", "types")}
+  one["firsts"] = jax.numpy.zeros((1, 1), "int32")
   made = experiment.build(objective, dataclasses.replace(model, init_std=init_std))
   return jax.tree.map(np.asarray, step_lib.init_params(made, one, jax.random.key(1)))
 

@@ -14,7 +14,7 @@ from llm.config import Config, ModelConfig
 from llm import config as config_lib
 from llm.core import UserError
 from llm.data import cache, sources, tokenizer as tokenizer_lib
-from llm.data.batches import Batches
+from llm.data.batches import Batches, rows_a_batch
 from llm.models import build_backbone
 from llm.models.heads import Model
 from llm.objectives import base
@@ -128,8 +128,9 @@ def prepare(config: Config, own: epath.Path | None = None, say: Callable = print
                     f"{model.max_length} positions (config.model.max_length)")
   objective = objective.fit(train, tokenizer)
   rows = [objective.rows(s, tokenizer, config.data, model, length) for s in train]
-  batches = Batches(rows, [s.weight for s in train], objective.example, config.training.batch_size,
-                    config.training.seed)
+  weights = [s.weight for s in train]
+  count = rows_a_batch(config.training.batch_size, config.optimizer.grad_accum_steps, rows, weights)
+  batches = Batches(rows, weights, objective.example, count, config.training.seed)
   eval_rows = None
   if config.data.eval:
     held_out = sources.parse(config.data.eval, config.data)
@@ -153,6 +154,7 @@ MADE_UP = {
 def without_data(config: Config, say: Callable = print) -> Experiment:
   """The experiment of a config on made-up rows: no source is read and no tokenizer trained, for looking at its programs.
 
+  How many examples share a row is the data's: here each has a row, the most that a batch takes.
   Raises UserError as `prepare`.
   """
   start = _own_or_transferred(config, None, say)

@@ -29,17 +29,21 @@ from llm.training.stop import Stop, Stopped
 
 def _header(experiment, mesh, params: int, origin: str, start: int, say):
   config = experiment.config
-  tokens = config.training.batch_size * config.training.sequence_length
+  batches = experiment.batches
+  length, examples = config.training.sequence_length, batches.examples()
+  tokens = batches.batch_size * length
+  shared = "" if examples == batches.batch_size else f", about {examples:,.0f} examples"
   steps = config.training.steps
   shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
   say(f"devices     {mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {shape}")
   say(f"dtype       {precision.explained(config.model.dtype)}")
   say(f"model       {config.model.name}, {params:,} parameters, objective {config.objective['name']}")
-  say(f"batch       {config.training.batch_size} rows x {config.training.sequence_length} = {tokens:,} tokens a "
-      f"step, {steps:,} steps, {tokens * steps / params:.3g} tokens a parameter")
-  for name, (epochs, seen) in zip(experiment.names, experiment.batches.usage(steps)):
+  say(f"batch       {batches.batch_size} rows x {length} = {tokens:,} tokens a "
+      f"step{shared}, {steps:,} steps, "
+      f"{batches.tokens() * steps / params:.3g} tokens a parameter")
+  for name, (epochs, seen) in zip(experiment.names, batches.usage(steps)):
     say(f"data        {name}: {seen:,.0f} tokens, {epochs:.3g} epochs")
-  for name, rows in zip(experiment.names, experiment.batches.rows):
+  for name, rows in zip(experiment.names, batches.rows):
     if note := getattr(rows, "note", ""):
       say(f"            {name}: {note}")
   if mesh.devices.flat[0].platform == "tpu":
@@ -65,7 +69,8 @@ def train(config: Config, workdir: str | pathlib.PurePath, *, go_on: bool = Fals
     if use_devices:
       use_devices(config.mesh)
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch(config.training.batch_size, config.optimizer.grad_accum_steps, mesh)
+    sharding.check_batch(config.training.batch_size, experiment.batches.batch_size,
+                         config.optimizer.grad_accum_steps, mesh)
     transformer.check_platform(config.model, mesh.devices.flat[0].platform)
     if jax.process_index():
       say = lambda *_: None
@@ -120,12 +125,13 @@ def _train(experiment, own, workdir, mesh, stop: Stop, say) -> dict:
   growing = workdir_lib.Growing(workdir)
   log = Log(growing, start, steps)
   stream = batches_lib.stream(experiment.batches, start, steps, mesh, config.data.prefetch, config.data.workers)
-  meter = Meter(start, training.batch_size * training.sequence_length)
+  batch_size = experiment.batches.batch_size
+  meter = Meter(start, experiment.batches.tokens())
   figures, done, asked = {}, start, 0
 
   def evaluated() -> dict:
     return evaluation.evaluate(eval_step, state.trained, state.frozen, objective, experiment.eval_rows,
-                               training.batch_size, mesh, training.eval_batches, stop) or {}
+                               batch_size, mesh, training.eval_batches, stop) or {}
 
   try:
     with _profiler(training.profile, growing.folder) as profile:
@@ -193,12 +199,12 @@ def _due(step: int, every: int, last: bool) -> bool:
 
 
 def _mfu(experiment, params, mesh, say) -> Callable[[float], float]:
-  """A function from tokens a second to the share of the peak that the model's FLOPs are."""
-  training = experiment.config.training
+  """A function from (real) tokens a second to the share of the peak that the model's FLOPs are."""
   peak, source = metrics_lib.peak_flops(mesh)
   a_row = metrics_lib.row_flops(experiment, params)
-  say(f"peak        {peak / 1e9:,.0f} GFLOP/s ({source}), {a_row * training.batch_size / 1e9:,.1f} GFLOP a step")
-  return lambda pace: a_row / training.sequence_length * pace / peak
+  a_step = a_row * experiment.batches.batch_size
+  say(f"peak        {peak / 1e9:,.0f} GFLOP/s ({source}), {a_step / 1e9:,.1f} GFLOP a step")
+  return lambda pace: a_step / experiment.batches.tokens() * pace / peak
 
 
 def _say_extension(own, config: Config, start: int, say):

@@ -26,7 +26,7 @@ def _check_finite(history: list[dict], first: int):
 class Meter:
   """What the steps since the last log line were: their metrics and their time."""
   checked: int                    # steps known to be finite
-  tokens: int                     # a step
+  tokens: float                   # a step, without padding
   waiting: list = dataclasses.field(default_factory=list)    # on the device, not looked at
   unlogged: list = dataclasses.field(default_factory=list)   # on the host, finite
   paces: list = dataclasses.field(default_factory=list)      # tokens a second

@@ -31,9 +31,10 @@ def explicit(experiment: Experiment, topology: hardware.Topology) -> Experiment:
 
 def lowered(experiment: Experiment, mesh) -> jax.stages.Lowered:
   """The step, traced for a mesh; nothing is allocated."""
-  planned, training = start.plan(experiment, mesh), experiment.config.training
+  planned = start.plan(experiment, mesh)
   one = experiment.batches.read(0, range(1))
-  batch = {key: jax.ShapeDtypeStruct((training.batch_size, *array.shape[1:]), array.dtype, sharding=sharding.batch_sharding(mesh))
+  rows, split = experiment.batches.batch_size, sharding.batch_sharding(mesh)
+  batch = {key: jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype, sharding=split)
            for key, array in one.items()}
   step = step_lib.jitted_train_step(experiment.model, experiment.objective, planned.optimizer, planned.marks,
                                     experiment.config.optimizer.grad_accum_steps, jax.tree.map(lambda s: s.sharding, planned.state))
@@ -41,7 +42,7 @@ def lowered(experiment: Experiment, mesh) -> jax.stages.Lowered:
     return step.trace(planned.state, batch, np.int32(0))
 
 
-def _advice(config: Config, devices: int) -> list[str]:
+def _advice(config: Config, rows: int, devices: int) -> list[str]:
   """What makes a step smaller, the cheapest first."""
   out = []
   if config.mesh.fsdp == 1:
@@ -51,7 +52,7 @@ def _advice(config: Config, devices: int) -> list[str]:
     out.append("--config.model.remat=full recomputes activations")
   if not config.model.loss_chunk:
     out.append("--config.model.loss_chunk=128 never holds all logits")
-  if config.training.batch_size // config.optimizer.grad_accum_steps > devices:
+  if rows // config.optimizer.grad_accum_steps > devices:
     out.append(f"--config.optimizer.grad_accum_steps={2 * config.optimizer.grad_accum_steps} works through the batch in parts")
   return out + ["a smaller --config.training.batch_size", "more devices, or --config.mesh.tensor"]
 
@@ -83,15 +84,16 @@ def _link_seconds(exchange: hlo.Collective, topology: hardware.Topology, mesh) -
 
 def report(experiment: Experiment, topology: hardware.Topology) -> dict:
   """All that is known of the step on a topology, as plain numbers (bytes, seconds, FLOPs), for JSON."""
-  config = experiment.config
+  config, batch_size = experiment.config, experiment.batches.batch_size
   mesh = hardware.mesh(config.mesh, topology)
-  sharding.check_batch(config.training.batch_size, config.optimizer.grad_accum_steps, mesh)
+  sharding.check_batch(config.training.batch_size, batch_size, config.optimizer.grad_accum_steps,
+                       mesh)
   planned = start.plan(experiment, mesh)
   out = {"topology": topology.name, "devices": mesh.size, "mesh": dict(mesh.shape),
          "parameters": metrics.count_parameters(planned.params, config.model.vocab_size),
-         "tokens": config.training.batch_size * config.training.sequence_length}
+         "tokens": batch_size * config.training.sequence_length}
   traced = lowered(experiment, mesh)
-  out["model_flops"] = metrics.row_flops(experiment, planned.params) * config.training.batch_size
+  out["model_flops"] = metrics.row_flops(experiment, planned.params) * batch_size
   out["executed_flops"] = metrics.dot_flops(traced.jaxpr.jaxpr)
   try:
     compiled = traced.lower().compile()
@@ -101,7 +103,7 @@ def report(experiment: Experiment, topology: hardware.Topology) -> dict:
     used = (re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", str(error))
             or re.search(r"temporaries \(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", str(error)))
     reason = f"{used[1]}iB a device, which has {used[2]}iB" if used else first_line(error)
-    return out | {"fits": False, "reason": reason, "advice": _advice(config, mesh.size)}
+    return out | {"fits": False, "reason": reason, "advice": _advice(config, batch_size, mesh.size)}
   memory = compiled.memory_analysis()
   held = _held(planned.state)
   # Older compilers do not say when their arrays live: then all at once.

@@ -16,15 +16,19 @@ from llm.training import experiment as experiment_lib
 
 def attached(experiment: experiment_lib.Experiment, mesh, say) -> experiment_lib.Experiment:
   """The experiment, its rows with what its objective wants to know of the reference, if it wants any."""
-  predict = predictor(experiment.config, experiment.objective, experiment.tokenizer, mesh, say)
+  predict = predictor(experiment.config, experiment.objective, experiment.tokenizer,
+                      experiment.batches.batch_size, mesh, say)
   add = lambda rows: experiment.objective.with_reference(rows, predict)
   batches = dataclasses.replace(experiment.batches, rows=[add(rows) for rows in experiment.batches.rows])
   held_out = experiment.eval_rows if experiment.eval_rows is None else add(experiment.eval_rows)
   return dataclasses.replace(experiment, batches=batches, eval_rows=held_out)
 
 
-def predictor(config: config_lib.Config, objective, tokenizer: Tokenizer, mesh, say) -> Callable:
+def predictor(config: config_lib.Config, objective, tokenizer: Tokenizer, batch_size: int, mesh,
+              say) -> Callable:
   """predict(rows) -> what `objective.predict` gives for all rows under config.transfer.checkpoint.
+
+  batch_size: rows at a time.
 
   Raises UserError where there is no such checkpoint, or it reads other pieces than the rows are made of.
   """
@@ -41,7 +45,8 @@ def predictor(config: config_lib.Config, objective, tokenizer: Tokenizer, mesh, 
     # All processes compute, or none: what one has kept, another may lack.
     if not multihost_utils.process_allgather(np.array(folder.exists())).all():
       say(f"reference   {len(rows)} rows under {step}")
-      found = evaluation.of_checkpoint(experiment_lib.load(step), objective, rows, config.training.batch_size, mesh)[1]
+      bundle = experiment_lib.load(step)
+      found = evaluation.of_checkpoint(bundle, objective, rows, batch_size, mesh)[1]
       cache.made_once(folder, lambda scratch: np.savez(scratch / "predictions.npz", **found))
     with np.load(folder / "predictions.npz") as saved:
       return dict(saved)
