@@ -1,8 +1,9 @@
-"""Writing beside transformers' generate on torch, in turns: same weights, float32, greedy, 128 new tokens.
+"""Writing beside transformers' generate on torch, in turns: same weights, greedy, 128 new tokens.
 
   pip install -e '.[bench]' && python benchmarks/decode.py [--shapes=6x384 --batches=1,32 --rounds=3]
 
-Each side runs in a process of its own; prints medians of tokens a second and their ratio.
+Each side runs in a process of its own: ours as `model.dtype=auto` takes it, torch in float32 and in
+bfloat16. Prints medians of tokens a second, and the ratio of each to ours.
 """
 import argparse
 import multiprocessing
@@ -22,7 +23,7 @@ def model_config(shape: str):
   from llm.config import ModelConfig
   layers, width, heads, vocab = SHAPES[shape]
   return ModelConfig(name="gpt", num_layers=layers, width=width, num_heads=heads, mlp_dim=4 * width, vocab_size=vocab,
-                     max_length=256, dropout=0.0, dtype="float32")
+                     max_length=256, dropout=0.0, dtype="auto")
 
 
 def make(shape: str, folder: pathlib.Path):
@@ -42,7 +43,7 @@ def prompts(shape: str, rows: int) -> np.ndarray:
   return np.random.default_rng(1).integers(1, SHAPES[shape][3], (rows, PROMPT))
 
 
-def ours(shape, folder, rows):
+def ours(shape, folder, rows, dtype):
   """run() -> tokens written."""
   import types
   from llm import command
@@ -61,14 +62,17 @@ def ours(shape, folder, rows):
   return lambda: np.array([written.tokens for written in made.write(ids, NEW)])
 
 
-def theirs(shape, folder, rows):
+def theirs(shape, folder, rows, dtype):
   """run() -> tokens written."""
   import torch
   import transformers
-  model = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
+  model = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
   ids = torch.tensor(prompts(shape, rows))
   return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False,
                                 eos_token_id=None, pad_token_id=0)[:, PROMPT:].numpy()
+
+
+SIDES = (ours, "auto"), (theirs, "float32"), (theirs, "bfloat16")
 
 
 def worker(side, pipe, *arguments):
@@ -94,10 +98,11 @@ def main():
       make(shape, pathlib.Path(folder))
       for rows in map(int, options.batches.split(",")):
         pipes, seconds, wrote = {}, {}, {}
-        for side in (ours, theirs):
-          pipes[side], there = context.Pipe()
-          context.Process(target=worker, args=(side, there, shape, pathlib.Path(folder), rows), daemon=True).start()
-          pipes[side].recv()
+        for side, dtype in SIDES:
+          pipes[side, dtype], there = context.Pipe()
+          arguments = (side, there, shape, pathlib.Path(folder), rows, dtype)
+          context.Process(target=worker, args=arguments, daemon=True).start()
+          pipes[side, dtype].recv()
         for _ in range(options.rounds):
           for side, pipe in pipes.items():
             pipe.send("run")
@@ -105,11 +110,12 @@ def main():
             seconds.setdefault(side, []).append(took)
         for pipe in pipes.values():
           pipe.send("end")
-        same = (wrote[ours] == wrote[theirs]).mean()
-        pace = {side.__name__: rows * NEW / statistics.median(times) for side, times in seconds.items()}
-        ratio = statistics.median(b / a for a, b in zip(seconds[ours], seconds[theirs]))
-        print(f"{shape}, batch {rows}: " + ", ".join(f"{name} {p:,.0f} tokens/s" for name, p in pace.items())
-              + f", ratio {ratio:.2f}; {same:.1%} of the tokens equal", flush=True)
+        for side, times in seconds.items():
+          pace = rows * NEW / statistics.median(times)
+          ratio = statistics.median(b / a for a, b in zip(seconds[SIDES[0]], times))
+          same = (wrote[SIDES[0]] == wrote[side]).mean()
+          print(f"{shape}, batch {rows}: {side[0].__name__} {side[1]} {pace:,.0f} tokens/s, "
+                f"ours / this {ratio:.2f}; {same:.1%} of the tokens equal", flush=True)
 
 
 if __name__ == "__main__":

@@ -99,8 +99,11 @@ def _stepper(model, loss):
   return step
 
 
-def peers(kind: str, layers: int, width: int, heads: int, vocab: int, batch: dict) -> dict:
-  """name -> step() for one shape; `batch` is the batch of ours, as numpy arrays."""
+def peers(kind: str, layers: int, width: int, heads: int, vocab: int, batch: dict, *,
+          autocast: bool = False) -> dict:
+  """name -> step() for one shape; `batch` is the batch of ours, as numpy arrays.
+
+  autocast: products in bfloat16."""
   import transformers
   t = {k: torch.from_numpy(np.asarray(v)).long() for k, v in batch.items()}
   length = batch["tokens"].shape[1]
@@ -134,6 +137,9 @@ def peers(kind: str, layers: int, width: int, heads: int, vocab: int, batch: dic
     make_plain = lambda: _init(PlainBERT(layers, width, heads, vocab, 512))
     plain_loss = lambda model: model(t["tokens"], t["types"], t["masked_positions"],
                                      t["masked_targets"], t["next_sentence"][:, 0])
+  if autocast:
+    hf_loss = torch.autocast("cpu", torch.bfloat16)(hf_loss)
+    plain_loss = torch.autocast("cpu", torch.bfloat16)(plain_loss) if make_plain else None
   name = {"gpt": "GPT2LMHeadModel", "bert": "BertForPreTraining", "t5": "T5ForConditionalGeneration"}[kind]
   found = {f"{name} eager": _stepper(make_hf(), hf_loss), f"{name} compiled": _compiled(make_hf(), hf_loss)}
   if make_plain:

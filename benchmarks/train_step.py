@@ -1,6 +1,9 @@
-"""Our training step beside torch's, interleaved: float32, same shapes, dropout off.
+"""Our training step beside torch's, interleaved: same shapes, dropout off.
 
-  pip install -e '.[bench]' && python benchmarks/train_step.py [--shapes=gpt-4x128,bert-4x256] [--rounds=5]
+  pip install -e '.[bench]' && python benchmarks/train_step.py [--shapes=gpt-4x128,bert-4x256] [--dtype=auto] [--rounds=5]
+
+--dtype=float32: both sides in float32. auto: ours as `config.model.dtype=auto` takes it on this
+CPU, torch under bfloat16 autocast.
 
 Peers run in a process of their own and take turns with ours, so that neither disturbs the other's
 threads. Prints a table of medians: milliseconds a step, ratio of the peer to ours, share of the
@@ -8,7 +11,6 @@ measured matmul ceiling, peak memory; and writes it as JSON with --output.
 """
 import argparse
 import json
-import os
 import multiprocessing
 import pathlib
 import resource
@@ -53,7 +55,7 @@ def make_batch(kind: str, vocab: int, rows: int, length: int) -> dict[str, np.nd
       "next_sentence": np.arange(rows, dtype=np.int32)[:, None] % 2}
 
 
-def ours(shape):
+def ours(shape, dtype):
   """name -> (run(steps), FLOPs a step, ceiling)."""
   import jax
   from llm import command, sharding
@@ -62,7 +64,7 @@ def ours(shape):
   from llm.training import experiment, metrics, optimizer, partition, step as step_lib
   kind, layers, width, heads, vocab, rows, length, _ = shape
   config = ModelConfig(name=kind, num_layers=layers, width=width, num_heads=heads, mlp_dim=4 * width,
-                       vocab_size=vocab, max_length=length if kind == "gpt" else 512, dropout=0.0, dtype=os.environ.get('DT','float32'),
+                       vocab_size=vocab, max_length=length if kind == "gpt" else 512, dropout=0.0, dtype=dtype,
                        gated=False, init_std=1.0 if kind == "t5" else 0.02)
   command.start_cpu()
   command.use_compilation_cache()
@@ -89,12 +91,13 @@ def ours(shape):
   return {"pretune": run}, flops, ceiling
 
 
-def theirs(shape):
+def theirs(shape, dtype):
   import torch_peers
   import transformers
   transformers.logging.set_verbosity_error()
   kind, layers, width, heads, vocab, rows, length, _ = shape
-  found = torch_peers.peers(kind, layers, width, heads, vocab, make_batch(kind, vocab, rows, length))
+  found = torch_peers.peers(kind, layers, width, heads, vocab, make_batch(kind, vocab, rows, length),
+                            autocast=dtype != "float32")
 
   def runner(step):
     def run(steps):
@@ -104,9 +107,9 @@ def theirs(shape):
   return {name: runner(step) for name, step in found.items()}, None, None
 
 
-def worker(side, shape, pipe):
+def worker(side, shape, dtype, pipe):
   """Answers ("run", name, steps) with seconds; ("end",) with the peak memory."""
-  runs, flops, ceiling = (ours if side == "ours" else theirs)(shape)
+  runs, flops, ceiling = (ours if side == "ours" else theirs)(shape, dtype)
   ready, failed = [], {}
   for name, run in runs.items():
     try:
@@ -126,13 +129,13 @@ def worker(side, shape, pipe):
     pipe.send((time.perf_counter() - start) / steps)
 
 
-def compare(name: str, rounds: int) -> list[dict]:
+def compare(name: str, dtype: str, rounds: int) -> list[dict]:
   """Medians of one shape, ours first."""
   shape, context = SHAPES[name], multiprocessing.get_context("spawn")
   sides, entries = {}, []
   for side in ("ours", "theirs"):
     here, there = context.Pipe()
-    context.Process(target=worker, args=(side, shape, there), daemon=True).start()
+    context.Process(target=worker, args=(side, shape, dtype, there), daemon=True).start()
     ready, failed, *counted = here.recv()
     sides[side] = here
     if side == "ours":
@@ -150,22 +153,31 @@ def compare(name: str, rounds: int) -> list[dict]:
     pipe.send(("end",))
     memory[side] = pipe.recv()
   base = times["ours", "pretune"]
-  return [{"shape": name, "model": n, "ms": 1e3 * statistics.median(t),
+  return [{"shape": name, "dtype": dtype, "model": n, "ms": 1e3 * statistics.median(t),
            "ratio": statistics.median(a / b for a, b in zip(t, base)),
            "ceiling_share": flops / statistics.median(t) / ceiling, "peak_gib": memory[side]}
           for (side, n), t in times.items()]
 
 
+def processor() -> str:
+  """The name of the CPU, as Linux gives it."""
+  lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+  models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+  return f"{len(models)} x {models[0]}" if models else "unknown CPU"
+
+
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--shapes", default=",".join(SHAPES))
+  parser.add_argument("--dtype", default="float32", choices=["float32", "auto"])
   parser.add_argument("--rounds", type=int, default=5)
   parser.add_argument("--output", help="write the rows as JSON")
   options = parser.parse_args()
   import tabulate
+  print(f"{processor()}, {options.dtype}")
   rows = []
   for name in options.shapes.split(","):
-    found = compare(name, options.rounds)
+    found = compare(name, options.dtype, options.rounds)
     rows += found
     print(tabulate.tabulate([(r["shape"], r["model"], f"{r['ms']:.1f}", f"{r['ratio']:.2f}", f"{r['ceiling_share']:.0%}",
                               f"{r['peak_gib']:.2f}") for r in found],

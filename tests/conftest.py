@@ -1,8 +1,10 @@
 """One process, eight virtual CPU devices, one compilation cache; a small text to learn from."""
+import gc
 import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")   # as llm/environment.py, for what starts without it
 
 import jax
 import pytest
@@ -12,6 +14,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 from llm import command
 from llm import config as config_lib
 from llm.data import tokenizer as tokenizer_lib
+from llm.models import precision
 from llm.objectives import base
 
 command.use_compilation_cache()
@@ -50,6 +53,22 @@ def reviews(tmp_path_factory):
       lines.append(json.dumps({"text": f"{'praise' if i % 2 else 'slowly'} {text}", "label": label}))
     (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
   return folder
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_of_one_file():
+  """Compiled programs go with the file that asked for them: of all together, memory would run out."""
+  yield
+  jax.clear_caches()
+  gc.collect()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _products_in_float32():
+  """What a CPU measures of itself does not decide what tests compare."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(precision, "native_bfloat16", lambda: False)
+    yield
 
 
 @pytest.fixture(autouse=True, scope="session")

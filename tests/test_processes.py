@@ -17,7 +17,7 @@ from llm.core import flatten
 
 pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PLAIN = dict(os.environ)
+PLAIN = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
 SMALL = ["--config=configs/pretrain_gpt.py:tiny", "--config.tokenizer.name=bytes", "--config.model.width=32", "--config.model.mlp_dim=64",
          "--config.model.num_layers=2", "--config.model.num_heads=2", "--config.training.sequence_length=32", "--config.training.batch_size=8",
          "--config.training.log_every=4", "--config.training.eval_every=6"]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from llm.models import build_backbone, precision
+from llm.models import build_backbone, layers, precision
 from llm.models.transformer import Cache, empty_cache
 from llm.config import ModelConfig
 
@@ -45,9 +45,39 @@ def shardings(mesh: Mesh) -> Writing:
 EXPLAINED = 5   # likeliest tokens kept at every step
 
 
+def for_one_row(params, dtype: jnp.dtype):
+  """Parameters with which one row is written: what a token must read is of a type, kernels are O x I.
+
+  params: with the layers of every stack as a tuple. Norms, biases and positions stay as they are.
+  """
+  if isinstance(params, tuple):
+    return tuple(for_one_row(layer, dtype) for layer in params)
+  narrow = {}
+  for name, value in params.items():
+    if name in ("token", "output"):
+      narrow[name] = {"embedding": jnp.asarray(value["embedding"], dtype)}
+    elif isinstance(value, dict) and "kernel" in value:
+      kernel = value["kernel"]
+      inputs = kernel.shape[0] if name in ("query", "key", "value") else -1
+      outputs = -1 if inputs > 0 else kernel.shape[-1]
+      transposed = jnp.asarray(kernel, dtype).reshape(inputs, outputs).T
+      rest = {key: leaf for key, leaf in value.items() if key != "kernel"}
+      narrow[name] = {layers.TRANSPOSED: transposed, **rest}
+    elif isinstance(value, (dict, tuple)):
+      narrow[name] = for_one_row(value, dtype)
+    else:
+      narrow[name] = value
+  return narrow
+
+
 def _logits(config: ModelConfig, hidden_BxTxD, table_VxD) -> jax.Array:
   """Of the last position, BxV float32, without the padding of the vocabulary."""
-  logits_BxV = precision.dot(hidden_BxTxD[:, -1], table_VxD.T, precision.of(config))
+  hidden_BxD = hidden_BxTxD[:, -1]
+  types = precision.of(config)
+  if hidden_BxD.shape[0] == 1 and jax.default_backend() == "cpu":
+    logits_BxV = layers.read_once(hidden_BxD, table_VxD.astype(types.operands))
+  else:
+    logits_BxV = precision.dot(hidden_BxD, table_VxD.T, types)
   return logits_BxV[:, :config.vocab_size].astype(jnp.float32)
 
 

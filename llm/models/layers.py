@@ -48,6 +48,19 @@ def _matmul_backward(precision, saved, dy):
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+TRANSPOSED = "kernel_OxI"   # in place of `kernel`, where one token at a time is computed
+
+
+def read_once(x, kernel_OxI):
+  """x @ kernel^T in float32, for an x of one row on CPU: as fast as the kernel can be read.
+
+  The compiler must not fuse what comes after: its fused products use one core, and no wide loads.
+  """
+  y = jax.lax.dot_general(x.astype(kernel_OxI.dtype), kernel_OxI, (((x.ndim - 1,), (1,)), ((), ())),
+                          preferred_element_type=jnp.float32)
+  return jax.lax.optimization_barrier(y)
+
+
 @dataclasses.dataclass(frozen=True)
 class LoRA:
   """Low-rank adapters (Hu et al. 2021, section 4.1): y += (x A) B alpha / rank, A normal, B zero at first.
@@ -74,13 +87,16 @@ class Linear(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    kernel = self.param("kernel", self.kernel_init, self.shape).astype(self.precision.values)
     inside = len(self.shape) - self.out
     # One matrix product whatever the number of head dimensions: the compiler then needs no
     # transposes.
     rows = math.prod(self.shape[:inside])
     x = x.reshape(*x.shape[:x.ndim - inside], rows)
-    y = matmul(x, kernel.reshape(rows, -1), self.precision)
+    if self.has_variable("params", TRANSPOSED):
+      y = read_once(x, self.get_variable("params", TRANSPOSED)).astype(self.precision.values)
+    else:
+      kernel = self.param("kernel", self.kernel_init, self.shape).astype(self.precision.values)
+      y = matmul(x, kernel.reshape(rows, -1), self.precision)
     if self.lora and re.search(self.lora.targets, "/".join(self.path)):
       y += self.adapter(x, y.shape[-1])
     y = y.reshape(*x.shape[:-1], *self.shape[inside:])
@@ -146,7 +162,9 @@ class Embed(nn.Module):
   def __call__(self, ids_BxT):
     # Gathering one table over fsdp first is cheap; otherwise the activations of the whole batch are.
     table = self.table()
-    return jnp.take(constrain(table, self.split, None), ids_BxT, axis=0), table
+    narrow = self.embedding.dtype.itemsize < table.dtype.itemsize
+    gathered = constrain(self.embedding if narrow else table, self.split, None)
+    return jnp.take(gathered, ids_BxT, axis=0).astype(self.dtype), table
 
 
 class MLP(nn.Module):

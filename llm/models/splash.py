@@ -4,7 +4,6 @@ Under a mesh each device works on its own rows and heads, and along `context` on
 """
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from llm.sharding import BATCH
@@ -19,6 +18,7 @@ def attend(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, segments_BxT, *, causal: bool, scale
   A causal query sees no later place of its row; within a segment, places and positions have one order. interpret: on any
   platform, slowly.
   """
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel   # 0.3 s
   length, heads = q_BxTxHxK.shape[1:3]
   shared = heads // k_BxTxGxK.shape[2]
   q, k, v = (a.swapaxes(1, 2) for a in (q_BxTxHxK * scale, *(jnp.repeat(a, shared, 2) for a in (k_BxTxGxK, v_BxTxGxK))))
@@ -42,6 +42,8 @@ def attend(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, segments_BxT, *, causal: bool, scale
 
 def _kernel(heads: int, length: int, causal: bool, parts: int, interpret: bool):
   """The kernel of a device that has one of `parts` of the queries: which one matters to a causal mask alone."""
+  from jax.experimental.pallas.ops.tpu.splash_attention import (
+      splash_attention_kernel, splash_attention_mask)
   mask = (splash_attention_mask.CausalMask((length, length)) if causal else
           splash_attention_mask.FullMask((length // parts, length)))
   queries, keys = (next(size for size in (BLOCK, 256, LANES) if n % size == 0) for n in (length // parts, length))

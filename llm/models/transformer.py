@@ -100,7 +100,7 @@ class Cache(flax.struct.PyTreeNode):
 def empty_cache(config: ModelConfig, rows: int, slots: int) -> Cache:
   """A cache in which nothing was written."""
   shape = (rows, config.num_kv_heads or config.num_heads, slots, head_width_of(config))
-  one = lambda: jnp.zeros(shape, precision.of(config).operands)
+  one = lambda: jnp.zeros(shape, precision.of(config).values)
   past = tuple(Past(one(), one()) for _ in range(config.num_layers))
   return Cache(past, *jnp.zeros((2, rows, slots), jnp.int32), jnp.zeros((), jnp.int32))
 
@@ -136,6 +136,7 @@ class Attention(nn.Module):
     if past is not None:
       past = Past(*(_written(old, new.swapaxes(1, 2), index, axis=2) for old, new in zip(past, (k, v))))
       k, v = (a.swapaxes(1, 2) for a in past)
+      types = types._replace(operands=types.values)   # what was seen is read as it is kept
     # Context parallelism: queries stay split over positions, keys and values are gathered.
     q = constrain(q, BATCH, "context", "tensor", None)
     k, v = (constrain(a, BATCH, None, "tensor", None) for a in (k, v))
