@@ -2,6 +2,10 @@
 import importlib.metadata
 import warnings
 
+from llm import environment
+
+environment.prepare()
+
 try:
   importlib.metadata.distribution("llm")
 except importlib.metadata.PackageNotFoundError:

@@ -9,10 +9,6 @@ import traceback
 from typing import Callable
 from unittest import mock
 
-from llm import environment
-
-environment.prepare()   # before JAX is imported
-
 import jax
 import psutil
 from absl import flags, logging

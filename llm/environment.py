@@ -20,12 +20,15 @@ def fault() -> str:
 
 
 def prepare():
-  """Ends the process with one line and status 2 where the environment is at fault.
+  """Called when `llm` is imported. Where the environment is at fault, a command (`python -m llm.X`)
+  ends with one line and status 2, and any other import raises ImportError.
 
   Silences jaxlib 0.10's loader of compiled programs, which takes tuning hints for missing CPU
   features. Several processes keep its log: it names those that are lost.
   """
   if reason := fault():
+    if sys.argv[:1] != ["-m"]:   # which Python says until it has found the command
+      raise ImportError(reason)
     print(f"error: {reason}", file=sys.stderr)
     sys.exit(2)
   noisy = importlib.metadata.version("jaxlib").startswith("0.10.")

@@ -8,9 +8,11 @@ import pytest
 import scipy.stats
 
 import llm
+from llm import sharding
+from llm.config import MeshConfig
 from llm.core import UserError
 from llm.data import tokenizer as tokenizer_lib
-from llm.models import decoding
+from llm.models import decoding, precision
 from llm.models.decoding import Sampling
 from llm.training import experiment, writer
 from tests.test_huggingface import GOLDEN
@@ -56,6 +58,24 @@ def uncached(model, params, prompt, new):
     if token == BYTES.eos:
       break
   return wrote[1:] if t5 else wrote
+
+
+@pytest.mark.parametrize("name", ["gpt", "llama", "t5"])
+def test_one_row_on_one_device_is_written_as_in_a_batch(name, monkeypatch):
+  together = writer_of(name)[0].write(PROMPTS, NEW)
+  one_device = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+  monkeypatch.setattr(writer, "_mesh", lambda config: one_device)
+  alone = writer_of(name)[0]
+  for prompt, expected in zip(PROMPTS, together):
+    assert alone.write([prompt], NEW)[0].tokens == expected.tokens
+  monkeypatch.setattr(precision, "native_bfloat16", lambda: True)
+  half = writer_of(name)[0]
+  config, params = half.for_one_row
+  kernels = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params) if "kernel" in jax.tree_util.keystr(path)]
+  assert config.dtype == "bfloat16_operands" and {k.dtype for k in kernels} == {jnp.dtype("bfloat16")}
+  exact, rounded = (dict(w.write([PROMPTS[2]], NEW)[0].choices[0]) for w in (alone, half))
+  likeliest = max(exact, key=exact.get)
+  assert rounded[likeliest] == pytest.approx(exact[likeliest], abs=0.1) and rounded != exact
 
 
 @pytest.mark.parametrize("name", ["gpt", "llama", "t5"])

@@ -3,6 +3,7 @@
 `.ci/run` runs this file under a second Python too, whose JAX is another.
 """
 import contextlib
+import os
 import subprocess
 import sys
 
@@ -168,6 +169,9 @@ def test_speeds_are_measured_inside_a_trace_too():
 
 def test_a_jax_that_computes_wrong_is_refused_in_one_line(monkeypatch, capsys):
   monkeypatch.setattr(environment.importlib.metadata, "version", lambda name: "0.10.2")
+  with pytest.raises(ImportError, match="wrong numbers"):
+    environment.prepare()
+  monkeypatch.setattr(sys, "argv", ["-m"])
   with pytest.raises(SystemExit, match="2"):
     environment.prepare()
   line, = capsys.readouterr().err.splitlines()
@@ -177,7 +181,6 @@ def test_a_jax_that_computes_wrong_is_refused_in_one_line(monkeypatch, capsys):
 @pytest.mark.parametrize("devices", ["many", "0", "-3", "1.5"])
 def test_a_number_of_devices_that_is_none_is_one_line(devices):
   """In a process of its own: JAX reads the variable when it is imported."""
-  import os
   run = subprocess.run([sys.executable, "-m", "llm.predict", "--text=x"], capture_output=True, text=True,
                        env={**os.environ, "JAX_NUM_CPU_DEVICES": devices})
   assert run.returncode == 2

@@ -1,6 +1,7 @@
 """The training loop: train, evaluate, save, stop cleanly."""
 import contextlib
 import json
+import os
 import pathlib
 import time
 from typing import Callable
@@ -46,6 +47,9 @@ def _header(experiment, mesh, params: int, origin: str, start: int, say):
   for name, rows in zip(experiment.names, batches.rows):
     if note := getattr(rows, "note", ""):
       say(f"            {name}: {note}")
+  if config.data.workers > (os.cpu_count() or 1):
+    say(f"hint        config.data.workers={config.data.workers} are more than this machine's {os.cpu_count()} "
+        "cores: they will wait for each other")
   if mesh.devices.flat[0].platform == "tpu":
     why_not = transformer.cannot("splash", config.model, config.training.sequence_length, mesh.shape["context"], True)
     say("attention   splash" if not why_not and config.model.attention != "reference" else
