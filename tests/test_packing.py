@@ -182,8 +182,8 @@ def test_every_draw_of_pairs_has_room(seed, tmp_path):
     left = bounds[anchors[:, 0] + 1] - anchors[:, 2]
     sizes = anchors[:, 2] - anchors[:, 1]
     assert ((left == 0) | (sizes == length - 3) | (left == 2) & (sizes == length - 4)).all()
+  drawn = set()
   for i in range(len(rows)):
-    drawn = set()
     for epoch in range(6):
       example = objective.example(rows[i], np.random.default_rng((seed, epoch, i)))
       pairs = list(segments_of(example))
@@ -191,7 +191,7 @@ def test_every_draw_of_pairs_has_room(seed, tmp_path):
       for (tokens, types, _), (_, start, stop) in zip(pairs, rows[i][1]):
         assert 5 <= len(tokens) <= stop - start + 3 and 0 < types.sum() < len(types)
       drawn.add(example["tokens"].tobytes())
-    assert len(drawn) > 1   # drawn anew
+  assert len(drawn) > 2 * len(rows)   # drawn anew
 
 
 def test_some_runs_are_short(tmp_path):
