@@ -18,12 +18,12 @@ SHAPES = {"6x384": (6, 384, 6, 4096), "124m": (12, 768, 12, 50_257)}   # layers,
 PROMPT, NEW = 16, 128
 
 
-def model_config(shape: str):
+def model_config(shape: str, dtype: str):
   """A GPT-2 of one shape."""
   from llm.config import ModelConfig
   layers, width, heads, vocab = SHAPES[shape]
   return ModelConfig(name="gpt", num_layers=layers, width=width, num_heads=heads, mlp_dim=4 * width, vocab_size=vocab,
-                     max_length=256, dropout=0.0, dtype="auto")
+                     max_length=256, dropout=0.0, dtype=dtype)
 
 
 def make(shape: str, folder: pathlib.Path):
@@ -31,7 +31,7 @@ def make(shape: str, folder: pathlib.Path):
   import json
   from llm.checkpoints import families, huggingface
   from llm.objectives import base
-  config, rng = model_config(shape), np.random.default_rng(0)
+  config, rng = model_config(shape, "float32"), np.random.default_rng(0)
   shapes = huggingface.shapes(config, base.build({"name": "causal_lm"}))
   leaves = {path: rng.normal(scale=0.02, size=size).astype(np.float32) for path, size in shapes.items()}
   huggingface._save(folder / "model.safetensors", lambda: huggingface._tensors(families.GPT2, leaves, config))
@@ -53,7 +53,7 @@ def ours(shape, folder, rows, dtype):
   from llm.training import experiment, writer
   command.start_cpu()
   command.use_compilation_cache()
-  config = model_config(shape)
+  config = model_config(shape, dtype)
   wanted = huggingface.shapes(config, base.build({"name": "causal_lm"}))
   params = huggingface._stack(families.GPT2, huggingface.Weights(folder), wanted, config)
   made = writer.Writer(experiment.Bundle(None, params, ByteTokenizer(), types.SimpleNamespace(model=config)))

@@ -59,6 +59,7 @@ def ours(shape, dtype):
   """name -> (run(steps), FLOPs a step, ceiling)."""
   import jax
   from llm import command, sharding
+  from llm.models import precision
   from llm.config import MeshConfig, ModelConfig, OptimizerConfig
   from llm.objectives import base
   from llm.training import experiment, metrics, optimizer, partition, step as step_lib
@@ -74,7 +75,7 @@ def ours(shape, dtype):
     init = lambda: step_lib.init_params(model, batch, jax.random.key(0))
     params = jax.jit(init, out_shardings=sharding.shardings(jax.eval_shape(init), mesh))()
     flops = metrics.model_flops(model, params, batch, causal=kind == "gpt")
-    ceiling, _ = metrics.peak_flops(mesh)
+    ceiling, _ = metrics.peak_flops(mesh, precision.of(config))
     marks = partition.frozen_layers(params, "")
     trained, frozen = partition.split(params, marks)
     tx = optimizer.make(OptimizerConfig(), trained, layers, 1000)

@@ -14,11 +14,10 @@ count=$1
 shift 2
 
 port=${PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')}
-cores=$(( $(nproc) / count ))
 pids=()
 for (( i = 0; i < count; i++ )); do
   command=(env JAX_COORDINATOR_ADDRESS="localhost:$port" JAX_NUM_PROCESSES="$count" JAX_PROCESS_ID="$i"
-    JAX_NUM_CPU_DEVICES="${JAX_NUM_CPU_DEVICES:-$(( cores > 0 ? cores : 1 ))}" python -m llm.train --distributed "$@")
+    JAX_NUM_CPU_DEVICES="${JAX_NUM_CPU_DEVICES:-1}" python -m llm.train --distributed "$@")
   if [ -n "$dry" ]; then printf '%q ' "${command[@]}"; echo; continue; fi
   "${command[@]}" &
   pids+=($!)

@@ -167,7 +167,7 @@ def _meeting_within(seconds: int):
 
 
 def start_cpu(mesh: MeshConfig = MeshConfig()):
-  """Settles how JAX uses the CPU; must come before JAX is first used. Nothing on an accelerator.
+  """Settles how JAX uses the CPU and its memory; must come before JAX is first used.
 
   The CPU is one device whose threads are the cores, unless the mesh asks for more devices or
   JAX_NUM_CPU_DEVICES is set.
@@ -175,7 +175,8 @@ def start_cpu(mesh: MeshConfig = MeshConfig()):
   _keep_freed_memory()
   try:
     if jax.config.jax_num_cpu_devices <= 0:   # not set by the user
-      jax.config.update("jax_num_cpu_devices", sharding.cpu_devices(mesh))
+      processes = distributed.global_state.num_processes or 1   # which share the mesh
+      jax.config.update("jax_num_cpu_devices", max(1, sharding.cpu_devices(mesh) // processes))
   except RuntimeError:
     pass   # JAX runs already: a command of several phases keeps its devices
 
@@ -187,7 +188,11 @@ def _keep_freed_memory():
   Threads share one arena, for those that glibc gives them cannot hold blocks over 64 MB. What is
   reserved here takes no memory until it is used.
   """
-  trim_threshold, mmap_max, arena_max, madv_hugepage = -1, -4, -8, 14   # of malloc.h and mman.h
+  # Of malloc.h and mman.h.
+  trim_threshold = -1
+  mmap_max = -4
+  arena_max = -8
+  madv_hugepage = 14
   if sys.platform != "linux":
     return
   libc = ctypes.CDLL(None)
@@ -199,8 +204,8 @@ def _keep_freed_memory():
   libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
   libc.free.argtypes = [ctypes.c_void_p]
   libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-  size, page = psutil.virtual_memory().total // 2, 2 ** 21
+  size = psutil.virtual_memory().total // 2
+  page = 2 ** 21
   if block := libc.malloc(size):
-    start = core.round_up(block, page)
-    libc.madvise(start, size - page, madv_hugepage)
+    libc.madvise(core.round_up(block, page), size - page, madv_hugepage)
     libc.free(block)

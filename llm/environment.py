@@ -27,7 +27,7 @@ def prepare():
   features. Several processes keep its log: it names those that are lost.
   """
   if reason := fault():
-    if sys.argv[:1] != ["-m"]:   # which Python says until it has found the command
+    if sys.argv[:1] != ["-m"]:   # Python sets this while it imports the package of a command
       raise ImportError(reason)
     print(f"error: {reason}", file=sys.stderr)
     sys.exit(2)

@@ -4,6 +4,7 @@ Axes: `data` (batch), `fsdp` (batch; parameters and optimizer state split), `ten
 feed-forward, vocabulary), `context` (token positions).
 """
 import math
+import os
 import re
 
 import jax
@@ -124,7 +125,9 @@ def check_batch(examples: int, rows: int, accum_steps: int, mesh: Mesh):
   together = data * fsdp * accum_steps
   if rows % together:
     come_to = "" if rows == examples else f" examples come to {rows} rows, which"
-    enough = math.ceil(round_up(rows, together) * examples / rows)
+    # Where examples share rows, these come as multiples of 8 (data/batches.py).
+    multiple = together if rows == examples else math.lcm(together, 8 * accum_steps)
+    enough = math.ceil(round_up(rows, multiple) * examples / rows)
     raise UserError(
         f"config.training.batch_size={examples}{come_to} must be a multiple of mesh.data x "
         f"mesh.fsdp x optimizer.grad_accum_steps = {data} x {fsdp} x {accum_steps}: set it to "
@@ -145,4 +148,5 @@ def cpu_devices(config: MeshConfig) -> int:
   A device uses all cores. Several devices would each keep a replica of the state, and sum gradients:
   on two cores that was slower at every shape of `benchmarks/train_step.py`.
   """
-  return math.prod(max(getattr(config, axis), 1) for axis in AXES)
+  wanted = math.prod(max(getattr(config, axis), 1) for axis in AXES)
+  return wanted if wanted <= (os.cpu_count() or 1) else 1   # a mesh of accelerators: `make_mesh` refuses it

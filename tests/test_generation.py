@@ -68,6 +68,7 @@ def test_one_row_on_one_device_is_written_as_in_a_batch(name, monkeypatch):
   alone = writer_of(name)[0]
   for prompt, expected in zip(PROMPTS, together):
     assert alone.write([prompt], NEW)[0].tokens == expected.tokens
+  assert "for_one_row" in vars(alone) and "params" not in vars(alone)
   monkeypatch.setattr(precision, "native_bfloat16", lambda: True)
   half = writer_of(name)[0]
   config, params = half.for_one_row

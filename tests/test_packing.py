@@ -295,7 +295,8 @@ class Shared:
 
 
 @pytest.mark.parametrize("examples, parts, rows, weights, expected", [
-    (33, 1, [Shared(50, 50)], [1.0], 33),   # a row is an example: as many, divided or not
+    (33, 1, [Shared(50, 50)], [1.0], 33),
+    (33, 1, [Shared(53, 53), Shared(60, 60)], [0.7, 0.3], 33),   # a row is an example: as many, divided or not
     (32, 1, [Shared(100, 400)], [1.0], 8), (32, 1, [Shared(100, 1000)], [1.0], 4),
     (8, 1, [Shared(100, 1000)], [1.0], 1), (37, 1, [Shared(100, 460)], [1.0], 8),
     (256, 1, [Shared(100, 500)], [1.0], 48), (64, 4, [Shared(100, 400)], [1.0], 16),

@@ -71,14 +71,15 @@ class Batches:
 
 def examples_a_row(rows: Sequence, weights: Sequence[float]) -> float:
   """Examples that share a row of a mixture, on average."""
-  return sum(w * r.examples / len(r) for w, r in zip(weights, rows)) / sum(weights)
+  shares = [w * (r.examples / len(r)) for w, r in zip(weights, rows)]
+  return sum(shares) / sum(weights)
 
 
 def rows_a_batch(examples: int, parts: int, rows: Sequence, weights: Sequence[float]) -> int:
   """The rows of a batch that come nearest to so many examples; as many where a row is one example.
 
-  In each of the `parts` that a batch is worked through in, 1, 2, 4 or a multiple of 8: it does not
-  depend on the mesh, so that batches are equal on each, and most meshes can share it.
+  A batch is worked through in `parts`. Each of them has 1, 2, 4 or a multiple of 8 rows, which most
+  meshes can share. The number does not depend on the mesh, so that batches are equal on every mesh.
   """
   together = examples_a_row(rows, weights)
   if together == 1:

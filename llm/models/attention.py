@@ -81,7 +81,8 @@ def _mix_forward(weights, v, types):
 def _mix_backward(types, saved, dmixed_BxGxRxTxK):
   weights, v = saved
   dweights = einsum("BGRTK,BGSK->BGRTS", dmixed_BxGxRxTxK, v, types)
-  return dweights.astype(weights.dtype), _over_queries(weights, dmixed_BxGxRxTxK, types).astype(v.dtype)
+  dv = _over_queries(weights, dmixed_BxGxRxTxK, types)
+  return dweights.astype(weights.dtype), dv.astype(v.dtype)
 
 
 def _over_queries(a_BxGxRxTxS, b_BxGxRxTxK, types: Precision) -> jax.Array:
@@ -90,10 +91,10 @@ def _over_queries(a_BxGxRxTxS, b_BxGxRxTxK, types: Precision) -> jax.Array:
   The product is asked for as K x S, of a b that was transposed before it. XLA on CPU runs products
   over the first dimension of both at half the speed.
   """
-  rows, groups, shared, queries, keys = a_BxGxRxTxS.shape
-  a_BxGxNxS = a_BxGxRxTxS.reshape(rows, groups, shared * queries, keys)
-  b_BxGxKxN = b_BxGxRxTxK.reshape(rows, groups, shared * queries, -1).swapaxes(-1, -2)
-  return dot(jax.lax.optimization_barrier(b_BxGxKxN), a_BxGxNxS, types).swapaxes(-1, -2)
+  b_BxGxRxKxT = jax.lax.optimization_barrier(b_BxGxRxTxK.swapaxes(-1, -2))
+  if b_BxGxRxKxT.shape[2] == 1:   # einsum would move the R that is none
+    return dot(b_BxGxRxKxT, a_BxGxRxTxS, types)[:, :, 0].swapaxes(-1, -2)
+  return einsum("BGRKT,BGRTS->BGKS", b_BxGxRxKxT, a_BxGxRxTxS, types).swapaxes(-1, -2)
 
 
 scores.defvjp(_scores_forward, _scores_backward)

@@ -46,9 +46,9 @@ EXPLAINED = 5   # likeliest tokens kept at every step
 
 
 def for_one_row(params, dtype: jnp.dtype):
-  """Parameters with which one row is written: what a token must read is of a type, kernels are O x I.
+  """Parameters with which one row is written: weights that every token reads, cast to dtype.
 
-  params: with the layers of every stack as a tuple. Norms, biases and positions stay as they are.
+  Kernels are transposed, O x I. params: with the layers of every stack as a tuple. Norms, biases and positions stay as they are.
   """
   if isinstance(params, tuple):
     return tuple(for_one_row(layer, dtype) for layer in params)
@@ -58,6 +58,8 @@ def for_one_row(params, dtype: jnp.dtype):
       narrow[name] = {"embedding": jnp.asarray(value["embedding"], dtype)}
     elif isinstance(value, dict) and "kernel" in value:
       kernel = value["kernel"]
+      if kernel.ndim == 3 and name not in ("query", "key", "value", "out"):
+        raise ValueError(f"{name}: which dimensions of its kernel are inputs is not known")
       inputs = kernel.shape[0] if name in ("query", "key", "value") else -1
       outputs = -1 if inputs > 0 else kernel.shape[-1]
       transposed = jnp.asarray(kernel, dtype).reshape(inputs, outputs).T

@@ -52,12 +52,12 @@ TRANSPOSED = "kernel_OxI"   # in place of `kernel`, where one token at a time is
 
 
 def read_once(x, kernel_OxI):
-  """x @ kernel^T in float32, for an x of one row on CPU: as fast as the kernel can be read.
+  """x @ kernel^T in float32 or better, for an x of one row on CPU: as fast as the kernel can be read.
 
   The compiler must not fuse what comes after: its fused products use one core, and no wide loads.
   """
   y = jax.lax.dot_general(x.astype(kernel_OxI.dtype), kernel_OxI, (((x.ndim - 1,), (1,)), ((), ())),
-                          preferred_element_type=jnp.float32)
+                          preferred_element_type=jnp.promote_types(kernel_OxI.dtype, jnp.float32))
   return jax.lax.optimization_barrier(y)
 
 

@@ -68,7 +68,7 @@ def explained(dtype: str) -> str:
 
 @functools.cache
 def native_bfloat16() -> bool:
-  """Whether the CPU multiplies bfloat16 numbers itself, as Linux tells of it."""
+  """Whether the CPU multiplies bfloat16 numbers itself, according to /proc/cpuinfo."""
   try:
     words = set(pathlib.Path("/proc/cpuinfo").read_text().split())
   except OSError:

@@ -136,10 +136,11 @@ class Attention(nn.Module):
     if past is not None:
       past = Past(*(_written(old, new.swapaxes(1, 2), index, axis=2) for old, new in zip(past, (k, v))))
       k, v = (a.swapaxes(1, 2) for a in past)
-      types = types._replace(operands=types.values)   # what was seen is read as it is kept
     # Context parallelism: queries stay split over positions, keys and values are gathered.
     q = constrain(q, BATCH, "context", "tensor", None)
     k, v = (constrain(a, BATCH, None, "tensor", None) for a in (k, v))
+    # What was seen is read in the type in which it is kept.
+    products = types if past is None else types._replace(operands=types.values)
     key = self.make_rng("dropout") if self.train and cfg.dropout else None
     scale = head_width ** -0.5 if style.scaled else 1.0
     itself = past is None and source_BxSxD is x_BxTxD
@@ -149,7 +150,7 @@ class Attention(nn.Module):
     elif backend == "cudnn":
       mixed = cudnn.attend(q, k, v, visibility, scale=scale)
     else:
-      mixed = attention_lib.attend(q, k, v, visibility, types, scale=scale, bias_HxTxS=bias_HxTxS,
+      mixed = attention_lib.attend(q, k, v, visibility, products, scale=scale, bias_HxTxS=bias_HxTxS,
                                    dropout_rate=cfg.dropout, key=key)
     return Linear((heads, head_width, cfg.width), precision=types, kernel_init=residual_init(cfg, style, heads * head_width),
                   bias=style.bias, lora=lora(cfg), name="out")(mixed), past

@@ -94,7 +94,8 @@ def plan_anchors(documents: documents_lib.Documents, room: int, short_share: flo
   rng = np.random.default_rng(0)
   bounds = documents.bounds()
   going = np.flatnonzero(np.diff(bounds))   # documents that have tokens left
-  starts, anchors = bounds[going], []
+  starts = bounds[going]
+  anchors = [np.zeros((0, 3), np.int64)]
   while len(going):   # one run of each of them at a time
     short = rng.random(len(going)) < short_share
     lengths = np.where(short, rng.integers(2, room + 1, len(going)), room)

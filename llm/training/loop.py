@@ -204,7 +204,7 @@ def _due(step: int, every: int, last: bool) -> bool:
 
 def _mfu(experiment, params, mesh, say) -> Callable[[float], float]:
   """A function from (real) tokens a second to the share of the peak that the model's FLOPs are."""
-  peak, source = metrics_lib.peak_flops(mesh)
+  peak, source = metrics_lib.peak_flops(mesh, precision.of(experiment.config.model))
   a_row = metrics_lib.row_flops(experiment, params)
   a_step = a_row * experiment.batches.batch_size
   say(f"peak        {peak / 1e9:,.0f} GFLOP/s ({source}), {a_step / 1e9:,.1f} GFLOP a step")

@@ -12,7 +12,9 @@ import tqdm
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from llm.core import flatten
+from llm.models import precision
 from llm.models.heads import Model
+from llm.models.precision import Precision
 from llm.models.transformer import head_width_of, padded_vocab
 from llm.training import hardware
 
@@ -93,15 +95,15 @@ def row_flops(experiment, params) -> float:
   return model_flops(experiment.model, params, experiment.batches.read(0, range(1)), causal=causal)
 
 
-def peak_flops(mesh: Mesh) -> tuple[float, str]:
+def peak_flops(mesh: Mesh, types: Precision) -> tuple[float, str]:
   """FLOP/s that the devices of the mesh can reach together, and where the figure comes from.
 
-  Of an accelerator, its data sheet; on CPU a float32 matrix product measured once, all devices
+  Of an accelerator, its data sheet; on CPU a matrix product of these types measured once, all devices
   together; (nan, "unknown") for a device that is not in the table.
   """
   device = mesh.devices.flat[0]
   if device.platform == "cpu":
-    return _matmul_ceiling(mesh), "measured float32 matmul"
+    return _matmul_ceiling(mesh, types), f"measured matmul of {types.operands} operands"
   chip = hardware.chip_of(device.device_kind)
   if chip is None:
     return float("nan"), "unknown"
@@ -109,11 +111,11 @@ def peak_flops(mesh: Mesh) -> tuple[float, str]:
 
 
 @functools.cache
-def _matmul_ceiling(mesh: Mesh, size: int = 1024) -> float:
+def _matmul_ceiling(mesh: Mesh, types: Precision, size: int = 1024) -> float:
   rows = NamedSharding(mesh, P(mesh.axis_names))
   a = jax.device_put(np.ones((size * mesh.size, size), np.float32), rows)
   b = jax.device_put(np.ones((size, size), np.float32), NamedSharding(mesh, P()))
-  multiply = jax.jit(jnp.matmul)
+  multiply = jax.jit(functools.partial(precision.dot, precision=types))
   multiply(a, b).block_until_ready()
   best = 0.0
   for _ in range(5):

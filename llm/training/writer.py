@@ -62,7 +62,8 @@ class Writer:
     """(config, parameters) that write one row on one CPU device fastest.
 
     A token reads every weight once, so half the bytes are half the time where the CPU can multiply
-    bfloat16 numbers.
+    bfloat16 numbers, even where its bfloat16 products of many rows are not faster. Many rows are
+    written in the type of training.
     """
     narrow = self.config.dtype == "auto" and precision.native_bfloat16()
     config = dataclasses.replace(self.config, dtype="bfloat16_operands" if narrow else self.config.dtype)
