@@ -1,6 +1,7 @@
 """Our training step beside torch's, interleaved: same shapes, dropout off.
 
-  pip install -e '.[bench]' && python benchmarks/train_step.py [--shapes=gpt-4x128,bert-4x256] [--dtype=auto] [--rounds=5]
+  pip install -e '.[bench]'
+  python benchmarks/train_step.py [--shapes=gpt-4x128,bert-4x256] [--dtype=auto] [--rounds=5]
 
 --dtype=float32: both sides in float32. auto: ours as `config.model.dtype=auto` takes it on this
 CPU, torch under bfloat16 autocast.
@@ -65,7 +66,8 @@ def ours(shape, dtype):
   from llm.training import experiment, metrics, optimizer, partition, step as step_lib
   kind, layers, width, heads, vocab, rows, length, _ = shape
   config = ModelConfig(name=kind, num_layers=layers, width=width, num_heads=heads, mlp_dim=4 * width,
-                       vocab_size=vocab, max_length=length if kind == "gpt" else 512, dropout=0.0, dtype=dtype,
+                       vocab_size=vocab, max_length=length if kind == "gpt" else 512,
+                       dropout=0.0, dtype=dtype,
                        gated=False, init_std=1.0 if kind == "t5" else 0.02)
   command.start_cpu()
   command.use_compilation_cache()

@@ -145,8 +145,9 @@ def constrain(x: jax.Array, *axes) -> jax.Array:
 def cpu_devices(config: MeshConfig) -> int:
   """How many devices the CPU becomes: as many as the axes that are set ask for, else one.
 
-  A device uses all cores. Several devices would each keep a replica of the state, and sum gradients:
-  on two cores that was slower at every shape of `benchmarks/train_step.py`.
+  A device uses all cores. Several devices would each keep a replica of the state, and sum
+  gradients: on two cores that was slower at every shape of `benchmarks/train_step.py`. More devices
+  than cores are a mesh of accelerators, which `make_mesh` refuses here.
   """
   wanted = math.prod(max(getattr(config, axis), 1) for axis in AXES)
-  return wanted if wanted <= (os.cpu_count() or 1) else 1   # a mesh of accelerators: `make_mesh` refuses it
+  return wanted if wanted <= (os.cpu_count() or 1) else 1

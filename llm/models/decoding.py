@@ -48,7 +48,8 @@ EXPLAINED = 5   # likeliest tokens kept at every step
 def for_one_row(params, dtype: jnp.dtype):
   """Parameters with which one row is written: weights that every token reads, cast to dtype.
 
-  Kernels are transposed, O x I. params: with the layers of every stack as a tuple. Norms, biases and positions stay as they are.
+  Kernels are transposed, O x I. Norms, biases and positions stay as they are. params: with the
+  layers of every stack as a tuple.
   """
   if isinstance(params, tuple):
     return tuple(for_one_row(layer, dtype) for layer in params)

@@ -52,7 +52,7 @@ TRANSPOSED = "kernel_OxI"   # in place of `kernel`, where one token at a time is
 
 
 def read_once(x, kernel_OxI):
-  """x @ kernel^T in float32 or better, for an x of one row on CPU: as fast as the kernel can be read.
+  """x @ kernel^T in float32 or better, for an x of one row: as fast as a CPU reads the kernel.
 
   The compiler must not fuse what comes after: its fused products use one core, and no wide loads.
   """

@@ -66,7 +66,8 @@ class Writer:
     written in the type of training.
     """
     narrow = self.config.dtype == "auto" and precision.native_bfloat16()
-    config = dataclasses.replace(self.config, dtype="bfloat16_operands" if narrow else self.config.dtype)
+    name = "bfloat16_operands" if narrow else self.config.dtype
+    config = dataclasses.replace(self.config, dtype=name)
     dtype = precision.of(config).operands
     prepared = jax.jit(decoding.for_one_row, static_argnums=1)(self.layers, dtype)
     return config, jax.device_put(prepared, NamedSharding(self.mesh, P()))
