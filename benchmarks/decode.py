@@ -5,6 +5,7 @@
 Each side runs in a process of its own: ours as `model.dtype=auto` takes it, torch in float32 and in
 bfloat16. Prints medians of tokens a second, and the ratio of each to ours.
 """
+
 import argparse
 import multiprocessing
 import pathlib
@@ -14,28 +15,49 @@ import time
 
 import numpy as np
 
-SHAPES = {"6x384": (6, 384, 6, 4096), "124m": (12, 768, 12, 50_257)}   # layers, width, heads, vocabulary
+SHAPES = {
+  "6x384": (6, 384, 6, 4096),
+  "124m": (12, 768, 12, 50_257),
+}  # layers, width, heads, vocabulary
 PROMPT, NEW = 16, 128
 
 
 def model_config(shape: str, dtype: str):
   """A GPT-2 of one shape."""
   from llm.config import ModelConfig
+
   layers, width, heads, vocab = SHAPES[shape]
-  return ModelConfig(name="gpt", num_layers=layers, width=width, num_heads=heads, mlp_dim=4 * width, vocab_size=vocab,
-                     max_length=256, dropout=0.0, dtype=dtype)
+  return ModelConfig(
+    name="gpt",
+    num_layers=layers,
+    width=width,
+    num_heads=heads,
+    mlp_dim=4 * width,
+    vocab_size=vocab,
+    max_length=256,
+    dropout=0.0,
+    dtype=dtype,
+  )
 
 
 def make(shape: str, folder: pathlib.Path):
   """Random weights in the layout of transformers, for both sides."""
   import json
+
   from llm.checkpoints import families, huggingface
   from llm.objectives import base
+
   config, rng = model_config(shape, "float32"), np.random.default_rng(0)
   shapes = huggingface.shapes(config, base.build({"name": "causal_lm"}))
-  leaves = {path: rng.normal(scale=0.02, size=size).astype(np.float32) for path, size in shapes.items()}
-  huggingface._save(folder / "model.safetensors", lambda: huggingface._tensors(families.GPT2, leaves, config))
-  (folder / "config.json").write_text(json.dumps(families.GPT2.config(config) | {"architectures": ["GPT2LMHeadModel"]}))
+  leaves = {
+    path: rng.normal(scale=0.02, size=size).astype(np.float32) for path, size in shapes.items()
+  }
+  huggingface._save(
+    folder / "model.safetensors", lambda: huggingface._tensors(families.GPT2, leaves, config)
+  )
+  (folder / "config.json").write_text(
+    json.dumps(families.GPT2.config(config) | {"architectures": ["GPT2LMHeadModel"]})
+  )
 
 
 def prompts(shape: str, rows: int) -> np.ndarray:
@@ -46,18 +68,22 @@ def prompts(shape: str, rows: int) -> np.ndarray:
 def ours(shape, folder, rows, dtype):
   """run() -> tokens written."""
   import types
+
   from llm import command
   from llm.checkpoints import families, huggingface
   from llm.data.tokenizer import ByteTokenizer
   from llm.objectives import base
   from llm.training import experiment, writer
+
   command.start_cpu()
   command.use_compilation_cache()
   config = model_config(shape, dtype)
   wanted = huggingface.shapes(config, base.build({"name": "causal_lm"}))
   params = huggingface._stack(families.GPT2, huggingface.Weights(folder), wanted, config)
-  made = writer.Writer(experiment.Bundle(None, params, ByteTokenizer(), types.SimpleNamespace(model=config)))
-  made.tokenizer.eos = -1   # nothing ends a text
+  made = writer.Writer(
+    experiment.Bundle(None, params, ByteTokenizer(), types.SimpleNamespace(model=config))
+  )
+  made.tokenizer.eos = -1  # nothing ends a text
   ids = prompts(shape, rows).tolist()
   return lambda: np.array([written.tokens for written in made.write(ids, NEW)])
 
@@ -66,10 +92,18 @@ def theirs(shape, folder, rows, dtype):
   """run() -> tokens written."""
   import torch
   import transformers
+
   model = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
   ids = torch.tensor(prompts(shape, rows))
-  return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False,
-                                eos_token_id=None, pad_token_id=0)[:, PROMPT:].numpy()
+  return lambda: model.generate(
+    ids,
+    attention_mask=torch.ones_like(ids),
+    max_new_tokens=NEW,
+    min_new_tokens=NEW,
+    do_sample=False,
+    eos_token_id=None,
+    pad_token_id=0,
+  )[:, PROMPT:].numpy()
 
 
 SIDES = (ours, "auto"), (theirs, "float32"), (theirs, "bfloat16")
@@ -114,8 +148,11 @@ def main():
           pace = rows * NEW / statistics.median(times)
           ratio = statistics.median(b / a for a, b in zip(seconds[SIDES[0]], times))
           same = (wrote[SIDES[0]] == wrote[side]).mean()
-          print(f"{shape}, batch {rows}: {side[0].__name__} {side[1]} {pace:,.0f} tokens/s, "
-                f"ours / this {ratio:.2f}; {same:.1%} of the tokens equal", flush=True)
+          print(
+            f"{shape}, batch {rows}: {side[0].__name__} {side[1]} {pace:,.0f} tokens/s, "
+            f"ours / this {ratio:.2f}; {same:.1%} of the tokens equal",
+            flush=True,
+          )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The input pipeline alone: tokens a second on one core, and what packing leaves.
 
-  python benchmarks/input_pipeline.py
+python benchmarks/input_pipeline.py
 """
+
 import os
 import time
 
@@ -18,14 +19,20 @@ def main():
   if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
   data = DataConfig()
-  source, = sources.parse("embedded:wikipedia", data)
-  vocabulary = tokenizer.make(TokenizerConfig(name="sentencepiece", vocab_size=8192, sentinels=100), [source], cache.cache_dir())
+  (source,) = sources.parse("embedded:wikipedia", data)
+  vocabulary = tokenizer.make(
+    TokenizerConfig(name="sentencepiece", vocab_size=8192, sentinels=100),
+    [source],
+    cache.cache_dir(),
+  )
   table = []
   for name, objective, kind, length, rows in (
-      ("causal_lm", causal_lm.Objective(), "gpt", 64, 12), ("causal_lm", causal_lm.Objective(), "gpt", 1024, 8),
-      ("masked_lm, pairs", masked_lm.Objective(), "bert", 128, 32),
-      ("masked_lm, packed", masked_lm.Objective(next_sentence=False), "bert", 128, 32),
-      ("span_corruption", span_corruption.Objective(), "t5", 128, 16)):
+    ("causal_lm", causal_lm.Objective(), "gpt", 64, 12),
+    ("causal_lm", causal_lm.Objective(), "gpt", 1024, 8),
+    ("masked_lm, pairs", masked_lm.Objective(), "bert", 128, 32),
+    ("masked_lm, packed", masked_lm.Objective(next_sentence=False), "bert", 128, 32),
+    ("span_corruption", span_corruption.Objective(), "t5", 128, 16),
+  ):
     made = objective.rows(source, vocabulary, data, ModelConfig(name=kind), length)
     batches = Batches([made], [1.0], objective.example, rows, 0)
     batches[0]
@@ -36,9 +43,29 @@ def main():
     pace = steps * rows * length / (time.perf_counter() - start)
     plan = getattr(made, "plan", None)
     dropped = 1 - made.tokens / len(made.documents.tokens_N)
-    table.append((name, f"{rows} x {length}", f"{pace:,.0f}", f"{plan.fill(length):.2%}" if plan else "",
-                  f"{plan.cut_documents / len(made.documents):.1%}" if plan else "", f"{dropped:.2%}"))
-  print(tabulate.tabulate(table, headers=("objective", "batch", "tokens/s, one core", "fill", "documents cut", "tokens dropped")))
+    table.append(
+      (
+        name,
+        f"{rows} x {length}",
+        f"{pace:,.0f}",
+        f"{plan.fill(length):.2%}" if plan else "",
+        f"{plan.cut_documents / len(made.documents):.1%}" if plan else "",
+        f"{dropped:.2%}",
+      )
+    )
+  print(
+    tabulate.tabulate(
+      table,
+      headers=(
+        "objective",
+        "batch",
+        "tokens/s, one core",
+        "fill",
+        "documents cut",
+        "tokens dropped",
+      ),
+    )
+  )
 
 
 if __name__ == "__main__":

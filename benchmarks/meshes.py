@@ -5,6 +5,7 @@
 A table of the largest relative differences: gradients in float64, then the losses of five steps and the parameters after
 them in float32 under SGD; dropout off; also with the batch worked through in two parts.
 """
+
 import itertools
 import os
 
@@ -22,24 +23,30 @@ jax.config.update("jax_num_cpu_devices", 8)
 from llm import command, sharding
 from llm.config import MeshConfig
 from llm.objectives import base
-from llm.training import metrics, partition, step as step_lib
+from llm.training import metrics, partition
+from llm.training import step as step_lib
 from tests.test_models import batch_of, model_of, params_of
 
 SHAPES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(shape) == 8]
-GRADIENTS = optax.GradientTransformation(lambda params: params, lambda grads, state, params: (jax.tree.map(jax.numpy.zeros_like, grads), grads))
+GRADIENTS = optax.GradientTransformation(
+  lambda params: params,
+  lambda grads, state, params: (jax.tree.map(jax.numpy.zeros_like, grads), grads),
+)
 
 
 def run(name: str, shape, accum: int, dtype: str, optimizer, steps: int):
   """(losses, parameters, what the optimizer keeps) after some steps on a mesh."""
   objective = base.build(base.defaults("masked_lm" if name == "bert" else "causal_lm"))
   model = model_of(name, dtype=dtype, num_heads=8, num_kv_heads=0, width=64, head_width=8)
-  with jax.enable_x64(False):   # else the draw itself would differ
+  with jax.enable_x64(False):  # else the draw itself would differ
     fresh = params_of(model)
   params = jax.tree.map(lambda x: np.asarray(x, dtype), fresh)
   marks = partition.frozen_layers(params, "")
-  mesh = sharding.make_mesh(MeshConfig(*shape), jax.devices()[:int(np.prod(shape))])
+  mesh = sharding.make_mesh(MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
   with jax.set_mesh(mesh):
-    trained, frozen = partition.split(jax.device_put(params, sharding.shardings(params, mesh)), marks)
+    trained, frozen = partition.split(
+      jax.device_put(params, sharding.shardings(params, mesh)), marks
+    )
     state, losses = step_lib.init_state(trained, frozen, optimizer), []
     train = step_lib.make_train_step(model, objective, optimizer, marks, accum, None)
     for number in range(steps):
@@ -47,7 +54,11 @@ def run(name: str, shape, accum: int, dtype: str, optimizer, steps: int):
       state, found = train(state, jax.device_put(batch, sharding.batch_sharding(mesh)), 0)
       losses.append(metrics.means([jax.device_get(found)])["loss"])
   host = lambda tree: {path: np.asarray(leaf) for path, leaf in tree.items()}
-  return np.array(losses), host(state.trained), host(state.opt_state) if optimizer is GRADIENTS else {}
+  return (
+    np.array(losses),
+    host(state.trained),
+    host(state.opt_state) if optimizer is GRADIENTS else {},
+  )
 
 
 def difference(found: dict, expected: dict) -> float:
@@ -58,8 +69,13 @@ def difference(found: dict, expected: dict) -> float:
 
 def main():
   command.use_compilation_cache()
-  cases = [(name, shape, accum) for name in ("bert", "gpt", "t5") for shape in SHAPES for accum in (1, 2)
-           if accum == 1 or shape in ((1, 1, 1, 8), (2, 2, 2, 1), (8, 1, 1, 1))]
+  cases = [
+    (name, shape, accum)
+    for name in ("bert", "gpt", "t5")
+    for shape in SHAPES
+    for accum in (1, 2)
+    if accum == 1 or shape in ((1, 1, 1, 8), (2, 2, 2, 1), (8, 1, 1, 1))
+  ]
   expected, rows = {}, []
   for name, shape, accum in tqdm.tqdm(cases, unit=" meshes", disable=None):
     if name not in expected:
@@ -70,10 +86,31 @@ def main():
       gradients = run(name, shape, accum, "float64", GRADIENTS, 1)[2]
     losses, params, _ = run(name, shape, accum, "float32", optax.sgd(0.1), 5)
     exact, true_losses, true_params = expected[name]
-    rows.append((name, " x ".join(map(str, shape)), accum, difference(gradients, exact), np.abs(losses / true_losses - 1).max(),
-                 difference(params, true_params)))
-  print(tabulate.tabulate(rows, headers=("model", "data x fsdp x tensor x context", "parts", "gradients, float64", "losses, float32",
-                                         "parameters, float32"), tablefmt="github", floatfmt=".1e"))
+    rows.append(
+      (
+        name,
+        " x ".join(map(str, shape)),
+        accum,
+        difference(gradients, exact),
+        np.abs(losses / true_losses - 1).max(),
+        difference(params, true_params),
+      )
+    )
+  print(
+    tabulate.tabulate(
+      rows,
+      headers=(
+        "model",
+        "data x fsdp x tensor x context",
+        "parts",
+        "gradients, float64",
+        "losses, float32",
+        "parameters, float32",
+      ),
+      tablefmt="github",
+      floatfmt=".1e",
+    )
+  )
   print("largest: " + ", ".join(f"{max(row[i] for row in rows):.1e}" for i in (3, 4, 5)))
 
 

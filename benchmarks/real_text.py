@@ -8,6 +8,7 @@ padding, here and there. finetune: the embedded reviews from `embedded:minilm`; 
 theirs padded to the longest of a batch that was drawn by length. Each side is a process of its own,
 and they take turns; medians of the rounds.
 """
+
 import argparse
 import importlib.util
 import json
@@ -20,9 +21,9 @@ import tempfile
 import time
 
 HERE = pathlib.Path(__file__).resolve().parents[1]
-WARM_UP = 3   # steps
-LENGTH = 64   # of a row in fine-tuning
-EXAMPLES = 32   # of a batch in fine-tuning
+WARM_UP = 3  # steps
+LENGTH = 64  # of a row in fine-tuning
+EXAMPLES = 32  # of a batch in fine-tuning
 
 
 def config_of(name: str, argument: str):
@@ -37,24 +38,28 @@ def config_of(name: str, argument: str):
 def loop_of(config, count):
   """A function: steps -> what `count` says of the batches that so many steps trained on."""
   import jax
+
   from llm import command, sharding
   from llm import config as config_lib
   from llm.data import batches as batches_lib
   from llm.training import experiment as experiment_lib
   from llm.training import start as start_lib
   from llm.training import step as step_lib
+
   made = experiment_lib.prepare(config_lib.freeze(config), say=lambda *_: None)
   if hasattr(command, "start_cpu"):
     command.start_cpu()
-  else:   # a checkout from before it
+  else:  # a checkout from before it
     command.use_cpu_cores(made.batches.batch_size, experiment_lib.state_bytes(made.config.model))
   command.use_compilation_cache()
   mesh = sharding.make_mesh(made.config.mesh)
   with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
     state, optimizer, marks, _ = start_lib.first_state(
-        made, None, pathlib.Path(folder), mesh, lambda *_: None)
-  train = step_lib.make_train_step(made.model, made.objective, optimizer, marks, 1,
-                                   jax.tree.map(lambda x: x.sharding, state))
+      made, None, pathlib.Path(folder), mesh, lambda *_: None
+    )
+  train = step_lib.make_train_step(
+    made.model, made.objective, optimizer, marks, 1, jax.tree.map(lambda x: x.sharding, state)
+  )
   states = [state]
   stream = batches_lib.stream(made.batches, 0, made.config.training.steps, mesh, 4)
 
@@ -67,6 +72,7 @@ def loop_of(config, count):
         states[0], _ = train(states[0], batch, 0)
       jax.block_until_ready(states[0])
     return seen
+
   return run
 
 
@@ -89,26 +95,44 @@ def ours(_):
 def theirs(_):
   """The Trainer: batches of one length, padded to their longest."""
   import transformers
+
   from llm.config import DataConfig
   from llm.data import cache, embedded, sources
+
   folder = embedded.model("minilm", cache.cache_dir())
   tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
   model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
-  source, = sources.parse("embedded:reviews", DataConfig())
+  (source,) = sources.parse("embedded:reviews", DataConfig())
   records = list(source.records())
   names = sorted({r["label"] for r in records})
-  encoded = [{**tokenizer(r["text"], truncation=True, max_length=LENGTH),
-              "labels": names.index(r["label"])} for r in records]
+  encoded = [
+    {**tokenizer(r["text"], truncation=True, max_length=LENGTH), "labels": names.index(r["label"])}
+    for r in records
+  ]
 
   def run(steps: int) -> int:
     with tempfile.TemporaryDirectory() as output:
       arguments = transformers.TrainingArguments(
-          output, max_steps=steps, per_device_train_batch_size=EXAMPLES, learning_rate=3e-5,
-          train_sampling_strategy="group_by_length", report_to="none", save_strategy="no",
-          logging_strategy="no", disable_tqdm=True, use_cpu=True)
-      transformers.Trainer(model, arguments, train_dataset=encoded, processing_class=tokenizer,
-                           data_collator=transformers.DataCollatorWithPadding(tokenizer)).train()
+        output,
+        max_steps=steps,
+        per_device_train_batch_size=EXAMPLES,
+        learning_rate=3e-5,
+        train_sampling_strategy="group_by_length",
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+      )
+      transformers.Trainer(
+        model,
+        arguments,
+        train_dataset=encoded,
+        processing_class=tokenizer,
+        data_collator=transformers.DataCollatorWithPadding(tokenizer),
+      ).train()
     return steps * EXAMPLES
+
   return run
 
 
@@ -126,8 +150,9 @@ def work(side: str, argument: str):
     print(json.dumps(seen / (time.perf_counter() - began)), file=sys.__stdout__, flush=True)
 
 
-def measured(sides: dict[str, tuple[pathlib.Path, str, str]], rounds: int,
-             steps: int) -> dict[str, float]:
+def measured(
+  sides: dict[str, tuple[pathlib.Path, str, str]], rounds: int, steps: int
+) -> dict[str, float]:
   """name -> what a second was trained on, the median of the rounds.
 
   sides: name -> (checkout, a key of SIDES, its argument).
@@ -135,9 +160,13 @@ def measured(sides: dict[str, tuple[pathlib.Path, str, str]], rounds: int,
   workers = {}
   for name, (root, side, argument) in sides.items():
     workers[name] = subprocess.Popen(
-        [sys.executable, __file__, "work", f"--side={side}", f"--argument={argument}"], text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)})
+      [sys.executable, __file__, "work", f"--side={side}", f"--argument={argument}"],
+      text=True,
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      cwd=root,
+      env={**os.environ, "PYTHONPATH": str(root)},
+    )
     _answer(workers[name])
   paces = {name: [] for name in sides}
   for _ in range(rounds):
@@ -175,17 +204,23 @@ def main():
   if options.what == "finetune":
     sides = {side: (HERE, side, "") for side in ("ours", "theirs")}
     paces = measured(sides, options.rounds, options.steps)
-    print(f"fine-tuning: {paces['ours']:.1f} examples/s here, {paces['theirs']:.1f} in "
-          f"transformers, {paces['ours'] / paces['theirs']:.2f} times")
+    print(
+      f"fine-tuning: {paces['ours']:.1f} examples/s here, {paces['theirs']:.1f} in "
+      f"transformers, {paces['ours'] / paces['theirs']:.2f} times"
+    )
     return
   if not options.base:
     parser.error("pretrain needs --base")
   for size in options.sizes.split(","):
-    sides = {"here": (HERE, "pretraining", size),
-             "there": (options.base.resolve(), "pretraining", size)}
+    sides = {
+      "here": (HERE, "pretraining", size),
+      "there": (options.base.resolve(), "pretraining", size),
+    }
     paces = measured(sides, options.rounds, options.steps)
-    print(f"BERT {size}, MLM and NSP: {paces['here']:,.0f} real tokens/s here, "
-          f"{paces['there']:,.0f} there, {paces['here'] / paces['there']:.2f} times")
+    print(
+      f"BERT {size}, MLM and NSP: {paces['here']:,.0f} real tokens/s here, "
+      f"{paces['there']:,.0f} there, {paces['here'] / paces['there']:.2f} times"
+    )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 Each peer is built for a shape and gives `step()`: forward, backward, clip, fused AdamW, zero.
 """
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -20,8 +21,9 @@ class Block(nn.Module):
 
   def attend(self, x):
     rows, length, width = x.shape
-    q, k, v = (a.view(rows, length, self.heads, -1).transpose(1, 2)
-               for a in self.qkv(x).split(width, dim=2))
+    q, k, v = (
+      a.view(rows, length, self.heads, -1).transpose(1, 2) for a in self.qkv(x).split(width, dim=2)
+    )
     mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
     return self.out(mixed.transpose(1, 2).reshape(rows, length, width))
 
@@ -46,7 +48,7 @@ class PlainGPT(nn.Module):
     self.norm = nn.LayerNorm(width)
 
   def forward(self, tokens, targets):
-    x = self.token(tokens) + self.position.weight[:tokens.shape[1]]
+    x = self.token(tokens) + self.position.weight[: tokens.shape[1]]
     for block in self.blocks:
       x = block(x)
     logits = F.linear(self.norm(x), self.token.weight)
@@ -66,7 +68,7 @@ class PlainBERT(nn.Module):
     self.pooler, self.pair = nn.Linear(width, width), nn.Linear(width, 2)
 
   def forward(self, tokens, types, positions, targets, pairs):
-    x = self.token(tokens) + self.position.weight[:tokens.shape[1]] + self.segment(types)
+    x = self.token(tokens) + self.position.weight[: tokens.shape[1]] + self.segment(types)
     x = self.norm(x)
     for block in self.blocks:
       x = block(x)
@@ -96,55 +98,100 @@ def _stepper(model, loss):
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return value
+
   return step
 
 
-def peers(kind: str, layers: int, width: int, heads: int, vocab: int, batch: dict, *,
-          autocast: bool = False) -> dict:
+def peers(
+  kind: str, layers: int, width: int, heads: int, vocab: int, batch: dict, *, autocast: bool = False
+) -> dict:
   """name -> step() for one shape; `batch` is the batch of ours, as numpy arrays.
 
   autocast: products in bfloat16."""
   import transformers
+
   t = {k: torch.from_numpy(np.asarray(v)).long() for k, v in batch.items()}
   length = batch["tokens"].shape[1]
   if kind == "gpt":
     config = transformers.GPT2Config(
-        vocab_size=vocab, n_positions=length, n_embd=width, n_layer=layers, n_head=heads,
-        resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+      vocab_size=vocab,
+      n_positions=length,
+      n_embd=width,
+      n_layer=layers,
+      n_head=heads,
+      resid_pdrop=0,
+      embd_pdrop=0,
+      attn_pdrop=0,
+    )
     make_hf = lambda: transformers.GPT2LMHeadModel(config)
 
     def hf_loss(model):
       logits = model(t["tokens"], use_cache=False).logits
       return F.cross_entropy(logits.flatten(0, 1), t["targets"].flatten())
+
     make_plain = lambda: _init(PlainGPT(layers, width, heads, vocab, length))
     plain_loss = lambda model: model(t["tokens"], t["targets"])
   elif kind == "t5":
-    config = transformers.T5Config(vocab_size=vocab, d_model=width, d_kv=width // heads, d_ff=4 * width, num_layers=layers,
-                                   num_heads=heads, dropout_rate=0.0, decoder_start_token_id=0)
+    config = transformers.T5Config(
+      vocab_size=vocab,
+      d_model=width,
+      d_kv=width // heads,
+      d_ff=4 * width,
+      num_layers=layers,
+      num_heads=heads,
+      dropout_rate=0.0,
+      decoder_start_token_id=0,
+    )
     make_hf, make_plain = lambda: transformers.T5ForConditionalGeneration(config), None
 
     def hf_loss(model):
-      logits = model(input_ids=t["tokens"], decoder_input_ids=t["decoder_tokens"], use_cache=False).logits
+      logits = model(
+        input_ids=t["tokens"], decoder_input_ids=t["decoder_tokens"], use_cache=False
+      ).logits
       return F.cross_entropy(logits.flatten(0, 1), t["targets"].flatten())
   else:
     config = transformers.BertConfig(
-        vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
-        intermediate_size=4 * width, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+      vocab_size=vocab,
+      hidden_size=width,
+      num_hidden_layers=layers,
+      num_attention_heads=heads,
+      intermediate_size=4 * width,
+      hidden_dropout_prob=0,
+      attention_probs_dropout_prob=0,
+    )
     make_hf = lambda: transformers.BertForPreTraining(config)
-    labels = torch.full_like(t["tokens"], -100).scatter(1, t["masked_positions"], t["masked_targets"])
-    hf_loss = lambda model: model(
-        t["tokens"], token_type_ids=t["types"], labels=labels, next_sentence_label=t["next_sentence"]).loss
+    labels = torch.full_like(t["tokens"], -100).scatter(
+      1, t["masked_positions"], t["masked_targets"]
+    )
+    hf_loss = lambda model: (
+      model(
+        t["tokens"],
+        token_type_ids=t["types"],
+        labels=labels,
+        next_sentence_label=t["next_sentence"],
+      ).loss
+    )
     make_plain = lambda: _init(PlainBERT(layers, width, heads, vocab, 512))
-    plain_loss = lambda model: model(t["tokens"], t["types"], t["masked_positions"],
-                                     t["masked_targets"], t["next_sentence"][:, 0])
+    plain_loss = lambda model: model(
+      t["tokens"], t["types"], t["masked_positions"], t["masked_targets"], t["next_sentence"][:, 0]
+    )
   if autocast:
     hf_loss = torch.autocast("cpu", torch.bfloat16)(hf_loss)
     plain_loss = torch.autocast("cpu", torch.bfloat16)(plain_loss) if make_plain else None
-  name = {"gpt": "GPT2LMHeadModel", "bert": "BertForPreTraining", "t5": "T5ForConditionalGeneration"}[kind]
-  found = {f"{name} eager": _stepper(make_hf(), hf_loss), f"{name} compiled": _compiled(make_hf(), hf_loss)}
+  name = {
+    "gpt": "GPT2LMHeadModel",
+    "bert": "BertForPreTraining",
+    "t5": "T5ForConditionalGeneration",
+  }[kind]
+  found = {
+    f"{name} eager": _stepper(make_hf(), hf_loss),
+    f"{name} compiled": _compiled(make_hf(), hf_loss),
+  }
   if make_plain:
-    found |= {"plain module": _stepper(make_plain(), plain_loss),
-              "plain module compiled": _compiled(make_plain(), plain_loss)}
+    found |= {
+      "plain module": _stepper(make_plain(), plain_loss),
+      "plain module compiled": _compiled(make_plain(), plain_loss),
+    }
   return found
 
 

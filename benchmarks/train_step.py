@@ -10,6 +10,7 @@ Peers run in a process of their own and take turns with ours, so that neither di
 threads. Prints a table of medians: milliseconds a step, ratio of the peer to ours, share of the
 measured matmul ceiling, peak memory; and writes it as JSON with --output.
 """
+
 import argparse
 import json
 import multiprocessing
@@ -25,54 +26,89 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 # name -> kind, layers, width, heads, vocabulary, rows, tokens a row, steps a round
 SHAPES = {
-    "gpt-4x128": ("gpt", 4, 128, 4, 65, 12, 64, 40),
-    "gpt-6x384": ("gpt", 6, 384, 6, 4096, 8, 256, 3),
-    "bert-4x256": ("bert", 4, 256, 4, 30_522, 32, 128, 3),
-    "bert-base": ("bert", 12, 768, 12, 30_522, 8, 128, 1),
-    "t5-4x256": ("t5", 4, 256, 4, 32_128, 16, 128, 3),   # v1.0, to TARGETS targets a row
+  "gpt-4x128": ("gpt", 4, 128, 4, 65, 12, 64, 40),
+  "gpt-6x384": ("gpt", 6, 384, 6, 4096, 8, 256, 3),
+  "bert-4x256": ("bert", 4, 256, 4, 30_522, 32, 128, 3),
+  "bert-base": ("bert", 12, 768, 12, 30_522, 8, 128, 1),
+  "t5-4x256": ("t5", 4, 256, 4, 32_128, 16, 128, 3),  # v1.0, to TARGETS targets a row
 }
 TARGETS = 32
-MASKED = 20   # positions a row, as BERT's max_predictions_per_seq at length 128
+MASKED = 20  # positions a row, as BERT's max_predictions_per_seq at length 128
 
 
 def make_batch(kind: str, vocab: int, rows: int, length: int) -> dict[str, np.ndarray]:
   """Random tokens in the layout of llm.core."""
   rng = np.random.default_rng(0)
   tokens = rng.integers(0, vocab, (rows, length)).astype(np.int32)
-  batch = {"tokens": tokens, "segments": np.ones_like(tokens),
-           "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1))}
+  batch = {
+    "tokens": tokens,
+    "segments": np.ones_like(tokens),
+    "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+  }
   if kind == "gpt":
-    return batch | {"targets": np.roll(tokens, -1, 1), "weights": np.ones((rows, length), np.float32)}
+    return batch | {
+      "targets": np.roll(tokens, -1, 1),
+      "weights": np.ones((rows, length), np.float32),
+    }
   if kind == "t5":
     targets = rng.integers(0, vocab, (rows, TARGETS)).astype(np.int32)
     places = np.tile(np.arange(TARGETS, dtype=np.int32), (rows, 1))
-    return batch | {"targets": targets, "weights": np.ones(targets.shape, np.float32), "decoder_positions": places,
-                    "decoder_tokens": np.roll(targets, 1, 1), "decoder_segments": np.ones_like(targets)}
-  masked = np.sort(rng.permuted(np.tile(np.arange(length, dtype=np.int32), (rows, 1)), axis=1)[:, :MASKED], 1)
+    return batch | {
+      "targets": targets,
+      "weights": np.ones(targets.shape, np.float32),
+      "decoder_positions": places,
+      "decoder_tokens": np.roll(targets, 1, 1),
+      "decoder_segments": np.ones_like(targets),
+    }
+  masked = np.sort(
+    rng.permuted(np.tile(np.arange(length, dtype=np.int32), (rows, 1)), axis=1)[:, :MASKED], 1
+  )
   return batch | {
-      "types": np.zeros_like(tokens), "masked_positions": masked,
-      "masked_targets": np.take_along_axis(tokens, masked, 1), "masked_weights": np.ones(masked.shape, np.float32),
-      "firsts": np.zeros((rows, 1), np.int32), "pair_weights": np.ones((rows, 1), np.float32),
-      "next_sentence": np.arange(rows, dtype=np.int32)[:, None] % 2}
+    "types": np.zeros_like(tokens),
+    "masked_positions": masked,
+    "masked_targets": np.take_along_axis(tokens, masked, 1),
+    "masked_weights": np.ones(masked.shape, np.float32),
+    "firsts": np.zeros((rows, 1), np.int32),
+    "pair_weights": np.ones((rows, 1), np.float32),
+    "next_sentence": np.arange(rows, dtype=np.int32)[:, None] % 2,
+  }
 
 
 def ours(shape, dtype):
   """name -> (run(steps), FLOPs a step, ceiling)."""
   import jax
+
   from llm import command, sharding
-  from llm.models import precision
   from llm.config import MeshConfig, ModelConfig, OptimizerConfig
+  from llm.models import precision
   from llm.objectives import base
-  from llm.training import experiment, metrics, optimizer, partition, step as step_lib
+  from llm.training import experiment, metrics, optimizer, partition
+  from llm.training import step as step_lib
+
   kind, layers, width, heads, vocab, rows, length, _ = shape
-  config = ModelConfig(name=kind, num_layers=layers, width=width, num_heads=heads, mlp_dim=4 * width,
-                       vocab_size=vocab, max_length=length if kind == "gpt" else 512,
-                       dropout=0.0, dtype=dtype,
-                       gated=False, init_std=1.0 if kind == "t5" else 0.02)
+  config = ModelConfig(
+    name=kind,
+    num_layers=layers,
+    width=width,
+    num_heads=heads,
+    mlp_dim=4 * width,
+    vocab_size=vocab,
+    max_length=length if kind == "gpt" else 512,
+    dropout=0.0,
+    dtype=dtype,
+    gated=False,
+    init_std=1.0 if kind == "t5" else 0.02,
+  )
   command.start_cpu()
   command.use_compilation_cache()
-  objective = base.build(base.defaults({"gpt": "causal_lm", "bert": "masked_lm", "t5": "span_corruption"}[kind]))
-  model, batch, mesh = experiment.build(objective, config), make_batch(kind, vocab, rows, length), sharding.make_mesh(MeshConfig())
+  objective = base.build(
+    base.defaults({"gpt": "causal_lm", "bert": "masked_lm", "t5": "span_corruption"}[kind])
+  )
+  model, batch, mesh = (
+    experiment.build(objective, config),
+    make_batch(kind, vocab, rows, length),
+    sharding.make_mesh(MeshConfig()),
+  )
   with jax.set_mesh(mesh):
     init = lambda: step_lib.init_params(model, batch, jax.random.key(0))
     params = jax.jit(init, out_shardings=sharding.shardings(jax.eval_shape(init), mesh))()
@@ -82,7 +118,11 @@ def ours(shape, dtype):
     trained, frozen = partition.split(params, marks)
     tx = optimizer.make(OptimizerConfig(), trained, layers, 1000)
     placed = sharding.shardings(jax.eval_shape(tx.init, trained), mesh)
-    state = [step_lib.TrainState(np.int32(0), trained, frozen, jax.jit(tx.init, out_shardings=placed)(trained))]
+    state = [
+      step_lib.TrainState(
+        np.int32(0), trained, frozen, jax.jit(tx.init, out_shardings=placed)(trained)
+      )
+    ]
     train = step_lib.make_train_step(model, objective, tx, marks, 1, None)
     batch = jax.device_put(batch, sharding.batch_sharding(mesh))
 
@@ -91,22 +131,33 @@ def ours(shape, dtype):
       for _ in range(steps):
         state[0], _ = train(state[0], batch, 0)
       jax.block_until_ready(state[0])
+
   return {"pretune": run}, flops, ceiling
 
 
 def theirs(shape, dtype):
   import torch_peers
   import transformers
+
   transformers.logging.set_verbosity_error()
   kind, layers, width, heads, vocab, rows, length, _ = shape
-  found = torch_peers.peers(kind, layers, width, heads, vocab, make_batch(kind, vocab, rows, length),
-                            autocast=dtype != "float32")
+  found = torch_peers.peers(
+    kind,
+    layers,
+    width,
+    heads,
+    vocab,
+    make_batch(kind, vocab, rows, length),
+    autocast=dtype != "float32",
+  )
 
   def runner(step):
     def run(steps):
       for _ in range(steps):
         step().item()
+
     return run
+
   return {name: runner(step) for name, step in found.items()}, None, None
 
 
@@ -118,13 +169,13 @@ def worker(side, shape, dtype, pipe):
     try:
       run(2)
       ready.append(name)
-    except Exception as error:   # torch.compile needs a compiler that may not be there
+    except Exception as error:  # torch.compile needs a compiler that may not be there
       failed[name] = str(error).strip().splitlines()[0][:120]
   pipe.send((ready, failed, flops, ceiling))
   while True:
     command, *rest = pipe.recv()
     if command == "end":
-      pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
+      pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
       return
     name, steps = rest
     start = time.perf_counter()
@@ -156,10 +207,18 @@ def compare(name: str, dtype: str, rounds: int) -> list[dict]:
     pipe.send(("end",))
     memory[side] = pipe.recv()
   base = times["ours", "pretune"]
-  return [{"shape": name, "dtype": dtype, "model": n, "ms": 1e3 * statistics.median(t),
-           "ratio": statistics.median(a / b for a, b in zip(t, base)),
-           "ceiling_share": flops / statistics.median(t) / ceiling, "peak_gib": memory[side]}
-          for (side, n), t in times.items()]
+  return [
+    {
+      "shape": name,
+      "dtype": dtype,
+      "model": n,
+      "ms": 1e3 * statistics.median(t),
+      "ratio": statistics.median(a / b for a, b in zip(t, base)),
+      "ceiling_share": flops / statistics.median(t) / ceiling,
+      "peak_gib": memory[side],
+    }
+    for (side, n), t in times.items()
+  ]
 
 
 def processor() -> str:
@@ -177,14 +236,36 @@ def main():
   parser.add_argument("--output", help="write the rows as JSON")
   options = parser.parse_args()
   import tabulate
+
   print(f"{processor()}, {options.dtype}")
   rows = []
   for name in options.shapes.split(","):
     found = compare(name, options.dtype, options.rounds)
     rows += found
-    print(tabulate.tabulate([(r["shape"], r["model"], f"{r['ms']:.1f}", f"{r['ratio']:.2f}", f"{r['ceiling_share']:.0%}",
-                              f"{r['peak_gib']:.2f}") for r in found],
-                            headers=("shape", "", "ms a step", "peer / ours", "of our matmul ceiling", "peak GiB of the side")), flush=True)
+    print(
+      tabulate.tabulate(
+        [
+          (
+            r["shape"],
+            r["model"],
+            f"{r['ms']:.1f}",
+            f"{r['ratio']:.2f}",
+            f"{r['ceiling_share']:.0%}",
+            f"{r['peak_gib']:.2f}",
+          )
+          for r in found
+        ],
+        headers=(
+          "shape",
+          "",
+          "ms a step",
+          "peer / ours",
+          "of our matmul ceiling",
+          "peak GiB of the side",
+        ),
+      ),
+      flush=True,
+    )
   if options.output:
     pathlib.Path(options.output).write_text(json.dumps(rows, indent=1))
 

@@ -6,6 +6,7 @@
 Lines are {"messages": [{"role", "content"}]} as OpenAI's fine-tuning takes them (an assistant turn of weight 0 is
 not learned), or Alpaca's {"instruction", "input", "output"}. Then: python -m llm.generate --checkpoint=DIR2 --chat
 """
+
 from llm import config as config_lib
 from llm.objectives import base
 

@@ -9,21 +9,22 @@ tokenizer follow the checkpoint. Ready-made settings follow a colon: reviews, im
 GLUE (cola, sst2, mrpc, qqp, stsb, mnli, mnli_mismatched, qnli, rte, wnli), each with its official
 metric as the one that the best checkpoint is kept by.
 """
+
 from llm import config as config_lib
 from llm.objectives import base
 
 # task -> (fields, evaluation split, official metric)
 GLUE = {
-    "cola": ("text=sentence", "validation", "mcc"),
-    "sst2": ("text=sentence", "validation", "accuracy"),
-    "mrpc": ("text=sentence1,text_pair=sentence2", "validation", "f1"),
-    "qqp": ("text=question1,text_pair=question2", "validation", "f1"),
-    "stsb": ("text=sentence1,text_pair=sentence2", "validation", "pearson"),
-    "mnli": ("text=premise,text_pair=hypothesis", "validation_matched", "accuracy"),
-    "mnli_mismatched": ("text=premise,text_pair=hypothesis", "validation_mismatched", "accuracy"),
-    "qnli": ("text=question,text_pair=sentence", "validation", "accuracy"),
-    "rte": ("text=sentence1,text_pair=sentence2", "validation", "accuracy"),
-    "wnli": ("text=sentence1,text_pair=sentence2", "validation", "accuracy"),
+  "cola": ("text=sentence", "validation", "mcc"),
+  "sst2": ("text=sentence", "validation", "accuracy"),
+  "mrpc": ("text=sentence1,text_pair=sentence2", "validation", "f1"),
+  "qqp": ("text=question1,text_pair=question2", "validation", "f1"),
+  "stsb": ("text=sentence1,text_pair=sentence2", "validation", "pearson"),
+  "mnli": ("text=premise,text_pair=hypothesis", "validation_matched", "accuracy"),
+  "mnli_mismatched": ("text=premise,text_pair=hypothesis", "validation_mismatched", "accuracy"),
+  "qnli": ("text=question,text_pair=sentence", "validation", "accuracy"),
+  "rte": ("text=sentence1,text_pair=sentence2", "validation", "accuracy"),
+  "wnli": ("text=sentence1,text_pair=sentence2", "validation", "accuracy"),
 }
 
 

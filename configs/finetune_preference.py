@@ -6,6 +6,7 @@
 Lines are {"messages": [{"role", "content"}], "chosen", "rejected"}; `prompt` may stand for the messages. The reference
 is the checkpoint transferred from, best one of configs/finetune_chat.py; its log-probabilities are computed once.
 """
+
 from llm import config as config_lib
 from llm.objectives import base
 

@@ -7,6 +7,7 @@ Questions come from files in SQuAD's layout, or from records with text (the cont
 contexts are cut into windows that overlap; short ones share a row. Ready-made settings follow a colon: squad and
 squad2 (tfds), abstracts (497 abstracts, who took part in each study).
 """
+
 from llm import config as config_lib
 from llm.objectives import base
 

@@ -6,42 +6,86 @@
 Records have `text` and `target`. Ready-made settings follow a colon, with the paper's prefixes (appendix D): cola,
 sst2, mrpc, qqp, mnli, qnli, rte, squad; and reviews, the embedded sentences.
 """
+
 from llm import config as config_lib
 from llm.objectives import base
 
 # task -> (template, what is written for each label, fields, evaluation split)
 TASKS = {
-    "cola": ("cola sentence: {text}", ("unacceptable=unacceptable", "acceptable=acceptable"), "text=sentence", "validation"),
-    "sst2": ("sst2 sentence: {text}", ("negative=negative", "positive=positive"), "text=sentence", "validation"),
-    "mrpc": ("mrpc sentence1: {text} sentence2: {text_pair}", ("not_equivalent=not_equivalent", "equivalent=equivalent"),
-             "text=sentence1,text_pair=sentence2", "validation"),
-    "qqp": ("qqp question1: {text} question2: {text_pair}", ("not_duplicate=not_duplicate", "duplicate=duplicate"),
-            "text=question1,text_pair=question2", "validation"),
-    "mnli": ("mnli hypothesis: {text_pair} premise: {text}",
-             ("entailment=entailment", "neutral=neutral", "contradiction=contradiction"),
-             "text=premise,text_pair=hypothesis", "validation_matched"),
-    "qnli": ("qnli question: {text} sentence: {text_pair}", ("entailment=entailment", "not_entailment=not_entailment"),
-             "text=question,text_pair=sentence", "validation"),
-    "rte": ("rte sentence1: {text} sentence2: {text_pair}", ("entailment=entailment", "not_entailment=not_entailment"),
-            "text=sentence1,text_pair=sentence2", "validation"),
+  "cola": (
+    "cola sentence: {text}",
+    ("unacceptable=unacceptable", "acceptable=acceptable"),
+    "text=sentence",
+    "validation",
+  ),
+  "sst2": (
+    "sst2 sentence: {text}",
+    ("negative=negative", "positive=positive"),
+    "text=sentence",
+    "validation",
+  ),
+  "mrpc": (
+    "mrpc sentence1: {text} sentence2: {text_pair}",
+    ("not_equivalent=not_equivalent", "equivalent=equivalent"),
+    "text=sentence1,text_pair=sentence2",
+    "validation",
+  ),
+  "qqp": (
+    "qqp question1: {text} question2: {text_pair}",
+    ("not_duplicate=not_duplicate", "duplicate=duplicate"),
+    "text=question1,text_pair=question2",
+    "validation",
+  ),
+  "mnli": (
+    "mnli hypothesis: {text_pair} premise: {text}",
+    ("entailment=entailment", "neutral=neutral", "contradiction=contradiction"),
+    "text=premise,text_pair=hypothesis",
+    "validation_matched",
+  ),
+  "qnli": (
+    "qnli question: {text} sentence: {text_pair}",
+    ("entailment=entailment", "not_entailment=not_entailment"),
+    "text=question,text_pair=sentence",
+    "validation",
+  ),
+  "rte": (
+    "rte sentence1: {text} sentence2: {text_pair}",
+    ("entailment=entailment", "not_entailment=not_entailment"),
+    "text=sentence1,text_pair=sentence2",
+    "validation",
+  ),
 }
 
 
 def get_config(task: str = ""):
   """The config of one task; "" for the user's own data."""
   config = config_lib.defaults(base.defaults("text_to_text"))
-  config.optimizer.update(name="adafactor", learning_rate=1e-3, schedule="constant", warmup_steps=0, weight_decay=0.0,
-                          grad_clip_norm=0.0)   # as the paper fine-tunes (section 3.1.3)
+  config.optimizer.update(
+    name="adafactor",
+    learning_rate=1e-3,
+    schedule="constant",
+    warmup_steps=0,
+    weight_decay=0.0,
+    grad_clip_norm=0.0,
+  )  # as the paper fine-tunes (section 3.1.3)
   config.training.update(epochs=3.0, batch_size=32, sequence_length=512, log_every=50)
   if task in TASKS:
     template, targets, fields, split = TASKS[task]
     config.objective.update(template=template, targets=targets)
-    config.data.update(train=f"tfds:glue/{task}[train]", eval=f"tfds:glue/{task}[{split}]", fields=fields)
+    config.data.update(
+      train=f"tfds:glue/{task}[train]", eval=f"tfds:glue/{task}[{split}]", fields=fields
+    )
   elif task == "squad":
     config.objective.template = "question: {question} context: {text}"
-    config.data.update(train="tfds:squad[train]", eval="tfds:squad[validation]", fields="text=context")
+    config.data.update(
+      train="tfds:squad[train]", eval="tfds:squad[validation]", fields="text=context"
+    )
   elif task == "reviews":
-    config.objective.update(template="sentiment: {text}", targets=("negative=negative", "positive=positive"), target_length=32)
+    config.objective.update(
+      template="sentiment: {text}",
+      targets=("negative=negative", "positive=positive"),
+      target_length=32,
+    )
     config.data.update(train="embedded:reviews", eval="embedded:reviews[validation]")
     config.training.sequence_length = 128
   elif task:

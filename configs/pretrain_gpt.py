@@ -5,6 +5,7 @@
 
 Sizes small (124M), medium, large and xl are the published shapes, 175b is GPT-3's; tiny is a laptop's.
 """
+
 from llm import config as config_lib
 from llm.models import gpt
 from llm.objectives import base
@@ -18,17 +19,33 @@ def get_config(size: str = "tiny"):
   config.model.update(name="gpt", **gpt.SIZES[size])
   config.data.train = "embedded:wikipedia"
   config.data.eval = "embedded:wikipedia[validation]"
-  config.tokenizer.update(name="sentencepiece", vocab_size=8192 if size == "tiny" else 50_257,
-                          lowercase=False)
-  config.optimizer.update(learning_rate=6e-4, schedule="cosine", warmup_steps=2_000, beta2=0.95,
-                          epsilon=1e-8, weight_decay=0.1, grad_clip_norm=1.0)
-  config.training.update(batch_size=512, sequence_length=1024, steps=600_000, log_every=100,
-                         eval_every=5_000, save_every=5_000)
+  config.tokenizer.update(
+    name="sentencepiece", vocab_size=8192 if size == "tiny" else 50_257, lowercase=False
+  )
+  config.optimizer.update(
+    learning_rate=6e-4,
+    schedule="cosine",
+    warmup_steps=2_000,
+    beta2=0.95,
+    epsilon=1e-8,
+    weight_decay=0.1,
+    grad_clip_norm=1.0,
+  )
+  config.training.update(
+    batch_size=512,
+    sequence_length=1024,
+    steps=600_000,
+    log_every=100,
+    eval_every=5_000,
+    save_every=5_000,
+  )
   if size == "tiny":
     config.model.dropout = 0.0
     config.optimizer.update(learning_rate=1e-3, warmup_steps=-1)
-    config.training.update(batch_size=32, sequence_length=128, steps=2_000, eval_every=500, save_every=500)
-  if size == "175b":   # for 512 chips of v5p
+    config.training.update(
+      batch_size=32, sequence_length=128, steps=2_000, eval_every=500, save_every=500
+    )
+  if size == "175b":  # for 512 chips of v5p
     config.model.update(dropout=0.0, remat="full")
     config.optimizer.update(learning_rate=6e-5)
     config.mesh.update(data=1, fsdp=-1, tensor=8)

@@ -7,6 +7,7 @@ Sizes small, base, large, 3b and 11b are the shapes of v1.1; small-v1.0 and so o
 laptop's. training.sequence_length is the length of the corrupted input. --config.objective.prefix=True is prefix
 language modelling. Adafactor and its schedule are the published ones for the published sizes.
 """
+
 from llm import config as config_lib
 from llm.models import t5
 from llm.objectives import base
@@ -20,13 +21,31 @@ def get_config(size: str = "tiny"):
   config.model.update(name="t5", **t5.SIZES[size])
   config.data.train = "embedded:wikipedia"
   config.data.eval = "embedded:wikipedia[validation]"
-  config.tokenizer.update(name="sentencepiece", vocab_size=8192 if size == "tiny" else 32_000, lowercase=False,
-                          sentinels=100)
-  config.optimizer.update(name="adafactor", learning_rate=0.01, schedule="rsqrt", warmup_steps=10_000,
-                          weight_decay=0.0, grad_clip_norm=0.0)
-  config.training.update(batch_size=2048, sequence_length=512, steps=1_000_000, log_every=100, eval_every=10_000,
-                         save_every=10_000)
+  config.tokenizer.update(
+    name="sentencepiece",
+    vocab_size=8192 if size == "tiny" else 32_000,
+    lowercase=False,
+    sentinels=100,
+  )
+  config.optimizer.update(
+    name="adafactor",
+    learning_rate=0.01,
+    schedule="rsqrt",
+    warmup_steps=10_000,
+    weight_decay=0.0,
+    grad_clip_norm=0.0,
+  )
+  config.training.update(
+    batch_size=2048,
+    sequence_length=512,
+    steps=1_000_000,
+    log_every=100,
+    eval_every=10_000,
+    save_every=10_000,
+  )
   if size == "tiny":
     config.optimizer.update(warmup_steps=200)
-    config.training.update(batch_size=32, sequence_length=128, steps=2_000, eval_every=500, save_every=500)
+    config.training.update(
+      batch_size=32, sequence_length=128, steps=2_000, eval_every=500, save_every=500
+    )
   return config

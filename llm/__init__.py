@@ -1,4 +1,5 @@
 """pretune: two-phase training of language models in JAX/Flax (import package `llm`)."""
+
 import importlib.metadata
 import warnings
 
@@ -12,8 +13,9 @@ except importlib.metadata.PackageNotFoundError:
   pass
 else:
   warnings.warn(
-      "the distribution 'llm' (another project with the same import name) is installed beside "
-      "pretune: one of them hides the other. Use a virtual environment without it.")
+    "the distribution 'llm' (another project with the same import name) is installed beside "
+    "pretune: one of them hides the other. Use a virtual environment without it."
+  )
 
 
 def load(checkpoint):
@@ -24,6 +26,7 @@ def load(checkpoint):
   saved. Raises core.UserError where there is no such
   checkpoint.
   """
-  from llm.checkpoints import locate   # importing llm alone stays light
+  from llm.checkpoints import locate  # importing llm alone stays light
   from llm.training import experiment
+
   return experiment.load(locate.find(checkpoint))

@@ -1,4 +1,5 @@
 """What every command shares: flags, devices, the compilation cache, and how errors end."""
+
 import contextlib
 import ctypes
 import functools
@@ -12,7 +13,7 @@ from unittest import mock
 import jax
 import psutil
 from absl import flags, logging
-from jax._src import distributed   # for what jax.distributed has no argument for
+from jax._src import distributed  # for what jax.distributed has no argument for
 
 from llm import config as config_lib
 from llm import core, sharding
@@ -21,9 +22,10 @@ from llm.core import UserError
 from llm.data import cache
 
 OUT_OF_MEMORY = (
-    "out of memory on a device: use a smaller config.training.batch_size, more "
-    "config.optimizer.grad_accum_steps, config.model.remat=full, config.model.loss_chunk=128, or "
-    "split the parameters with config.mesh.fsdp")
+  "out of memory on a device: use a smaller config.training.batch_size, more "
+  "config.optimizer.grad_accum_steps, config.model.remat=full, config.model.loss_chunk=128, or "
+  "split the parameters with config.mesh.fsdp"
+)
 
 
 def run(main: Callable[[], int | None], argv: list[str] | None = None):
@@ -53,6 +55,7 @@ def run_verb(name: str, verbs: dict[str, Callable], argv: list[str]):
     if verb not in verbs:
       raise UserError(f"{name} needs one of {', '.join(verbs)} first, not {verb!r}")
     return verbs[verb]()
+
   run(chosen, argv)
 
 
@@ -60,7 +63,9 @@ def _guarded(main, argv):
   try:
     rest = flags.FLAGS(_checked_overrides(argv))
     if len(rest) > 1:
-      raise UserError(f"unexpected argument {rest[1]!r}; flags are --NAME=VALUE (--help lists them)")
+      raise UserError(
+        f"unexpected argument {rest[1]!r}; flags are --NAME=VALUE (--help lists them)"
+      )
     use_compilation_cache()
     return main()
   except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -73,15 +78,19 @@ def _guarded(main, argv):
     if "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower():
       raise UserError(OUT_OF_MEMORY)
     if jax.distributed.is_initialized() and "Gloo" in str(error):
-      print(f"error: an exchange with the other processes failed; JAX says next which of them is gone ({_first_line(error)})",
-            file=sys.stderr)
+      print(
+        f"error: an exchange with the other processes failed; JAX says next which of them is gone ({_first_line(error)})",
+        file=sys.stderr,
+      )
       return 1
     raise
 
 
 def _first_line(error: BaseException) -> str:
   lines = str(error).strip().splitlines()
-  return lines[-1].strip() if lines and "parsing config file" in lines[0] else core.first_line(error)
+  return (
+    lines[-1].strip() if lines and "parsing config file" in lines[0] else core.first_line(error)
+  )
 
 
 def _from_config_file(error: BaseException) -> bool:
@@ -132,15 +141,29 @@ def join_processes():
 
   PRETUNE_START_SECONDS (300) and PRETUNE_HEARTBEAT_SECONDS (60) say how long the others are waited for. Raises UserError.
   """
-  told = {name: os.environ.get(f"JAX_{name}") for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")}
+  told = {
+    name: os.environ.get(f"JAX_{name}")
+    for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
+  }
   if any(told.values()) and not all(told.values()):
-    raise UserError(f"--distributed: JAX_{next(n for n, v in told.items() if not v)} is not set, though "
-                    f"JAX_{next(n for n, v in told.items() if v)} is: set all three of {', '.join(f'JAX_{n}' for n in told)}")
+    raise UserError(
+      f"--distributed: JAX_{next(n for n, v in told.items() if not v)} is not set, though "
+      f"JAX_{next(n for n, v in told.items() if v)} is: set all three of {', '.join(f'JAX_{n}' for n in told)}"
+    )
   try:
-    explicit = (told["COORDINATOR_ADDRESS"], int(told["NUM_PROCESSES"]), int(told["PROCESS_ID"])) if all(told.values()) else ()
-    start, heartbeat = (int(os.environ.get(f"PRETUNE_{name}_SECONDS", seconds)) for name, seconds in (("START", 300), ("HEARTBEAT", 60)))
+    explicit = (
+      (told["COORDINATOR_ADDRESS"], int(told["NUM_PROCESSES"]), int(told["PROCESS_ID"]))
+      if all(told.values())
+      else ()
+    )
+    start, heartbeat = (
+      int(os.environ.get(f"PRETUNE_{name}_SECONDS", seconds))
+      for name, seconds in (("START", 300), ("HEARTBEAT", 60))
+    )
     with _meeting_within(start):
-      jax.distributed.initialize(*explicit, initialization_timeout=start + 30, heartbeat_timeout_seconds=heartbeat)
+      jax.distributed.initialize(
+        *explicit, initialization_timeout=start + 30, heartbeat_timeout_seconds=heartbeat
+      )
   except (RuntimeError, ValueError) as error:
     raise UserError(f"--distributed: the processes did not meet: {_first_line(error)}")
 
@@ -153,14 +176,27 @@ def _meeting_within(seconds: int):
   """
   service = getattr(distributed, "_jax", None)
   make = getattr(service, "get_distributed_runtime_service", None)
-  late = threading.Timer(max(seconds - 1, 0), lambda: print(
+  late = threading.Timer(
+    max(seconds - 1, 0),
+    lambda: print(
       f"error: --distributed: not all processes came within {seconds} s (PRETUNE_START_SECONDS); those that JAX names next as "
-      "\"timed out task names\", in the log of process 0, are missing; if it has none, 0 itself is", file=sys.stderr, flush=True))
+      '"timed out task names", in the log of process 0, are missing; if it has none, 0 itself is',
+      file=sys.stderr,
+      flush=True,
+    ),
+  )
   late.daemon = True
   late.start()
   try:
-    with (mock.patch.object(service, "get_distributed_runtime_service", functools.partial(make, cluster_register_timeout=seconds))
-          if make else contextlib.nullcontext()):
+    with (
+      mock.patch.object(
+        service,
+        "get_distributed_runtime_service",
+        functools.partial(make, cluster_register_timeout=seconds),
+      )
+      if make
+      else contextlib.nullcontext()
+    ):
       yield
   finally:
     late.cancel()
@@ -174,11 +210,11 @@ def start_cpu(mesh: MeshConfig = MeshConfig()):
   """
   _keep_freed_memory()
   try:
-    if jax.config.jax_num_cpu_devices <= 0:   # not set by the user
-      processes = distributed.global_state.num_processes or 1   # which share the mesh
+    if jax.config.jax_num_cpu_devices <= 0:  # not set by the user
+      processes = distributed.global_state.num_processes or 1  # which share the mesh
       jax.config.update("jax_num_cpu_devices", max(1, sharding.cpu_devices(mesh) // processes))
   except RuntimeError:
-    pass   # JAX runs already: a command of several phases keeps its devices
+    pass  # JAX runs already: a command of several phases keeps its devices
 
 
 def _keep_freed_memory():
@@ -200,12 +236,12 @@ def _keep_freed_memory():
     return
   libc.mallopt(arena_max, 1)
   libc.mallopt(mmap_max, 0)
-  libc.mallopt(trim_threshold, -1)   # never give a free top back
+  libc.mallopt(trim_threshold, -1)  # never give a free top back
   libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
   libc.free.argtypes = [ctypes.c_void_p]
   libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
   size = psutil.virtual_memory().total // 2
-  page = 2 ** 21
+  page = 2**21
   if block := libc.malloc(size):
     libc.madvise(core.round_up(block, page), size - page, madv_hugepage)
     libc.free(block)

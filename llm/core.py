@@ -21,6 +21,7 @@ A `Batch` is a dict of fixed-shape arrays, B rows each:
   decoder_tokens, decoder_segments, decoder_positions   BxT, where an encoder reads BxS and a decoder writes
                                `targets`, T of them; segments of one number belong together
 """
+
 import importlib.util
 import os
 import pathlib
@@ -34,7 +35,7 @@ from flax import traverse_util
 Batch = dict[str, jax.Array]
 Params = dict[str, Any]
 
-STACKED = "/layers/"   # in the path of a leaf that holds all layers of a stack, along its first axis
+STACKED = "/layers/"  # in the path of a leaf that holds all layers of a stack, along its first axis
 
 
 class UserError(Exception):
@@ -43,6 +44,7 @@ class UserError(Exception):
 
 class TrainState(flax.struct.PyTreeNode):
   """All that a training step changes. `trained` and `frozen` are path -> array dicts."""
+
   step: jax.Array
   trained: dict[str, jax.Array]
   frozen: dict[str, jax.Array]
@@ -86,7 +88,9 @@ def folder(path: str | pathlib.PurePath) -> epath.Path:
   Raises UserError where the bucket cannot be reached.
   """
   if pattern := set("*?[") & set(str(path)):
-    raise UserError(f"{path}: {pattern.pop()} would be read as a pattern by those who look for checkpoints there: choose another name")
+    raise UserError(
+      f"{path}: {pattern.pop()} would be read as a pattern by those who look for checkpoints there: choose another name"
+    )
   if not is_bucket(path):
     return epath.Path(os.path.abspath(os.path.expanduser(path)))
   scheme, _, rest = str(path).partition("://")
@@ -95,19 +99,24 @@ def folder(path: str | pathlib.PurePath) -> epath.Path:
   if not importlib.util.find_spec("gcsfs"):
     raise UserError(f"{path}: buckets need the extra gcs: pip install -e '.[gcs]'")
   import fsspec
-  fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False   # Orbax writes behind its back
+
+  fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = (
+    False  # Orbax writes behind its back
+  )
   bucket = epath.Path(f"gs://{rest.split('/')[0]}")
   try:
-    if not bucket.is_dir():   # which an empty one is to nobody but its owner
+    if not bucket.is_dir():  # which an empty one is to nobody but its owner
       next(bucket.iterdir(), None)
   except FileNotFoundError:
     raise UserError(f"{path}: there is no such bucket, or your credentials may not see it")
-  except Exception as error:   # gcsfs and what it stands on have many kinds
+  except Exception as error:  # gcsfs and what it stands on have many kinds
     raise UserError(f"{path} cannot be reached: {first_line(error)}")
   return epath.Path(path)
 
 
 def first_line(error: BaseException) -> str:
   """What an exception says, shortly."""
-  text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)   # str of a KeyError is quoted
+  text = (
+    str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+  )  # str of a KeyError is quoted
   return (text.strip().splitlines() or [repr(error)])[0].strip()

@@ -1,4 +1,5 @@
 """What must be right before JAX is imported: its version and the variables that it reads."""
+
 import importlib.metadata
 import os
 import sys
@@ -11,8 +12,10 @@ def fault() -> str:
   """What is wrong with this environment, in one line; empty where nothing is."""
   version = importlib.metadata.version("jaxlib")
   if version in WRONG_NUMBERS:
-    return (f"jaxlib {version} computes wrong numbers on CPU: {WRONG_NUMBERS[version]}. "
-            f"Install another: pip install 'jax>=0.10,!={version}' 'jaxlib!={version}'")
+    return (
+      f"jaxlib {version} computes wrong numbers on CPU: {WRONG_NUMBERS[version]}. "
+      f"Install another: pip install 'jax>=0.10,!={version}' 'jaxlib!={version}'"
+    )
   devices = os.environ.get("JAX_NUM_CPU_DEVICES", "")
   if devices and not (devices.isdigit() and 1 <= int(devices) <= 1024):
     return f"JAX_NUM_CPU_DEVICES={devices!r} must be a number from 1 to 1024"
@@ -27,7 +30,7 @@ def prepare():
   features. Several processes keep its log: it names those that are lost.
   """
   if reason := fault():
-    if sys.argv[:1] != ["-m"]:   # Python sets this while it imports the package of a command
+    if sys.argv[:1] != ["-m"]:  # Python sets this while it imports the package of a command
       raise ImportError(reason)
     print(f"error: {reason}", file=sys.stderr)
     sys.exit(2)

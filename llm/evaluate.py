@@ -6,6 +6,7 @@ python -m llm.evaluate --predictions=FILE.json --config.data.eval=squad:FILE.jso
 Figures that are made of records come with a 95% bootstrap interval over the records. Text-to-text models also write
 their targets themselves, greedily.
 """
+
 import dataclasses
 import json
 import pathlib
@@ -21,13 +22,24 @@ from llm.checkpoints import locate
 from llm.config import DataConfig, MeshConfig
 from llm.core import UserError
 from llm.data import answers, batches, sources
-from llm.training import experiment as experiment_lib
 from llm.training import evaluation, metrics, reference, writer
+from llm.training import experiment as experiment_lib
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir, its checkpoints folder or one step.")
-_PREDICTIONS = flags.DEFINE_string("predictions", None, "Answers to score, {id: text}, in place of a checkpoint's.")
-_CONFIG = config_flags.DEFINE_config_dict("config", ml_collections.ConfigDict(
-    {"data": {"eval": "", "fields": "", "cache": "", "sentences": ""}, "training": {"batch_size": 0}}))
+_CHECKPOINT = flags.DEFINE_string(
+  "checkpoint", None, "A workdir, its checkpoints folder or one step."
+)
+_PREDICTIONS = flags.DEFINE_string(
+  "predictions", None, "Answers to score, {id: text}, in place of a checkpoint's."
+)
+_CONFIG = config_flags.DEFINE_config_dict(
+  "config",
+  ml_collections.ConfigDict(
+    {
+      "data": {"eval": "", "fields": "", "cache": "", "sentences": ""},
+      "training": {"batch_size": 0},
+    }
+  ),
+)
 
 
 def _source(data: DataConfig) -> sources.Source:
@@ -39,10 +51,18 @@ def _source(data: DataConfig) -> sources.Source:
 
 def _show(figures: dict, intervals: dict, source: str, of: str, count: str):
   """The table, and all as one line of JSON."""
-  cells = [(name, f"{value:.4f}", "[{:.4f}, {:.4f}]".format(*intervals[name]) if name in intervals else "")
-           for name, value in sorted(figures.items())]
-  print(tabulate.tabulate(cells, headers=(f"{source}, {count}", "", "95% interval"), disable_numparse=True,
-                          colalign=("left", "right", "left")))
+  cells = [
+    (name, f"{value:.4f}", "[{:.4f}, {:.4f}]".format(*intervals[name]) if name in intervals else "")
+    for name, value in sorted(figures.items())
+  ]
+  print(
+    tabulate.tabulate(
+      cells,
+      headers=(f"{source}, {count}", "", "95% interval"),
+      disable_numparse=True,
+      colalign=("left", "right", "left"),
+    )
+  )
   print(json.dumps({"checkpoint": of, "source": source, **figures, "intervals": intervals}))
 
 
@@ -53,8 +73,13 @@ def _answers():
   source = _source(data)
   outcomes = answers.of_file(pathlib.Path(_PREDICTIONS.value), source)
   means = lambda drawn: {name: float(values.mean()) for name, values in drawn.items()}
-  _show(means(outcomes), metrics.bootstrap(means, outcomes), source.spec, _PREDICTIONS.value,
-        f"{len(outcomes['f1'])} questions")
+  _show(
+    means(outcomes),
+    metrics.bootstrap(means, outcomes),
+    source.spec,
+    _PREDICTIONS.value,
+    f"{len(outcomes['f1'])} questions",
+  )
 
 
 def _replaced(group, overrides):
@@ -66,29 +91,42 @@ def main():
   if _PREDICTIONS.value:
     return _answers()
   if not _CHECKPOINT.value:
-    raise UserError("--checkpoint is missing: a workdir of llm.train, its checkpoints folder or one step")
+    raise UserError(
+      "--checkpoint is missing: a workdir of llm.train, its checkpoints folder or one step"
+    )
   step = locate.find(_CHECKPOINT.value)
   saved = experiment_lib.from_checkpoint(step)
   data = _replaced(saved.config.data, _CONFIG.value.data)
   training = _replaced(saved.config.training, _CONFIG.value.training)
   if not data.eval:
-    raise UserError("the checkpoint was trained without evaluation data: give --config.data.eval=SOURCE")
+    raise UserError(
+      "the checkpoint was trained without evaluation data: give --config.data.eval=SOURCE"
+    )
   source = _source(data)
-  rows = saved.objective.eval_rows(source, saved.tokenizer, data, saved.config.model, training.sequence_length)
+  rows = saved.objective.eval_rows(
+    source, saved.tokenizer, data, saved.config.model, training.sequence_length
+  )
   batch_size = batches.rows_a_batch(training.batch_size, 1, [rows], [1.0])
   command.start_cpu()
   mesh = sharding.make_mesh(MeshConfig())
   batch_size = core.round_up(batch_size, mesh.size)
   with jax.set_mesh(mesh):
-    rows = saved.objective.with_reference(rows, reference.predictor(
-        saved.config, saved.objective, saved.tokenizer, batch_size, mesh, print))
+    rows = saved.objective.with_reference(
+      rows,
+      reference.predictor(saved.config, saved.objective, saved.tokenizer, batch_size, mesh, print),
+    )
     bundle = experiment_lib.load(step)
     figures, predictions = evaluation.of_checkpoint(bundle, saved.objective, rows, batch_size, mesh)
   outcomes = saved.objective.outcomes(predictions, rows)
   if hasattr(saved.objective, "written"):
     outcomes |= saved.objective.written(writer.in_batches(bundle, training.batch_size), rows)
-  _show({**figures, **saved.objective.summary(outcomes)}, metrics.bootstrap(saved.objective.summary, outcomes),
-        source.spec, str(step), f"{rows.examples} examples")
+  _show(
+    {**figures, **saved.objective.summary(outcomes)},
+    metrics.bootstrap(saved.objective.summary, outcomes),
+    source.spec,
+    str(step),
+    f"{rows.examples} examples",
+  )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ python -m llm.generate --checkpoint=DIR --compare=OTHER --prompt="..."
 python -m llm.generate --checkpoint=DIR --chat                    (a conversation at the terminal)
 python -m llm.generate --checkpoint=BERT --prompt="Paris is the [MASK] of France."
 """
+
 import pathlib
 
 import tabulate
@@ -19,7 +20,9 @@ from llm.models.decoding import Sampling
 from llm.objectives import chat
 from llm.training.writer import Writer, Written, fill
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir, a step, a folder of transformers, hf:ORG/NAME.")
+_CHECKPOINT = flags.DEFINE_string(
+  "checkpoint", None, "A workdir, a step, a folder of transformers, hf:ORG/NAME."
+)
 _COMPARE = flags.DEFINE_string("compare", None, "Another checkpoint, which writes beside it.")
 _PROMPT = flags.DEFINE_string("prompt", None, "What is continued; of a BERT, a text with [MASK].")
 _PROMPTS = flags.DEFINE_string("prompts", None, "A file with a prompt a line.")
@@ -64,15 +67,23 @@ def _asked(bundle, prompts: list[str]) -> list:
   if bundle.config.objective["name"] not in ("chat", "preference"):
     return prompts
   template = chat.template_of(bundle.config.objective, bundle.tokenizer)
-  return [template.opening([{"role": "user", "content": prompt}], bundle.tokenizer) for prompt in prompts]
+  return [
+    template.opening([{"role": "user", "content": prompt}], bundle.tokenizer) for prompt in prompts
+  ]
 
 
 def _chat(bundle, sampling: Sampling):
   """Reads turns from the terminal and answers them, the text appearing as it is written; ends with the input."""
   if not chat.source_of(bundle.config.objective, bundle.tokenizer):
-    raise UserError("--chat needs a checkpoint of configs/finetune_chat.py, or one that came with a chat template; "
-                    "--prompt continues any text")
-  template, writer, turns = chat.template_of(bundle.config.objective, bundle.tokenizer), Writer(bundle), []
+    raise UserError(
+      "--chat needs a checkpoint of configs/finetune_chat.py, or one that came with a chat template; "
+      "--prompt continues any text"
+    )
+  template, writer, turns = (
+    chat.template_of(bundle.config.objective, bundle.tokenizer),
+    Writer(bundle),
+    [],
+  )
   print("(an empty line ends the conversation)")
   while asked := input("> "):
     turns.append({"role": "user", "content": asked})
@@ -82,8 +93,15 @@ def _chat(bundle, sampling: Sampling):
       nonlocal shown
       print(texts[0][shown:], end="", flush=True)
       shown = len(texts[0])
-    answer, = writer.write([template.opening(turns, writer.tokenizer)], _MAX_TOKENS.value, sampling,
-                           _SEED.value + len(turns), _STOP.value, seen=appear)
+
+    (answer,) = writer.write(
+      [template.opening(turns, writer.tokenizer)],
+      _MAX_TOKENS.value,
+      sampling,
+      _SEED.value + len(turns),
+      _STOP.value,
+      seen=appear,
+    )
     print()
     turns.append({"role": "assistant", "content": answer.text})
 
@@ -92,13 +110,17 @@ def _show(written: Written, tokenizer, name: str):
   print(f"{name}{written.text}\n  [{len(written.tokens)} tokens, ended by {written.ended}]")
   if _EXPLAIN.value:
     rows = [[f"{tokenizer.pieces[i]} {odds:.1%}" for i, odds in step] for step in written.choices]
-    print(tabulate.tabulate(rows, headers=("likeliest", "2nd", "3rd", "4th", "5th"), showindex=True))
+    print(
+      tabulate.tabulate(rows, headers=("likeliest", "2nd", "3rd", "4th", "5th"), showindex=True)
+    )
 
 
 def main():
   """Writes after every prompt, one checkpoint or two side by side."""
   if not _CHECKPOINT.value:
-    raise UserError("--checkpoint is missing: a workdir of llm.train, a folder of transformers or hf:ORG/NAME")
+    raise UserError(
+      "--checkpoint is missing: a workdir of llm.train, a folder of transformers or hf:ORG/NAME"
+    )
   sampling = _sampling()
   prompts = [] if _CHAT.value else _prompts()
   command.start_cpu()
@@ -110,8 +132,12 @@ def main():
       for number, found in enumerate(fill(bundles[_CHECKPOINT.value], prompt), 1):
         print(f"mask {number}: " + ", ".join(f"{piece} {odds:.1%}" for piece, odds in found))
     return
-  written = {name: Writer(bundle).write(_asked(bundle, prompts), _MAX_TOKENS.value, sampling, _SEED.value, _STOP.value)
-             for name, bundle in bundles.items()}
+  written = {
+    name: Writer(bundle).write(
+      _asked(bundle, prompts), _MAX_TOKENS.value, sampling, _SEED.value, _STOP.value
+    )
+    for name, bundle in bundles.items()
+  }
   for number, prompt in enumerate(prompts):
     print(f"prompt: {prompt}")
     for name, texts in written.items():

@@ -5,6 +5,7 @@ python -m llm.predict --checkpoint=DIR --question="..." --context="..."
 python -m llm.predict --checkpoint=DIR --input=FILE.jsonl --output=FILE.jsonl
 python -m llm.predict --checkpoint=DIR --input=squad:FILE.json --output=FILE.json    (as the official scorer reads it)
 """
+
 import json
 import os
 import pathlib
@@ -22,12 +23,16 @@ from llm.data import batches as batches_lib
 from llm.data import sources
 from llm.training import experiment as experiment_lib
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir, its checkpoints folder or one step.")
+_CHECKPOINT = flags.DEFINE_string(
+  "checkpoint", None, "A workdir, its checkpoints folder or one step."
+)
 _TEXT = flags.DEFINE_string("text", None, "One text to label.")
 _TEXT_PAIR = flags.DEFINE_string("text_pair", None, "The second text, for tasks on pairs.")
 _QUESTION = flags.DEFINE_string("question", None, "A question on --context.")
 _CONTEXT = flags.DEFINE_string("context", None, "The text that holds the answer.")
-_INPUT = flags.DEFINE_string("input", None, "JSONL with a field text (and text_pair, or question); or squad:FILE.")
+_INPUT = flags.DEFINE_string(
+  "input", None, "JSONL with a field text (and text_pair, or question); or squad:FILE."
+)
 _OUTPUT = flags.DEFINE_string("output", None, "Where what was found goes.")
 
 BATCH_SIZE = 32
@@ -38,18 +43,31 @@ def predict(step: pathlib.Path, records: list[dict]):
   saved = experiment_lib.from_checkpoint(step)
   objective = saved.objective
   if not hasattr(objective, "results"):
-    raise UserError(f"{step} was trained for {saved.config.objective['name']}, which labels no text: "
-                    "fine-tune it with configs/finetune_classification.py or finetune_qa.py first")
-  rows = objective.encode(records, saved.tokenizer, saved.config.model, saved.config.training.sequence_length)
+    raise UserError(
+      f"{step} was trained for {saved.config.objective['name']}, which labels no text: "
+      "fine-tune it with configs/finetune_classification.py or finetune_qa.py first"
+    )
+  rows = objective.encode(
+    records, saved.tokenizer, saved.config.model, saved.config.training.sequence_length
+  )
   mesh = sharding.make_mesh(MeshConfig())
   with jax.set_mesh(mesh):
     params = manager.restore(step, "params")
     params = jax.device_put(params, sharding.shardings(params, mesh))
-    forward = jax.jit(lambda p, b: objective.predict(saved.model.apply({"params": p}, b, train=False), b))
-    found = [jax.device_get(forward(params, batch)) for batch in tqdm.tqdm(
-        batches_lib.passes(rows, objective.example, BATCH_SIZE, mesh), desc="predicting",
-        total=-(-len(rows) // BATCH_SIZE), unit=" batches", disable=None)]
-  return objective, {k: np.concatenate([f[k] for f in found])[:len(rows)] for k in found[0]}, rows
+    forward = jax.jit(
+      lambda p, b: objective.predict(saved.model.apply({"params": p}, b, train=False), b)
+    )
+    found = [
+      jax.device_get(forward(params, batch))
+      for batch in tqdm.tqdm(
+        batches_lib.passes(rows, objective.example, BATCH_SIZE, mesh),
+        desc="predicting",
+        total=-(-len(rows) // BATCH_SIZE),
+        unit=" batches",
+        disable=None,
+      )
+    ]
+  return objective, {k: np.concatenate([f[k] for f in found])[: len(rows)] for k in found[0]}, rows
 
 
 def _records() -> list[dict]:
@@ -78,7 +96,9 @@ def _write(records, results, path: pathlib.Path):
 
 def main():
   if not _CHECKPOINT.value:
-    raise UserError("--checkpoint is missing: a workdir of llm.train, its checkpoints folder or one step")
+    raise UserError(
+      "--checkpoint is missing: a workdir of llm.train, its checkpoints folder or one step"
+    )
   records = _records()
   step = locate.find(_CHECKPOINT.value)
   command.start_cpu()

@@ -3,13 +3,15 @@
 Axes: `data` (batch), `fsdp` (batch; parameters and optimizer state split), `tensor` (heads,
 feed-forward, vocabulary), `context` (token positions).
 """
+
 import math
 import os
 import re
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from llm.config import MeshConfig
 from llm.core import UserError, round_up
@@ -20,23 +22,26 @@ BATCH = ("data", "fsdp")
 # Path -> axes of the trailing dimensions, so that stacked layers need no rule of their own. The
 # optimizer's moments end in the same paths. The first match counts; no match is an error.
 RULES = (
-    (r"/(count|v|v_row|v_col)(/|$)", ()),   # Adafactor: sums of rows and columns, and whole small arrays
-    (r"(token|output)/embedding$", ("tensor", "fsdp")),
-    (r"(position|type)/embedding$", (None, "fsdp")),
-    (r"(query|key|value)/kernel$", ("fsdp", "tensor", None)),
-    (r"(query|key|value)/bias$", ("tensor", None)),
-    (r"relative/embedding$", (None, "tensor")),
-    (r"(attention|cross)/out/kernel$", ("tensor", None, "fsdp")),
-    (r"mlp/(up|gate)/kernel$", ("fsdp", "tensor")),
-    (r"mlp/up/bias$", ("tensor",)),
-    (r"mlp/down/kernel$", ("tensor", "fsdp")),
-    (r"lm/bias$", ("tensor",)),
-    (r"lora_a$", ("fsdp", None)),
-    (r"lora_b$", (None, "tensor")),
-    (r"(pooler|transform)/kernel$", ("fsdp", "tensor")),
-    (r"(next_sentence|classifier|span)/kernel$", ("fsdp", None)),
-    (r"(out|down|pooler|transform|next_sentence|classifier|span)/bias$", (None,)),
-    (r"norm[a-z_]*/(scale|bias)$", (None,)),
+  (
+    r"/(count|v|v_row|v_col)(/|$)",
+    (),
+  ),  # Adafactor: sums of rows and columns, and whole small arrays
+  (r"(token|output)/embedding$", ("tensor", "fsdp")),
+  (r"(position|type)/embedding$", (None, "fsdp")),
+  (r"(query|key|value)/kernel$", ("fsdp", "tensor", None)),
+  (r"(query|key|value)/bias$", ("tensor", None)),
+  (r"relative/embedding$", (None, "tensor")),
+  (r"(attention|cross)/out/kernel$", ("tensor", None, "fsdp")),
+  (r"mlp/(up|gate)/kernel$", ("fsdp", "tensor")),
+  (r"mlp/up/bias$", ("tensor",)),
+  (r"mlp/down/kernel$", ("tensor", "fsdp")),
+  (r"lm/bias$", ("tensor",)),
+  (r"lora_a$", ("fsdp", None)),
+  (r"lora_b$", (None, "tensor")),
+  (r"(pooler|transform)/kernel$", ("fsdp", "tensor")),
+  (r"(next_sentence|classifier|span)/kernel$", ("fsdp", None)),
+  (r"(out|down|pooler|transform|next_sentence|classifier|span)/bias$", (None,)),
+  (r"norm[a-z_]*/(scale|bias)$", (None,)),
 )
 
 
@@ -53,8 +58,10 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
   if wild and num_devices % fixed == 0:
     sizes[wild[0]] = num_devices // fixed
   if int(np.prod(list(sizes.values()))) != num_devices:
-    raise UserError(f"config.mesh {sizes} does not fill the {num_devices} devices: the product of "
-                    "its axes must be their number (one axis may be -1)")
+    raise UserError(
+      f"config.mesh {sizes} does not fill the {num_devices} devices: the product of "
+      "its axes must be their number (one axis may be -1)"
+    )
   if sizes["data"] % config.slices:
     raise UserError(f"config.mesh.slices={config.slices} must divide mesh.data={sizes['data']}")
   return sizes
@@ -66,16 +73,23 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
   sizes = mesh_shape(config, len(devices))
   if config.slices > 1:
     from jax.experimental import mesh_utils
+
     per_slice = {**sizes, "data": sizes["data"] // config.slices}
     grid = mesh_utils.create_hybrid_device_mesh(
-        tuple(per_slice.values()), (config.slices, 1, 1, 1), devices=devices)
+      tuple(per_slice.values()), (config.slices, 1, 1, 1), devices=devices
+    )
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
   automatic = (AxisType.Auto,) * len(AXES)
   try:
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=automatic, devices=devices)
-  except NotImplementedError:   # an axis that is no product of the slice's own: it shares one of them with another
+  except (
+    NotImplementedError
+  ):  # an axis that is no product of the slice's own: it shares one of them with another
     from jax.experimental import mesh_utils
-    grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+
+    grid = mesh_utils.create_device_mesh(
+      tuple(sizes.values()), devices, allow_split_physical_axes=True
+    )
     return Mesh(grid, AXES, axis_types=automatic)
 
 
@@ -94,15 +108,19 @@ def shardings(tree, mesh: Mesh):
 
   Raises UserError naming parameter, dimension, axis and size where an axis does not divide.
   """
+
   def one(key_path, leaf):
     path = jax.tree_util.keystr(key_path, simple=True, separator="/")
     spec = parameter_spec(path, leaf.ndim)
     for dim, axis in enumerate(spec):
       if axis and leaf.shape[dim] % mesh.shape[axis]:
         would_do = [n for n in range(1, 1 + max(8, mesh.size)) if leaf.shape[dim] % n == 0]
-        raise UserError(f"config.mesh.{axis}={mesh.shape[axis]} does not divide dimension {dim} of "
-                        f"{path}, which has size {leaf.shape[dim]}; {', '.join(map(str, would_do))} would do")
+        raise UserError(
+          f"config.mesh.{axis}={mesh.shape[axis]} does not divide dimension {dim} of "
+          f"{path}, which has size {leaf.shape[dim]}; {', '.join(map(str, would_do))} would do"
+        )
     return NamedSharding(mesh, spec)
+
   return jax.tree_util.tree_map_with_path(one, tree)
 
 
@@ -129,9 +147,10 @@ def check_batch(examples: int, rows: int, accum_steps: int, mesh: Mesh):
     multiple = together if rows == examples else math.lcm(together, 8 * accum_steps)
     enough = math.ceil(round_up(rows, multiple) * examples / rows)
     raise UserError(
-        f"config.training.batch_size={examples}{come_to} must be a multiple of mesh.data x "
-        f"mesh.fsdp x optimizer.grad_accum_steps = {data} x {fsdp} x {accum_steps}: set it to "
-        f"about {enough}, or take fewer devices or parts")
+      f"config.training.batch_size={examples}{come_to} must be a multiple of mesh.data x "
+      f"mesh.fsdp x optimizer.grad_accum_steps = {data} x {fsdp} x {accum_steps}: set it to "
+      f"about {enough}, or take fewer devices or parts"
+    )
 
 
 def constrain(x: jax.Array, *axes) -> jax.Array:

@@ -2,6 +2,7 @@
 
 python -m llm.train --config=configs/pretrain_bert.py:tiny --workdir=DIR [--config.KEY=VALUE ...]
 """
+
 from absl import flags
 from ml_collections import config_flags
 
@@ -10,9 +11,15 @@ from llm import config as config_lib
 from llm.core import UserError
 from llm.training import loop
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with its argument after a colon.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept, and goes on from if it is there.")
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of many processes: of a TPU pod, a Slurm job, launch/local.sh.")
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "A file of configs/, with its argument after a colon."
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Where the run is kept, and goes on from if it is there."
+)
+_DISTRIBUTED = flags.DEFINE_bool(
+  "distributed", False, "One of many processes: of a TPU pod, a Slurm job, launch/local.sh."
+)
 _GO_ON = flags.DEFINE_bool("go_on", False, "Go on in a workdir that was begun with another config.")
 
 

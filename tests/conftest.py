@@ -1,10 +1,13 @@
 """One process, eight virtual CPU devices, one compilation cache; a small text to learn from."""
+
 import gc
 import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")   # as llm/environment.py, for what starts without it
+os.environ.setdefault(
+  "TF_CPP_MIN_LOG_LEVEL", "3"
+)  # as llm/environment.py, for what starts without it
 
 import jax
 import pytest
@@ -20,21 +23,27 @@ from llm.objectives import base
 command.use_compilation_cache()
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
-WORDS = ("the film was a joy to watch and every scene of it had warmth but its plot made no sense at all "
-         "while critics of that year found much to praise in how slowly this quiet story ends").split()
+WORDS = (
+  "the film was a joy to watch and every scene of it had warmth but its plot made no sense at all "
+  "while critics of that year found much to praise in how slowly this quiet story ends"
+).split()
 
 
 def sentences(seed: int, count: int) -> list[str]:
   """Sentences of common words."""
   import random
+
   rng = random.Random(seed)
-  return [" ".join(rng.choices(WORDS, k=rng.randint(4, 12))).capitalize() + "." for _ in range(count)]
+  return [
+    " ".join(rng.choices(WORDS, k=rng.randint(4, 12))).capitalize() + "." for _ in range(count)
+  ]
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
   """A text file of 60 documents of 2 to 9 sentences."""
   import random
+
   rng = random.Random(0)
   path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
   path.write_text("\n\n".join("\n".join(sentences(i, rng.randint(2, 9))) for i in range(60)) + "\n")
@@ -46,11 +55,14 @@ def reviews(tmp_path_factory):
   """Two JSONL files whose label is told by one word."""
   folder = tmp_path_factory.mktemp("reviews")
   import json
+
   for name, seed, count in (("train", 1, 96), ("eval", 2, 32)):
     lines = []
     for i, text in enumerate(sentences(seed, count)):
       label = ("bad", "good")[i % 2]
-      lines.append(json.dumps({"text": f"{'praise' if i % 2 else 'slowly'} {text}", "label": label}))
+      lines.append(
+        json.dumps({"text": f"{'praise' if i % 2 else 'slowly'} {text}", "label": label})
+      )
     (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
   return folder
 
@@ -79,15 +91,27 @@ def _own_cache(tmp_path_factory):
 
 def tiny(kind: str, train: str, **overrides):
   """A config of a very small model. overrides: "group__key"=value."""
-  config = config_lib.defaults(base.defaults(
-      {"bert": "masked_lm", "gpt": "causal_lm", "t5": "span_corruption", "classifier": "classification"}[kind]))
+  config = config_lib.defaults(
+    base.defaults(
+      {
+        "bert": "masked_lm",
+        "gpt": "causal_lm",
+        "t5": "span_corruption",
+        "classifier": "classification",
+      }[kind]
+    )
+  )
   if kind != "classifier":
-    config.model.update(name=kind, num_layers=2, width=32, num_heads=2, mlp_dim=64, max_length=64, dropout=0.1)
+    config.model.update(
+      name=kind, num_layers=2, width=32, num_heads=2, mlp_dim=64, max_length=64, dropout=0.1
+    )
     config.tokenizer.update(name="bytes", sentinels=20)
   config.data.train = train
   config.data.sentences = "lines"
   config.mesh.data = -1
-  config.optimizer.update(learning_rate=1e-2, warmup_steps=2, name="adafactor" if kind == "t5" else "adamw")
+  config.optimizer.update(
+    learning_rate=1e-2, warmup_steps=2, name="adafactor" if kind == "t5" else "adamw"
+  )
   config.training.update(batch_size=8, sequence_length=32, steps=6, log_every=2)
   for key, value in overrides.items():
     group, _, name = key.partition("__")

@@ -1,17 +1,19 @@
 """A batch is a function of (seed, step): any order, any number of processes, every row once an epoch."""
+
 import numpy as np
 import pytest
 
-from llm.data import batches as batches_lib
-from llm.data import packing
 from llm import sharding
 from llm.config import MeshConfig
+from llm.data import batches as batches_lib
+from llm.data import packing
 from llm.training import experiment
 from tests.conftest import tiny
 
 
 class Numbers:
   """Rows that are their own numbers."""
+
   def __init__(self, count):
     self.count, self.tokens, self.examples = count, 10 * count, count
 
@@ -30,8 +32,10 @@ def numbered(count, batch_size, seed=0, weights=(1.0,)):
 def test_every_row_once_an_epoch_and_drawn_anew():
   batches = numbered(30, 5)
   epochs = [np.concatenate([batches[e * 6 + s]["row"] for s in range(6)]) for e in range(3)]
-  chances = [np.concatenate([batches[e * 6 + s]["chance"] for s in range(6)])[np.argsort(rows)]
-             for e, rows in enumerate(epochs)]
+  chances = [
+    np.concatenate([batches[e * 6 + s]["chance"] for s in range(6)])[np.argsort(rows)]
+    for e, rows in enumerate(epochs)
+  ]
   for rows in epochs:
     assert sorted(rows) == list(range(30))
   assert not (epochs[0] == epochs[1]).all() and not (chances[0] == chances[1]).any()
@@ -62,29 +66,36 @@ def test_devices_hold_the_rows_that_the_mesh_gives_them():
   own = batches_lib.own_rows(16, mesh)
   placed = batches_lib.to_mesh({part: batches.read(1, range(*part)) for part in own}, 16, mesh)
   assert (np.asarray(placed["row"]) == batches[1]["row"]).all()
-  assert own == [(0, 4), (4, 8), (8, 12), (12, 16)]   # each once
+  assert own == [(0, 4), (4, 8), (8, 12), (12, 16)]  # each once
   assert all(s.data.shape == (4,) for s in placed["row"].addressable_shards)
 
 
 def test_worker_processes_make_the_same_batches_in_the_same_order(corpus):
   mesh, wanted = sharding.make_mesh(MeshConfig()), ("bert", "t5")
   for batches in (experiment.prepare(tiny(name, f"text:{corpus}")).batches for name in wanted):
-    found = batches_lib.stream(batches, 3, 8, mesh, prefetch=2, workers=2)   # no whole number of turns
+    found = batches_lib.stream(
+      batches, 3, 8, mesh, prefetch=2, workers=2
+    )  # no whole number of turns
     for step, batch in zip(range(3, 8), found, strict=True):
-      assert all((np.asarray(batch[key]) == value).all() for key, value in batches[step].items()), step
+      assert all((np.asarray(batch[key]) == value).all() for key, value in batches[step].items()), (
+        step
+      )
 
 
 def test_mixture_keeps_its_weights():
   rows = np.concatenate([numbered_mixture()[s]["row"] for s in range(20)])
   assert (rows >= 1000).mean() == pytest.approx(0.3, abs=0.02)
   epochs, tokens = numbered_mixture().usage(20)[1]
-  assert epochs == pytest.approx((rows >= 1000).sum() / 100, abs=0.05) and tokens == pytest.approx(epochs * 1000)
+  assert epochs == pytest.approx((rows >= 1000).sum() / 100, abs=0.05) and tokens == pytest.approx(
+    epochs * 1000
+  )
 
 
 def numbered_mixture():
   class Other(Numbers):
     def __getitem__(self, i):
       return 1000 + i
+
   example = lambda row, rng: {"row": np.int32(row)}
   return batches_lib.Batches([Numbers(100), Other(100)], (0.7, 0.3), example, 10, 0)
 
@@ -92,7 +103,10 @@ def numbered_mixture():
 def test_evaluation_sees_every_row_once_the_rest_without_weight():
   mesh = sharding.make_mesh(MeshConfig())
   example = lambda row, rng: {"row": np.int32(row), "weight": np.float32(1), "chance": rng.random()}
-  seen = [{k: np.asarray(v) for k, v in b.items()} for b in batches_lib.passes(Numbers(21), example, 8, mesh)]
+  seen = [
+    {k: np.asarray(v) for k, v in b.items()}
+    for b in batches_lib.passes(Numbers(21), example, 8, mesh)
+  ]
   assert np.concatenate([b["row"] for b in seen])[:21].tolist() == list(range(21))
   assert np.concatenate([b["weight"] for b in seen]).tolist() == [1.0] * 21 + [0.0] * 3
   again = [np.asarray(b["chance"]) for b in batches_lib.passes(Numbers(21), example, 8, mesh)]
@@ -101,9 +115,13 @@ def test_evaluation_sees_every_row_once_the_rest_without_weight():
 
 def test_best_fit_decreasing_is_the_textbook_algorithm():
   rng = np.random.default_rng(0)
-  for capacity, lengths in ((10, [6, 5, 4, 3, 2, 2, 1]), (64, rng.integers(1, 65, 500)), (16, [16] * 3)):
+  for capacity, lengths in (
+    (10, [6, 5, 4, 3, 2, 2, 1]),
+    (64, rng.integers(1, 65, 500)),
+    (16, [16] * 3),
+  ):
     lengths = np.array(lengths)
-    rooms = []   # one piece at a time, into the fullest bin that takes it
+    rooms = []  # one piece at a time, into the fullest bin that takes it
     for n in sorted(lengths, reverse=True):
       fitting = [r for r in rooms if r >= n]
       if fitting:

@@ -1,4 +1,5 @@
 """Workdirs in a bucket: gs:// of a store on this machine that speaks Google's protocol."""
+
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ def bucket():
   """The name of an empty bucket."""
   from gcp_storage_emulator.handlers import objects
   from gcp_storage_emulator.server import create_server
+
   plain = objects.download
 
   def download(request, response, storage):
@@ -51,22 +53,33 @@ def bucket():
 def test_a_run_in_a_bucket(bucket, corpus, tmp_path):
   """It leaves what a run in a folder does, is cut off, goes on bit-equal, and its checkpoint is one for every command."""
   run, said = f"{bucket}/it", []
-  constant = lambda **more: tiny("gpt", f"text:{corpus}", training__save_every=2, training__log_every=1,
-                                 optimizer__schedule="constant", **more)
+  constant = lambda **more: tiny(
+    "gpt",
+    f"text:{corpus}",
+    training__save_every=2,
+    training__log_every=1,
+    optimizer__schedule="constant",
+    **more,
+  )
   loop.train(constant(training__steps=4), run, say=said.append)
   folder = core.folder(run)
-  (folder / "checkpoints/4/manifest.json").unlink()   # as if the machine had gone before the last file
+  (
+    folder / "checkpoints/4/manifest.json"
+  ).unlink()  # as if the machine had gone before the last file
   said.clear()
   result = loop.train(constant(), run, say=said.append)
   assert any("4 is no complete checkpoint" in line for line in said)
   assert any("resumed from gs://runs/it/checkpoints/2" in line for line in said)
   loop.train(constant(), tmp_path / "whole", say=said.append)
-  ours, theirs = (flatten(manager.restore(manager.find(where), "params")) for where in (run, tmp_path / "whole"))
+  ours, theirs = (
+    flatten(manager.restore(manager.find(where), "params")) for where in (run, tmp_path / "whole")
+  )
   assert all(np.array_equal(ours[path], theirs[path]) for path in theirs)
   lines = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
   assert lines == list(range(1, result["step"] + 1))
   assert {path.name for path in folder.iterdir()} == {
-      path.name for path in (tmp_path / "whole").iterdir()} - {"lock"}
+    path.name for path in (tmp_path / "whole").iterdir()
+  } - {"lock"}
   assert list((folder / "events").iterdir())
   assert manager.steps(folder / "checkpoints") == [6, 4]
   assert experiment.load(locate.find(run)).tokenizer.name == "bytes"
@@ -76,10 +89,13 @@ def test_a_save_that_fails_costs_nothing_that_was_saved(bucket, corpus, monkeypa
   run = f"{bucket}/failing"
   config = tiny("gpt", f"text:{corpus}", training__save_every=2, training__keep=1)
   write = manager.write_manifest
-  monkeypatch.setattr(manager, "write_manifest", lambda folder: write(folder) if folder.name == "2" else refuse())
+  monkeypatch.setattr(
+    manager, "write_manifest", lambda folder: write(folder) if folder.name == "2" else refuse()
+  )
 
   def refuse():
     raise PermissionError("no")
+
   with pytest.raises(UserError, match="cannot save step 4 .*newest complete checkpoint is step 2"):
     loop.train(config, run, say=lambda *_: None)
   monkeypatch.setattr(manager, "write_manifest", write)
@@ -90,18 +106,26 @@ def test_a_save_that_fails_costs_nothing_that_was_saved(bucket, corpus, monkeypa
 
 def test_a_log_that_cannot_be_written_is_not_worth_the_run(bucket, corpus, monkeypatch, capsys):
   write = epath.Path.write_bytes
-  monkeypatch.setattr(type(epath.Path(bucket)), "write_bytes",
-                      lambda path, data: refuse() if path.name == "metrics.jsonl" else write(path, data))
+  monkeypatch.setattr(
+    type(epath.Path(bucket)),
+    "write_bytes",
+    lambda path, data: refuse() if path.name == "metrics.jsonl" else write(path, data),
+  )
 
   def refuse():
     raise PermissionError("no")
+
   loop.train(tiny("gpt", f"text:{corpus}"), f"{bucket}/silent", say=lambda *_: None)
   assert "metrics.jsonl cannot be written now: no" in capsys.readouterr().err
   assert manager.find(f"{bucket}/silent").name == "6"
 
 
 def test_a_bucket_that_cannot_be_written_is_said(bucket, corpus, monkeypatch):
-  monkeypatch.setattr(workdir, "write_json", lambda *_: (_ for _ in ()).throw(OSError("Forbidden: storage.objects.create")))
+  monkeypatch.setattr(
+    workdir,
+    "write_json",
+    lambda *_: (_ for _ in ()).throw(OSError("Forbidden: storage.objects.create")),
+  )
   with pytest.raises(UserError, match="cannot be written: Forbidden"):
     loop.train(tiny("gpt", f"text:{corpus}"), f"{bucket}/forbidden", say=lambda *_: None)
 
@@ -111,7 +135,10 @@ def test_two_processes_in_a_bucket_are_those_in_a_folder(bucket, corpus, tmp_pat
   monkeypatch.setattr(test_processes, "PLAIN", dict(os.environ))
   for where in (f"{bucket}/two", tmp_path / "two"):
     assert test_processes.start(2, corpus, where, 8, "--config.training.save_every=4").wait() == 0
-  ours, theirs = (flatten(manager.restore(manager.find(where), "params")) for where in (f"{bucket}/two", tmp_path / "two"))
+  ours, theirs = (
+    flatten(manager.restore(manager.find(where), "params"))
+    for where in (f"{bucket}/two", tmp_path / "two")
+  )
   assert all(np.array_equal(ours[path], theirs[path]) for path in theirs)
 
 

@@ -1,4 +1,5 @@
 """What a user types: the whole way on a small text, and one line for every mistake."""
+
 import json
 import os
 import pathlib
@@ -14,63 +15,117 @@ from llm.training import loop
 from tests.conftest import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-SMALL = ["--config.model.num_layers=1", "--config.model.width=32", "--config.model.num_heads=2", "--config.model.mlp_dim=64",
-         "--config.model.max_length=64", "--config.tokenizer.name=bytes", "--config.training.batch_size=8",
-         "--config.training.sequence_length=32", "--config.data.sentences=lines"]
+SMALL = [
+  "--config.model.num_layers=1",
+  "--config.model.width=32",
+  "--config.model.num_heads=2",
+  "--config.model.mlp_dim=64",
+  "--config.model.max_length=64",
+  "--config.tokenizer.name=bytes",
+  "--config.training.batch_size=8",
+  "--config.training.sequence_length=32",
+  "--config.data.sentences=lines",
+]
 
 
 def run(*arguments):
-  done = subprocess.run([sys.executable, "-m", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
-                        env={**os.environ, "PYTHONPATH": str(ROOT)})
+  done = subprocess.run(
+    [sys.executable, "-m", *map(str, arguments)],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    env={**os.environ, "PYTHONPATH": str(ROOT)},
+  )
   return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory, corpus):
   workdir = tmp_path_factory.mktemp("pretrained")
-  status, out, err = run("llm.train", "--config=configs/pretrain_bert.py:tiny", f"--workdir={workdir}", *SMALL,
-                         "--config.training.steps=4", f"--config.data.train=text:{corpus}", f"--config.data.eval=text:{corpus}")
+  status, out, err = run(
+    "llm.train",
+    "--config=configs/pretrain_bert.py:tiny",
+    f"--workdir={workdir}",
+    *SMALL,
+    "--config.training.steps=4",
+    f"--config.data.train=text:{corpus}",
+    f"--config.data.eval=text:{corpus}",
+  )
   assert status == 0, err
   return workdir
 
 
 def test_pretrain_transfer_finetune_evaluate_predict(pretrained, reviews, tmp_path):
   status, out, err = run(
-      "llm.train", "--config=configs/finetune_classification.py", f"--workdir={tmp_path}/sentiment",
-      f"--config.transfer.checkpoint={pretrained}", f"--config.data.train=jsonl:{reviews}/train.jsonl",
-      f"--config.data.eval=jsonl:{reviews}/eval.jsonl", "--config.training.batch_size=8", "--config.training.sequence_length=64",
-      "--config.training.epochs=12.0", "--config.optimizer.learning_rate=3e-3")
-  assert status == 0 and "copied" in out and "fresh       head/classifier/bias" in out and "head/lm/bias" in out, err
+    "llm.train",
+    "--config=configs/finetune_classification.py",
+    f"--workdir={tmp_path}/sentiment",
+    f"--config.transfer.checkpoint={pretrained}",
+    f"--config.data.train=jsonl:{reviews}/train.jsonl",
+    f"--config.data.eval=jsonl:{reviews}/eval.jsonl",
+    "--config.training.batch_size=8",
+    "--config.training.sequence_length=64",
+    "--config.training.epochs=12.0",
+    "--config.optimizer.learning_rate=3e-3",
+  )
+  assert (
+    status == 0
+    and "copied" in out
+    and "fresh       head/classifier/bias" in out
+    and "head/lm/bias" in out
+  ), err
   audit = json.loads((tmp_path / "sentiment" / "transfer.json").read_text())
   assert {e["action"] for e in audit["parameters"]} == {"copied", "fresh", "dropped"}
   result = json.loads((tmp_path / "sentiment" / "result.json").read_text())
-  assert result["eval"]["accuracy"] > 0.8   # one word tells the label
+  assert result["eval"]["accuracy"] > 0.8  # one word tells the label
   status, out, err = run("llm.evaluate", f"--checkpoint={tmp_path}/sentiment")
   assert status == 0, err
   assert json.loads(out.splitlines()[-1])["accuracy"] == pytest.approx(result["eval"]["accuracy"])
-  status, out, err = run("llm.evaluate", f"--checkpoint={tmp_path}/sentiment", f"--config.data.eval=jsonl:{reviews}/train.jsonl")
+  status, out, err = run(
+    "llm.evaluate",
+    f"--checkpoint={tmp_path}/sentiment",
+    f"--config.data.eval=jsonl:{reviews}/train.jsonl",
+  )
   assert status == 0 and json.loads(out.splitlines()[-1])["accuracy"] > 0.8, err
-  status, out, err = run("llm.predict", f"--checkpoint={tmp_path}/sentiment", f"--input={reviews}/eval.jsonl",
-                         f"--output={tmp_path}/out.jsonl")
+  status, out, err = run(
+    "llm.predict",
+    f"--checkpoint={tmp_path}/sentiment",
+    f"--input={reviews}/eval.jsonl",
+    f"--output={tmp_path}/out.jsonl",
+  )
   assert status == 0, err
   lines = [json.loads(l) for l in (tmp_path / "out.jsonl").read_text().splitlines()]
   truth = [json.loads(l) for l in (reviews / "eval.jsonl").read_text().splitlines()]
   right = sum(a["label"] == b["label"] for a, b in zip(lines, truth)) / len(truth)
   assert right == pytest.approx(result["eval"]["accuracy"])
   assert all(abs(sum(l["probabilities"].values()) - 1) < 1e-4 for l in lines)
-  status, out, err = run("llm.predict", f"--checkpoint={tmp_path}/sentiment", "--text=praise the film")
+  status, out, err = run(
+    "llm.predict", f"--checkpoint={tmp_path}/sentiment", "--text=praise the film"
+  )
   assert status == 0 and json.loads(out)["label"] in ("good", "bad"), err
 
 
 def test_a_workdir_tells_all(pretrained):
   names = {p.name for p in pretrained.iterdir()}
-  assert {"config.json", "run.json", "metrics.jsonl", "result.json", "checkpoints", "events"} <= names
+  assert {
+    "config.json",
+    "run.json",
+    "metrics.jsonl",
+    "result.json",
+    "checkpoints",
+    "events",
+  } <= names
   record = json.loads((pretrained / "run.json").read_text())
   assert record["versions"]["jax"] and "revision" in record and record["devices"]
 
 
 def test_show(pretrained, corpus):
-  config = ["--config=configs/pretrain_bert.py:tiny", *SMALL, f"--config.data.train=text:{corpus}", "--config.data.eval="]
+  config = [
+    "--config=configs/pretrain_bert.py:tiny",
+    *SMALL,
+    f"--config.data.train=text:{corpus}",
+    "--config.data.eval=",
+  ]
   status, out, err = run("llm.show", "batch", *config)
   assert status == 0 and "=> [MASK]>" in out and "next sentence in document 1:" in out, err
   status, out, err = run("llm.show", "sharding", *config)
@@ -85,50 +140,126 @@ def test_show(pretrained, corpus):
 def test_regression_is_the_same_task(corpus, tmp_path, reviews):
   path = tmp_path / "scores.jsonl"
   lines = [json.loads(l) for l in (reviews / "train.jsonl").read_text().splitlines()]
-  path.write_text("\n".join(json.dumps({"text": l["text"], "label": float(l["label"] == "good")}) for l in lines))
+  path.write_text(
+    "\n".join(json.dumps({"text": l["text"], "label": float(l["label"] == "good")}) for l in lines)
+  )
   loop.train(tiny("gpt", f"text:{corpus}", training__steps=2), tmp_path / "gpt")
-  config = tiny("classifier", f"jsonl:{path}", transfer__checkpoint=str(tmp_path / "gpt"), data__eval=f"jsonl:{path}",
-                objective__num_classes=1, training__steps=40, transfer__skip=("^head/",))
+  config = tiny(
+    "classifier",
+    f"jsonl:{path}",
+    transfer__checkpoint=str(tmp_path / "gpt"),
+    data__eval=f"jsonl:{path}",
+    objective__num_classes=1,
+    training__steps=40,
+    transfer__skip=("^head/",),
+  )
   figures = loop.train(config, tmp_path / "scores")["eval"]
   assert figures["pearson"] > 0.5 and figures["spearman"] > 0.4 and figures["loss"] < 0.25
 
 
 MISTAKES = [
-    (["llm.train"], "--config is missing|--workdir is missing"),
-    (["llm.train", "--config=configs/nothing.py", "--workdir=W"], "configs/nothing.py"),
-    (["llm.train", "--config=configs/pretrain_bert.py:huge", "--workdir=W"], "unknown size 'huge'"),
-    (["llm.train", "--config=configs/pretrain_bert.py:tiny", "--workdir=W", "--config.model.widht=3"], "did you mean config.model.width"),
-    (["llm.train", "--config=configs/pretrain_bert.py:tiny", "--workdir=W", "--config.lr=3"], "optimizer.learning_rate"),
-    (["llm.train", "--config=configs/pretrain_bert.py:tiny", "--workdir=W", "--config.model.width=wide"], "width"),
-    (["llm.train", "--config=configs/pretrain_bert.py:tiny", "--workdir=W", "--config.training.steps=1e4"], "steps"),
-    (["llm.train", "--config=configs/pretrain_bert.py:tiny", "--workdir=W", "--config.objective.mask_rat=0.2"], "mask_rat"),
-    (["llm.train", "--config=configs/pretrain_bert.py:tiny", "--workdir=W", "--nonsense=1"], "nonsense"),
-    (["llm.train", "--config=configs/pretrain_bert.py:tiny", "--workdir=W", "stray"], "unexpected argument 'stray'"),
-    (["llm.train", "--config=configs/pretrain_bert.py:tiny", "--workdir=W", "--config.data.train=text:no/such"], "no such file"),
-    (["llm.train", "--config=configs/pretrain_bert.py:tiny", "--workdir=/proc/x/y"], "workdir"),
-    (["llm.evaluate"], "--checkpoint is missing"),
-    (["llm.evaluate", "--checkpoint=no/such"], "no such checkpoint folder"),
-    (["llm.evaluate", "--checkpoint=tests"], "holds no complete checkpoint"),
-    (["llm.predict", "--checkpoint=tests"], "give either --text, or --question"),
-    (["llm.predict", "--checkpoint=tests", "--question=why?"], "--question needs --context"),
-    (["llm.evaluate", "--predictions=README.md", "--config.data.eval=squad:README.md"], "README.md cannot be read as JSON"),
-    (["llm.generate"], "--checkpoint is missing"),
-    (["llm.generate", "--checkpoint=tests", "--prompt=a", "--top_p=2"], r"--top_p=2.0 must lie in \(0, 1\]"),
-    (["llm.convert", "sideways"], "needs one of from_hf, from_gguf, to_hf"),
-    (["llm.convert", "from_hf", "--source=tests"], "--output is missing"),
-    (["llm.convert", "from_hf", "--source=tests", "--output=W"], "no folder of transformers"),
-    (["llm.convert", "from_gguf", "--source=README.md", "--output=W"], "cannot be read as GGUF|needs the package gguf"),
-    (["llm.convert", "to_hf", "--checkpoint=tests", "--output=tests"], "exists"),
+  (["llm.train"], "--config is missing|--workdir is missing"),
+  (["llm.train", "--config=configs/nothing.py", "--workdir=W"], "configs/nothing.py"),
+  (["llm.train", "--config=configs/pretrain_bert.py:huge", "--workdir=W"], "unknown size 'huge'"),
+  (
+    [
+      "llm.train",
+      "--config=configs/pretrain_bert.py:tiny",
+      "--workdir=W",
+      "--config.model.widht=3",
+    ],
+    "did you mean config.model.width",
+  ),
+  (
+    ["llm.train", "--config=configs/pretrain_bert.py:tiny", "--workdir=W", "--config.lr=3"],
+    "optimizer.learning_rate",
+  ),
+  (
+    [
+      "llm.train",
+      "--config=configs/pretrain_bert.py:tiny",
+      "--workdir=W",
+      "--config.model.width=wide",
+    ],
+    "width",
+  ),
+  (
+    [
+      "llm.train",
+      "--config=configs/pretrain_bert.py:tiny",
+      "--workdir=W",
+      "--config.training.steps=1e4",
+    ],
+    "steps",
+  ),
+  (
+    [
+      "llm.train",
+      "--config=configs/pretrain_bert.py:tiny",
+      "--workdir=W",
+      "--config.objective.mask_rat=0.2",
+    ],
+    "mask_rat",
+  ),
+  (
+    ["llm.train", "--config=configs/pretrain_bert.py:tiny", "--workdir=W", "--nonsense=1"],
+    "nonsense",
+  ),
+  (
+    ["llm.train", "--config=configs/pretrain_bert.py:tiny", "--workdir=W", "stray"],
+    "unexpected argument 'stray'",
+  ),
+  (
+    [
+      "llm.train",
+      "--config=configs/pretrain_bert.py:tiny",
+      "--workdir=W",
+      "--config.data.train=text:no/such",
+    ],
+    "no such file",
+  ),
+  (["llm.train", "--config=configs/pretrain_bert.py:tiny", "--workdir=/proc/x/y"], "workdir"),
+  (["llm.evaluate"], "--checkpoint is missing"),
+  (["llm.evaluate", "--checkpoint=no/such"], "no such checkpoint folder"),
+  (["llm.evaluate", "--checkpoint=tests"], "holds no complete checkpoint"),
+  (["llm.predict", "--checkpoint=tests"], "give either --text, or --question"),
+  (["llm.predict", "--checkpoint=tests", "--question=why?"], "--question needs --context"),
+  (
+    ["llm.evaluate", "--predictions=README.md", "--config.data.eval=squad:README.md"],
+    "README.md cannot be read as JSON",
+  ),
+  (["llm.generate"], "--checkpoint is missing"),
+  (
+    ["llm.generate", "--checkpoint=tests", "--prompt=a", "--top_p=2"],
+    r"--top_p=2.0 must lie in \(0, 1\]",
+  ),
+  (["llm.convert", "sideways"], "needs one of from_hf, from_gguf, to_hf"),
+  (["llm.convert", "from_hf", "--source=tests"], "--output is missing"),
+  (["llm.convert", "from_hf", "--source=tests", "--output=W"], "no folder of transformers"),
+  (
+    ["llm.convert", "from_gguf", "--source=README.md", "--output=W"],
+    "cannot be read as GGUF|needs the package gguf",
+  ),
+  (["llm.convert", "to_hf", "--checkpoint=tests", "--output=tests"], "exists"),
 ]
 
 
-OFTEN = {1, 3, 13}   # a process each: the others run with -m slow
+OFTEN = {1, 3, 13}  # a process each: the others run with -m slow
 
 
-@pytest.mark.parametrize("arguments, message", [pytest.param(
-    *m, marks=[] if i in OFTEN else [pytest.mark.slow], id=m[0][-1][:40]) for i, m in enumerate(MISTAKES)])
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    pytest.param(*m, marks=[] if i in OFTEN else [pytest.mark.slow], id=m[0][-1][:40])
+    for i, m in enumerate(MISTAKES)
+  ],
+)
 def test_mistakes_are_one_line_and_status_2(arguments, message, corpus, tmp_path):
-  data = [f"--config.data.train=text:{corpus}", "--config.data.eval=", *SMALL] if arguments[0] == "llm.train" and len(arguments) > 2 else []
+  data = (
+    [f"--config.data.train=text:{corpus}", "--config.data.eval=", *SMALL]
+    if arguments[0] == "llm.train" and len(arguments) > 2
+    else []
+  )
   arguments = [a.replace("--workdir=W", f"--workdir={tmp_path}/w") for a in arguments]
   given = {a.partition("=")[0] for a in arguments}
   status, out, err = run(*arguments, *(d for d in data if d.partition("=")[0] not in given))
@@ -136,32 +267,35 @@ def test_mistakes_are_one_line_and_status_2(arguments, message, corpus, tmp_path
   lines = [l for l in err.splitlines() if l.startswith("error: ")]
   assert len(lines) == 1 and "Traceback" not in err, err
   import re
+
   assert re.search(message, lines[0]), lines[0]
 
 
 BAD_CONFIGS = [
-    (dict(training__sequence_length=128), "longer than the model's 64 positions"),
-    (dict(training__batch_size=9), "must be a multiple of mesh.data"),
-    (dict(mesh__data=3), "does not fill the 8 devices"),
-    (dict(mesh__data=4, mesh__tensor=-1, mesh__fsdp=-1), "at most one of them -1"),
-    (dict(model__vocab_size=77), "vocab_size=77 but the tokenizer has 282"),
-    (dict(model__num_heads=3), "multiple of num_heads=3"),
-    (dict(mesh__tensor=8, mesh__data=1), "mesh.tensor=8 does not divide dimension"),
-    (dict(objective__name="maskedlm"), "masked_lm"),
-    (dict(training__epochs=1.0), "either config.training.steps or config.training.epochs"),
-    (dict(training__profile="5"), "'10:15'"),
-    (dict(training__keep_best="accuracy"), "max:METRIC"),
-    (dict(optimizer__freeze="nothing"), "matches no parameter"),
-    (dict(optimizer__freeze="."), "matches every parameter"),
-    (dict(optimizer__freeze="("), "no regular expression"),
-    (dict(optimizer__schedule="step"), "'linear', 'cosine', 'constant'"),
-    (dict(tokenizer__name="wordpiece"), "needs config.tokenizer.path"),
-    (dict(transfer__checkpoint="no/such"), "no such checkpoint folder"),
-    (dict(objective__mask_rate=1.5), r"must lie in \[0, 1\]"),
+  (dict(training__sequence_length=128), "longer than the model's 64 positions"),
+  (dict(training__batch_size=9), "must be a multiple of mesh.data"),
+  (dict(mesh__data=3), "does not fill the 8 devices"),
+  (dict(mesh__data=4, mesh__tensor=-1, mesh__fsdp=-1), "at most one of them -1"),
+  (dict(model__vocab_size=77), "vocab_size=77 but the tokenizer has 282"),
+  (dict(model__num_heads=3), "multiple of num_heads=3"),
+  (dict(mesh__tensor=8, mesh__data=1), "mesh.tensor=8 does not divide dimension"),
+  (dict(objective__name="maskedlm"), "masked_lm"),
+  (dict(training__epochs=1.0), "either config.training.steps or config.training.epochs"),
+  (dict(training__profile="5"), "'10:15'"),
+  (dict(training__keep_best="accuracy"), "max:METRIC"),
+  (dict(optimizer__freeze="nothing"), "matches no parameter"),
+  (dict(optimizer__freeze="."), "matches every parameter"),
+  (dict(optimizer__freeze="("), "no regular expression"),
+  (dict(optimizer__schedule="step"), "'linear', 'cosine', 'constant'"),
+  (dict(tokenizer__name="wordpiece"), "needs config.tokenizer.path"),
+  (dict(transfer__checkpoint="no/such"), "no such checkpoint folder"),
+  (dict(objective__mask_rate=1.5), r"must lie in \[0, 1\]"),
 ]
 
 
-@pytest.mark.parametrize("overrides, message", BAD_CONFIGS, ids=[str(o)[:50] for o, _ in BAD_CONFIGS])
+@pytest.mark.parametrize(
+  "overrides, message", BAD_CONFIGS, ids=[str(o)[:50] for o, _ in BAD_CONFIGS]
+)
 def test_bad_configs_are_named(overrides, message, corpus, tmp_path):
   with pytest.raises(UserError, match=message) as error:
     loop.train(tiny("bert", f"text:{corpus}", **overrides), tmp_path)
@@ -169,16 +303,30 @@ def test_bad_configs_are_named(overrides, message, corpus, tmp_path):
 
 
 def test_an_unknown_label_in_the_eval_set_is_named(pretrained, reviews, tmp_path):
-  (tmp_path / "eval.jsonl").write_text('{"text": "a", "label": "good"}\n{"text": "b", "label": "ugly"}\n')
-  config = tiny("classifier", f"jsonl:{reviews}/train.jsonl", data__eval=f"jsonl:{tmp_path}/eval.jsonl",
-                transfer__checkpoint=str(pretrained), transfer__skip=(r"^head/(?!pooler)",))
-  with pytest.raises(UserError, match=r"eval.jsonl:2: unknown label 'ugly'; the classes are bad, good"):
+  (tmp_path / "eval.jsonl").write_text(
+    '{"text": "a", "label": "good"}\n{"text": "b", "label": "ugly"}\n'
+  )
+  config = tiny(
+    "classifier",
+    f"jsonl:{reviews}/train.jsonl",
+    data__eval=f"jsonl:{tmp_path}/eval.jsonl",
+    transfer__checkpoint=str(pretrained),
+    transfer__skip=(r"^head/(?!pooler)",),
+  )
+  with pytest.raises(
+    UserError, match=r"eval.jsonl:2: unknown label 'ugly'; the classes are bad, good"
+  ):
     loop.train(config, tmp_path / "w")
 
 
 def test_a_vocabulary_that_does_not_fit_the_checkpoint(pretrained, corpus, tmp_path):
-  config = tiny("bert", f"text:{corpus}", transfer__checkpoint=str(pretrained), tokenizer__name="sentencepiece",
-                tokenizer__vocab_size=60)
+  config = tiny(
+    "bert",
+    f"text:{corpus}",
+    transfer__checkpoint=str(pretrained),
+    tokenizer__name="sentencepiece",
+    tokenizer__vocab_size=60,
+  )
   with pytest.raises(UserError, match="vocabulary does not fit the checkpoint"):
     loop.train(config, tmp_path)
 
@@ -186,8 +334,12 @@ def test_a_vocabulary_that_does_not_fit_the_checkpoint(pretrained, corpus, tmp_p
 def test_a_workdir_of_another_config_is_not_touched(corpus, tmp_path):
   loop.train(tiny("gpt", f"text:{corpus}", training__steps=1), tmp_path)
   before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
-  with pytest.raises(UserError, match=r"run of another config \(optimizer.learning_rate was 0.01, is 0.5\)"):
-    loop.train(tiny("gpt", f"text:{corpus}", training__steps=1, optimizer__learning_rate=0.5), tmp_path)
+  with pytest.raises(
+    UserError, match=r"run of another config \(optimizer.learning_rate was 0.01, is 0.5\)"
+  ):
+    loop.train(
+      tiny("gpt", f"text:{corpus}", training__steps=1, optimizer__learning_rate=0.5), tmp_path
+    )
   assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
 
 
@@ -216,7 +368,7 @@ def test_damaged_checkpoints_are_named_and_passed_over(trained, capsys):
   (root / "11.orbax-checkpoint-tmp-1").mkdir()
   assert manager.find(workdir).name == "2"
   assert "11.orbax" in capsys.readouterr().out
-  loop.train(config, workdir)      # goes on from step 2, writes 4 anew
+  loop.train(config, workdir)  # goes on from step 2, writes 4 anew
   assert manager.find(workdir).name == "4"
 
 
@@ -225,9 +377,12 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(trained, corpus, monkeypatch
 
   def full(folder):
     raise OSError(28, "No space left on device")
+
   monkeypatch.setattr(manager, "write_manifest", full)
   longer = tiny("gpt", f"text:{corpus}", training__save_every=2, training__steps=8)
-  with pytest.raises(UserError, match="No space left on device.*newest complete checkpoint is step 4"):
+  with pytest.raises(
+    UserError, match="No space left on device.*newest complete checkpoint is step 4"
+  ):
     loop.train(longer, workdir)
   monkeypatch.undo()
   assert manager.find(workdir).name == "4"
@@ -236,14 +391,21 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(trained, corpus, monkeypatch
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
 def test_every_config_is_valid(path):
   import importlib.util
+
   spec = importlib.util.spec_from_file_location(path.stem, path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   from llm.models import bert, gpt, llama, t5
-  arguments = {"pretrain_bert": [*bert.SIZES, *(f"{s}-512" for s in bert.SIZES)], "pretrain_gpt": list(gpt.SIZES),
-               "pretrain_llama": list(llama.SIZES), "pretrain_t5": list(t5.SIZES),
-               "finetune_chat": ["", "alpaca"], "finetune_preference": ["", "demo"], "finetune_qa": ["", "squad", "squad2", "abstracts"],
-               "finetune_text_to_text": ["", "squad", "reviews", *getattr(module, "TASKS", ())]}.get(
-      path.stem, ["", "reviews", "imdb", *getattr(module, "GLUE", ())])
+
+  arguments = {
+    "pretrain_bert": [*bert.SIZES, *(f"{s}-512" for s in bert.SIZES)],
+    "pretrain_gpt": list(gpt.SIZES),
+    "pretrain_llama": list(llama.SIZES),
+    "pretrain_t5": list(t5.SIZES),
+    "finetune_chat": ["", "alpaca"],
+    "finetune_preference": ["", "demo"],
+    "finetune_qa": ["", "squad", "squad2", "abstracts"],
+    "finetune_text_to_text": ["", "squad", "reviews", *getattr(module, "TASKS", ())],
+  }.get(path.stem, ["", "reviews", "imdb", *getattr(module, "GLUE", ())])
   for argument in arguments:
     config_lib.freeze(module.get_config(argument))

@@ -1,4 +1,5 @@
 """Sources, tokenizers, documents and plans, and what bad input is told."""
+
 import zipfile
 
 import numpy as np
@@ -23,27 +24,41 @@ def test_jsonl_and_csv_with_renamed_fields(tmp_path):
   (tmp_path / "a.jsonl").write_text('{"s": "x", "y": 3}\n\n{"s": "z", "y": 4}\n')
   (tmp_path / "a.csv").write_text('s,y\n"x, with ""quotes""",3\n')
   fields = "text=s,label=y"
-  assert [(r["text"], r["label"]) for r in records(f"jsonl:{tmp_path}/a.jsonl", fields=fields)] == [("x", 3), ("z", 4)]
-  assert [(r["text"], r["label"]) for r in records(f"csv:{tmp_path}/a.csv", fields=fields)] == [('x, with "quotes"', "3")]
+  assert [(r["text"], r["label"]) for r in records(f"jsonl:{tmp_path}/a.jsonl", fields=fields)] == [
+    ("x", 3),
+    ("z", 4),
+  ]
+  assert [(r["text"], r["label"]) for r in records(f"csv:{tmp_path}/a.csv", fields=fields)] == [
+    ('x, with "quotes"', "3")
+  ]
 
 
 def test_mixtures_and_splits_are_parsed(tmp_path):
-  found = sources.parse("text:a,b.txt@0.7,embedded:reviews[test]@0.3,tfds:glue/mrpc[validation]", DataConfig())
+  found = sources.parse(
+    "text:a,b.txt@0.7,embedded:reviews[test]@0.3,tfds:glue/mrpc[validation]", DataConfig()
+  )
   assert [(s.kind, s.name, s.split, s.weight) for s in found] == [
-      ("text", "a,b.txt", "", 0.7), ("embedded", "reviews", "test", 0.3), ("tfds", "glue/mrpc", "validation", 1.0)]
+    ("text", "a,b.txt", "", 0.7),
+    ("embedded", "reviews", "test", 0.3),
+    ("tfds", "glue/mrpc", "validation", 1.0),
+  ]
 
 
 BAD = {
-    "missing.txt": (None, "text", "no such file"),
-    "empty.txt": (b"", "text", "nothing in it"),
-    "blank.txt": (b"\n\n  \n", "text", "nothing in it"),
-    "latin.txt": (b"one\ntwo\nna\xefve\n", "text", "not UTF-8"),
-    "broken.jsonl": (b'{"text": "a"}\n{"text": \n', "jsonl", r"broken.jsonl:2: not JSON"),
-    "array.jsonl": (b'[1]\n', "jsonl", r"array.jsonl:1: expected a JSON object"),
-    "field.jsonl": (b'{"txt": "a"}\n', "jsonl", r"field.jsonl:1: the field 'text' must be a string; the fields are txt"),
-    "number.jsonl": (b'{"text": 3}\n', "jsonl", "must be a string"),
-    "columns.csv": (b"text,label\na,b\nc\n", "csv", r"columns.csv:3: expected 2 columns"),
-    "quote.csv": (b'text\n"a\n', "csv", "not CSV"),
+  "missing.txt": (None, "text", "no such file"),
+  "empty.txt": (b"", "text", "nothing in it"),
+  "blank.txt": (b"\n\n  \n", "text", "nothing in it"),
+  "latin.txt": (b"one\ntwo\nna\xefve\n", "text", "not UTF-8"),
+  "broken.jsonl": (b'{"text": "a"}\n{"text": \n', "jsonl", r"broken.jsonl:2: not JSON"),
+  "array.jsonl": (b"[1]\n", "jsonl", r"array.jsonl:1: expected a JSON object"),
+  "field.jsonl": (
+    b'{"txt": "a"}\n',
+    "jsonl",
+    r"field.jsonl:1: the field 'text' must be a string; the fields are txt",
+  ),
+  "number.jsonl": (b'{"text": 3}\n', "jsonl", "must be a string"),
+  "columns.csv": (b"text,label\na,b\nc\n", "csv", r"columns.csv:3: expected 2 columns"),
+  "quote.csv": (b'text\n"a\n', "csv", "not CSV"),
 }
 
 
@@ -56,11 +71,20 @@ def test_bad_files_are_named_with_their_line(tmp_path, name):
     records(f"{kind}:{tmp_path / name}")
 
 
-@pytest.mark.parametrize("spec, message", [
-    ("corpus.txt", "expected KIND:NAME"), ("texts:a", "expected KIND:NAME"), ("text:", "name is missing"),
-    ("text:a@0", "positive number"), ("text:*.nothing", "no such file"), ("embedded:novels", "known: abstracts, alpaca, preferences, reviews, wikipedia"),
-    ("embedded:reviews[all]", "the splits are"), ("tfds:no_such_set", "no_such_set"), ("text:/", "folder"),
-])
+@pytest.mark.parametrize(
+  "spec, message",
+  [
+    ("corpus.txt", "expected KIND:NAME"),
+    ("texts:a", "expected KIND:NAME"),
+    ("text:", "name is missing"),
+    ("text:a@0", "positive number"),
+    ("text:*.nothing", "no such file"),
+    ("embedded:novels", "known: abstracts, alpaca, preferences, reviews, wikipedia"),
+    ("embedded:reviews[all]", "the splits are"),
+    ("tfds:no_such_set", "no_such_set"),
+    ("text:/", "folder"),
+  ],
+)
 def test_bad_sources_are_one_line(spec, message):
   with pytest.raises(UserError, match=message) as error:
     records(spec)
@@ -88,8 +112,24 @@ def test_sentencepiece_is_trained_saved_and_loaded(corpus, tmp_path):
 
 
 def test_wordpiece_gives_the_published_example():
-  """"unaffable" is the example of google-research/bert's own tokenizer test."""
-  vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "want", "##want", "##ed", "wa", "un", "runn", "##ing", ",", "##aff", "##able"]
+  """ "unaffable" is the example of google-research/bert's own tokenizer test."""
+  vocabulary = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "want",
+    "##want",
+    "##ed",
+    "wa",
+    "un",
+    "runn",
+    "##ing",
+    ",",
+    "##aff",
+    "##able",
+  ]
   made = tokenizer.WordPieceTokenizer("\n".join(vocabulary).encode())
   pieces = [made.pieces[i] for i in made.encode(["UNwanted,running unaffable xyz"])[0]]
   assert pieces == ["un", "##want", "##ed", ",", "runn", "##ing", "un", "##aff", "##able", "[UNK]"]
@@ -98,10 +138,13 @@ def test_wordpiece_gives_the_published_example():
 def test_documents_are_cached_by_content(tmp_path, byte_tokenizer):
   path = tmp_path / "a.txt"
   path.write_text("One here. Two here.\n\nThree.\n")
-  source, = sources.parse(f"text:{path}", DataConfig(cache=str(tmp_path / "cache")))
+  (source,) = sources.parse(f"text:{path}", DataConfig(cache=str(tmp_path / "cache")))
   made = documents.load(source, byte_tokenizer, "split")
   bounds = made.bounds()
-  assert [byte_tokenizer.decode(made.tokens_N[a:b]) for a, b in zip(bounds, bounds[1:])] == ["One here.Two here.", "Three."]
+  assert [byte_tokenizer.decode(made.tokens_N[a:b]) for a, b in zip(bounds, bounds[1:])] == [
+    "One here.Two here.",
+    "Three.",
+  ]
   assert np.diff(made.documents).tolist() == [2, 1]
   path.write_text("Other.\n")
   assert len(documents.load(source, byte_tokenizer, "split")) == 1
@@ -134,27 +177,38 @@ def test_no_network_is_one_line(tmp_path, monkeypatch):
 
 
 def test_wikitext_becomes_prose():
-  wikitext = ("'''Bold''' is a [[link|word]] in this long sentence about nothing at all, really.<ref>no</ref>\n"
-              "{{infobox|x=1}}\n[[File:a.jpg|thumb|A caption that would be long enough to be a paragraph, surely.]]\n"
-              "{| class=x\n| cell that is long enough to be taken for a paragraph of prose, if it were kept.\n|}\n== Heading ==\n")
-  assert embedded.plain_text(wikitext) == "Bold is a word in this long sentence about nothing at all, really."
+  wikitext = (
+    "'''Bold''' is a [[link|word]] in this long sentence about nothing at all, really.<ref>no</ref>\n"
+    "{{infobox|x=1}}\n[[File:a.jpg|thumb|A caption that would be long enough to be a paragraph, surely.]]\n"
+    "{| class=x\n| cell that is long enough to be taken for a paragraph of prose, if it were kept.\n|}\n== Heading ==\n"
+  )
+  assert (
+    embedded.plain_text(wikitext)
+    == "Bold is a word in this long sentence about nothing at all, really."
+  )
 
 
 def test_equal_texts_fall_on_one_side():
-  assert embedded._split_of("A Film!", (0.7, 0.1, 0.2)) == embedded._split_of("a  film", (0.7, 0.1, 0.2))
+  assert embedded._split_of("A Film!", (0.7, 0.1, 0.2)) == embedded._split_of(
+    "a  film", (0.7, 0.1, 0.2)
+  )
 
 
 def test_tfds_is_read_without_tensorflow(tmp_path, monkeypatch):
   """A set written by TFDS itself in ArrayRecord, loaded by name."""
   import sys
+
   import tensorflow_datasets as tfds
 
   class Toy(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self):
-      return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(
-          {"text": tfds.features.Text(), "label": tfds.features.ClassLabel(names=["neg", "pos"])}))
+      return self.dataset_info_from_configs(
+        features=tfds.features.FeaturesDict(
+          {"text": tfds.features.Text(), "label": tfds.features.ClassLabel(names=["neg", "pos"])}
+        )
+      )
 
     def _split_generators(self, manager):
       return {"train": self._generate_examples()}
@@ -167,5 +221,7 @@ def test_tfds_is_read_without_tensorflow(tmp_path, monkeypatch):
   monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
   found = records("tfds:toy[train]")
-  assert sorted((r["text"], r["label"]) for r in found) == [(f"naïve {i}", ("neg", "pos")[i % 2]) for i in range(4)]
+  assert sorted((r["text"], r["label"]) for r in found) == [
+    (f"naïve {i}", ("neg", "pos")[i % 2]) for i in range(4)
+  ]
   assert "tensorflow" not in sys.modules

@@ -1,4 +1,5 @@
 """Writing: the cache changes nothing, rows know nothing of each other, draws follow their distribution."""
+
 import dataclasses
 
 import jax
@@ -25,10 +26,14 @@ NEW = 12
 
 def writer_of(name):
   model = model_of(name, vocab_size=BYTES.vocab_size, max_length=64, tied=name == "gpt")
-  growth = {"kernel": 1.0 if name == "t5" else 6.0, "position": 50.0}   # else every token is the one before
+  growth = {
+    "kernel": 1.0 if name == "t5" else 6.0,
+    "position": 50.0,
+  }  # else every token is the one before
 
   def grown(path, x):
     return x * next((g for part, g in growth.items() if part in jax.tree_util.keystr(path)), 1.0)
+
   params = jax.tree_util.tree_map_with_path(grown, params_of(model, seed=2))
   config = dataclasses.make_dataclass("Config", ["model"])(model.backbone.config)
   return writer.Writer(experiment.Bundle(model, params, BYTES, config)), model, params
@@ -43,13 +48,21 @@ def uncached(model, params, prompt, new):
   @jax.jit
   def following(tokens, count, own, own_count):
     place = jnp.arange(64)
-    batch = {"tokens": tokens[None], "segments": (place < count)[None].astype(jnp.int32), "positions": place[None]}
+    batch = {
+      "tokens": tokens[None],
+      "segments": (place < count)[None].astype(jnp.int32),
+      "positions": place[None],
+    }
     if t5:
-      batch |= {"decoder_tokens": own[None], "decoder_segments": (place < own_count)[None].astype(jnp.int32),
-                "decoder_positions": place[None]}
+      batch |= {
+        "decoder_tokens": own[None],
+        "decoder_segments": (place < own_count)[None].astype(jnp.int32),
+        "decoder_positions": place[None],
+      }
     hidden, table, _ = backbone.apply({"params": params["backbone"]}, batch, train=False)
     last = own_count if t5 else count
-    return (hidden[0, last - 1] @ table.T)[:BYTES.vocab_size].argmax()
+    return (hidden[0, last - 1] @ table.T)[: BYTES.vocab_size].argmax()
+
   fixed = lambda ids: jnp.array(np.r_[ids, np.zeros(64 - len(ids))].astype(np.int32))
   for _ in range(new):
     text = read if t5 else read + wrote
@@ -72,8 +85,14 @@ def test_one_row_on_one_device_is_written_as_in_a_batch(name, monkeypatch):
   monkeypatch.setattr(precision, "native_bfloat16", lambda: True)
   half = writer_of(name)[0]
   config, params = half.for_one_row
-  kernels = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params) if "kernel" in jax.tree_util.keystr(path)]
-  assert config.dtype == "bfloat16_operands" and {k.dtype for k in kernels} == {jnp.dtype("bfloat16")}
+  kernels = [
+    leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    if "kernel" in jax.tree_util.keystr(path)
+  ]
+  assert config.dtype == "bfloat16_operands" and {k.dtype for k in kernels} == {
+    jnp.dtype("bfloat16")
+  }
   exact, rounded = (dict(w.write([PROMPTS[2]], NEW)[0].choices[0]) for w in (alone, half))
   likeliest = max(exact, key=exact.get)
   assert rounded[likeliest] == pytest.approx(exact[likeliest], abs=0.1) and rounded != exact
@@ -81,7 +100,7 @@ def test_one_row_on_one_device_is_written_as_in_a_batch(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["gpt", "llama", "t5"])
 def test_the_cache_and_the_batch_change_no_token(name, monkeypatch):
-  traced, step = [], decoding._step   # once for a program
+  traced, step = [], decoding._step  # once for a program
   monkeypatch.setattr(decoding, "_step", lambda *args: (traced.append(1), step(*args))[1])
   made, model, params = writer_of(name)
   together = made.write(PROMPTS, NEW)
@@ -89,7 +108,9 @@ def test_the_cache_and_the_batch_change_no_token(name, monkeypatch):
     expected = uncached(model, params, BYTES.encode([prompt])[0], NEW)
     assert found.tokens == [t for t in expected if t != BYTES.eos]
     assert made.write([prompt], NEW)[0].tokens == found.tokens
-    assert [step[0][0] for step in found.choices][:len(found.tokens)] == found.tokens   # greedy took the likeliest
+    assert [step[0][0] for step in found.choices][
+      : len(found.tokens)
+    ] == found.tokens  # greedy took the likeliest
   assert len({t for found in together for t in found.tokens}) > 8
   # Prompts of another length in the same bucket, and another count of tokens, compile nothing.
   before = len(traced)
@@ -99,52 +120,81 @@ def test_the_cache_and_the_batch_change_no_token(name, monkeypatch):
 
 def test_draws_follow_their_distribution_and_repeat():
   logits = np.log([0.4, 0.3, 0.2, 0.07, 0.03])
-  draw = lambda sampling, seed=0: np.asarray(decoding.draw(jnp.tile(jnp.array(logits), (20_000, 1)), jax.random.key(seed), sampling))
+  draw = lambda sampling, seed=0: np.asarray(
+    decoding.draw(jnp.tile(jnp.array(logits), (20_000, 1)), jax.random.key(seed), sampling)
+  )
   odds = np.exp(logits)
   for sampling, expected in (
-      (Sampling(1.0), odds), (Sampling(0.5), odds ** 2), (Sampling(1.0, top_k=2), odds * [1, 1, 0, 0, 0]),
-      (Sampling(1.0, top_p=0.7), odds * [1, 1, 0, 0, 0]), (Sampling(1.0, top_p=0.71), odds * [1, 1, 1, 0, 0]),
-      (Sampling(2.0, top_k=4, top_p=0.9), odds ** 0.5 * [1, 1, 1, 1, 0])):
+    (Sampling(1.0), odds),
+    (Sampling(0.5), odds**2),
+    (Sampling(1.0, top_k=2), odds * [1, 1, 0, 0, 0]),
+    (Sampling(1.0, top_p=0.7), odds * [1, 1, 0, 0, 0]),
+    (Sampling(1.0, top_p=0.71), odds * [1, 1, 1, 0, 0]),
+    (Sampling(2.0, top_k=4, top_p=0.9), odds**0.5 * [1, 1, 1, 1, 0]),
+  ):
     counts, expected = np.bincount(draw(sampling), minlength=5), expected / expected.sum()
     assert (counts[expected == 0] == 0).all()
-    assert scipy.stats.chisquare(counts[expected > 0], 20_000 * expected[expected > 0]).pvalue > 1e-4, sampling
-  assert (draw(Sampling(1.0)) == draw(Sampling(1.0))).all() and (draw(Sampling(1.0)) != draw(Sampling(1.0), 1)).any()
+    assert (
+      scipy.stats.chisquare(counts[expected > 0], 20_000 * expected[expected > 0]).pvalue > 1e-4
+    ), sampling
+  assert (draw(Sampling(1.0)) == draw(Sampling(1.0))).all() and (
+    draw(Sampling(1.0)) != draw(Sampling(1.0), 1)
+  ).any()
   assert (draw(Sampling(0.0)) == 0).all()
 
 
 def test_writing_ends_at_the_end_token_a_stop_string_or_the_length():
   made, *_ = writer_of("gpt")
-  whole, = made.write(["what is it"], NEW)
+  (whole,) = made.write(["what is it"], NEW)
   assert whole.ended == "length" and len(whole.tokens) == NEW
   mark = whole.text[3:5]
-  stopped, = made.write(["what is it"], NEW, stops=[mark])
-  assert stopped.ended == "stop" and stopped.text == whole.text[:whole.text.index(mark)]
+  (stopped,) = made.write(["what is it"], NEW, stops=[mark])
+  assert stopped.ended == "stop" and stopped.text == whole.text[: whole.text.index(mark)]
   made.tokenizer = tokenizer_lib.ByteTokenizer()
   made.tokenizer.eos = whole.tokens[4]
-  ended, = made.write(["what is it"], NEW)
-  assert ended.ended == "end" and ended.tokens == whole.tokens[:whole.tokens.index(whole.tokens[4])]
+  (ended,) = made.write(["what is it"], NEW)
+  assert (
+    ended.ended == "end" and ended.tokens == whole.tokens[: whole.tokens.index(whole.tokens[4])]
+  )
 
 
 def test_a_bert_fills_masks_by_its_own_odds():
   bundle = llm.load(GOLDEN / "bert_pretraining")
-  found, = writer.fill(bundle, "the [MASK] sat", count=3)
+  (found,) = writer.fill(bundle, "the [MASK] sat", count=3)
   ids = bundle.tokenizer.encode(["the", "sat"])
   row = [bundle.tokenizer.cls, *ids[0], bundle.tokenizer.mask, *ids[1], bundle.tokenizer.sep]
-  assert len(found) == 3 and found[0][1] >= found[1][1] >= found[2][1] and sum(o for _, o in found) < 1
-  batch = {"tokens": np.array([row], np.int32), "segments": np.ones((1, len(row)), np.int32),
-           "positions": np.arange(len(row), dtype=np.int32)[None], "types": np.zeros((1, len(row)), np.int32),
-           "firsts": np.zeros((1, 1), np.int32), "masked_positions": np.array([[1 + len(ids[0])]], np.int32),
-           "masked_targets": np.array([[bundle.tokenizer.pieces.index(found[0][0])]], np.int32)}
+  assert (
+    len(found) == 3 and found[0][1] >= found[1][1] >= found[2][1] and sum(o for _, o in found) < 1
+  )
+  batch = {
+    "tokens": np.array([row], np.int32),
+    "segments": np.ones((1, len(row)), np.int32),
+    "positions": np.arange(len(row), dtype=np.int32)[None],
+    "types": np.zeros((1, len(row)), np.int32),
+    "firsts": np.zeros((1, 1), np.int32),
+    "masked_positions": np.array([[1 + len(ids[0])]], np.int32),
+    "masked_targets": np.array([[bundle.tokenizer.pieces.index(found[0][0])]], np.int32),
+  }
   losses = bundle.model.apply({"params": bundle.params}, batch, train=False)["losses"]
   assert found[0][1] == pytest.approx(float(np.exp(-losses[0, 0])), rel=1e-4)
 
 
-@pytest.mark.parametrize("call, message", [
+@pytest.mark.parametrize(
+  "call, message",
+  [
     (lambda: writer_of("gpt")[0].write([""], 4), "is empty"),
-    (lambda: writer_of("gpt")[0].write(["a" * 60], 40), "60 tokens and --max_tokens=40 more do not fit the model's 64 positions"),
+    (
+      lambda: writer_of("gpt")[0].write(["a" * 60], 40),
+      "60 tokens and --max_tokens=40 more do not fit the model's 64 positions",
+    ),
     (lambda: writer.Writer(llm.load(GOLDEN / "bert_classifier")), "a BERT does not write"),
-    (lambda: writer.fill(llm.load(GOLDEN / "bert_classifier"), "a [MASK]"), "no masked-language-model head"),
-    (lambda: writer.fill(llm.load(GOLDEN / "bert_pretraining"), "a cat"), "no .MASK. to fill")])
+    (
+      lambda: writer.fill(llm.load(GOLDEN / "bert_classifier"), "a [MASK]"),
+      "no masked-language-model head",
+    ),
+    (lambda: writer.fill(llm.load(GOLDEN / "bert_pretraining"), "a cat"), "no .MASK. to fill"),
+  ],
+)
 def test_what_cannot_be_written_is_said(call, message):
   with pytest.raises(UserError, match=message):
     call()

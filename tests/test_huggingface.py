@@ -2,6 +2,7 @@
 
 The folders under golden/ were made with torch by golden/make.py.
 """
+
 import json
 import pathlib
 import shutil
@@ -30,23 +31,38 @@ def _batch(expected) -> dict:
   rows, length = tokens.shape
   decoder = {}
   if "decoder_tokens" in expected:
-    decoder = {k: expected[k].astype(np.int32) for k in ("decoder_tokens", "decoder_segments", "targets")}
-    decoder["decoder_positions"] = np.tile(np.arange(decoder["targets"].shape[1], dtype=np.int32), (rows, 1))
+    decoder = {
+      k: expected[k].astype(np.int32) for k in ("decoder_tokens", "decoder_segments", "targets")
+    }
+    decoder["decoder_positions"] = np.tile(
+      np.arange(decoder["targets"].shape[1], dtype=np.int32), (rows, 1)
+    )
   decoder["firsts"] = np.zeros((rows, 1), np.int32)
-  return decoder | {"tokens": tokens, "segments": segments, "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
-          "types": expected["types"].astype(np.int32) if "types" in expected else np.zeros_like(tokens)}
+  return decoder | {
+    "tokens": tokens,
+    "segments": segments,
+    "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+    "types": expected["types"].astype(np.int32) if "types" in expected else np.zeros_like(tokens),
+  }
 
 
 def _log_probs(made, params, batch, vocab):
   """Log-probabilities B x T x V, read from the losses of every target at every position."""
   rows, length = batch.get("decoder_tokens", batch["tokens"]).shape
   if made.config.model.name != "bert":
-    losses_of = jax.jit(lambda v: made.model.apply(
-        {"params": params}, batch | {"targets": jnp.full((rows, length), v, jnp.int32)}, train=False)["losses"])
+    losses_of = jax.jit(
+      lambda v: made.model.apply(
+        {"params": params}, batch | {"targets": jnp.full((rows, length), v, jnp.int32)}, train=False
+      )["losses"]
+    )
     return -np.stack([losses_of(v) for v in range(vocab)], -1)
   positions = np.tile(np.repeat(np.arange(length, dtype=np.int32), vocab), (rows, 1))
   targets = np.tile(np.tile(np.arange(vocab, dtype=np.int32), length), (rows, 1))
-  out = made.model.apply({"params": params}, batch | {"masked_positions": positions, "masked_targets": targets}, train=False)
+  out = made.model.apply(
+    {"params": params},
+    batch | {"masked_positions": positions, "masked_targets": targets},
+    train=False,
+  )
   losses, pair_logits = np.asarray(out["losses"]), np.asarray(out["pair_logits"])
   return -losses.reshape(rows, length, vocab), pair_logits[:, 0]
 
@@ -54,12 +70,16 @@ def _log_probs(made, params, batch, vocab):
 def _loaded(name):
   params, config, tokenizer = huggingface.read(GOLDEN / name)
   objective = base.build(config.objective)
-  made = experiment.Experiment(config, objective, tokenizer, experiment.build(objective, config.model))
+  made = experiment.Experiment(
+    config, objective, tokenizer, experiment.build(objective, config.model)
+  )
   return made, params, dict(np.load(GOLDEN / name / "expected.npz"))
 
 
 def _close(found, expected, tolerance=1e-4):
-  np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.abs(expected).max() + 1e-7)
+  np.testing.assert_allclose(
+    found, expected, rtol=0, atol=tolerance * np.abs(expected).max() + 1e-7
+  )
 
 
 def _same_bits(*folders):
@@ -79,10 +99,12 @@ def test_logits_are_torchs(name):
   else:
     found = _log_probs(made, params, batch, made.config.model.vocab_size)
     log_probs = found[0] if made.config.model.name == "bert" else found
-    real = batch.get("decoder_segments", batch["segments"]) > 0   # what stands at padding is nobody's business
+    real = (
+      batch.get("decoder_segments", batch["segments"]) > 0
+    )  # what stands at padding is nobody's business
     _close(log_probs[real], expected["log_probs"][real])
     if made.config.model.name == "bert":
-      _close(found[1][:, ::-1], expected["pair_logits"])   # their class 0 is our 1
+      _close(found[1][:, ::-1], expected["pair_logits"])  # their class 0 is our 1
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -91,23 +113,37 @@ def test_gradients_are_torchs(name):
   batch = _batch(expected)
   rows = len(batch["tokens"])
   if name == "bert_classifier":
-    batch |= {"labels": np.arange(3, dtype=np.int32)[:, None],
-              "label_weights": np.ones((3, 1), np.float32)}
+    batch |= {
+      "labels": np.arange(3, dtype=np.int32)[:, None],
+      "label_weights": np.ones((3, 1), np.float32),
+    }
   elif made.config.model.name == "t5":
     batch |= {"weights": batch["decoder_segments"].astype(np.float32)}
   elif made.config.model.name != "bert":
-    batch |= {"targets": np.roll(batch["tokens"], -1, 1), "weights": batch["segments"].astype(np.float32)}
+    batch |= {
+      "targets": np.roll(batch["tokens"], -1, 1),
+      "weights": batch["segments"].astype(np.float32),
+    }
   else:
-    batch |= {"masked_positions": np.full((rows, 1), 1, np.int32), "masked_targets": np.full((rows, 1), 3, np.int32),
-              "masked_weights": np.ones((rows, 1), np.float32),
-              "next_sentence": np.array([[1], [0], [1]], np.int32),
-              "pair_weights": np.ones((rows, 1), np.float32)}
+    batch |= {
+      "masked_positions": np.full((rows, 1), 1, np.int32),
+      "masked_targets": np.full((rows, 1), 3, np.int32),
+      "masked_weights": np.ones((rows, 1), np.float32),
+      "next_sentence": np.array([[1], [0], [1]], np.int32),
+      "pair_weights": np.ones((rows, 1), np.float32),
+    }
 
   def loss(p):
-    return made.objective.loss(made.model.apply({"params": p}, batch, train=False), batch, made.objective.totals(batch))[0]
+    return made.objective.loss(
+      made.model.apply({"params": p}, batch, train=False), batch, made.objective.totals(batch)
+    )[0]
+
   value, grads = jax.value_and_grad(loss)(jax.tree.map(jnp.asarray, params))
   np.testing.assert_allclose(value, expected["loss"], rtol=1e-5)
-  found, family = {k: np.asarray(v) for k, v in flatten(grads).items()}, families.of_model(made.config.model)
+  found, family = (
+    {k: np.asarray(v) for k, v in flatten(grads).items()},
+    families.of_model(made.config.model),
+  )
   seen = 0
   for tensor in family.tensors:
     if any(path not in found for path in tensor.ours):
@@ -116,7 +152,7 @@ def test_gradients_are_torchs(name):
     for layer in layers:
       theirs = expected[f"grad:{tensor.theirs.format(layer)}"]
       ours = tensor.to_theirs([found[p] if layer is None else found[p][layer] for p in tensor.ours])
-      _close(ours[:len(theirs)], theirs, 1e-3)
+      _close(ours[: len(theirs)], theirs, 1e-3)
       seen += 1
   assert seen == sum(k.startswith("grad:") for k in expected)
 
@@ -127,20 +163,35 @@ def test_in_and_out_is_bit_equal(name, tmp_path):
   (tmp_path / "theirs").mkdir()
   huggingface.export(manager.find(tmp_path / "ours"), tmp_path / "theirs")
   _same_bits(GOLDEN / name, tmp_path / "theirs")
-  old, new = (json.loads((f / "config.json").read_text()) for f in (GOLDEN / name, tmp_path / "theirs"))
-  given = [k for k in new if old.get(k) is not None and not (name == "t5_gated" and k == "tie_word_embeddings")]
+  old, new = (
+    json.loads((f / "config.json").read_text()) for f in (GOLDEN / name, tmp_path / "theirs")
+  )
+  given = [
+    k
+    for k in new
+    if old.get(k) is not None and not (name == "t5_gated" and k == "tie_word_embeddings")
+  ]
   assert {k: old[k] for k in given} == {k: new[k] for k in given}
 
 
 @pytest.mark.parametrize("lowercase", [True, False])
 def test_a_trained_tokenizer_leaves_with_the_same_ids(lowercase, corpus, tmp_path):
   """A SentencePiece model of ours, written as tokenizer.json: the package `tokenizers` finds SentencePiece's own ids."""
-  texts = [corpus.read_text(), "naïve Café, Zürich ½ ﬁlm", "東京 and emoji 👩‍👩", "A  B   c ", "tab\tand\nline", "a" * 50]
-  ours = tokenizer_lib.SentencePieceTokenizer(tokenizer_lib.train_sentencepiece(texts * 3, 150 if lowercase else 420, lowercase), lowercase)
+  texts = [
+    corpus.read_text(),
+    "naïve Café, Zürich ½ ﬁlm",
+    "東京 and emoji 👩‍👩",
+    "A  B   c ",
+    "tab\tand\nline",
+    "a" * 50,
+  ]
+  ours = tokenizer_lib.SentencePieceTokenizer(
+    tokenizer_lib.train_sentencepiece(texts * 3, 150 if lowercase else 420, lowercase), lowercase
+  )
   huggingface.write_tokenizer(ours, tmp_path, 64)
   theirs = huggingface.read_tokenizer(tmp_path)
   for text in ["", " ", "Unseen ÄÖ \u200b text", "\nbegins, and \n\n ends\n", "  led", *texts]:
-    ids, = ours.encode([text])
+    (ids,) = ours.encode([text])
     assert theirs.encode([text]) == [ids], text
     assert lowercase or theirs.decode(ids) == ours.decode(ids), text
   for name in tokenizer_lib.SPECIAL:
@@ -149,11 +200,14 @@ def test_a_trained_tokenizer_leaves_with_the_same_ids(lowercase, corpus, tmp_pat
 
 def test_two_lines_load_a_checkpoint():
   import llm
+
   bundle = llm.load(GOLDEN / "bert_classifier")
   expected = dict(np.load(GOLDEN / "bert_classifier" / "expected.npz"))
   found = bundle.model.apply({"params": bundle.params}, _batch(expected), train=False)["logits"]
   _close(found[:, 0], expected["logits"])
-  assert bundle.tokenizer.vocab_size == bundle.config.model.vocab_size and tuple(bundle.config.objective["classes"]) == ("no", "maybe", "yes")
+  assert bundle.tokenizer.vocab_size == bundle.config.model.vocab_size and tuple(
+    bundle.config.objective["classes"]
+  ) == ("no", "maybe", "yes")
 
 
 def test_a_folder_of_theirs_is_a_start_like_ours(tmp_path, reviews):
@@ -165,7 +219,11 @@ def test_a_folder_of_theirs_is_a_start_like_ours(tmp_path, reviews):
   config.training.update(steps=2, batch_size=8, sequence_length=16)
   loop.train(config_lib.freeze(config), tmp_path / "run")
   saved = experiment.from_checkpoint(manager.find(tmp_path / "run"))
-  assert (saved.config.model.width, saved.config.model.num_layers, saved.tokenizer.name) == (16, 2, "wordpiece")
+  assert (saved.config.model.width, saved.config.model.num_layers, saved.tokenizer.name) == (
+    16,
+    2,
+    "wordpiece",
+  )
   audit = json.loads((tmp_path / "run" / "transfer.json").read_text())["parameters"]
   assert {e["action"] for e in audit} == {"copied", "fresh", "dropped"}
   assert locate.find(GOLDEN / "bert_pretraining") == locate.find(GOLDEN / "bert_pretraining")
@@ -175,7 +233,7 @@ def test_many_processes_convert_nothing(tmp_path, monkeypatch):
   """Each would write a part of it to a folder of its own."""
   locate.find(GOLDEN / "bert_pretraining")
   monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-  locate.find(GOLDEN / "bert_pretraining")   # it is there
+  locate.find(GOLDEN / "bert_pretraining")  # it is there
   with pytest.raises(UserError, match="is not converted on every machine: make a workdir of it"):
     locate.find(GOLDEN / "bert_pretraining", cache_folder=str(tmp_path))
 
@@ -208,16 +266,19 @@ def _lying_header(folder):
 def _overlap(folder):
   data = (folder / "model.safetensors").read_bytes()
   size = int.from_bytes(data[:8], "little")
-  header = json.loads(data[8:8 + size])
+  header = json.loads(data[8 : 8 + size])
   first, second = [k for k in header if k != "__metadata__"][:2]
   header[second]["data_offsets"] = header[first]["data_offsets"]
   new = json.dumps(header).encode()
-  (folder / "model.safetensors").write_bytes(len(new).to_bytes(8, "little") + new + data[8 + size:])
+  (folder / "model.safetensors").write_bytes(
+    len(new).to_bytes(8, "little") + new + data[8 + size :]
+  )
 
 
 def _index(name):
   def spoil(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
+
   return spoil
 
 
@@ -227,19 +288,26 @@ def _link(folder):
 
 
 BAD = {
-    "pickle": (_pickle, "pickle"), "cut": (_cut, "damaged"), "header": (_lying_header, "damaged"),
-    "overlap": (_overlap, "damaged"), "missing shard": (_index("model-1.safetensors"), "not there"),
-    "outside": (_index("../x.safetensors"), "same folder"), "absolute": (_index("/x.safetensors"), "same folder"),
-    "link": (_link, "outside its folder"),
-    "family": (lambda f: _edit_config(f, model_type="mamba"), "supported: bert, gpt2, llama"),
-    "shape": (lambda f: _edit_config(f, intermediate_size=32), "does not fit config.json"),
-    "layers": (lambda f: _edit_config(f, num_hidden_layers=3), "is missing"),
-    "fewer layers": (lambda f: _edit_config(f, num_hidden_layers=1), "no place for"),
-    "activation": (lambda f: _edit_config(f, hidden_act="swish"), "hidden_act"),
-    "no number": (lambda f: _edit_config(f, hidden_size="16"), "positive integer"),
-    "tokenizer": (lambda f: (f / "vocab.txt").write_text((f / "vocab.txt").read_text() + "more\n"), "44 pieces"),
-    "no tokenizer": (lambda f: (f / "vocab.txt").unlink(), "no tokenizer"),
-    "config": (lambda f: (f / "config.json").write_text("{"), "JSON"),
+  "pickle": (_pickle, "pickle"),
+  "cut": (_cut, "damaged"),
+  "header": (_lying_header, "damaged"),
+  "overlap": (_overlap, "damaged"),
+  "missing shard": (_index("model-1.safetensors"), "not there"),
+  "outside": (_index("../x.safetensors"), "same folder"),
+  "absolute": (_index("/x.safetensors"), "same folder"),
+  "link": (_link, "outside its folder"),
+  "family": (lambda f: _edit_config(f, model_type="mamba"), "supported: bert, gpt2, llama"),
+  "shape": (lambda f: _edit_config(f, intermediate_size=32), "does not fit config.json"),
+  "layers": (lambda f: _edit_config(f, num_hidden_layers=3), "is missing"),
+  "fewer layers": (lambda f: _edit_config(f, num_hidden_layers=1), "no place for"),
+  "activation": (lambda f: _edit_config(f, hidden_act="swish"), "hidden_act"),
+  "no number": (lambda f: _edit_config(f, hidden_size="16"), "positive integer"),
+  "tokenizer": (
+    lambda f: (f / "vocab.txt").write_text((f / "vocab.txt").read_text() + "more\n"),
+    "44 pieces",
+  ),
+  "no tokenizer": (lambda f: (f / "vocab.txt").unlink(), "no tokenizer"),
+  "config": (lambda f: (f / "config.json").write_text("{"), "JSON"),
 }
 
 
@@ -267,16 +335,33 @@ def test_what_transformers_has_no_class_for_is_refused(tmp_path):
     huggingface.export(step, tmp_path)
 
 
-@pytest.mark.parametrize("mesh", [{"mesh__data": 2, "mesh__fsdp": 4}, pytest.param(
-    {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}, marks=pytest.mark.slow)], ids=["fsdp", "tensor"])
+@pytest.mark.parametrize(
+  "mesh",
+  [
+    {"mesh__data": 2, "mesh__fsdp": 4},
+    pytest.param({"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}, marks=pytest.mark.slow),
+  ],
+  ids=["fsdp", "tensor"],
+)
 @pytest.mark.parametrize("name", ["bert_pretraining", "gpt2", "llama"])
 def test_round_trip_over_a_mesh(name, mesh, corpus, tmp_path):
   """In, onto a mesh, a step of rate 0, out: the same bits."""
   kind = "bert" if name.startswith("bert") else "gpt"
-  shape = {f"model__{k}": type(getattr(config_lib.ModelConfig(), k))() for k in
-           ("name", "num_layers", "width", "num_heads", "mlp_dim", "max_length")}
-  config = tiny(kind, f"text:{corpus}", transfer__checkpoint=str(GOLDEN / name), tokenizer__name="", optimizer__learning_rate=0.0,
-                training__steps=1, training__sequence_length=16, **shape, **mesh)
+  shape = {
+    f"model__{k}": type(getattr(config_lib.ModelConfig(), k))()
+    for k in ("name", "num_layers", "width", "num_heads", "mlp_dim", "max_length")
+  }
+  config = tiny(
+    kind,
+    f"text:{corpus}",
+    transfer__checkpoint=str(GOLDEN / name),
+    tokenizer__name="",
+    optimizer__learning_rate=0.0,
+    training__steps=1,
+    training__sequence_length=16,
+    **shape,
+    **mesh,
+  )
   loop.train(config, tmp_path / "run")
   (tmp_path / "out").mkdir()
   huggingface.export(manager.find(tmp_path / "run"), tmp_path / "out")

@@ -1,4 +1,5 @@
 """What the models must not do: look ahead, mix documents, depend on how they are computed."""
+
 import dataclasses
 
 import jax
@@ -9,9 +10,12 @@ import pytest
 from llm.config import ModelConfig
 from llm.models import bert, build_backbone, gpt, llama, t5
 from llm.objectives import base
-from llm.training import experiment, metrics, step as step_lib
+from llm.training import experiment, metrics
+from llm.training import step as step_lib
 
-SMALL = dict(num_layers=3, width=32, num_heads=4, mlp_dim=64, vocab_size=100, max_length=16, dropout=0.0)
+SMALL = dict(
+  num_layers=3, width=32, num_heads=4, mlp_dim=64, vocab_size=100, max_length=16, dropout=0.0
+)
 T = 16
 
 
@@ -19,23 +23,45 @@ def batch_of(rows: int, seed: int = 0, segments=None):
   """A batch with everything that both objectives need."""
   rng = np.random.default_rng(seed)
   tokens = rng.integers(0, 100, (rows, T)).astype(np.int32)
-  segments = np.ones((rows, T), np.int32) if segments is None else np.tile(segments, (rows, 1)).astype(np.int32)
-  positions = np.stack([np.concatenate([np.arange((s == v).sum()) for v in dict.fromkeys(s)]) for s in segments])
-  return {"tokens": tokens, "segments": segments, "positions": positions.astype(np.int32),
-          "types": np.zeros_like(tokens), "targets": np.roll(tokens, -1, 1), "weights": np.ones((rows, T), np.float32),
-          "masked_positions": np.tile(np.array([1, 4, 9], np.int32), (rows, 1)),
-          "masked_targets": tokens[:, [1, 4, 9]], "masked_weights": np.ones((rows, 3), np.float32),
-          **{f"decoder_{k}": v for k, v in (("tokens", np.roll(tokens, 3, 1)), ("segments", segments),
-                                            ("positions", positions.astype(np.int32)))},
-          "firsts": np.zeros((rows, 1), np.int32), "pair_weights": np.ones((rows, 1), np.float32),
-          "next_sentence": (np.arange(rows) % 2).astype(np.int32)[:, None]}
+  segments = (
+    np.ones((rows, T), np.int32)
+    if segments is None
+    else np.tile(segments, (rows, 1)).astype(np.int32)
+  )
+  positions = np.stack(
+    [np.concatenate([np.arange((s == v).sum()) for v in dict.fromkeys(s)]) for s in segments]
+  )
+  return {
+    "tokens": tokens,
+    "segments": segments,
+    "positions": positions.astype(np.int32),
+    "types": np.zeros_like(tokens),
+    "targets": np.roll(tokens, -1, 1),
+    "weights": np.ones((rows, T), np.float32),
+    "masked_positions": np.tile(np.array([1, 4, 9], np.int32), (rows, 1)),
+    "masked_targets": tokens[:, [1, 4, 9]],
+    "masked_weights": np.ones((rows, 3), np.float32),
+    **{
+      f"decoder_{k}": v
+      for k, v in (
+        ("tokens", np.roll(tokens, 3, 1)),
+        ("segments", segments),
+        ("positions", positions.astype(np.int32)),
+      )
+    },
+    "firsts": np.zeros((rows, 1), np.int32),
+    "pair_weights": np.ones((rows, 1), np.float32),
+    "next_sentence": (np.arange(rows) % 2).astype(np.int32)[:, None],
+  }
 
 
 def model_of(name: str, **changes):
   shape = {**SMALL, "num_kv_heads": 2 if name == "llama" else 0}
   shape |= dict(head_width=12, init_std=1.0, tied=False) if name == "t5" else {}
   config = dataclasses.replace(ModelConfig(name=name, **shape), **changes)
-  return experiment.build(base.build(base.defaults("masked_lm" if name == "bert" else "causal_lm")), config)
+  return experiment.build(
+    base.build(base.defaults("masked_lm" if name == "bert" else "causal_lm")), config
+  )
 
 
 def params_of(model, seed=0):
@@ -52,7 +78,7 @@ def test_decoders_never_look_ahead(name):
   params, batch = params_of(model), batch_of(1)
   table = params["backbone"]["token"]["embedding"]
 
-  def outputs(embedded):   # gradients with respect to each position's token embedding
+  def outputs(embedded):  # gradients with respect to each position's token embedding
     moved = {**params["backbone"], "token": {"embedding": jnp.concatenate([table, embedded])}}
     there = {**batch, "tokens": len(table) + np.arange(T, dtype=np.int32)[None]}
     return model.backbone.apply({"params": moved}, there, train=False)[0][0]
@@ -61,8 +87,8 @@ def test_decoders_never_look_ahead(name):
   model = model.clone(backbone=build_backbone(big), parent=None)
   rows = -(-(len(table) + T) // 128) * 128 - len(table)
   embedded = jnp.concatenate([table[batch["tokens"][0]], jnp.zeros((rows - T, 32))])
-  weights = np.random.default_rng(0).normal(size=32)   # a plain sum would be constant after the norm
-  slopes = jax.jacobian(lambda e: outputs(e) @ weights)(embedded)   # T x rows x D
+  weights = np.random.default_rng(0).normal(size=32)  # a plain sum would be constant after the norm
+  slopes = jax.jacobian(lambda e: outputs(e) @ weights)(embedded)  # T x rows x D
   reach = np.abs(np.asarray(slopes))[:, :T].sum(-1) > 0
   assert (reach == np.tril(np.ones((T, T), bool))).all()
 
@@ -76,8 +102,14 @@ def test_packed_documents_are_alone(name):
   for start, stop in ((0, 5), (5, 12)):
     alone = {k: packed[k][:, start:stop] for k in ("tokens", "types", "positions")}
     alone["segments"] = np.ones((1, stop - start), np.int32)
-    np.testing.assert_allclose(np.asarray(hidden(model, params, alone))[0], out[0, start:stop], atol=2e-6)
-  for perturbed, kept in ((slice(0, 5), slice(5, 12)), (slice(5, 12), slice(0, 5)), (slice(12, 16), slice(0, 12))):
+    np.testing.assert_allclose(
+      np.asarray(hidden(model, params, alone))[0], out[0, start:stop], atol=2e-6
+    )
+  for perturbed, kept in (
+    (slice(0, 5), slice(5, 12)),
+    (slice(5, 12), slice(0, 5)),
+    (slice(12, 16), slice(0, 12)),
+  ):
     tokens = packed["tokens"].copy()
     tokens[:, perturbed] = (tokens[:, perturbed] + 7) % 100
     moved = np.asarray(hidden(model, params, {**packed, "tokens": tokens}))
@@ -92,47 +124,85 @@ def test_padding_changes_nothing(name):
   short = {k: batch_of(1)[k][:, :9] for k in ("tokens", "types", "positions")}
   short["segments"] = np.ones((1, 9), np.int32)
   padded = {k: np.pad(v, ((0, 0), (0, 7))) for k, v in short.items()}
-  np.testing.assert_allclose(np.asarray(hidden(model, params, padded))[0, :9],
-                             np.asarray(hidden(model, params, short))[0], atol=2e-6)
+  np.testing.assert_allclose(
+    np.asarray(hidden(model, params, padded))[0, :9],
+    np.asarray(hidden(model, params, short))[0],
+    atol=2e-6,
+  )
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt", "llama", "t5"])
-@pytest.mark.parametrize("change", [{"scan": "scan"}, {"remat": "full"}, {"remat": "dots"}, {"remat": "full", "scan": "scan"},
-                                    {"loss_chunk": 5}])
+@pytest.mark.parametrize(
+  "change",
+  [
+    {"scan": "scan"},
+    {"remat": "full"},
+    {"remat": "dots"},
+    {"remat": "full", "scan": "scan"},
+    {"loss_chunk": 5},
+  ],
+)
 def test_how_it_is_computed_does_not_matter(name, change):
   objective = base.build(base.defaults("masked_lm" if name == "bert" else "causal_lm"))
   batch = batch_of(4)
 
   def gradients(model):
     def loss(p):
-      return objective.loss(model.apply({"params": p}, batch, train=False), batch, objective.totals(batch))[0]
+      return objective.loss(
+        model.apply({"params": p}, batch, train=False), batch, objective.totals(batch)
+      )[0]
+
     return jax.jit(jax.value_and_grad(loss))
+
   plain = model_of(name, scan="unroll")
   params = params_of(plain)
-  expected, found = gradients(plain)(params), gradients(model_of(name, **{"scan": "unroll", **change}))(params)
+  expected, found = (
+    gradients(plain)(params),
+    gradients(model_of(name, **{"scan": "unroll", **change}))(params),
+  )
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), expected, found)
 
 
 # Stated exactly: google-research/bert and its miniatures with both pretraining heads (as
 # BertForPreTraining counts them), GPT-2 as openai/gpt-2, SmolLM2, Llama 2 and Llama 3 as their cards, T5 as T5ForConditionalGeneration.
 PUBLISHED = {
-    ("bert", "tiny"): 4_433_468, ("bert", "mini"): 11_267_900, ("bert", "small"): 29_058_876,
-    ("bert", "medium"): 41_668_412, ("bert", "base"): 110_106_428, ("bert", "large"): 336_226_108,
-    ("gpt", "small"): 124_439_808, ("gpt", "medium"): 354_823_168, ("gpt", "large"): 774_030_080,
-    ("gpt", "xl"): 1_557_611_200, ("llama", "135m"): 134_515_008, ("llama", "7b"): 6_738_415_616,
-    ("llama", "8b"): 8_030_261_248, ("llama", "70b"): 68_976_648_192,
-    ("t5", "small"): 76_961_152, ("t5", "base"): 247_577_856, ("t5", "large"): 783_150_080, ("t5", "3b"): 2_849_757_184,
-    ("t5", "11b"): 11_135_332_352, ("t5", "small-v1.0"): 60_506_624, ("t5", "base-v1.0"): 222_903_552,
-    ("t5", "large-v1.0"): 737_668_096, ("t5", "3b-v1.0"): 2_851_598_336, ("t5", "11b-v1.0"): 11_307_321_344,
+  ("bert", "tiny"): 4_433_468,
+  ("bert", "mini"): 11_267_900,
+  ("bert", "small"): 29_058_876,
+  ("bert", "medium"): 41_668_412,
+  ("bert", "base"): 110_106_428,
+  ("bert", "large"): 336_226_108,
+  ("gpt", "small"): 124_439_808,
+  ("gpt", "medium"): 354_823_168,
+  ("gpt", "large"): 774_030_080,
+  ("gpt", "xl"): 1_557_611_200,
+  ("llama", "135m"): 134_515_008,
+  ("llama", "7b"): 6_738_415_616,
+  ("llama", "8b"): 8_030_261_248,
+  ("llama", "70b"): 68_976_648_192,
+  ("t5", "small"): 76_961_152,
+  ("t5", "base"): 247_577_856,
+  ("t5", "large"): 783_150_080,
+  ("t5", "3b"): 2_849_757_184,
+  ("t5", "11b"): 11_135_332_352,
+  ("t5", "small-v1.0"): 60_506_624,
+  ("t5", "base-v1.0"): 222_903_552,
+  ("t5", "large-v1.0"): 737_668_096,
+  ("t5", "3b-v1.0"): 2_851_598_336,
+  ("t5", "11b-v1.0"): 11_307_321_344,
 }
 
 
 @pytest.mark.parametrize("name, size", list(PUBLISHED))
 def test_parameter_counts_are_the_published_ones(name, size):
   shape = {"bert": bert, "gpt": gpt, "llama": llama, "t5": t5}[name].SIZES[size]
-  vocab = {"bert": 30_522, "gpt": 50_257, "t5": 32_128, "135m": 49_152, "8b": 128_256}.get(name if name != "llama" else size, 32_000)
+  vocab = {"bert": 30_522, "gpt": 50_257, "t5": 32_128, "135m": 49_152, "8b": 128_256}.get(
+    name if name != "llama" else size, 32_000
+  )
   config = ModelConfig(name=name, vocab_size=vocab, scan="scan", **shape)
-  model = experiment.build(base.build(base.defaults("masked_lm" if name == "bert" else "causal_lm")), config)
+  model = experiment.build(
+    base.build(base.defaults("masked_lm" if name == "bert" else "causal_lm")), config
+  )
   shapes = jax.eval_shape(lambda: step_lib.init_params(model, batch_of(1), jax.random.key(0)))
   assert metrics.count_parameters(shapes, vocab) == PUBLISHED[name, size]
 
@@ -143,6 +213,11 @@ def test_padding_of_the_vocabulary_takes_no_probability():
   batch = batch_of(2)
   losses = model.apply({"params": params}, batch, train=False)["losses"]
   table = params["backbone"]["token"]["embedding"]
-  logits = np.asarray(hidden(model, params, batch), np.float64) @ np.asarray(table, np.float64)[:100].T
-  expected = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
+  logits = (
+    np.asarray(hidden(model, params, batch), np.float64) @ np.asarray(table, np.float64)[:100].T
+  )
+  expected = (
+    np.log(np.exp(logits).sum(-1))
+    - np.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
+  )
   np.testing.assert_allclose(losses, expected, rtol=1e-5)

@@ -1,4 +1,5 @@
 """A thousand broken configs and data files: every one works or ends as a UserError of one line."""
+
 import json
 import random
 
@@ -10,8 +11,40 @@ from llm.core import UserError
 from llm.training import experiment
 from tests.conftest import tiny
 
-VALUES = [None, "", "x", "0", "[1]", "(", "a=b", "-1", 0, 1, -1, 3, 10 ** 9, 0.0, 0.5, -0.5, float("nan"), float("inf"), True,
-          False, (), ("a",), (1,), ["a"], {}, {"a": 1}, "text:", "text:no/such", "jsonl:{corpus}", "max:", "10:5", "😀"]
+VALUES = [
+  None,
+  "",
+  "x",
+  "0",
+  "[1]",
+  "(",
+  "a=b",
+  "-1",
+  0,
+  1,
+  -1,
+  3,
+  10**9,
+  0.0,
+  0.5,
+  -0.5,
+  float("nan"),
+  float("inf"),
+  True,
+  False,
+  (),
+  ("a",),
+  (1,),
+  ["a"],
+  {},
+  {"a": 1},
+  "text:",
+  "text:no/such",
+  "jsonl:{corpus}",
+  "max:",
+  "10:5",
+  "😀",
+]
 
 
 def mutated(config: dict, rng: random.Random, corpus) -> dict:
@@ -28,7 +61,7 @@ def mutated(config: dict, rng: random.Random, corpus) -> dict:
       del config[group][rng.choice(list(config[group]))]
     elif config[group]:
       key = rng.choice(list(config[group]))
-      if rng.random() < 0.7:   # of the right type, so that it gets further
+      if rng.random() < 0.7:  # of the right type, so that it gets further
         value = rng.choice([v for v in VALUES if type(v) is type(config[group][key])] or [value])
       config[group][key] = value.format(corpus=corpus) if isinstance(value, str) else value
   return config
@@ -46,7 +79,7 @@ def survives(attempt) -> bool:
 
 @pytest.mark.parametrize("kind", ["bert", "gpt", "t5"])
 def test_broken_configs(kind, corpus, tmp_path, monkeypatch):
-  monkeypatch.chdir(tmp_path)   # a mutated cache folder is made here
+  monkeypatch.chdir(tmp_path)  # a mutated cache folder is made here
   rng = random.Random(kind)
   good = config_lib.thaw(tiny(kind, f"text:{corpus}", data__eval=f"text:{corpus}"))
 
@@ -54,6 +87,7 @@ def test_broken_configs(kind, corpus, tmp_path, monkeypatch):
     config = config_lib.freeze(plain)
     sharding.mesh_shape(config.mesh, 8)
     experiment.prepare(config, say=lambda text: None).batches.read(0, range(2))
+
   outcomes = [survives(lambda: attempt(mutated(good, rng, corpus))) for _ in range(300)]
   assert 20 < sum(outcomes) < 280
 
@@ -66,11 +100,13 @@ def broken(data: bytes, rng: random.Random) -> bytes:
     if how < 0.4:
       data[at] = rng.randrange(256)
     elif how < 0.6:
-      del data[at:at + rng.randint(1, 40)]
+      del data[at : at + rng.randint(1, 40)]
     elif how < 0.8:
-      data[at:at] = rng.choice([b"\n", b"\x00", b'"', b"\xff", b"null", b"1e999", b"{}", b"\r", "\u2028".encode()])
+      data[at:at] = rng.choice(
+        [b"\n", b"\x00", b'"', b"\xff", b"null", b"1e999", b"{}", b"\r", "\u2028".encode()]
+      )
     else:
-      data = data[:at + 1]
+      data = data[: at + 1]
   return bytes(data)
 
 
@@ -78,14 +114,26 @@ def broken(data: bytes, rng: random.Random) -> bytes:
 def test_broken_data(kind, reviews, tmp_path):
   rng = random.Random(kind)
   lines = [json.loads(l) for l in (reviews / "eval.jsonl").read_text().splitlines()][:8]
-  good = ("\n".join(map(json.dumps, lines)) if kind == "jsonl" else
-          "text,label\n" + "\n".join(f'"{l["text"]}",{l["label"]}' for l in lines)).encode()
+  good = (
+    "\n".join(map(json.dumps, lines))
+    if kind == "jsonl"
+    else "text,label\n" + "\n".join(f'"{l["text"]}",{l["label"]}' for l in lines)
+  ).encode()
   path = tmp_path / f"data.{kind}"
-  config = tiny("classifier", f"{kind}:{path}", data__eval=f"{kind}:{path}", tokenizer__name="bytes", training__batch_size=2)
-  config = config_lib.freeze({**config_lib.thaw(config), "model": config_lib.thaw(tiny("bert", "text:x"))["model"]})
+  config = tiny(
+    "classifier",
+    f"{kind}:{path}",
+    data__eval=f"{kind}:{path}",
+    tokenizer__name="bytes",
+    training__batch_size=2,
+  )
+  config = config_lib.freeze(
+    {**config_lib.thaw(config), "model": config_lib.thaw(tiny("bert", "text:x"))["model"]}
+  )
 
   def attempt():
     path.write_bytes(broken(good, rng))
     experiment.prepare(config, say=lambda text: None).batches[0]
+
   outcomes = [survives(attempt) for _ in range(250)]
   assert 20 < sum(outcomes) < 240

@@ -2,6 +2,7 @@
 
 `.ci/run` runs this file under a second Python too, whose JAX is another.
 """
+
 import contextlib
 import os
 import subprocess
@@ -19,15 +20,23 @@ from llm.objectives import base
 from llm.training import experiment, optimizer, partition
 from llm.training import step as step_lib
 
-ROWS, LENGTH, VOCABULARY = 5, 37, 131   # no multiples of 2, 3 or 128
-OBJECTIVES = {"bert": "masked_lm", "gpt": "causal_lm", "llama": "causal_lm", "t5": "span_corruption"}
+ROWS, LENGTH, VOCABULARY = 5, 37, 131  # no multiples of 2, 3 or 128
+OBJECTIVES = {
+  "bert": "masked_lm",
+  "gpt": "causal_lm",
+  "llama": "causal_lm",
+  "t5": "span_corruption",
+}
 
 
 @pytest.mark.parametrize("rows", [32_767, 32_769, 65_537])
 def test_sums_of_many_rows(rows):
   """What jaxlib 0.10.2 has wrong (jax issue 39103)."""
   rng = np.random.default_rng(0)
-  matrix, x = rng.normal(size=(3, 3)).astype(np.float32), rng.normal(size=(rows, 3)).astype(np.float32)
+  matrix, x = (
+    rng.normal(size=(3, 3)).astype(np.float32),
+    rng.normal(size=(rows, 3)).astype(np.float32),
+  )
   sums = jax.jit(jax.vmap(lambda row: ((matrix @ row) ** 2).sum()))(x)
   np.testing.assert_allclose(sums, ((x.astype(np.float64) @ matrix.T) ** 2).sum(1), rtol=1e-5)
 
@@ -39,53 +48,85 @@ def batch_of(name: str) -> dict[str, np.ndarray]:
   tokens = rng.integers(0, VOCABULARY, shape).astype(np.int32)
   segments = np.where(np.arange(LENGTH) < 17, 1, np.where(np.arange(LENGTH) < 34, 2, 0))
   segments = np.tile(segments, (ROWS, 1)).astype(np.int32)
-  positions = np.where(np.arange(LENGTH) < 17, np.arange(LENGTH), np.maximum(np.arange(LENGTH) - 17, 0))
+  positions = np.where(
+    np.arange(LENGTH) < 17, np.arange(LENGTH), np.maximum(np.arange(LENGTH) - 17, 0)
+  )
   positions = np.tile(positions, (ROWS, 1)).astype(np.int32)
   batch = {"tokens": tokens, "segments": segments, "positions": positions}
   weights = (rng.random(shape) < 0.7).astype(np.float32) * (segments > 0)
   if name == "bert":
     masked = np.tile(np.array([1, 5, 20, 31, 33], np.int32), (ROWS, 1))
     return batch | {
-        "types": (segments == 2).astype(np.int32), "masked_positions": masked,
-        "masked_targets": np.take_along_axis(tokens, masked, 1),
-        "masked_weights": weights[:, [1, 5, 20, 31, 33]],
-        "firsts": np.tile(np.array([0, 17], np.int32), (ROWS, 1)),
-        "next_sentence": rng.integers(0, 2, (ROWS, 2)).astype(np.int32),
-        "pair_weights": np.ones((ROWS, 2), np.float32)}
+      "types": (segments == 2).astype(np.int32),
+      "masked_positions": masked,
+      "masked_targets": np.take_along_axis(tokens, masked, 1),
+      "masked_weights": weights[:, [1, 5, 20, 31, 33]],
+      "firsts": np.tile(np.array([0, 17], np.int32), (ROWS, 1)),
+      "next_sentence": rng.integers(0, 2, (ROWS, 2)).astype(np.int32),
+      "pair_weights": np.ones((ROWS, 2), np.float32),
+    }
   if name == "t5":
     targets = rng.integers(0, VOCABULARY, (ROWS, 11)).astype(np.int32)
     own = np.tile(np.array([1] * 5 + [2] * 6, np.int32), (ROWS, 1))
     places = np.tile(np.array([*range(5), *range(6)], np.int32), (ROWS, 1))
-    return batch | {"targets": targets, "decoder_tokens": np.roll(targets, 1, 1), "decoder_segments": own,
-                    "decoder_positions": places, "weights": weights[:, :11]}
+    return batch | {
+      "targets": targets,
+      "decoder_tokens": np.roll(targets, 1, 1),
+      "decoder_segments": own,
+      "decoder_positions": places,
+      "weights": weights[:, :11],
+    }
   return batch | {"targets": np.roll(tokens, -1, 1), "weights": weights}
 
 
 def one_step(name: str, dtype: str, compiled: bool) -> tuple[float, dict, dict]:
   """(loss, first moments: a tenth of the gradients, change of the parameters) of a step of AdamW."""
-  config = ModelConfig(name=name, num_layers=2, width=20, num_heads=2, mlp_dim=53, max_length=41, dropout=0.0,
-                       vocab_size=VOCABULARY, dtype=dtype, gated=name == "t5", init_std=0.3 if name != "t5" else 1.0)
+  config = ModelConfig(
+    name=name,
+    num_layers=2,
+    width=20,
+    num_heads=2,
+    mlp_dim=53,
+    max_length=41,
+    dropout=0.0,
+    vocab_size=VOCABULARY,
+    dtype=dtype,
+    gated=name == "t5",
+    init_std=0.3 if name != "t5" else 1.0,
+  )
   objective = base.build(base.defaults(OBJECTIVES[name]))
   model, batch = experiment.build(objective, config), batch_of(name)
-  with jax.enable_x64(False):   # else the draw itself would differ
+  with jax.enable_x64(False):  # else the draw itself would differ
     params = step_lib.init_params(experiment.build(objective, config), batch, jax.random.key(0))
   exact = jnp.float64 if dtype == "float64" else jnp.float32
   params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), exact), params)
   marks = partition.frozen_layers(params, "")
   trained, frozen = partition.split(params, marks)
   # With this epsilon, gradients that are zero but for rounding move nothing.
-  adamw = optimizer.make(OptimizerConfig(epsilon=1e-2, schedule="constant", warmup_steps=0, learning_rate=0.1,
-                                         grad_clip_norm=0.0), trained, 2, 10)
+  adamw = optimizer.make(
+    OptimizerConfig(
+      epsilon=1e-2, schedule="constant", warmup_steps=0, learning_rate=0.1, grad_clip_norm=0.0
+    ),
+    trained,
+    2,
+    10,
+  )
   state = step_lib.init_state(trained, frozen, adamw)
   before = {path: np.asarray(leaf) for path, leaf in trained.items()}
   run = lambda state: step_lib.train_step(model, objective, adamw, marks, 1, state, batch, 0)
   with contextlib.nullcontext() if compiled else jax.disable_jit():
     state, metrics = (jax.jit(run) if compiled else run)(state)
   total, weight = next(value for key, value in metrics.items() if key.endswith("loss"))
-  moments = {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
-             for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)}
+  moments = {
+    jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
+  }
   moments = {path.partition("mu/")[2]: leaf for path, leaf in moments.items() if "mu/" in path}
-  return float(total / weight), moments, {path: np.asarray(leaf) - before[path] for path, leaf in state.trained.items()}
+  return (
+    float(total / weight),
+    moments,
+    {path: np.asarray(leaf) - before[path] for path, leaf in state.trained.items()},
+  )
 
 
 def apart(found: dict, expected: dict) -> float:
@@ -105,7 +146,7 @@ def test_a_compiled_step_is_the_step_in_float64_without_a_compiler(name):
   assert apart(moments, exact_moments) < 1e-5
   assert apart(changes, exact_changes) < 1e-4
   assert rough_loss == pytest.approx(exact_loss, rel=1e-2)
-  assert 1e-5 < apart(rough_moments, exact_moments) < 5e-2   # bfloat16 has 8 bits
+  assert 1e-5 < apart(rough_moments, exact_moments) < 5e-2  # bfloat16 has 8 bits
 
 
 def test_bfloat16_operands_are_rounded_and_their_products_summed_in_float32():
@@ -120,14 +161,16 @@ def test_bfloat16_operands_are_rounded_and_their_products_summed_in_float32():
   np.testing.assert_allclose(dx, rounded(dy) @ rounded(kernel).T, rtol=1e-4, atol=1e-4)
   np.testing.assert_allclose(dkernel, rounded(x).T @ rounded(dy), rtol=1e-4, atol=1e-4)
   ones = layers.matmul(jnp.ones((1, 4096)), jnp.ones((4096, 1)), types)
-  assert ones[0, 0] == 4096   # bfloat16 sums would stop at 256
+  assert ones[0, 0] == 4096  # bfloat16 sums would stop at 256
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])
 def test_gradients_of_attention_are_those_of_plain_products(groups):
   """Its products have gradients of their own; here JAX's beside them."""
   rng = np.random.default_rng(0)
-  q, k, v, weights = (rng.normal(size=(2, 11, heads, 5)).astype(np.float32) for heads in (6, groups, groups, 6))
+  q, k, v, weights = (
+    rng.normal(size=(2, 11, heads, 5)).astype(np.float32) for heads in (6, groups, groups, 6)
+  )
   segments = np.tile(np.repeat([1, 2], [4, 7]).astype(np.int32), (2, 1))
   positions = np.tile(np.array([*range(4), *range(7)], np.int32), (2, 1))
   seen = attention.Visibility(segments, segments, positions, positions, True)
@@ -140,7 +183,9 @@ def test_gradients_of_attention_are_those_of_plain_products(groups):
 
   with jax.enable_x64(False):
     expected = jax.grad(lambda *qkv: (plain(*qkv) * weights).sum(), (0, 1, 2))(q, k, v)
-    gradients = jax.grad(lambda *qkv: (attention.attend(*qkv, seen, scale=0.3) * weights).sum(), (0, 1, 2))(q, k, v)
+    gradients = jax.grad(
+      lambda *qkv: (attention.attend(*qkv, seen, scale=0.3) * weights).sum(), (0, 1, 2)
+    )(q, k, v)
   for gradient, other in zip(gradients, expected):
     np.testing.assert_allclose(gradient, other, atol=2e-5)
 
@@ -174,14 +219,18 @@ def test_a_jax_that_computes_wrong_is_refused_in_one_line(monkeypatch, capsys):
   monkeypatch.setattr(sys, "argv", ["-m"])
   with pytest.raises(SystemExit, match="2"):
     environment.prepare()
-  line, = capsys.readouterr().err.splitlines()
+  (line,) = capsys.readouterr().err.splitlines()
   assert "jaxlib 0.10.2 computes wrong numbers" in line and "pip install" in line
 
 
 @pytest.mark.parametrize("devices", ["many", "0", "-3", "1.5"])
 def test_a_number_of_devices_that_is_none_is_one_line(devices):
   """In a process of its own: JAX reads the variable when it is imported."""
-  run = subprocess.run([sys.executable, "-m", "llm.predict", "--text=x"], capture_output=True, text=True,
-                       env={**os.environ, "JAX_NUM_CPU_DEVICES": devices})
+  run = subprocess.run(
+    [sys.executable, "-m", "llm.predict", "--text=x"],
+    capture_output=True,
+    text=True,
+    env={**os.environ, "JAX_NUM_CPU_DEVICES": devices},
+  )
   assert run.returncode == 2
   assert run.stderr == f"error: JAX_NUM_CPU_DEVICES={devices!r} must be a number from 1 to 1024\n"

@@ -1,4 +1,5 @@
 """Masking, pairing, next tokens and labels: what an example says of its text."""
+
 import collections
 import json
 
@@ -8,7 +9,8 @@ import scipy.stats
 
 from llm.config import DataConfig, ModelConfig
 from llm.core import UserError
-from llm.data import sources, tokenizer as tokenizer_lib
+from llm.data import sources
+from llm.data import tokenizer as tokenizer_lib
 from llm.objectives import causal_lm, classification, masked_lm
 
 BERT, GPT = ModelConfig(name="bert"), ModelConfig(name="gpt")
@@ -47,7 +49,9 @@ def test_masking_is_as_published(corpus, byte_tokenizer, pairs):
       kinds["mask"] += int((now == byte_tokenizer.mask).sum())
       kinds["kept"] += int((now == targets).sum())
       kinds["chosen"] += len(targets)
-      candidates = (example["segments"] > 0) & ~np.isin(unmasked(example), (byte_tokenizer.cls, byte_tokenizer.sep))
+      candidates = (example["segments"] > 0) & ~np.isin(
+        unmasked(example), (byte_tokenizer.cls, byte_tokenizer.sep)
+      )
       assert len(targets) == max(1, round(0.15 * candidates.sum()))
       kinds["random"] += int(((now != byte_tokenizer.mask) & (now != targets)).sum())
       others = now[(now != byte_tokenizer.mask) & (now != targets)]
@@ -70,8 +74,15 @@ def test_masked_positions_are_uniform(corpus, byte_tokenizer):
 
 
 def test_whole_words_are_masked_whole(tmp_path, corpus):
-  pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz.",
-            *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz")]
+  pieces = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    *"abcdefghijklmnopqrstuvwxyz.",
+    *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz"),
+  ]
   tokenizer = tokenizer_lib.WordPieceTokenizer("\n".join(pieces).encode())
   objective = masked_lm.Objective(whole_word=True, next_sentence=False, mask_rate=0.3)
   rows = rows_of(objective, corpus, tokenizer)
@@ -81,7 +92,7 @@ def test_whole_words_are_masked_whole(tmp_path, corpus):
     tokens, chosen = unmasked(example), np.zeros(64, bool)
     chosen[example["masked_positions"][example["masked_weights"] > 0]] = True
     begins = np.array([not tokenizer.pieces[t].startswith("##") for t in tokens])
-    begins[1:] |= np.isin(tokens[:-1], tokenizer.special_ids)   # a piece may begin inside a word
+    begins[1:] |= np.isin(tokens[:-1], tokenizer.special_ids)  # a piece may begin inside a word
     words = np.cumsum(begins)
     for word in np.unique(words[chosen]):
       assert chosen[words == word].all()
@@ -92,8 +103,10 @@ def test_whole_words_are_masked_whole(tmp_path, corpus):
 def test_pairs_are_balanced_and_true(corpus, byte_tokenizer):
   objective = masked_lm.Objective()
   rows = rows_of(objective, corpus, byte_tokenizer, length=96)
-  text = [byte_tokenizer.decode(rows.documents.tokens_N[a:b]) for a, b in
-          zip(rows.documents.bounds(), rows.documents.bounds()[1:])]
+  text = [
+    byte_tokenizer.decode(rows.documents.tokens_N[a:b])
+    for a, b in zip(rows.documents.bounds(), rows.documents.bounds()[1:])
+  ]
   rng, labels = np.random.default_rng(0), []
   for _ in range(40):
     for i in range(len(rows)):
@@ -128,7 +141,9 @@ def test_next_tokens_follow_and_end(corpus, byte_tokenizer):
     seen.update(example["tokens"][example["segments"] > 0].tolist())
     assert (example["weights"] == (example["segments"] > 0)).all()
   assert ends == len(rows.documents)
-  assert seen == collections.Counter(np.asarray(rows.documents.tokens_N).tolist())   # no token dropped or doubled
+  assert seen == collections.Counter(
+    np.asarray(rows.documents.tokens_N).tolist()
+  )  # no token dropped or doubled
 
 
 def jsonl(tmp_path, records, name="data.jsonl"):
@@ -138,30 +153,44 @@ def jsonl(tmp_path, records, name="data.jsonl"):
 
 
 def test_pairs_of_texts_are_put_together_as_bert_does(tmp_path, byte_tokenizer):
-  source = jsonl(tmp_path, [{"text": "abc", "text_pair": "defgh", "label": "x"}, {"text": "q" * 50, "text_pair": "r" * 9, "label": "y"}])
+  source = jsonl(
+    tmp_path,
+    [
+      {"text": "abc", "text_pair": "defgh", "label": "x"},
+      {"text": "q" * 50, "text_pair": "r" * 9, "label": "y"},
+    ],
+  )
   objective = classification.Objective().fit([source], None)
   rows = objective.rows(source, byte_tokenizer, DataConfig(), BERT, 16)
   first, second = (objective.example(rows.apart()[i], None) for i in range(2))
   cls, sep = byte_tokenizer.cls, byte_tokenizer.sep
   assert first["tokens"][:11].tolist() == [cls, *b"abc", sep, *b"defgh", sep]
   assert first["types"][:11].tolist() == [0] * 5 + [1] * 6 and first["segments"].sum() == 11
-  assert second["tokens"].tolist() == [cls, *b"q" * 7, sep, *b"r" * 6, sep] or second["segments"].sum() == 16
+  assert (
+    second["tokens"].tolist() == [cls, *b"q" * 7, sep, *b"r" * 6, sep]
+    or second["segments"].sum() == 16
+  )
   assert rows.truncated == 1 and (first["labels"], second["labels"]) == ([0], [1])
   assert rows.note.endswith("1 were cut at config.training.sequence_length=16")
 
 
 def test_classes_come_from_the_data(tmp_path, byte_tokenizer):
-  objective = classification.Objective().fit([jsonl(tmp_path, [{"text": "a", "label": n} for n in (10, 9, 2, 10)])], None)
+  objective = classification.Objective().fit(
+    [jsonl(tmp_path, [{"text": "a", "label": n} for n in (10, 9, 2, 10)])], None
+  )
   assert objective.classes == ("2", "9", "10") and objective.num_classes == 3
   with pytest.raises(UserError, match="unknown label '7'.*2, 9, 10"):
-    objective.rows(jsonl(tmp_path, [{"text": "a", "label": 7}]), byte_tokenizer, DataConfig(), BERT, 16)
+    objective.rows(
+      jsonl(tmp_path, [{"text": "a", "label": 7}]), byte_tokenizer, DataConfig(), BERT, 16
+    )
 
 
 def test_figures_agree_with_hand_worked_ones():
-  rows = type("Rows", (), {"labels": np.array([0, 0, 1, 1, 1, 0]),
-                           "packed": np.arange(6).reshape(2, 3)})
+  rows = type(
+    "Rows", (), {"labels": np.array([0, 0, 1, 1, 1, 0]), "packed": np.arange(6).reshape(2, 3)}
+  )
   objective = classification.Objective(classes=("no", "yes"), num_classes=2)
-  guesses = np.array([0, 1, 1, 1, 0, 0])   # tp 2, fp 1, fn 1, tn 2
+  guesses = np.array([0, 1, 1, 1, 0, 0])  # tp 2, fp 1, fn 1, tn 2
   figures = objective.score({"probabilities": np.eye(2)[guesses].reshape(2, 3, 2)}, rows)
   assert figures == pytest.approx({"accuracy": 4 / 6, "f1": 2 / 3, "macro_f1": 2 / 3, "mcc": 3 / 9})
   rows.labels = np.array([0.0, 1.0, 2.0, 4.0, 3.0, 9.0])

@@ -1,4 +1,5 @@
 """Examples that share a row: none sees another, each counts once, and every draw has room."""
+
 import dataclasses
 import json
 
@@ -20,8 +21,16 @@ from tests.conftest import sentences, tiny
 
 BYTES = tokenizer_lib.ByteTokenizer()
 T = 64
-SHAPE = dict(num_layers=2, width=32, num_heads=4, mlp_dim=64, vocab_size=BYTES.vocab_size,
-             max_length=T, dropout=0.0, init_std=0.3)
+SHAPE = dict(
+  num_layers=2,
+  width=32,
+  num_heads=4,
+  mlp_dim=64,
+  vocab_size=BYTES.vocab_size,
+  max_length=T,
+  dropout=0.0,
+  init_std=0.3,
+)
 
 
 def texts(count, seed=0, longest=20):
@@ -47,7 +56,7 @@ def pair_rows(tmp_path, given, length=T, short_share=0.1):
   path.write_text("\n\n".join("\n".join(document) for document in given) + "\n")
   data = DataConfig(sentences="lines", cache=str(tmp_path / "cache"))
   objective = masked_lm.Objective(short_share=short_share)
-  source, = sources.parse(f"text:{path}", data)
+  (source,) = sources.parse(f"text:{path}", data)
   return objective, objective.rows(source, BYTES, data, ModelConfig(name="bert"), length)
 
 
@@ -64,7 +73,7 @@ def alone(example, slot):
   out = {}
   for key in ("tokens", "types", "positions", "segments"):
     out[key] = np.zeros(len(example[key]), np.int32)
-    out[key][:size] = example[key][first:first + size]
+    out[key][:size] = example[key][first : first + size]
   out["segments"][:size] = 1
   return {**out, "firsts": np.zeros_like(example["firsts"])}
 
@@ -80,8 +89,10 @@ def one_row(example):
   return {key: np.asarray(value)[None] for key, value in example.items()}
 
 
-@pytest.mark.parametrize("name, pooling", [
-    ("bert", "first"), ("bert", "mean"), ("bert", "last"), ("gpt", "last"), ("gpt", "mean")])
+@pytest.mark.parametrize(
+  "name, pooling",
+  [("bert", "first"), ("bert", "mean"), ("bert", "last"), ("gpt", "last"), ("gpt", "mean")],
+)
 def test_labelled_texts_of_a_row_know_nothing_of_each_other(name, pooling):
   objective, rows = labelled(classification.Objective(pooling=pooling), texts(12), name)
   example = objective.example(rows[0], None)
@@ -105,7 +116,7 @@ def test_pairs_of_a_row_know_nothing_of_each_other(tmp_path):
   assert count >= 3
   run = network(objective, one_row(example))
   outputs = run(one_row(example))
-  at = example["segments"][example["masked_positions"]]   # the pair of each masked position
+  at = example["segments"][example["masked_positions"]]  # the pair of each masked position
   real = example["masked_weights"] > 0
   for slot in range(count):
     moved = run(one_row(perturbed(example, slot)))
@@ -115,8 +126,11 @@ def test_pairs_of_a_row_know_nothing_of_each_other(tmp_path):
     kept = np.asarray(moved["losses"] == outputs["losses"])[0]
     assert kept[real & (at != slot + 1)].all()
     by_itself = {**example, **alone(example, slot)}
-    np.testing.assert_allclose(np.asarray(run(one_row(by_itself))["pair_logits"])[0, 0],
-                               np.asarray(outputs["pair_logits"])[0, slot], atol=2e-5)
+    np.testing.assert_allclose(
+      np.asarray(run(one_row(by_itself))["pair_logits"])[0, 0],
+      np.asarray(outputs["pair_logits"])[0, slot],
+      atol=2e-5,
+    )
 
 
 def segments_of(example):
@@ -152,7 +166,7 @@ def test_pairs_restart_and_every_run_of_sentences_is_there_once_an_epoch(tmp_pat
         assert types[0] == 0 and types[-1] == 1 and (np.diff(types) >= 0).all()
         assert tokens[types == 0][-1] == BYTES.sep != tokens[types == 1][0]
   doc, starts, stops = rows.anchors[np.argsort(rows.anchors[:, 1])].T
-  assert (starts[1:] == stops[:-1]).all() and starts[0] == 0   # no token twice, none left out
+  assert (starts[1:] == stops[:-1]).all() and starts[0] == 0  # no token twice, none left out
   assert stops[-1] == len(rows.documents.tokens_N) and set(doc) == set(range(50))
   assert sorted(np.concatenate([rows[i][1] for i in range(len(rows))])[:, 1]) == starts.tolist()
 
@@ -177,7 +191,7 @@ def test_every_draw_of_pairs_has_room(seed, tmp_path):
   objective = masked_lm.Objective(short_share=short_share)
   for _, start, stop in anchors:
     assert 2 <= stop - start <= length - 3
-  if not short_share:   # a run that does not end its document fills a row, or leaves two tokens
+  if not short_share:  # a run that does not end its document fills a row, or leaves two tokens
     bounds = documents.bounds()
     left = bounds[anchors[:, 0] + 1] - anchors[:, 2]
     sizes = anchors[:, 2] - anchors[:, 1]
@@ -191,16 +205,18 @@ def test_every_draw_of_pairs_has_room(seed, tmp_path):
       for (tokens, types, _), (_, start, stop) in zip(pairs, rows[i][1]):
         assert 5 <= len(tokens) <= stop - start + 3 and 0 < types.sum() < len(types)
       drawn.add(example["tokens"].tobytes())
-  assert len(drawn) > 2 * len(rows)   # drawn anew
+  assert len(drawn) > 2 * len(rows)  # drawn anew
 
 
 def test_some_runs_are_short(tmp_path):
   """With a chance of 1, the lengths that runs aim at are even between 2 and a row."""
-  tokens, ends = np.zeros(200_000, np.uint8), np.arange(200_001)   # sentences of one token
+  tokens, ends = np.zeros(200_000, np.uint8), np.arange(200_001)  # sentences of one token
   bounds = np.array([0, 100_000, 200_000])
   documents = documents_lib.Documents(tokens, ends, bounds, "", None)
-  sizes = {share: np.diff(masked_lm.plan_anchors(documents, 50, share)[:, 1:]).ravel()
-           for share in (0.0, 0.1, 1.0)}
+  sizes = {
+    share: np.diff(masked_lm.plan_anchors(documents, 50, share)[:, 1:]).ravel()
+    for share in (0.0, 0.1, 1.0)
+  }
   assert (sizes[0.0] == 50).all()
   counts = np.bincount(sizes[1.0], minlength=51)
   assert counts[:2].sum() == 0 and abs(counts[2:] / counts.sum() - 1 / 49).max() < 0.005
@@ -219,10 +235,14 @@ def test_plans_are_the_same_again_and_rows_of_short_sentences_are_full(tmp_path)
   examples = (objective.example(rows[i], np.random.default_rng(i)) for i in range(len(rows)))
   used = [(example["segments"] > 0).mean() for example in examples]
   fill = (rows.tokens + 3 * len(rows.anchors)) / (len(rows) * 256)
-  assert fill > 0.9 and np.mean(used) > 0.85   # a document that has less than is wanted gives less
+  assert fill > 0.9 and np.mean(used) > 0.85  # a document that has less than is wanted gives less
   assert f"{fill:.1%} full" in rows.note
-  _, rows = labelled(classification.Objective(), [d[0] for d in documents], length=256,
-                     labels=[n % 2 for n in range(400)])
+  _, rows = labelled(
+    classification.Objective(),
+    [d[0] for d in documents],
+    length=256,
+    labels=[n % 2 for n in range(400)],
+  )
   assert rows.tokens / (len(rows) * 256) > 0.9
   of_short_ones = packing.into_rows(np.full(100, 2), 64, 8)
   assert sorted(map(len, of_short_ones)) == [4] + [8] * 12 and packing.slots(64, 8) == 8
@@ -243,8 +263,9 @@ def test_metrics_count_examples(regression):
     example = one_row(objective.example(single[n], None))
     logits = np.asarray(run(example)["logits"], np.float64)[0, 0]
     label = example["labels"][0, 0]
-    losses.append((logits[0] - label) ** 2 if regression else
-                  np.log(np.exp(logits).sum()) - logits[int(label)])
+    losses.append(
+      (logits[0] - label) ** 2 if regression else np.log(np.exp(logits).sum()) - logits[int(label)]
+    )
     right.append(logits.argmax() == label)
   means = metrics.means([found])
   assert (float(loss), means["loss"]) == pytest.approx([np.mean(losses)] * 2, rel=1e-4)
@@ -269,10 +290,11 @@ def test_what_is_predicted_goes_to_its_record(regression, limit):
     logits = number[..., None] if regression else np.eye(2)[number % 2] * 9
     predicted = objective.predict({"logits": jax.numpy.asarray(logits, "float32")}, batch)
     return {"weight": (batch["label_weights"].sum(), jax.numpy.float32(1))}, predicted
+
   mesh = sharding.make_mesh(MeshConfig())
   figures, predictions = evaluation.run_over(told, {}, {}, objective, rows, 8, mesh, limit)
   outcomes = objective.outcomes(predictions, rows)
-  seen = sorted(np.concatenate(rows.packed[:8 * limit or None]))
+  seen = sorted(np.concatenate(rows.packed[: 8 * limit or None]))
   assert outcomes["labels"].tolist() == [labels[n] for n in seen] == outcomes["found"].tolist()
   batch_count = 1 if limit else -(-len(rows) // 8)
   assert figures["weight"] * batch_count == len(seen)
@@ -284,6 +306,7 @@ def test_what_is_predicted_goes_to_its_record(regression, limit):
 
 class Shared:
   """Rows that several examples share, to their number."""
+
   def __init__(self, rows, examples):
     self.rows, self.examples, self.tokens = rows, examples, 10 * rows
 
@@ -294,18 +317,30 @@ class Shared:
     return i
 
 
-@pytest.mark.parametrize("examples, parts, rows, weights, expected", [
+@pytest.mark.parametrize(
+  "examples, parts, rows, weights, expected",
+  [
     (33, 1, [Shared(50, 50)], [1.0], 33),
-    (33, 1, [Shared(53, 53), Shared(60, 60)], [0.7, 0.3], 33),   # a row is an example: as many, divided or not
-    (32, 1, [Shared(100, 400)], [1.0], 8), (32, 1, [Shared(100, 1000)], [1.0], 4),
-    (8, 1, [Shared(100, 1000)], [1.0], 1), (37, 1, [Shared(100, 460)], [1.0], 8),
-    (256, 1, [Shared(100, 500)], [1.0], 48), (64, 4, [Shared(100, 400)], [1.0], 16),
-    (64, 1, [Shared(100, 200), Shared(10, 60)], [0.5, 0.5], 16),   # 4 a row, however many rows
-])
+    (
+      33,
+      1,
+      [Shared(53, 53), Shared(60, 60)],
+      [0.7, 0.3],
+      33,
+    ),  # a row is an example: as many, divided or not
+    (32, 1, [Shared(100, 400)], [1.0], 8),
+    (32, 1, [Shared(100, 1000)], [1.0], 4),
+    (8, 1, [Shared(100, 1000)], [1.0], 1),
+    (37, 1, [Shared(100, 460)], [1.0], 8),
+    (256, 1, [Shared(100, 500)], [1.0], 48),
+    (64, 4, [Shared(100, 400)], [1.0], 16),
+    (64, 1, [Shared(100, 200), Shared(10, 60)], [0.5, 0.5], 16),  # 4 a row, however many rows
+  ],
+)
 def test_the_rows_of_a_batch_follow_from_the_plan(examples, parts, rows, weights, expected):
   assert batches_lib.rows_a_batch(examples, parts, rows, weights) == expected
   made = batches_lib.Batches(rows, weights, None, expected, 0)
-  assert made.tokens() == pytest.approx(10 * expected)   # of Shared
+  assert made.tokens() == pytest.approx(10 * expected)  # of Shared
   assert made.examples() == pytest.approx(expected * batches_lib.examples_a_row(rows, weights))
 
 
@@ -313,23 +348,34 @@ def test_batches_of_labelled_texts_are_the_same_on_every_mesh(tmp_path, corpus):
   lines = [json.dumps({"text": t, "label": str(n % 2)}) for n, t in enumerate(texts(90))]
   (tmp_path / "some.jsonl").write_text("\n".join(lines))
   loop.train(tiny("bert", f"text:{corpus}", training__steps=1), tmp_path / "start")
-  config = tiny("classifier", f"jsonl:{tmp_path}/some.jsonl", training__batch_size=32,
-                transfer__checkpoint=str(tmp_path / "start"), transfer__skip=("^head/(?!pooler)",))
+  config = tiny(
+    "classifier",
+    f"jsonl:{tmp_path}/some.jsonl",
+    training__batch_size=32,
+    transfer__checkpoint=str(tmp_path / "start"),
+    transfer__skip=("^head/(?!pooler)",),
+  )
   meshes = MeshConfig(data=8), MeshConfig(data=2), MeshConfig(data=2, fsdp=2, tensor=2)
-  of_mesh = [experiment.prepare(dataclasses.replace(config, mesh=mesh), say=str).batches
-             for mesh in meshes]
+  of_mesh = [
+    experiment.prepare(dataclasses.replace(config, mesh=mesh), say=str).batches for mesh in meshes
+  ]
   assert {made.batch_size for made in of_mesh} == {16}
   for made in of_mesh[1:]:
     assert all((made[5][key] == value).all() for key, value in of_mesh[0][5].items())
   said = []
-  loop.train(dataclasses.replace(config, training=dataclasses.replace(config.training, steps=1)),
-             tmp_path / "run", say=said.append)
+  loop.train(
+    dataclasses.replace(config, training=dataclasses.replace(config.training, steps=1)),
+    tmp_path / "run",
+    say=said.append,
+  )
   examples = of_mesh[0].examples()
   header = f"16 rows x 32 = 512 tokens a step, about {examples:.0f} examples"
   assert any(header in line for line in said)
   assert any("90 examples in" in line and "full; 0 were cut" in line for line in said)
   small = dataclasses.replace(config, training=dataclasses.replace(config.training, batch_size=6))
-  said = ("batch_size=6 examples come to 2 rows, which must be a multiple of mesh.data x .* = "
-          "8 x 1 x 1: set it to about 24, or")
+  said = (
+    "batch_size=6 examples come to 2 rows, which must be a multiple of mesh.data x .* = "
+    "8 x 1 x 1: set it to about 24, or"
+  )
   with pytest.raises(UserError, match=said):
     loop.train(small, tmp_path / "small")

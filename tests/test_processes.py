@@ -1,4 +1,5 @@
 """Real processes joined over loopback: they compute what one computes, stop together, and say who is gone."""
+
 import json
 import os
 import pathlib
@@ -18,18 +19,47 @@ from llm.core import flatten
 pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PLAIN = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
-SMALL = ["--config=configs/pretrain_gpt.py:tiny", "--config.tokenizer.name=bytes", "--config.model.width=32", "--config.model.mlp_dim=64",
-         "--config.model.num_layers=2", "--config.model.num_heads=2", "--config.training.sequence_length=32", "--config.training.batch_size=8",
-         "--config.training.log_every=4", "--config.training.eval_every=6"]
+SMALL = [
+  "--config=configs/pretrain_gpt.py:tiny",
+  "--config.tokenizer.name=bytes",
+  "--config.model.width=32",
+  "--config.model.mlp_dim=64",
+  "--config.model.num_layers=2",
+  "--config.model.num_heads=2",
+  "--config.training.sequence_length=32",
+  "--config.training.batch_size=8",
+  "--config.training.log_every=4",
+  "--config.training.eval_every=6",
+]
 
 
 def start(count, corpus, workdir, steps, *more, log=subprocess.DEVNULL, devices=1):
   """`count` processes."""
-  command = ["launch/local.sh", str(count), "--"] if count > 1 else [sys.executable, "-m", "llm.train"]
-  environment = {**PLAIN, "JAX_NUM_CPU_DEVICES": str(devices), "PRETUNE_HEARTBEAT_SECONDS": "10",
-                 "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"}
-  return subprocess.Popen([*command, *SMALL, f"--config.data.train=text:{corpus}", f"--config.data.eval=text:{corpus}", f"--workdir={workdir}",
-                           f"--config.training.steps={steps}", *more], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True)
+  command = (
+    ["launch/local.sh", str(count), "--"] if count > 1 else [sys.executable, "-m", "llm.train"]
+  )
+  environment = {
+    **PLAIN,
+    "JAX_NUM_CPU_DEVICES": str(devices),
+    "PRETUNE_HEARTBEAT_SECONDS": "10",
+    "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}",
+  }
+  return subprocess.Popen(
+    [
+      *command,
+      *SMALL,
+      f"--config.data.train=text:{corpus}",
+      f"--config.data.eval=text:{corpus}",
+      f"--workdir={workdir}",
+      f"--config.training.steps={steps}",
+      *more,
+    ],
+    cwd=ROOT,
+    env=environment,
+    stdout=log,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
 
 
 def figures(workdir):
@@ -38,13 +68,21 @@ def figures(workdir):
 
 
 def params(workdir):
-  return {p: np.asarray(x) for p, x in flatten(manager.restore(manager.find(workdir), "params")).items()}
+  return {
+    p: np.asarray(x) for p, x in flatten(manager.restore(manager.find(workdir), "params")).items()
+  }
 
 
 def processes(workdir):
   """Ids of the training processes of a workdir."""
-  out = subprocess.run(["pgrep", "-f", f"llm.train --distributed.*--workdir={workdir}"], capture_output=True, text=True).stdout
-  return [int(pid) for pid in out.split() if b"bash" not in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()]
+  out = subprocess.run(
+    ["pgrep", "-f", f"llm.train --distributed.*--workdir={workdir}"], capture_output=True, text=True
+  ).stdout
+  return [
+    int(pid)
+    for pid in out.split()
+    if b"bash" not in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+  ]
 
 
 def wait_for(path):
@@ -59,7 +97,9 @@ def test_two_processes_compute_what_one_does(corpus, tmp_path):
   """The same devices in one process and in two: figures, with an evaluation that no number divides, and parameters, every bit."""
   for name, count in (("one", 1), ("two", 2)):
     assert start(count, corpus, tmp_path / name, 12, devices=2 // count).wait() == 0
-  assert len(figures(tmp_path / "one")) == 5 and figures(tmp_path / "two") == figures(tmp_path / "one")
+  assert len(figures(tmp_path / "one")) == 5 and figures(tmp_path / "two") == figures(
+    tmp_path / "one"
+  )
   expected, found = params(tmp_path / "one"), params(tmp_path / "two")
   assert all((expected[path] == found[path]).all() for path in expected)
 
@@ -69,8 +109,23 @@ def test_four_processes_then_two_on_another_mesh_compute_what_one_does(corpus, t
   steady = ["--config.optimizer.schedule=constant"]
   assert start(1, corpus, tmp_path / "one", 12, *steady, devices=4).wait() == 0
   assert start(4, corpus, tmp_path / "several", 6, *steady).wait() == 0
-  assert start(2, corpus, tmp_path / "several", 12, *steady, "--config.mesh.fsdp=4", "--config.mesh.data=1", devices=2).wait() == 0
-  expected, found = (dict(((step, split), loss) for step, split, loss in figures(tmp_path / name)) for name in ("one", "several"))
+  assert (
+    start(
+      2,
+      corpus,
+      tmp_path / "several",
+      12,
+      *steady,
+      "--config.mesh.fsdp=4",
+      "--config.mesh.data=1",
+      devices=2,
+    ).wait()
+    == 0
+  )
+  expected, found = (
+    dict(((step, split), loss) for step, split, loss in figures(tmp_path / name))
+    for name in ("one", "several")
+  )
   for key in ((4, "train"), (6, "eval"), (12, "train"), (12, "eval")):
     assert found[key] == pytest.approx(expected[key], rel=1e-6 if key[0] < 12 else 1e-5), key
   expected, found = params(tmp_path / "one"), params(tmp_path / "several")
@@ -78,13 +133,17 @@ def test_four_processes_then_two_on_another_mesh_compute_what_one_does(corpus, t
 
 
 def test_a_lost_process_stops_the_rest_and_the_job_goes_on(corpus, tmp_path):
-  every = ["--config.training.save_every=50", "--config.training.eval_every=0", "--config.training.log_every=50"]
+  every = [
+    "--config.training.save_every=50",
+    "--config.training.eval_every=0",
+    "--config.training.log_every=50",
+  ]
   with open(tmp_path / "log", "w") as log:
     run = start(2, corpus, tmp_path / "run", 5000, *every, log=log)
     wait_for(tmp_path / "run/checkpoints/50")
     os.kill(processes(tmp_path / "run")[-1], signal.SIGKILL)
     assert run.wait(timeout=90) != 0
-  said = (tmp_path / "log").read_text()   # JAX has two ways to name it
+  said = (tmp_path / "log").read_text()  # JAX has two ways to name it
   assert re.search(r"stopped sending heartbeats\):\s+1\s|Task 1 heartbeat timeout", said), said
   # On from what was saved, then all are asked to stop through one of them.
   run = start(2, corpus, tmp_path / "run", 5000, *every)
@@ -93,11 +152,16 @@ def test_a_lost_process_stops_the_rest_and_the_job_goes_on(corpus, tmp_path):
   os.kill(processes(tmp_path / "run")[-1], signal.SIGTERM)
   assert run.wait(timeout=90) == 128 + signal.SIGTERM
   stopped = max(manager.steps(tmp_path / "run/checkpoints"))
-  whole = start(2, corpus, tmp_path / "whole", 5000, *every[1:], f"--config.training.save_every={stopped}")
+  whole = start(
+    2, corpus, tmp_path / "whole", 5000, *every[1:], f"--config.training.save_every={stopped}"
+  )
   wait_for(tmp_path / f"whole/checkpoints/{stopped}")
   whole.terminate()
   whole.wait(timeout=90)
-  ours, theirs = (flatten(manager.restore(tmp_path / name / "checkpoints" / str(stopped), "params")) for name in ("run", "whole"))
+  ours, theirs = (
+    flatten(manager.restore(tmp_path / name / "checkpoints" / str(stopped), "params"))
+    for name in ("run", "whole")
+  )
   assert all((np.asarray(ours[path]) == np.asarray(theirs[path])).all() for path in theirs)
 
 
@@ -106,17 +170,42 @@ def by_hand(count, corpus, workdir):
   with socket.socket() as free:
     free.bind(("localhost", 0))
     address = f"localhost:{free.getsockname()[1]}"
-  return [subprocess.Popen(
-      [sys.executable, "-m", "llm.train", "--distributed", *SMALL, f"--config.data.train=text:{corpus}", "--config.data.eval=",
-       f"--workdir={workdir}", f"--config.training.steps={4 + n}"], cwd=ROOT, stderr=subprocess.PIPE, text=True,
-      env={**PLAIN, "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(n),
-           "JAX_NUM_CPU_DEVICES": "1", "PRETUNE_START_SECONDS": "20"}) for n in range(2)]
+  return [
+    subprocess.Popen(
+      [
+        sys.executable,
+        "-m",
+        "llm.train",
+        "--distributed",
+        *SMALL,
+        f"--config.data.train=text:{corpus}",
+        "--config.data.eval=",
+        f"--workdir={workdir}",
+        f"--config.training.steps={4 + n}",
+      ],
+      cwd=ROOT,
+      stderr=subprocess.PIPE,
+      text=True,
+      env={
+        **PLAIN,
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": str(count),
+        "JAX_PROCESS_ID": str(n),
+        "JAX_NUM_CPU_DEVICES": "1",
+        "PRETUNE_START_SECONDS": "20",
+      },
+    )
+    for n in range(2)
+  ]
 
 
 def test_processes_with_different_configs_do_not_start(corpus, tmp_path):
   for run in by_hand(2, corpus, tmp_path / "run"):
     said = run.communicate(timeout=120)[1]
-    assert run.returncode == 2 and "error: process 1 was started with another config or --workdir than process 0" in said
+    assert (
+      run.returncode == 2
+      and "error: process 1 was started with another config or --workdir than process 0" in said
+    )
 
 
 def test_a_process_that_does_not_come_is_named(corpus, tmp_path):

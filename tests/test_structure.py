@@ -1,4 +1,5 @@
 """The floors: a file imports only from below. And every config key is read somewhere."""
+
 import ast
 import dataclasses
 import pathlib
@@ -7,8 +8,16 @@ import re
 from llm import config as config_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-FLOORS = [("core",), ("config",), ("sharding",), ("models", "data"), ("objectives",), ("checkpoints",),
-          ("training",), ("studies",)]
+FLOORS = [
+  ("core",),
+  ("config",),
+  ("sharding",),
+  ("models", "data"),
+  ("objectives",),
+  ("checkpoints",),
+  ("training",),
+  ("studies",),
+]
 
 
 def floor_of(module: str) -> int:
@@ -16,7 +25,7 @@ def floor_of(module: str) -> int:
   for number, names in enumerate(FLOORS):
     if part in names:
       return number
-  return len(FLOORS)   # the entry points
+  return len(FLOORS)  # the entry points
 
 
 def imports(path):
@@ -55,5 +64,7 @@ def test_every_config_key_is_read():
   for group, cls in config_lib.GROUPS.items():
     for field in dataclasses.fields(cls):
       if group == "mesh" or (group, field.name) == ("optimizer", "name"):
-        continue   # axes are read by name; adamw is the only choice so far
-      assert re.search(rf"\.{field.name}\b|\"{field.name}\"", text), f"nothing reads config.{group}.{field.name}"
+        continue  # axes are read by name; adamw is the only choice so far
+      assert re.search(rf"\.{field.name}\b|\"{field.name}\"", text), (
+        f"nothing reads config.{group}.{field.name}"
+      )

@@ -1,4 +1,5 @@
 """The real compiler for TPUs, on a machine that has none (pip install -e '.[tpu]'): what cannot run here compiles and fits."""
+
 import importlib
 
 import jax
@@ -21,15 +22,27 @@ def _no_programs_kept():
 
 def compiled(kind, topology, **overrides):
   """The text of the step of a small model."""
-  config = tiny(kind, "text:nothing", model__dropout=0.0, model__width=256, model__mlp_dim=512, model__max_length=512,
-                training__sequence_length=512, training__batch_size=8, mesh__data=-1, **overrides)
+  config = tiny(
+    kind,
+    "text:nothing",
+    model__dropout=0.0,
+    model__width=256,
+    model__mlp_dim=512,
+    model__max_length=512,
+    training__sequence_length=512,
+    training__batch_size=8,
+    mesh__data=-1,
+    **overrides,
+  )
   there = hardware.topology(topology, 1)
   made = program.explicit(experiment.without_data(config), there)
   return made, program.lowered(made, hardware.mesh(config.mesh, there)).lower().compile().as_text()
 
 
 @pytest.mark.parametrize("kind", ["gpt", "bert"])
-@pytest.mark.parametrize("heads, topology, context", [(4, "v5e:2x2", 1), (2, "v5p:2x2x1", 1), (2, "v6e:2x2", 2)])
+@pytest.mark.parametrize(
+  "heads, topology, context", [(4, "v5e:2x2", 1), (2, "v5p:2x2x1", 1), (2, "v6e:2x2", 2)]
+)
 def test_splash_attention_compiles_forward_and_backward(kind, heads, topology, context):
   """Head width 64 and 128, causal and full, and each device its part of the queries."""
   made, text = compiled(kind, topology, model__num_heads=heads, mesh__fsdp=2, mesh__context=context)
@@ -52,13 +65,23 @@ def report(name, topology, **changes):
 def test_what_does_not_fit_is_said_and_what_is_advised_fits():
   found = report("pretrain_gpt:medium", "v5e:2x2", training__batch_size=128, model__dropout=0.0)
   assert not found["fits"] and "which has 15.75GiB" in found["reason"]
-  assert any("mesh.fsdp=4" in line for line in found["advice"]) and any("remat=full" in line for line in found["advice"])
-  found = report("pretrain_gpt:medium", "v5e:2x2", training__batch_size=128, model__dropout=0.0, mesh__fsdp=4, mesh__data=1,
-                 model__remat="full", model__loss_chunk=128)
-  assert found["fits"] and found["memory"]["peak"] < 15.75 * 2 ** 30
+  assert any("mesh.fsdp=4" in line for line in found["advice"]) and any(
+    "remat=full" in line for line in found["advice"]
+  )
+  found = report(
+    "pretrain_gpt:medium",
+    "v5e:2x2",
+    training__batch_size=128,
+    model__dropout=0.0,
+    mesh__fsdp=4,
+    mesh__data=1,
+    model__remat="full",
+    model__loss_chunk=128,
+  )
+  assert found["fits"] and found["memory"]["peak"] < 15.75 * 2**30
 
 
 def test_175_billion_parameters_fit_512_chips():
   found = report("pretrain_gpt:175b", "v5p:8x8x8")
-  assert found["tokens"] == 512 * 2048 and found["memory"]["peak"] <= 60 * 2 ** 30
+  assert found["tokens"] == 512 * 2048 and found["memory"]["peak"] <= 60 * 2**30
   assert found["mfu_bounds"][found["binding"]] >= 0.6

@@ -1,4 +1,5 @@
 """Steps: the same on every mesh and under accumulation; resuming is exact; stopping is clean."""
+
 import dataclasses
 import json
 import os
@@ -20,40 +21,74 @@ from llm import sharding
 from llm.checkpoints import manager
 from llm.config import MeshConfig, OptimizerConfig
 from llm.core import UserError, flatten
-from llm.training import experiment, loop, metrics, optimizer, partition, start as start_lib, step as step_lib
+from llm.objectives import base
+from llm.training import (
+  experiment,
+  loop,
+  metrics,
+  optimizer,
+  partition,
+)
+from llm.training import (
+  start as start_lib,
+)
+from llm.training import (
+  step as step_lib,
+)
 from tests.conftest import tiny
 from tests.test_models import batch_of, model_of, params_of
-from llm.objectives import base
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-MESHES = [MeshConfig(data=1), MeshConfig(data=2), MeshConfig(data=4), MeshConfig(data=8),
-          MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(fsdp=2, tensor=2, context=2)]
+MESHES = [
+  MeshConfig(data=1),
+  MeshConfig(data=2),
+  MeshConfig(data=4),
+  MeshConfig(data=8),
+  MeshConfig(data=2, fsdp=2, tensor=2),
+  MeshConfig(fsdp=2, tensor=2, context=2),
+]
 
 
 def gradients(name, mesh_config, accum, dtype):
   """Loss and gradients of one batch with uneven masked counts on a mesh."""
   objective = base.build(base.defaults("masked_lm" if name == "bert" else "causal_lm"))
-  model = model_of(name, dtype=dtype, scan="scan")   # which compiles fastest
+  model = model_of(name, dtype=dtype, scan="scan")  # which compiles fastest
   batch = batch_of(8)
   batch["masked_weights"] = (np.arange(24).reshape(8, 3) % 5 > 1).astype(np.float32)
-  batch["weights"] = (np.random.default_rng(0).random((8, 16)) < np.linspace(0.1, 1, 8)[:, None]).astype(np.float32)
-  with jax.enable_x64(False):   # else the draw itself would differ
+  batch["weights"] = (
+    np.random.default_rng(0).random((8, 16)) < np.linspace(0.1, 1, 8)[:, None]
+  ).astype(np.float32)
+  with jax.enable_x64(False):  # else the draw itself would differ
     params = params_of(model)
   params = jax.tree.map(lambda x: np.asarray(x, dtype), params)
   marks = partition.frozen_layers(params, "")
 
-  class Catch:   # an optimizer that hands out what it is given
+  class Catch:  # an optimizer that hands out what it is given
     init = staticmethod(lambda params: params)
     update = staticmethod(lambda grads, state, params: (jax.tree.map(jnp.zeros_like, grads), grads))
 
-  size = int(np.prod([s for s in (mesh_config.data, mesh_config.fsdp, mesh_config.tensor, mesh_config.context) if s > 0]))
-  mesh = sharding.make_mesh(mesh_config, jax.devices()[:max(size, 1)])
+  size = int(
+    np.prod(
+      [
+        s
+        for s in (mesh_config.data, mesh_config.fsdp, mesh_config.tensor, mesh_config.context)
+        if s > 0
+      ]
+    )
+  )
+  mesh = sharding.make_mesh(mesh_config, jax.devices()[: max(size, 1)])
   with jax.set_mesh(mesh):
-    trained, frozen = partition.split(jax.device_put(params, sharding.shardings(params, mesh)), marks)
+    trained, frozen = partition.split(
+      jax.device_put(params, sharding.shardings(params, mesh)), marks
+    )
     state = step_lib.init_state(trained, frozen, Catch)
     placed = jax.device_put(batch, sharding.batch_sharding(mesh))
-    state, found = step_lib.make_train_step(model, objective, Catch, marks, accum, None)(state, placed, 0)
-  return metrics.means([jax.device_get(found)])["loss"], {k: np.asarray(v) for k, v in state.opt_state.items()}
+    state, found = step_lib.make_train_step(model, objective, Catch, marks, accum, None)(
+      state, placed, 0
+    )
+  return metrics.means([jax.device_get(found)])["loss"], {
+    k: np.asarray(v) for k, v in state.opt_state.items()
+  }
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt", "t5"])
@@ -73,8 +108,14 @@ def test_meshes_and_accumulation_agree(name):
 
 def test_adamw_is_torchs_by_hand():
   """Three steps of one weight, worked out from the paper (algorithm 2, with bias correction)."""
-  config = OptimizerConfig(learning_rate=0.1, schedule="constant", warmup_steps=0, weight_decay=0.5,
-                           grad_clip_norm=0.0, no_decay="bias$")
+  config = OptimizerConfig(
+    learning_rate=0.1,
+    schedule="constant",
+    warmup_steps=0,
+    weight_decay=0.5,
+    grad_clip_norm=0.0,
+    no_decay="bias$",
+  )
   params = {"w/kernel": jnp.array([1.0]), "w/bias": jnp.array([1.0])}
   opt = optimizer.make(config, params, 1, 10)
   state = opt.init(params)
@@ -84,9 +125,11 @@ def test_adamw_is_torchs_by_hand():
     updates, state = opt.update({k: jnp.array([g]) for k in params}, state, params)
     params = jax.tree.map(jnp.add, params, updates)
     m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
-    move = (m / (1 - 0.9 ** t)) / ((v / (1 - 0.999 ** t)) ** 0.5 + 1e-6)
-    expected = {"w/kernel": expected["w/kernel"] - 0.1 * (move + 0.5 * expected["w/kernel"]),
-                "w/bias": expected["w/bias"] - 0.1 * move}
+    move = (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)) ** 0.5 + 1e-6)
+    expected = {
+      "w/kernel": expected["w/kernel"] - 0.1 * (move + 0.5 * expected["w/kernel"]),
+      "w/bias": expected["w/bias"] - 0.1 * move,
+    }
   assert {k: float(x[0]) for k, x in params.items()} == pytest.approx(expected, rel=1e-5)
 
 
@@ -94,7 +137,9 @@ def test_first_moments_may_be_kept_in_bfloat16():
   params = {"w/kernel": jnp.linspace(-1, 1, 64).reshape(8, 8)}
   states, moved = [], []
   for dtype in ("float32", "bfloat16"):
-    opt = optimizer.make(OptimizerConfig(moment_dtype=dtype, schedule="constant", warmup_steps=0), params, 1, 10)
+    opt = optimizer.make(
+      OptimizerConfig(moment_dtype=dtype, schedule="constant", warmup_steps=0), params, 1, 10
+    )
     state, now = opt.init(params), params
     for step in range(4):
       updates, state = opt.update({"w/kernel": jnp.cos(step + 3 * params["w/kernel"])}, state, now)
@@ -107,20 +152,31 @@ def test_first_moments_may_be_kept_in_bfloat16():
 
 
 def test_schedules():
-  rate = lambda schedule: np.array([float(optimizer.schedule(OptimizerConfig(schedule=schedule), 2.0, 10, 4)(s)) for s in range(11)])
+  rate = lambda schedule: np.array(
+    [
+      float(optimizer.schedule(OptimizerConfig(schedule=schedule), 2.0, 10, 4)(s))
+      for s in range(11)
+    ]
+  )
   assert rate("linear") == pytest.approx([0.5, 1, 1.5, 2, 2, 5 / 3, 4 / 3, 1, 2 / 3, 1 / 3, 0])
   assert rate("cosine")[[3, 4, 7, 10]] == pytest.approx([2, 2, 1.1, 0.2])
   assert rate("constant")[[0, 4, 10]] == pytest.approx([0.5, 2, 2])
   assert rate("rsqrt")[[0, 4, 9]] == pytest.approx([2, 2, 4 / 3])
-  t5 = optimizer.schedule(OptimizerConfig(schedule="rsqrt"), 0.01, 10 ** 6, 10_000)
-  assert [float(t5(s)) for s in (0, 40_000)] == pytest.approx([0.01, 0.005])   # 1 / sqrt(max(step, 10,000))
+  t5 = optimizer.schedule(OptimizerConfig(schedule="rsqrt"), 0.01, 10**6, 10_000)
+  assert [float(t5(s)) for s in (0, 40_000)] == pytest.approx(
+    [0.01, 0.005]
+  )  # 1 / sqrt(max(step, 10,000))
 
 
 def test_adafactor_sees_the_matrices_of_single_layers():
   """Two steps on stacked kernels with head dimensions are optax's own on each layer's matrix."""
   rng = np.random.default_rng(0)
-  shapes = {"backbone/layers/attention/query/kernel": (2, 160, 4, 40), "backbone/layers/attention/out/kernel": (2, 4, 40, 160),
-            "backbone/layers/mlp_norm/scale": (2, 160), "backbone/token/embedding": (128, 160)}
+  shapes = {
+    "backbone/layers/attention/query/kernel": (2, 160, 4, 40),
+    "backbone/layers/attention/out/kernel": (2, 4, 40, 160),
+    "backbone/layers/mlp_norm/scale": (2, 160),
+    "backbone/token/embedding": (128, 160),
+  }
   draw = lambda: {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
   params, grads = draw(), [draw(), draw()]
 
@@ -129,9 +185,19 @@ def test_adafactor_sees_the_matrices_of_single_layers():
     for path, leaf in leaves.items():
       rows = (-1, 160) if "out" in path else (160, -1)
       layers = leaf if "layers" in path else [leaf]
-      out |= {f"{path}{i}": x.reshape(rows) if "kernel" in path else x for i, x in enumerate(layers)}
+      out |= {
+        f"{path}{i}": x.reshape(rows) if "kernel" in path else x for i, x in enumerate(layers)
+      }
     return out
-  config = OptimizerConfig(name="adafactor", learning_rate=0.01, schedule="constant", warmup_steps=0, weight_decay=0.0, grad_clip_norm=0.0)
+
+  config = OptimizerConfig(
+    name="adafactor",
+    learning_rate=0.01,
+    schedule="constant",
+    warmup_steps=0,
+    weight_decay=0.0,
+    grad_clip_norm=0.0,
+  )
   ours, theirs = optimizer.make(config, params, 2, 10), optax.adafactor(0.01)
   their_params = alone(params)
   state, their_state = ours.init(params), theirs.init(their_params)
@@ -139,9 +205,11 @@ def test_adafactor_sees_the_matrices_of_single_layers():
     updates, state = ours.update(step, state, params)
     expected, their_state = theirs.update(alone(step), their_state, their_params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), alone(updates), expected)
-    params, their_params = (jax.tree.map(jnp.add, p, u) for p, u in ((params, updates), (their_params, expected)))
+    params, their_params = (
+      jax.tree.map(jnp.add, p, u) for p, u in ((params, updates), (their_params, expected))
+    )
   moments = sum(x.size for x in jax.tree.leaves(state))
-  assert moments < 0.05 * sum(x.size for x in params.values())   # factored, all of them
+  assert moments < 0.05 * sum(x.size for x in params.values())  # factored, all of them
 
 
 def test_multipliers_and_layer_decay_address_single_layers():
@@ -157,7 +225,9 @@ def test_multipliers_and_layer_decay_address_single_layers():
 
 @pytest.mark.parametrize("freeze", [r"^backbone/", r"layers/[01]/|embedding", r"layers/1/"])
 def test_frozen_parameters_stay_and_cost_no_moments(freeze, corpus, tmp_path):
-  config = tiny("gpt", f"text:{corpus}", model__num_layers=3, optimizer__freeze=freeze, training__steps=2)
+  config = tiny(
+    "gpt", f"text:{corpus}", model__num_layers=3, optimizer__freeze=freeze, training__steps=2
+  )
   if freeze == r"^backbone/":
     config = tiny("bert", f"text:{corpus}", optimizer__freeze=freeze, training__steps=2)
   made = experiment.prepare(config)
@@ -172,7 +242,11 @@ def test_frozen_parameters_stay_and_cost_no_moments(freeze, corpus, tmp_path):
   moved = 0
   for path, mark in marks.items():
     for layer, frozen in enumerate(mark):
-      same = np.array_equal(start[path][layer], after[path][layer]) if len(mark) > 1 else np.array_equal(start[path], after[path])
+      same = (
+        np.array_equal(start[path][layer], after[path][layer])
+        if len(mark) > 1
+        else np.array_equal(start[path], after[path])
+      )
       assert same or not frozen, path
       moved += not same
   assert moved
@@ -186,15 +260,17 @@ def test_flops_are_the_formula():
     model = model_of(name, scan=scan)
     batch, width, layers = batch_of(4), 32, 3
     tokens = 4 * 16
-    block = 2 * tokens * (4 * width ** 2 + 2 * width * 64)
+    block = 2 * tokens * (4 * width**2 + 2 * width * 64)
     attention = 4 * tokens * 16 * width
     if name == "gpt":
       expected = 3 * (layers * (block + attention / 2) + 2 * tokens * width * 128)
     else:
-      head = 2 * 12 * (width ** 2 + width * 128) + 2 * 4 * (width ** 2 + 2 * width)
+      head = 2 * 12 * (width**2 + width * 128) + 2 * 4 * (width**2 + 2 * width)
       expected = 3 * (layers * (block + attention) + head)
     params = jax.eval_shape(lambda: params_of(model))
-    assert metrics.model_flops(model, params, batch, causal=name == "gpt") == pytest.approx(expected, rel=1e-9)
+    assert metrics.model_flops(model, params, batch, causal=name == "gpt") == pytest.approx(
+      expected, rel=1e-9
+    )
 
 
 def final_state(workdir):
@@ -211,11 +287,15 @@ def test_a_run_continued_is_the_run_uninterrupted(name, corpus, tmp_path):
   """In one process: stop at step 4 of 6 by a shorter run of the same schedule."""
   config = tiny(name, f"text:{corpus}", optimizer__schedule="constant", optimizer__warmup_steps=0)
   loop.train(config, tmp_path / "whole")
-  short = config_lib.freeze({**config_lib.thaw(config), "training": {**config_lib.thaw(config)["training"], "steps": 4}})
+  short = config_lib.freeze(
+    {**config_lib.thaw(config), "training": {**config_lib.thaw(config)["training"], "steps": 4}}
+  )
   loop.train(short, tmp_path / "parts")
   loop.train(config, tmp_path / "parts")
   assert same(final_state(tmp_path / "whole"), final_state(tmp_path / "parts"))
-  steps = [json.loads(l)["step"] for l in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+  steps = [
+    json.loads(l)["step"] for l in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()
+  ]
   assert steps == [2, 4, 6]
 
 
@@ -236,7 +316,7 @@ loop.train(config.freeze(json.loads(sys.argv[1])), sys.argv[2])
 
 # Where the process is killed, as a patch of the running program.
 KILLS = {
-    "in a step": """
+  "in a step": """
 make = step.make_train_step
 def killing(*args):
   train = make(*args)
@@ -250,14 +330,14 @@ def killing(*args):
   return wrapped
 step.make_train_step = killing
 """,
-    "in an asynchronous save": """
+  "in an asynchronous save": """
 finish = manager.Manager._finish
 def killing(self):
   if self._pending[0] == 4: os.kill(os.getpid(), signal.SIGKILL)
   finish(self)
 manager.Manager._finish = killing
 """,
-    "in the writing of digests": """
+  "in the writing of digests": """
 write = manager.write_manifest
 def killing(folder):
   if "4.orbax" in str(folder):
@@ -266,7 +346,7 @@ def killing(folder):
   write(folder)
 manager.write_manifest = killing
 """,
-    "in evaluation": """
+  "in evaluation": """
 evaluate = loop.evaluation.evaluate
 count = [0]
 def killing(*args, **kw):
@@ -275,7 +355,7 @@ def killing(*args, **kw):
   return evaluate(*args, **kw)
 loop.evaluation.evaluate = killing
 """,
-    "at an epoch's end": """
+  "at an epoch's end": """
 read = llm.data.batches.Batches.read
 def killing(self, number, rows):
   if number == int(self.steps_an_epoch()):
@@ -288,9 +368,21 @@ llm.data.batches.Batches.read = killing
 
 
 def start(config, workdir, patch="", **more):
-  return subprocess.Popen([sys.executable, "-c", RUN.format(patch=patch), json.dumps(config_lib.thaw(config)), str(workdir)],
-                          cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)}, **more)
+  return subprocess.Popen(
+    [
+      sys.executable,
+      "-c",
+      RUN.format(patch=patch),
+      json.dumps(config_lib.thaw(config)),
+      str(workdir),
+    ],
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    env={**os.environ, "PYTHONPATH": str(ROOT)},
+    **more,
+  )
 
 
 @pytest.fixture(scope="module")
@@ -298,8 +390,16 @@ def killable(tmp_path_factory, corpus):
   text = corpus.read_text().split("\n\n")
   path = tmp_path_factory.mktemp("kill") / "some.txt"
   path.write_text("\n\n".join(text[:3]))
-  config = tiny("bert", f"text:{path}", data__eval=f"text:{path}", training__steps=8, training__save_every=2,
-                training__eval_every=3, optimizer__grad_accum_steps=2, data__prefetch=1)
+  config = tiny(
+    "bert",
+    f"text:{path}",
+    data__eval=f"text:{path}",
+    training__steps=8,
+    training__save_every=2,
+    training__eval_every=3,
+    optimizer__grad_accum_steps=2,
+    data__prefetch=1,
+  )
   assert 2 < experiment.prepare(config).batches.steps_an_epoch() < 7
   workdir = tmp_path_factory.mktemp("whole")
   process = start(config, workdir)
@@ -307,10 +407,12 @@ def killable(tmp_path_factory, corpus):
   return config, final_state(workdir)
 
 
-OFTEN = ("in an asynchronous save",)   # two processes each: the others run with -m slow
+OFTEN = ("in an asynchronous save",)  # two processes each: the others run with -m slow
 
 
-@pytest.mark.parametrize("where", [w if w in OFTEN else pytest.param(w, marks=pytest.mark.slow) for w in KILLS])
+@pytest.mark.parametrize(
+  "where", [w if w in OFTEN else pytest.param(w, marks=pytest.mark.slow) for w in KILLS]
+)
 def test_killed_and_resumed_ends_bit_equal(where, killable, tmp_path):
   config, expected = killable
   first = start(config, tmp_path, KILLS[where])
@@ -326,7 +428,9 @@ def test_sigterm_saves_and_says_how_to_go_on(killable, tmp_path):
   patch = KILLS["in a step"].replace("SIGKILL", "SIGTERM")
   first = start(config, tmp_path, patch)
   output = first.communicate()[0]
-  assert first.returncode == 128 + signal.SIGTERM and "the same command goes on from there" in output, output
+  assert (
+    first.returncode == 128 + signal.SIGTERM and "the same command goes on from there" in output
+  ), output
   assert final_state(tmp_path)[0] == 4
   assert start(config, tmp_path).wait() == 0
   assert same(final_state(tmp_path), expected)
@@ -338,12 +442,19 @@ def test_workers_end_with_their_run(number, killable, tmp_path):
   """A signal to every process of a job, as Slurm sends it, lets the run save; one that ends it by force ends them too."""
   config, expected = killable
   config = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=2))
-  kill = KILLS["in a step"] if number == signal.SIGKILL else KILLS["in a step"].replace("os.kill(os.getpid(), signal.SIGKILL)",
-                                                                                       "os.killpg(0, signal.SIGTERM)")
+  kill = (
+    KILLS["in a step"]
+    if number == signal.SIGKILL
+    else KILLS["in a step"].replace(
+      "os.kill(os.getpid(), signal.SIGKILL)", "os.killpg(0, signal.SIGTERM)"
+    )
+  )
   first = start(config, tmp_path, kill, start_new_session=True)
-  output = first.communicate(timeout=120)[0]   # to which its workers write too
+  output = first.communicate(timeout=120)[0]  # to which its workers write too
   assert first.returncode == (128 + number if number == signal.SIGTERM else -number), output
-  members = lambda: [p.pid for p in psutil.process_iter(["pid"]) if p.pid != first.pid and _group(p.pid) == first.pid]
+  members = lambda: [
+    p.pid for p in psutil.process_iter(["pid"]) if p.pid != first.pid and _group(p.pid) == first.pid
+  ]
   for _ in range(100):
     if not members():
       break
@@ -365,18 +476,34 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_saved_over(corpus, t
   config = tiny("gpt", f"text:{corpus}", training__save_every=2)
   loop.train(config, tmp_path)
   kept = final_state(tmp_path)
-  longer = tiny("gpt", f"text:{corpus}", training__save_every=2, training__steps=20, optimizer__learning_rate=1e38)
+  longer = tiny(
+    "gpt",
+    f"text:{corpus}",
+    training__save_every=2,
+    training__steps=20,
+    optimizer__learning_rate=1e38,
+  )
   with pytest.raises(UserError, match=r"not finite at step \d+ \(batch \d+\)"):
     loop.train(longer, tmp_path, go_on=True)
   assert same(final_state(tmp_path), kept)
 
 
 def test_the_best_checkpoint_stays(corpus, tmp_path):
-  config = tiny("gpt", f"text:{corpus}", data__eval=f"text:{corpus}", training__eval_every=1, training__keep=1,
-                training__keep_best="max:loss", training__steps=6)
+  config = tiny(
+    "gpt",
+    f"text:{corpus}",
+    data__eval=f"text:{corpus}",
+    training__eval_every=1,
+    training__keep=1,
+    training__keep_best="max:loss",
+    training__steps=6,
+  )
   loop.train(config, tmp_path)
-  losses = {l["step"]: l["loss"] for l in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
-            if l["split"] == "eval"}
+  losses = {
+    l["step"]: l["loss"]
+    for l in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    if l["split"] == "eval"
+  }
   assert set(manager.steps(tmp_path / "checkpoints")) == {6, max(losses, key=losses.get)}
 
 
@@ -387,8 +514,10 @@ def test_a_profile_is_written(corpus, tmp_path):
 
 def test_a_batch_out_of_memory_is_one_line(corpus, tmp_path, monkeypatch, capsys):
   from llm import command
+
   def explode(*args):
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+
   monkeypatch.setattr(step_lib, "make_train_step", lambda *a: explode)
   with pytest.raises(SystemExit) as stop:
     command.run(lambda: loop.train(tiny("gpt", f"text:{corpus}"), tmp_path), ["train"])

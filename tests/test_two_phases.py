@@ -1,4 +1,5 @@
 """What pretraining buys on real text, small: each part runs the commands as a user would."""
+
 import json
 import os
 import subprocess
@@ -12,32 +13,60 @@ from llm.data import answers, embedded
 from llm.data.cache import cache_dir
 
 pytestmark = pytest.mark.slow
-CACHE = cache_dir()   # the user's own: taken before conftest gives the tests another
+CACHE = cache_dir()  # the user's own: taken before conftest gives the tests another
 PLAIN = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
 
 
 def python(*arguments) -> str:
   """What a command prints, run without the settings of the tests."""
-  done = subprocess.run([sys.executable, *arguments], env={**PLAIN, "PRETUNE_CACHE": str(CACHE)}, capture_output=True, text=True)
+  done = subprocess.run(
+    [sys.executable, *arguments],
+    env={**PLAIN, "PRETUNE_CACHE": str(CACHE)},
+    capture_output=True,
+    text=True,
+  )
   assert done.returncode == 0, done.stderr
   return done.stdout
 
 
 def test_answers_to_unseen_abstracts_beat_the_best_constant_one(tmp_path):
   """The first two layers of a published BERT, and the same from scratch, on abstracts that neither saw."""
+
   def f1_of(name, *more):
-    python("-m", "llm.train", "--config=configs/finetune_qa.py:abstracts", f"--workdir={tmp_path / name}", "--config.data.eval=",
-           "--config.transfer.checkpoint=embedded:minilm", "--config.model.num_layers=2", "--config.training.epochs=0",
-           "--config.training.steps=50", "--config.optimizer.learning_rate=5e-4", "--config.objective.stride=192", *more)
-    said = python("-m", "llm.evaluate", f"--checkpoint={tmp_path / name}", "--config.data.eval=embedded:abstracts[test]")
+    python(
+      "-m",
+      "llm.train",
+      "--config=configs/finetune_qa.py:abstracts",
+      f"--workdir={tmp_path / name}",
+      "--config.data.eval=",
+      "--config.transfer.checkpoint=embedded:minilm",
+      "--config.model.num_layers=2",
+      "--config.training.epochs=0",
+      "--config.training.steps=50",
+      "--config.optimizer.learning_rate=5e-4",
+      "--config.objective.stride=192",
+      *more,
+    )
+    said = python(
+      "-m",
+      "llm.evaluate",
+      f"--checkpoint={tmp_path / name}",
+      "--config.data.eval=embedded:abstracts[test]",
+    )
     return 100 * json.loads(said.splitlines()[-1])["f1"]
 
-  split = lambda name: [[a["text"] for a in r["answers"]] for r in embedded.records("abstracts", name, CACHE)]
+  split = lambda name: [
+    [a["text"] for a in r["answers"]] for r in embedded.records("abstracts", name, CACHE)
+  ]
   known = [text for found in split("train") for text in found]
-  constant = max(100 * np.mean([answers.f1(guess, gold) for gold in split("test")]) for guess in known)
+  constant = max(
+    100 * np.mean([answers.f1(guess, gold) for gold in split("test")]) for guess in known
+  )
   pretrained = f1_of("pretrained", "--config.transfer.skip=('^head/','layers/[2-5]/')")
   scratch = f1_of("scratch", "--config.transfer.skip=('.',)")
-  print(f"F1 on held-out abstracts: pretrained {pretrained:.1f}, scratch {scratch:.1f}, best constant {constant:.1f}")
+  print(
+    f"F1 on held-out abstracts: pretrained {pretrained:.1f}, scratch {scratch:.1f}, best constant {constant:.1f}"
+  )
   assert pretrained > constant + 15 and pretrained > scratch + 5
 
 
@@ -65,13 +94,27 @@ print(json.dumps({"before": before.per_token, "curves": curves}))
 
 def test_a_pretrained_gpt_learns_to_reply_an_epoch_at_a_time(tmp_path):
   """Held-out replies of the Alpaca pairs, three seeds of fine-tuning from one foundation."""
-  python("-m", "llm.train", "--config=configs/pretrain_gpt.py:tiny", f"--workdir={tmp_path / 'gpt'}", "--config.training.steps=120",
-         "--config.training.batch_size=8", "--config.model.num_layers=2", "--config.tokenizer.vocab_size=2048",
-         "--config.optimizer.learning_rate=3e-3", "--config.model.dropout=0")
+  python(
+    "-m",
+    "llm.train",
+    "--config=configs/pretrain_gpt.py:tiny",
+    f"--workdir={tmp_path / 'gpt'}",
+    "--config.training.steps=120",
+    "--config.training.batch_size=8",
+    "--config.model.num_layers=2",
+    "--config.tokenizer.vocab_size=2048",
+    "--config.optimizer.learning_rate=3e-3",
+    "--config.model.dropout=0",
+  )
   found = json.loads(python("-c", SEEDS, str(tmp_path)).splitlines()[-1])
   curves_3xE = np.array(found["curves"])
   falls = found["before"] - curves_3xE
   low, high = scipy.stats.t.interval(0.95, 2, falls[:, -1].mean(), scipy.stats.sem(falls[:, -1]))
-  print(f"before {found['before']:.3f}; after each epoch {curves_3xE.mean(0).round(3)}; fall {falls[:, -1].mean():.3f} [{low:.3f}, {high:.3f}]")
-  assert curves_3xE.shape == (3, 2) and (np.diff(np.c_[np.full(3, found["before"]), curves_3xE]) < 0).all()
+  print(
+    f"before {found['before']:.3f}; after each epoch {curves_3xE.mean(0).round(3)}; fall {falls[:, -1].mean():.3f} [{low:.3f}, {high:.3f}]"
+  )
+  assert (
+    curves_3xE.shape == (3, 2)
+    and (np.diff(np.c_[np.full(3, found["before"]), curves_3xE]) < 0).all()
+  )
   assert low > 0.3

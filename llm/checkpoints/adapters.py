@@ -1,4 +1,5 @@
 """Low-rank adapters that a checkpoint carries, added into the kernels that they stand beside."""
+
 import numpy as np
 
 from llm.core import STACKED, Params, flatten, unflatten
@@ -19,6 +20,8 @@ def merge(params: Params, alpha: float) -> Params:
       a, b = (np.asarray(leaves[f"{layer}/{name}"], np.float64) for name in ("lora_a", "lora_b"))
       kernel = np.asarray(leaves[f"{layer}/kernel"])
       stacked = kernel.shape[0] if STACKED in path else 1
-      added = (a.reshape(stacked, *a.shape[-2:]) @ b.reshape(stacked, *b.shape[-2:])) * (alpha / a.shape[-1])
+      added = (a.reshape(stacked, *a.shape[-2:]) @ b.reshape(stacked, *b.shape[-2:])) * (
+        alpha / a.shape[-1]
+      )
       out[f"{layer}/kernel"] = (kernel + added.reshape(kernel.shape)).astype(kernel.dtype)
   return unflatten(out)

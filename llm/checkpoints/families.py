@@ -3,6 +3,7 @@
 A family is a table. Their tensors are named as in the library's classes with a language-model head; a
 layer's number stands as {}.
 """
+
 import dataclasses
 import re
 from typing import Any, Callable, Mapping
@@ -23,6 +24,7 @@ class Tensor:
   inputs, as torch.nn.Linear keeps it. inputs: how many leading dimensions of our kernel are contracted.
   reverse: their classes come in the other order.
   """
+
   theirs: str
   ours: tuple[str, ...]
   transposed: bool = False
@@ -33,14 +35,16 @@ class Tensor:
     """Their tensor of one layer -> our leaves of one layer. Raises ValueError if the sizes differ."""
     tensor = tensor.T if self.transposed else tensor
     tensor = tensor[..., ::-1] if self.reverse else tensor
-    return [np.ascontiguousarray(part).reshape(shape)
-            for part, shape in zip(np.split(tensor, len(shapes), axis=-1), shapes)]
+    return [
+      np.ascontiguousarray(part).reshape(shape)
+      for part, shape in zip(np.split(tensor, len(shapes), axis=-1), shapes)
+    ]
 
   def to_theirs(self, leaves: list[np.ndarray]) -> np.ndarray:
     """The inverse of `to_ours`."""
     flat = leaves
     if self.ours[0].endswith("kernel"):
-      flat = [leaf.reshape(int(np.prod(leaf.shape[:self.inputs])), -1) for leaf in leaves]
+      flat = [leaf.reshape(int(np.prod(leaf.shape[: self.inputs])), -1) for leaf in leaves]
     elif self.ours[0].endswith("bias"):
       flat = [leaf.reshape(-1) for leaf in leaves]
     tensor = np.concatenate(flat, axis=-1)
@@ -53,6 +57,7 @@ class Family:
   """One architecture of theirs. prefix: what its names may begin with or not. buffers: a regex of
   tensors that carry nothing. tied: their name of a copy -> of what it copies. padded: their vocab_size counts
   rows that pad the vocabulary, as ours are padded."""
+
   model_type: str
   prefix: str
   tensors: tuple[Tensor, ...]
@@ -64,8 +69,10 @@ class Family:
 
 
 def _linear(theirs: str, ours: str, **how) -> tuple[Tensor, Tensor]:
-  return (Tensor(f"{theirs}.weight", (f"{ours}/kernel",), transposed=True, **how),
-          Tensor(f"{theirs}.bias", (f"{ours}/bias",), reverse=how.get("reverse", False)))
+  return (
+    Tensor(f"{theirs}.weight", (f"{ours}/kernel",), transposed=True, **how),
+    Tensor(f"{theirs}.bias", (f"{ours}/bias",), reverse=how.get("reverse", False)),
+  )
 
 
 def _norm(theirs: str, ours: str) -> tuple[Tensor, Tensor]:
@@ -74,8 +81,10 @@ def _norm(theirs: str, ours: str) -> tuple[Tensor, Tensor]:
 
 def _fused(theirs: str, ours: tuple[str, ...], inputs: int = 1) -> tuple[Tensor, Tensor]:
   """GPT-2's Conv1D: inputs x outputs, as ours."""
-  return (Tensor(f"{theirs}.weight", tuple(f"{o}/kernel" for o in ours), inputs=inputs),
-          Tensor(f"{theirs}.bias", tuple(f"{o}/bias" for o in ours)))
+  return (
+    Tensor(f"{theirs}.weight", tuple(f"{o}/kernel" for o in ours), inputs=inputs),
+    Tensor(f"{theirs}.bias", tuple(f"{o}/bias" for o in ours)),
+  )
 
 
 def _expect(config: Mapping[str, Any], wanted: Mapping[str, Any]):
@@ -93,113 +102,201 @@ def _number(config: Mapping[str, Any], key: str) -> int:
 
 
 def _bert_model(config) -> ModelConfig:
-  _expect(config, {"hidden_act": "gelu", "type_vocab_size": 2,
-                   "position_embedding_type": "absolute", "is_decoder": False, "tie_word_embeddings": True})
+  _expect(
+    config,
+    {
+      "hidden_act": "gelu",
+      "type_vocab_size": 2,
+      "position_embedding_type": "absolute",
+      "is_decoder": False,
+      "tie_word_embeddings": True,
+    },
+  )
   n = lambda key: _number(config, key)
-  return ModelConfig(name="bert", num_layers=n("num_hidden_layers"), width=n("hidden_size"),
-                     num_heads=n("num_attention_heads"), mlp_dim=n("intermediate_size"), vocab_size=n("vocab_size"),
-                     max_length=n("max_position_embeddings"), dropout=float(config.get("hidden_dropout_prob", 0.1)),
-                     norm_epsilon=float(config.get("layer_norm_eps", 1e-12)))
+  return ModelConfig(
+    name="bert",
+    num_layers=n("num_hidden_layers"),
+    width=n("hidden_size"),
+    num_heads=n("num_attention_heads"),
+    mlp_dim=n("intermediate_size"),
+    vocab_size=n("vocab_size"),
+    max_length=n("max_position_embeddings"),
+    dropout=float(config.get("hidden_dropout_prob", 0.1)),
+    norm_epsilon=float(config.get("layer_norm_eps", 1e-12)),
+  )
 
 
 def _bert_config(model: ModelConfig) -> dict[str, Any]:
-  return {"model_type": "bert", "hidden_act": "gelu", "type_vocab_size": 2,
-          "layer_norm_eps": model.norm_epsilon or bert.STYLE.norm_epsilon,
-          "num_hidden_layers": model.num_layers, "hidden_size": model.width, "num_attention_heads": model.num_heads,
-          "intermediate_size": model.mlp_dim, "vocab_size": model.vocab_size,
-          "max_position_embeddings": model.max_length, "hidden_dropout_prob": model.dropout,
-          "attention_probs_dropout_prob": model.dropout, "tie_word_embeddings": True}
+  return {
+    "model_type": "bert",
+    "hidden_act": "gelu",
+    "type_vocab_size": 2,
+    "layer_norm_eps": model.norm_epsilon or bert.STYLE.norm_epsilon,
+    "num_hidden_layers": model.num_layers,
+    "hidden_size": model.width,
+    "num_attention_heads": model.num_heads,
+    "intermediate_size": model.mlp_dim,
+    "vocab_size": model.vocab_size,
+    "max_position_embeddings": model.max_length,
+    "hidden_dropout_prob": model.dropout,
+    "attention_probs_dropout_prob": model.dropout,
+    "tie_word_embeddings": True,
+  }
 
 
 _LAYER, _OURS = "bert.encoder.layer.{}.", "backbone/layers/"
 
 BERT = Family(
-    "bert", "bert.",
-    (Tensor("bert.embeddings.word_embeddings.weight", ("backbone/token/embedding",)),
-     Tensor("bert.embeddings.position_embeddings.weight", ("backbone/position/embedding",)),
-     Tensor("bert.embeddings.token_type_embeddings.weight", ("backbone/type/embedding",)),
-     *_norm("bert.embeddings.LayerNorm", "backbone/embedding_norm"),
-     *_linear(f"{_LAYER}attention.self.query", f"{_OURS}attention/query"),
-     *_linear(f"{_LAYER}attention.self.key", f"{_OURS}attention/key"),
-     *_linear(f"{_LAYER}attention.self.value", f"{_OURS}attention/value"),
-     *_linear(f"{_LAYER}attention.output.dense", f"{_OURS}attention/out", inputs=2),
-     *_norm(f"{_LAYER}attention.output.LayerNorm", f"{_OURS}attention_norm"),
-     *_linear(f"{_LAYER}intermediate.dense", f"{_OURS}mlp/up"),
-     *_linear(f"{_LAYER}output.dense", f"{_OURS}mlp/down"),
-     *_norm(f"{_LAYER}output.LayerNorm", f"{_OURS}mlp_norm"),
-     *_linear("bert.pooler.dense", "head/pooler"),
-     *_linear("cls.predictions.transform.dense", "head/transform"),
-     *_norm("cls.predictions.transform.LayerNorm", "head/transform_norm"),
-     Tensor("cls.predictions.bias", ("head/lm/bias",)),
-     # Their class 0 is "B follows A", which is our class 1.
-     *_linear("cls.seq_relationship", "head/next_sentence", reverse=True),
-     *_linear("classifier", "head/classifier"), *_linear("qa_outputs", "head/span")),
-    buffers=r"embeddings\.position_ids$",
-    tied={"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
-          "cls.predictions.decoder.bias": "cls.predictions.bias"},
-    model=_bert_model, config=_bert_config)
+  "bert",
+  "bert.",
+  (
+    Tensor("bert.embeddings.word_embeddings.weight", ("backbone/token/embedding",)),
+    Tensor("bert.embeddings.position_embeddings.weight", ("backbone/position/embedding",)),
+    Tensor("bert.embeddings.token_type_embeddings.weight", ("backbone/type/embedding",)),
+    *_norm("bert.embeddings.LayerNorm", "backbone/embedding_norm"),
+    *_linear(f"{_LAYER}attention.self.query", f"{_OURS}attention/query"),
+    *_linear(f"{_LAYER}attention.self.key", f"{_OURS}attention/key"),
+    *_linear(f"{_LAYER}attention.self.value", f"{_OURS}attention/value"),
+    *_linear(f"{_LAYER}attention.output.dense", f"{_OURS}attention/out", inputs=2),
+    *_norm(f"{_LAYER}attention.output.LayerNorm", f"{_OURS}attention_norm"),
+    *_linear(f"{_LAYER}intermediate.dense", f"{_OURS}mlp/up"),
+    *_linear(f"{_LAYER}output.dense", f"{_OURS}mlp/down"),
+    *_norm(f"{_LAYER}output.LayerNorm", f"{_OURS}mlp_norm"),
+    *_linear("bert.pooler.dense", "head/pooler"),
+    *_linear("cls.predictions.transform.dense", "head/transform"),
+    *_norm("cls.predictions.transform.LayerNorm", "head/transform_norm"),
+    Tensor("cls.predictions.bias", ("head/lm/bias",)),
+    # Their class 0 is "B follows A", which is our class 1.
+    *_linear("cls.seq_relationship", "head/next_sentence", reverse=True),
+    *_linear("classifier", "head/classifier"),
+    *_linear("qa_outputs", "head/span"),
+  ),
+  buffers=r"embeddings\.position_ids$",
+  tied={
+    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+    "cls.predictions.decoder.bias": "cls.predictions.bias",
+  },
+  model=_bert_model,
+  config=_bert_config,
+)
 
 
 def _gpt_model(config) -> ModelConfig:
-  _expect(config, {"activation_function": "gelu_new", "scale_attn_weights": True, "tie_word_embeddings": True,
-                   "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False})
+  _expect(
+    config,
+    {
+      "activation_function": "gelu_new",
+      "scale_attn_weights": True,
+      "tie_word_embeddings": True,
+      "scale_attn_by_inverse_layer_idx": False,
+      "add_cross_attention": False,
+    },
+  )
   n = lambda key: _number(config, key)
-  return ModelConfig(name="gpt", num_layers=n("n_layer"), width=n("n_embd"), num_heads=n("n_head"),
-                     mlp_dim=config.get("n_inner") or 4 * n("n_embd"), vocab_size=n("vocab_size"),
-                     max_length=n("n_positions"), dropout=float(config.get("resid_pdrop", 0.1)),
-                     norm_epsilon=float(config.get("layer_norm_epsilon", 1e-5)))
+  return ModelConfig(
+    name="gpt",
+    num_layers=n("n_layer"),
+    width=n("n_embd"),
+    num_heads=n("n_head"),
+    mlp_dim=config.get("n_inner") or 4 * n("n_embd"),
+    vocab_size=n("vocab_size"),
+    max_length=n("n_positions"),
+    dropout=float(config.get("resid_pdrop", 0.1)),
+    norm_epsilon=float(config.get("layer_norm_epsilon", 1e-5)),
+  )
 
 
 def _gpt_config(model: ModelConfig) -> dict[str, Any]:
-  return {"model_type": "gpt2", "activation_function": "gelu_new",
-          "layer_norm_epsilon": model.norm_epsilon or gpt.STYLE.norm_epsilon,
-          "n_layer": model.num_layers, "n_embd": model.width, "n_head": model.num_heads, "n_inner": model.mlp_dim,
-          "vocab_size": model.vocab_size, "n_positions": model.max_length, "resid_pdrop": model.dropout,
-          "embd_pdrop": model.dropout, "attn_pdrop": model.dropout, "tie_word_embeddings": True}
+  return {
+    "model_type": "gpt2",
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": model.norm_epsilon or gpt.STYLE.norm_epsilon,
+    "n_layer": model.num_layers,
+    "n_embd": model.width,
+    "n_head": model.num_heads,
+    "n_inner": model.mlp_dim,
+    "vocab_size": model.vocab_size,
+    "n_positions": model.max_length,
+    "resid_pdrop": model.dropout,
+    "embd_pdrop": model.dropout,
+    "attn_pdrop": model.dropout,
+    "tie_word_embeddings": True,
+  }
 
 
 _BLOCK = "transformer.h.{}."
 
 GPT2 = Family(
-    "gpt2", "transformer.",
-    (Tensor("transformer.wte.weight", ("backbone/token/embedding",)),
-     Tensor("transformer.wpe.weight", ("backbone/position/embedding",)),
-     *_norm(f"{_BLOCK}ln_1", f"{_OURS}attention_norm"),
-     *_fused(f"{_BLOCK}attn.c_attn", tuple(f"{_OURS}attention/{part}" for part in ("query", "key", "value"))),
-     *_fused(f"{_BLOCK}attn.c_proj", (f"{_OURS}attention/out",), inputs=2),
-     *_norm(f"{_BLOCK}ln_2", f"{_OURS}mlp_norm"),
-     *_fused(f"{_BLOCK}mlp.c_fc", (f"{_OURS}mlp/up",)),
-     *_fused(f"{_BLOCK}mlp.c_proj", (f"{_OURS}mlp/down",)),
-     *_norm("transformer.ln_f", "backbone/final_norm")),
-    buffers=r"\.attn\.(bias|masked_bias)$",
-    tied={"lm_head.weight": "transformer.wte.weight"},
-    model=_gpt_model, config=_gpt_config)
+  "gpt2",
+  "transformer.",
+  (
+    Tensor("transformer.wte.weight", ("backbone/token/embedding",)),
+    Tensor("transformer.wpe.weight", ("backbone/position/embedding",)),
+    *_norm(f"{_BLOCK}ln_1", f"{_OURS}attention_norm"),
+    *_fused(
+      f"{_BLOCK}attn.c_attn",
+      tuple(f"{_OURS}attention/{part}" for part in ("query", "key", "value")),
+    ),
+    *_fused(f"{_BLOCK}attn.c_proj", (f"{_OURS}attention/out",), inputs=2),
+    *_norm(f"{_BLOCK}ln_2", f"{_OURS}mlp_norm"),
+    *_fused(f"{_BLOCK}mlp.c_fc", (f"{_OURS}mlp/up",)),
+    *_fused(f"{_BLOCK}mlp.c_proj", (f"{_OURS}mlp/down",)),
+    *_norm("transformer.ln_f", "backbone/final_norm"),
+  ),
+  buffers=r"\.attn\.(bias|masked_bias)$",
+  tied={"lm_head.weight": "transformer.wte.weight"},
+  model=_gpt_model,
+  config=_gpt_config,
+)
+
 
 def _llama_model(config) -> ModelConfig:
   _expect(config, {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False})
   rope = {**(config.get("rope_parameters") or {}), **(config.get("rope_scaling") or {})}
   kind = rope.get("rope_type", rope.get("type", "default"))
   if kind != "default":
-    raise UserError(f"config.json: rotary positions of type {kind!r} are not supported, only 'default'")
+    raise UserError(
+      f"config.json: rotary positions of type {kind!r} are not supported, only 'default'"
+    )
   n = lambda key: _number(config, key)
   if config.get("head_dim") not in (None, n("hidden_size") // n("num_attention_heads")):
-    raise UserError(f"config.json: head_dim={config['head_dim']} is not hidden_size / num_attention_heads")
-  return ModelConfig(name="llama", num_layers=n("num_hidden_layers"), width=n("hidden_size"),
-                     num_heads=n("num_attention_heads"),
-                     num_kv_heads=config.get("num_key_value_heads") or n("num_attention_heads"),
-                     mlp_dim=n("intermediate_size"), vocab_size=n("vocab_size"), max_length=n("max_position_embeddings"),
-                     dropout=0.0, norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
-                     rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
-                     tied=bool(config.get("tie_word_embeddings", False)))
+    raise UserError(
+      f"config.json: head_dim={config['head_dim']} is not hidden_size / num_attention_heads"
+    )
+  return ModelConfig(
+    name="llama",
+    num_layers=n("num_hidden_layers"),
+    width=n("hidden_size"),
+    num_heads=n("num_attention_heads"),
+    num_kv_heads=config.get("num_key_value_heads") or n("num_attention_heads"),
+    mlp_dim=n("intermediate_size"),
+    vocab_size=n("vocab_size"),
+    max_length=n("max_position_embeddings"),
+    dropout=0.0,
+    norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
+    rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
+    tied=bool(config.get("tie_word_embeddings", False)),
+  )
 
 
 def _llama_config(model: ModelConfig) -> dict[str, Any]:
-  return {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-          "num_hidden_layers": model.num_layers, "hidden_size": model.width, "num_attention_heads": model.num_heads,
-          "num_key_value_heads": model.num_kv_heads or model.num_heads, "intermediate_size": model.mlp_dim,
-          "vocab_size": model.vocab_size, "max_position_embeddings": model.max_length,
-          "rms_norm_eps": model.norm_epsilon or llama.STYLE.norm_epsilon, "rope_theta": model.rope_theta,
-          "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta}, "tie_word_embeddings": model.tied}
+  return {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "num_hidden_layers": model.num_layers,
+    "hidden_size": model.width,
+    "num_attention_heads": model.num_heads,
+    "num_key_value_heads": model.num_kv_heads or model.num_heads,
+    "intermediate_size": model.mlp_dim,
+    "vocab_size": model.vocab_size,
+    "max_position_embeddings": model.max_length,
+    "rms_norm_eps": model.norm_epsilon or llama.STYLE.norm_epsilon,
+    "rope_theta": model.rope_theta,
+    "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+    "tie_word_embeddings": model.tied,
+  }
 
 
 def _plain(theirs: str, ours: str, **how) -> Tensor:
@@ -209,48 +306,83 @@ def _plain(theirs: str, ours: str, **how) -> Tensor:
 _DECODER = "model.layers.{}."
 
 LLAMA = Family(
-    "llama", "model.",
-    (Tensor("model.embed_tokens.weight", ("backbone/token/embedding",)),
-     Tensor(f"{_DECODER}input_layernorm.weight", (f"{_OURS}attention_norm/scale",)),
-     _plain(f"{_DECODER}self_attn.q_proj", f"{_OURS}attention/query"),
-     _plain(f"{_DECODER}self_attn.k_proj", f"{_OURS}attention/key"),
-     _plain(f"{_DECODER}self_attn.v_proj", f"{_OURS}attention/value"),
-     _plain(f"{_DECODER}self_attn.o_proj", f"{_OURS}attention/out", inputs=2),
-     Tensor(f"{_DECODER}post_attention_layernorm.weight", (f"{_OURS}mlp_norm/scale",)),
-     _plain(f"{_DECODER}mlp.gate_proj", f"{_OURS}mlp/gate"),
-     _plain(f"{_DECODER}mlp.up_proj", f"{_OURS}mlp/up"),
-     _plain(f"{_DECODER}mlp.down_proj", f"{_OURS}mlp/down"),
-     Tensor("model.norm.weight", ("backbone/final_norm/scale",)),
-     Tensor("lm_head.weight", ("backbone/output/embedding",))),
-    buffers=r"rotary_emb\.inv_freq$",
-    tied={"lm_head.weight": "model.embed_tokens.weight"},
-    model=_llama_model, config=_llama_config)
-
+  "llama",
+  "model.",
+  (
+    Tensor("model.embed_tokens.weight", ("backbone/token/embedding",)),
+    Tensor(f"{_DECODER}input_layernorm.weight", (f"{_OURS}attention_norm/scale",)),
+    _plain(f"{_DECODER}self_attn.q_proj", f"{_OURS}attention/query"),
+    _plain(f"{_DECODER}self_attn.k_proj", f"{_OURS}attention/key"),
+    _plain(f"{_DECODER}self_attn.v_proj", f"{_OURS}attention/value"),
+    _plain(f"{_DECODER}self_attn.o_proj", f"{_OURS}attention/out", inputs=2),
+    Tensor(f"{_DECODER}post_attention_layernorm.weight", (f"{_OURS}mlp_norm/scale",)),
+    _plain(f"{_DECODER}mlp.gate_proj", f"{_OURS}mlp/gate"),
+    _plain(f"{_DECODER}mlp.up_proj", f"{_OURS}mlp/up"),
+    _plain(f"{_DECODER}mlp.down_proj", f"{_OURS}mlp/down"),
+    Tensor("model.norm.weight", ("backbone/final_norm/scale",)),
+    Tensor("lm_head.weight", ("backbone/output/embedding",)),
+  ),
+  buffers=r"rotary_emb\.inv_freq$",
+  tied={"lm_head.weight": "model.embed_tokens.weight"},
+  model=_llama_model,
+  config=_llama_config,
+)
 
 
 def _t5_model(config) -> ModelConfig:
   kinds = {"relu": False, "gated-gelu": True}
   kind = config.get("feed_forward_proj", "relu")
   if kind not in kinds:
-    raise UserError(f"config.json: feed_forward_proj={kind!r} is not supported, only {', '.join(kinds)}")
+    raise UserError(
+      f"config.json: feed_forward_proj={kind!r} is not supported, only {', '.join(kinds)}"
+    )
   n = lambda key: _number(config, key)
-  _expect(config, {"relative_attention_num_buckets": t5.BUCKETS, "relative_attention_max_distance": t5.FARTHEST,
-                   "num_decoder_layers": n("num_layers")})
-  return ModelConfig(name="t5", num_layers=n("num_layers"), width=n("d_model"), num_heads=n("num_heads"), head_width=n("d_kv"),
-                     mlp_dim=n("d_ff"), vocab_size=n("vocab_size"), max_length=config.get("n_positions") or 512,
-                     dropout=float(config.get("dropout_rate", 0.1)), init_std=1.0, gated=kinds[kind],
-                     norm_epsilon=float(config.get("layer_norm_epsilon", 1e-6)),
-                     # transformers 5 writes tie_word_embeddings=true always, and by this key whether that was meant.
-                     tied=bool(config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))))
+  _expect(
+    config,
+    {
+      "relative_attention_num_buckets": t5.BUCKETS,
+      "relative_attention_max_distance": t5.FARTHEST,
+      "num_decoder_layers": n("num_layers"),
+    },
+  )
+  return ModelConfig(
+    name="t5",
+    num_layers=n("num_layers"),
+    width=n("d_model"),
+    num_heads=n("num_heads"),
+    head_width=n("d_kv"),
+    mlp_dim=n("d_ff"),
+    vocab_size=n("vocab_size"),
+    max_length=config.get("n_positions") or 512,
+    dropout=float(config.get("dropout_rate", 0.1)),
+    init_std=1.0,
+    gated=kinds[kind],
+    norm_epsilon=float(config.get("layer_norm_epsilon", 1e-6)),
+    # transformers 5 writes tie_word_embeddings=true always, and by this key whether that was meant.
+    tied=bool(config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))),
+  )
 
 
 def _t5_config(model: ModelConfig) -> dict[str, Any]:
-  return {"model_type": "t5", "num_layers": model.num_layers, "num_decoder_layers": model.num_layers, "d_model": model.width,
-          "num_heads": model.num_heads, "d_kv": model.head_width or model.width // model.num_heads, "d_ff": model.mlp_dim,
-          "vocab_size": padded_vocab(model.vocab_size), "n_positions": model.max_length, "dropout_rate": model.dropout,
-          "layer_norm_epsilon": model.norm_epsilon or t5.STYLE.norm_epsilon, "relative_attention_num_buckets": t5.BUCKETS,
-          "relative_attention_max_distance": t5.FARTHEST, "is_encoder_decoder": True, "decoder_start_token_id": 0,
-          "feed_forward_proj": "gated-gelu" if model.gated else "relu", "tie_word_embeddings": model.tied}
+  return {
+    "model_type": "t5",
+    "num_layers": model.num_layers,
+    "num_decoder_layers": model.num_layers,
+    "d_model": model.width,
+    "num_heads": model.num_heads,
+    "d_kv": model.head_width or model.width // model.num_heads,
+    "d_ff": model.mlp_dim,
+    "vocab_size": padded_vocab(model.vocab_size),
+    "n_positions": model.max_length,
+    "dropout_rate": model.dropout,
+    "layer_norm_epsilon": model.norm_epsilon or t5.STYLE.norm_epsilon,
+    "relative_attention_num_buckets": t5.BUCKETS,
+    "relative_attention_max_distance": t5.FARTHEST,
+    "is_encoder_decoder": True,
+    "decoder_start_token_id": 0,
+    "feed_forward_proj": "gated-gelu" if model.gated else "relu",
+    "tie_word_embeddings": model.tied,
+  }
 
 
 def _t5_stack(stack: str, cross: bool, gated: bool) -> list[Tensor]:
@@ -258,28 +390,50 @@ def _t5_stack(stack: str, cross: bool, gated: bool) -> list[Tensor]:
   attentions = {"attention": "SelfAttention"} | ({"cross": "EncDecAttention"} if cross else {})
   last = len(attentions)
   wide = {"gate": "wi_0", "up": "wi_1"} if gated else {"up": "wi"}
-  tensors = [Tensor(f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
-                    (f"backbone/{stack}/relative/embedding",)),
-             Tensor(f"{stack}.final_layer_norm.weight", (f"backbone/{stack}/final_norm/scale",)),
-             Tensor(f"{theirs}{last}.layer_norm.weight", (f"{ours}mlp_norm/scale",)),
-             _plain(f"{theirs}{last}.DenseReluDense.wo", f"{ours}mlp/down"),
-             *(_plain(f"{theirs}{last}.DenseReluDense.{name}", f"{ours}mlp/{part}") for part, name in wide.items())]
+  tensors = [
+    Tensor(
+      f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+      (f"backbone/{stack}/relative/embedding",),
+    ),
+    Tensor(f"{stack}.final_layer_norm.weight", (f"backbone/{stack}/final_norm/scale",)),
+    Tensor(f"{theirs}{last}.layer_norm.weight", (f"{ours}mlp_norm/scale",)),
+    _plain(f"{theirs}{last}.DenseReluDense.wo", f"{ours}mlp/down"),
+    *(
+      _plain(f"{theirs}{last}.DenseReluDense.{name}", f"{ours}mlp/{part}")
+      for part, name in wide.items()
+    ),
+  ]
   for number, (part, name) in enumerate(attentions.items()):
-    tensors += [Tensor(f"{theirs}{number}.layer_norm.weight", (f"{ours}{part}_norm/scale",)),
-                *(_plain(f"{theirs}{number}.{name}.{x}", f"{ours}{part}/{y}")
-                  for x, y in (("q", "query"), ("k", "key"), ("v", "value"))),
-                _plain(f"{theirs}{number}.{name}.o", f"{ours}{part}/out", inputs=2)]
+    tensors += [
+      Tensor(f"{theirs}{number}.layer_norm.weight", (f"{ours}{part}_norm/scale",)),
+      *(
+        _plain(f"{theirs}{number}.{name}.{x}", f"{ours}{part}/{y}")
+        for x, y in (("q", "query"), ("k", "key"), ("v", "value"))
+      ),
+      _plain(f"{theirs}{number}.{name}.o", f"{ours}{part}/out", inputs=2),
+    ]
   return tensors
 
 
 def _t5(gated: bool) -> Family:
   return Family(
-      "t5", "",
-      (Tensor("shared.weight", ("backbone/token/embedding",)), Tensor("lm_head.weight", ("backbone/output/embedding",)),
-       *_t5_stack("encoder", False, gated), *_t5_stack("decoder", True, gated)),
-      buffers=r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$",   # of old releases, unused
-      tied={name: "shared.weight" for name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")},
-      model=_t5_model, config=_t5_config, padded=True)
+    "t5",
+    "",
+    (
+      Tensor("shared.weight", ("backbone/token/embedding",)),
+      Tensor("lm_head.weight", ("backbone/output/embedding",)),
+      *_t5_stack("encoder", False, gated),
+      *_t5_stack("decoder", True, gated),
+    ),
+    buffers=r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$",  # of old releases, unused
+    tied={
+      name: "shared.weight"
+      for name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
+    },
+    model=_t5_model,
+    config=_t5_config,
+    padded=True,
+  )
 
 
 T5_V1_0, T5_V1_1 = _t5(gated=False), _t5(gated=True)
@@ -295,12 +449,18 @@ def find(config: Mapping[str, Any]) -> Family | None:
 
 def of_model(model: ModelConfig) -> Family:
   """The family of a model of ours."""
-  return {"bert": BERT, "gpt": GPT2, "llama": LLAMA, "t5": T5_V1_1 if model.gated else T5_V1_0}[model.name]
+  return {"bert": BERT, "gpt": GPT2, "llama": LLAMA, "t5": T5_V1_1 if model.gated else T5_V1_0}[
+    model.name
+  ]
 
 
 def full_name(family: Family, name: str) -> str:
   """A tensor's name as the tables have it: with the prefix, and the norms' newer names."""
-  name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
+  name = re.sub(
+    r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
+  )
   known = {t.theirs.replace("{}", "0") for t in family.tensors} | set(family.tied)
   numbered = re.sub(r"\.\d+\.", ".0.", name, count=1)
-  return family.prefix + name if numbered not in known and family.prefix + numbered in known else name
+  return (
+    family.prefix + name if numbered not in known and family.prefix + numbered in known else name
+  )

@@ -3,6 +3,7 @@
 A folder of config.json, *.safetensors and tokenizer files becomes a checkpoint of ours, or is made from
 one; what goes where stands in families.py.
 """
+
 import dataclasses
 import json
 import pathlib
@@ -53,9 +54,12 @@ def fetch(name: str) -> pathlib.Path:
   except ImportError:
     raise UserError(f"hf:{name} needs the package huggingface_hub: pip install -e '.[hf]'")
   try:
-    return pathlib.Path(huggingface_hub.snapshot_download(
-        name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
-  except Exception as error:   # its network, name and cache errors have no common base
+    return pathlib.Path(
+      huggingface_hub.snapshot_download(
+        name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+      )
+    )
+  except Exception as error:  # its network, name and cache errors have no common base
     raise UserError(f"hf:{name} cannot be fetched: {first_line(error)}")
 
 
@@ -72,17 +76,27 @@ class Weights:
     elif (folder / WEIGHTS).is_file():
       names = {WEIGHTS}
     else:
-      pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-      raise UserError(f"{folder} has no {WEIGHTS}" + (
+      pickles = sorted(
+        p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")
+      )
+      raise UserError(
+        f"{folder} has no {WEIGHTS}"
+        + (
           f": {pickles[0]} is a pickle, which can run code when it is read; convert it where you trust it, "
-          "with save_pretrained(..., safe_serialization=True)" if pickles else ""))
+          "with save_pretrained(..., safe_serialization=True)"
+          if pickles
+          else ""
+        )
+      )
     for name in sorted(names):
       for key in self._open(name).keys():
         self._files[key] = name
 
   def _open(self, name):
     if not isinstance(name, str) or pathlib.PurePath(name).name != name:
-      raise UserError(f"{self.folder / INDEX}: the shard {name!r} must be a file of the same folder")
+      raise UserError(
+        f"{self.folder / INDEX}: the shard {name!r} must be a file of the same folder"
+      )
     path = self.folder / name
     if not path.is_file():
       raise UserError(f"{self.folder / INDEX} names {name}, which is not there")
@@ -92,7 +106,7 @@ class Weights:
       raise UserError(f"{path} is a link to a file outside its folder")
     try:
       return safetensors.safe_open(path, framework="numpy")
-    except Exception as error:   # SafetensorError, and MemoryError or OSError on a lying header
+    except Exception as error:  # SafetensorError, and MemoryError or OSError on a lying header
       raise UserError(f"{path} is damaged or no safetensors file: {first_line(error)}")
 
   def __iter__(self) -> Iterator[str]:
@@ -106,8 +120,22 @@ class Weights:
 def shapes(model: ModelConfig, objective: base.Objective) -> dict[str, tuple[int, ...]]:
   """path -> shape of every parameter of a model with the head of an objective."""
   ids = jnp.zeros((1, 1), jnp.int32)
-  batch = dict.fromkeys(("tokens", "segments", "positions", "types", "firsts", "targets", "masked_positions",
-                         "masked_targets", "decoder_tokens", "decoder_segments", "decoder_positions"), ids)
+  batch = dict.fromkeys(
+    (
+      "tokens",
+      "segments",
+      "positions",
+      "types",
+      "firsts",
+      "targets",
+      "masked_positions",
+      "masked_targets",
+      "decoder_tokens",
+      "decoder_segments",
+      "decoder_positions",
+    ),
+    ids,
+  )
   whole = Model(build_backbone(model), objective.head(model))
   tree = jax.eval_shape(lambda: whole.init(jax.random.key(0), batch, train=False)["params"])
   return {path: leaf.shape for path, leaf in flatten(tree).items()}
@@ -121,57 +149,91 @@ def _objective(family: Family, names: set[str], config: Mapping[str, Any]) -> ba
     labels = config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
     classes = tuple(labels[key] for key in sorted(labels, key=int))
     regression = len(classes) == 1
-    return base.build({"name": "classification", "num_classes": len(classes), "classes": () if regression else classes})
+    return base.build(
+      {
+        "name": "classification",
+        "num_classes": len(classes),
+        "classes": () if regression else classes,
+      }
+    )
   if "qa_outputs.weight" in names:
     return base.build({"name": "span_qa"})
-  return base.build({"name": "masked_lm", "next_sentence": any("seq_relationship" in n for n in names)})
+  return base.build(
+    {"name": "masked_lm", "next_sentence": any("seq_relationship" in n for n in names)}
+  )
 
 
-def _stack(family: Family, weights: Weights, wanted: dict[str, tuple[int, ...]], model: ModelConfig) -> Params:
+def _stack(
+  family: Family, weights: Weights, wanted: dict[str, tuple[int, ...]], model: ModelConfig
+) -> Params:
   """Our parameters, layers stacked and the vocabulary padded."""
   theirs = {families.full_name(family, name): name for name in weights}
   for name, original in list(theirs.items()):
     if re.search(family.buffers, name):
       del theirs[name]
-    elif name in family.tied and family.tied[name] in theirs and (model.tied or name != "lm_head.weight"):
+    elif (
+      name in family.tied
+      and family.tied[name] in theirs
+      and (model.tied or name != "lm_head.weight")
+    ):
       if not np.array_equal(weights[original], weights[theirs[family.tied[name]]]):
-        raise UserError(f"{original} is not tied to {family.tied[name]}: untied output layers are not supported")
+        raise UserError(
+          f"{original} is not tied to {family.tied[name]}: untied output layers are not supported"
+        )
       del theirs[name]
   leaves = {}
   for tensor in family.tensors:
     if not all(path in wanted for path in tensor.ours):
       continue
     stacked = STACKED in tensor.ours[0]
-    found = [theirs.pop(tensor.theirs.format(i), None) for i in range(model.num_layers if stacked else 1)]
+    found = [
+      theirs.pop(tensor.theirs.format(i), None) for i in range(model.num_layers if stacked else 1)
+    ]
     if None in found:
       if tensor.ours[0].startswith("head/"):
-        continue   # a checkpoint without this head; transfer says what then stays fresh
-      raise UserError(f"{weights.folder}: the tensor {tensor.theirs.format(found.index(None))} is missing")
+        continue  # a checkpoint without this head; transfer says what then stays fresh
+      raise UserError(
+        f"{weights.folder}: the tensor {tensor.theirs.format(found.index(None))} is missing"
+      )
     one = [wanted[path][1:] if stacked else wanted[path] for path in tensor.ours]
-    for path, parts in zip(tensor.ours, zip(*(_parts(tensor, weights, name, one, model) for name in found))):
+    for path, parts in zip(
+      tensor.ours, zip(*(_parts(tensor, weights, name, one, model) for name in found))
+    ):
       leaves[path] = np.stack(parts) if stacked else parts[0]
   if theirs:
-    raise UserError(f"{weights.folder}: no place for {', '.join(sorted(theirs.values())[:4])}"
-                    + (f" and {len(theirs) - 4} more tensors" if len(theirs) > 4 else ""))
+    raise UserError(
+      f"{weights.folder}: no place for {', '.join(sorted(theirs.values())[:4])}"
+      + (f" and {len(theirs) - 4} more tensors" if len(theirs) > 4 else "")
+    )
   return unflatten(leaves)
 
 
-def _parts(tensor: families.Tensor, weights: Weights, name: str, one, model: ModelConfig) -> list[np.ndarray]:
+def _parts(
+  tensor: families.Tensor, weights: Weights, name: str, one, model: ModelConfig
+) -> list[np.ndarray]:
   found = weights[name]
   if tensor.ours[0] in vocabulary.PATHS and len(found) == model.vocab_size:
-    found = np.pad(found, [(0, padded_vocab(model.vocab_size) - len(found))] + [(0, 0)] * (found.ndim - 1))
+    found = np.pad(
+      found, [(0, padded_vocab(model.vocab_size) - len(found))] + [(0, 0)] * (found.ndim - 1)
+    )
   try:
     return tensor.to_ours(found, one)
   except ValueError:
-    raise UserError(f"{weights.folder}: {name} has shape {found.shape}, which does not fit config.json")
+    raise UserError(
+      f"{weights.folder}: {name} has shape {found.shape}, which does not fit config.json"
+    )
 
 
 def read_tokenizer(folder: pathlib.Path) -> tokenizer_lib.Tokenizer:
   """The tokenizer of a folder, and its chat template if it has one."""
   path = folder / "tokenizer_config.json"
   said = _json(path) if path.is_file() else {}
-  made, template, alone = _pieces(folder, said), said.get("chat_template", ""), folder / "chat_template.jinja"
-  if isinstance(template, list):   # several by name
+  made, template, alone = (
+    _pieces(folder, said),
+    said.get("chat_template", ""),
+    folder / "chat_template.jinja",
+  )
+  if isinstance(template, list):  # several by name
     template = next((t["template"] for t in template if t.get("name") == "default"), "")
   made.template = alone.read_text(encoding="utf-8") if alone.is_file() else template
   return made
@@ -182,18 +244,30 @@ def _pieces(folder: pathlib.Path, said: Mapping[str, Any]) -> tokenizer_lib.Toke
   has = lambda *names: all((folder / name).is_file() for name in names)
   if has("tokenizer.json"):
     tokens = {name: said.get(f"{name}_token") for name in (*tokenizer_lib.SPECIAL, "bos")}
-    special = {name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items() if token}
-    return tokenizer_lib.HuggingFaceTokenizer((folder / "tokenizer.json").read_bytes(), special=special)
+    special = {
+      name: token["content"] if isinstance(token, dict) else token
+      for name, token in tokens.items()
+      if token
+    }
+    return tokenizer_lib.HuggingFaceTokenizer(
+      (folder / "tokenizer.json").read_bytes(), special=special
+    )
   if has("vocab.txt"):
-    return tokenizer_lib.WordPieceTokenizer((folder / "vocab.txt").read_bytes(), said.get("do_lower_case", True))
+    return tokenizer_lib.WordPieceTokenizer(
+      (folder / "vocab.txt").read_bytes(), said.get("do_lower_case", True)
+    )
   if has("vocab.json", "merges.txt"):
     fast = tokenizers.ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
     fast.add_special_tokens([t for t in ("<|endoftext|>",) if fast.token_to_id(t) is not None])
     return tokenizer_lib.HuggingFaceTokenizer(fast.to_str().encode())
   if has("spiece.model"):
-    extra = said.get("extra_ids", 100 if _json(folder / "config.json").get("model_type") == "t5" else 0)
+    extra = said.get(
+      "extra_ids", 100 if _json(folder / "config.json").get("model_type") == "t5" else 0
+    )
     return tokenizer_lib.SentencePieceTokenizer((folder / "spiece.model").read_bytes(), extra=extra)
-  raise UserError(f"{folder} has no tokenizer: tokenizer.json, vocab.txt, vocab.json with merges.txt, or spiece.model")
+  raise UserError(
+    f"{folder} has no tokenizer: tokenizer.json, vocab.txt, vocab.json with merges.txt, or spiece.model"
+  )
 
 
 Converted = tuple[Params, config_lib.Config, tokenizer_lib.Tokenizer]
@@ -202,7 +276,9 @@ Converted = tuple[Params, config_lib.Config, tokenizer_lib.Tokenizer]
 def read(folder: pathlib.Path) -> Converted:
   """A folder of transformers, ours. Raises UserError on what cannot be exact."""
   if not is_layout(folder):
-    raise UserError(f"{folder} is no folder of transformers: it has no config.json with a model_type")
+    raise UserError(
+      f"{folder} is no folder of transformers: it has no config.json with a model_type"
+    )
   return assemble(_json(folder / "config.json"), read_tokenizer(folder), Weights(folder))
 
 
@@ -211,25 +287,37 @@ def assemble(theirs: Mapping[str, Any], tokenizer: tokenizer_lib.Tokenizer, weig
   folder = weights.folder
   family = families.find(theirs)
   if family is None:
-    raise UserError(f"{folder}: model_type {theirs.get('model_type')!r} is not supported; supported: "
-                    f"{', '.join(families.MODEL_TYPES)}")
+    raise UserError(
+      f"{folder}: model_type {theirs.get('model_type')!r} is not supported; supported: "
+      f"{', '.join(families.MODEL_TYPES)}"
+    )
   model = family.model(theirs)
   if family.padded and padded_vocab(tokenizer.vocab_size) == model.vocab_size:
     model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
   if tokenizer.vocab_size != model.vocab_size:
-    raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} pieces and the embedding {model.vocab_size} rows")
+    raise UserError(
+      f"{folder}: the tokenizer has {tokenizer.vocab_size} pieces and the embedding {model.vocab_size} rows"
+    )
   objective = _objective(family, set(weights), theirs)
   wanted = shapes(model, objective)
-  if family is families.BERT:   # a pooler without its head is kept too
+  if family is families.BERT:  # a pooler without its head is kept too
     pretraining = shapes(model, base.build({"name": "masked_lm"}))
     wanted |= {path: pretraining[path] for path in ("head/pooler/kernel", "head/pooler/bias")}
   params = _stack(family, weights, wanted, model)
   config = config_lib.freeze(config_lib.defaults(base.to_mapping(objective)))
-  training = dataclasses.replace(config.training, sequence_length=min(config.training.sequence_length, model.max_length))
+  training = dataclasses.replace(
+    config.training, sequence_length=min(config.training.sequence_length, model.max_length)
+  )
   return params, dataclasses.replace(config, model=model, training=training), tokenizer
 
 
-def write(params: Params, config: config_lib.Config, tokenizer: tokenizer_lib.Tokenizer, workdir: pathlib.Path, source: str):
+def write(
+  params: Params,
+  config: config_lib.Config,
+  tokenizer: tokenizer_lib.Tokenizer,
+  workdir: pathlib.Path,
+  source: str,
+):
   """A checkpoint of ours with parameters alone."""
   writer = manager.Manager(workdir, keep=1, keep_best="", tokenizer=tokenizer)
   writer.save(0, params, None, {"config": config_lib.thaw(config), "metrics": {}, "source": source})
@@ -237,20 +325,28 @@ def write(params: Params, config: config_lib.Config, tokenizer: tokenizer_lib.To
 
 
 ARCHITECTURES = {
-    ("bert", "masked_lm"): "BertForPreTraining", ("bert", "classification"): "BertForSequenceClassification",
-    ("bert", "span_qa"): "BertForQuestionAnswering",
-    ("gpt", "causal_lm"): "GPT2LMHeadModel", ("llama", "causal_lm"): "LlamaForCausalLM",
-    ("gpt", "chat"): "GPT2LMHeadModel", ("llama", "chat"): "LlamaForCausalLM",
-    ("gpt", "preference"): "GPT2LMHeadModel", ("llama", "preference"): "LlamaForCausalLM",
-    ("t5", "span_corruption"): "T5ForConditionalGeneration", ("t5", "text_to_text"): "T5ForConditionalGeneration"}
+  ("bert", "masked_lm"): "BertForPreTraining",
+  ("bert", "classification"): "BertForSequenceClassification",
+  ("bert", "span_qa"): "BertForQuestionAnswering",
+  ("gpt", "causal_lm"): "GPT2LMHeadModel",
+  ("llama", "causal_lm"): "LlamaForCausalLM",
+  ("gpt", "chat"): "GPT2LMHeadModel",
+  ("llama", "chat"): "LlamaForCausalLM",
+  ("gpt", "preference"): "GPT2LMHeadModel",
+  ("llama", "preference"): "LlamaForCausalLM",
+  ("t5", "span_corruption"): "T5ForConditionalGeneration",
+  ("t5", "text_to_text"): "T5ForConditionalGeneration",
+}
 
 
 def _architecture(model: ModelConfig, objective: Mapping[str, Any]) -> str:
   kind = (model.name, objective["name"])
   if kind not in ARCHITECTURES or objective.get("pooling", "auto") not in ("auto", "first"):
-    raise UserError(f"transformers has no class for {model.name} with {objective['name']}"
-                    + (f" pooled by {objective['pooling']}" if "pooling" in objective else "")
-                    + f"; there is one for {', '.join(f'{m} with {o}' for m, o in ARCHITECTURES)}")
+    raise UserError(
+      f"transformers has no class for {model.name} with {objective['name']}"
+      + (f" pooled by {objective['pooling']}" if "pooling" in objective else "")
+      + f"; there is one for {', '.join(f'{m} with {o}' for m, o in ARCHITECTURES)}"
+    )
   if kind == ("bert", "masked_lm") and not objective["next_sentence"]:
     return "BertForMaskedLM"
   return ARCHITECTURES[kind]
@@ -262,13 +358,23 @@ def export(step: pathlib.Path, folder: pathlib.Path):
   config = config_lib.freeze(manager.describe(step)["config"])
   model, tokenizer = config.model, manager.load_tokenizer(step)
   family = families.of_model(model)
-  theirs = family.config(model) | {"architectures": [_architecture(model, config.objective)], "dtype": "float32"}
-  special = {"bert": {"pad": "pad"}, "t5": {"pad": "pad", "eos": "eos"}}.get(model.name, {"bos": "eos", "eos": "eos"})
-  theirs |= {f"{name}_token_id": i for name, ours in special.items() if (i := getattr(tokenizer, ours)) >= 0}
+  theirs = family.config(model) | {
+    "architectures": [_architecture(model, config.objective)],
+    "dtype": "float32",
+  }
+  special = {"bert": {"pad": "pad"}, "t5": {"pad": "pad", "eos": "eos"}}.get(
+    model.name, {"bos": "eos", "eos": "eos"}
+  )
+  theirs |= {
+    f"{name}_token_id": i for name, ours in special.items() if (i := getattr(tokenizer, ours)) >= 0
+  }
   if config.objective["name"] == "classification":
     classes = config.objective["classes"] or ("LABEL_0",)
-    theirs |= {"id2label": {str(i): c for i, c in enumerate(classes)}, "label2id": {c: i for i, c in enumerate(classes)},
-               "problem_type": "single_label_classification" if len(classes) > 1 else "regression"}
+    theirs |= {
+      "id2label": {str(i): c for i, c in enumerate(classes)},
+      "label2id": {c: i for i, c in enumerate(classes)},
+      "problem_type": "single_label_classification" if len(classes) > 1 else "regression",
+    }
   leaves = flatten(adapters.merge(manager.restore(step, "params"), model.lora_alpha))
   held = {path for tensor in family.tensors for path in tensor.ours}
   if strange := sorted(set(leaves) - held):
@@ -276,7 +382,9 @@ def export(step: pathlib.Path, folder: pathlib.Path):
   _save(folder / WEIGHTS, lambda: _tensors(family, leaves, model))
   (folder / "config.json").write_text(json.dumps(theirs, indent=2))
   template = chat.source_of(config.objective, tokenizer)
-  write_tokenizer(tokenizer, folder, model.max_length, **({"chat_template": template} if template else {}))
+  write_tokenizer(
+    tokenizer, folder, model.max_length, **({"chat_template": template} if template else {})
+  )
 
 
 def export_adapters(step: pathlib.Path, folder: pathlib.Path):
@@ -294,31 +402,51 @@ def export_adapters(step: pathlib.Path, folder: pathlib.Path):
     stem = [path.removesuffix("kernel") for path in tensor.ours]
     if any(f"{s}lora_a" in leaves for s in stem):
       if len(stem) > 1:
-        raise UserError(f"transformers keeps {', '.join(tensor.ours)} as one layer, to which peft knows no separate adapters: "
-                        "export the merged checkpoint with `llm.convert to_hf`")
+        raise UserError(
+          f"transformers keeps {', '.join(tensor.ours)} as one layer, to which peft knows no separate adapters: "
+          "export the merged checkpoint with `llm.convert to_hf`"
+        )
       a, b = (np.asarray(leaves[f"{stem[0]}lora_{x}"]) for x in "ab")
       for layer in range(config.model.num_layers):
         name = tensor.theirs.removesuffix(".weight").format(layer)
         targets.add(name)
-        made |= {f"base_model.model.{name}.lora_A.weight": a[layer].T, f"base_model.model.{name}.lora_B.weight": b[layer].T}
+        made |= {
+          f"base_model.model.{name}.lora_A.weight": a[layer].T,
+          f"base_model.model.{name}.lora_B.weight": b[layer].T,
+        }
     elif tensor.ours[0].startswith("head/") and tensor.ours[0] in leaves:
       heads.add(tensor.theirs.rpartition(".")[0])
-      made[f"base_model.model.{tensor.theirs}"] = tensor.to_theirs([np.asarray(leaves[path]) for path in tensor.ours])
+      made[f"base_model.model.{tensor.theirs}"] = tensor.to_theirs(
+        [np.asarray(leaves[path]) for path in tensor.ours]
+      )
   _save(folder / "adapter_model.safetensors", lambda: iter(made.items()))
-  (folder / "adapter_config.json").write_text(json.dumps({
-      "peft_type": "LORA", "r": config.model.lora_rank, "lora_alpha": config.model.lora_alpha, "bias": "none",
-      "target_modules": sorted(targets), "lora_dropout": config.model.lora_dropout, "modules_to_save": sorted(heads) or None,
-      "base_model_name_or_path": config.transfer.checkpoint}, indent=2))
+  (folder / "adapter_config.json").write_text(
+    json.dumps(
+      {
+        "peft_type": "LORA",
+        "r": config.model.lora_rank,
+        "lora_alpha": config.model.lora_alpha,
+        "bias": "none",
+        "target_modules": sorted(targets),
+        "lora_dropout": config.model.lora_dropout,
+        "modules_to_save": sorted(heads) or None,
+        "base_model_name_or_path": config.transfer.checkpoint,
+      },
+      indent=2,
+    )
+  )
 
 
-def _tensors(family: Family, leaves: Mapping[str, np.ndarray], model: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(
+  family: Family, leaves: Mapping[str, np.ndarray], model: ModelConfig
+) -> Iterator[tuple[str, np.ndarray]]:
   """Their tensors by name, made one at a time."""
   for tensor in family.tensors:
     if any(path not in leaves for path in tensor.ours):
       continue
     parts = [np.asarray(leaves[path]) for path in tensor.ours]
     if tensor.ours[0] in vocabulary.PATHS:
-      parts = [parts[0] if family.padded else parts[0][:model.vocab_size]]
+      parts = [parts[0] if family.padded else parts[0][: model.vocab_size]]
     if STACKED in tensor.ours[0]:
       for layer in range(model.num_layers):
         yield tensor.theirs.format(layer), tensor.to_theirs([part[layer] for part in parts])
@@ -330,10 +458,14 @@ def _save(path: pathlib.Path, tensors: Callable[[], Iterator[tuple[str, np.ndarr
   """A safetensors file of float32, tensor by tensor: the package's own writer wants all of them at once."""
   header, end = {"__metadata__": {"format": "pt"}}, 0
   for name, tensor in tensors():
-    header[name] = {"dtype": "F32", "shape": tensor.shape, "data_offsets": (end, end + 4 * tensor.size)}
+    header[name] = {
+      "dtype": "F32",
+      "shape": tensor.shape,
+      "data_offsets": (end, end + 4 * tensor.size),
+    }
     end += 4 * tensor.size
   text = json.dumps(header).encode()
-  text += b" " * (-len(text) % 8)   # the data begins at a multiple of eight
+  text += b" " * (-len(text) % 8)  # the data begins at a multiple of eight
   with open(path, "wb") as file:
     file.write(len(text).to_bytes(8, "little") + text)
     for _, tensor in tensors():
@@ -347,34 +479,70 @@ def unigram_definition(tokenizer: tokenizer_lib.SentencePieceTokenizer) -> bytes
     raise UserError("only unigram models of SentencePiece can be written as tokenizer.json")
   pieces = [(p.piece, p.score) for p in proto.pieces]
   in_bytes = proto.trainer_spec.byte_fallback
-  fast = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=tokenizer.unk, byte_fallback=in_bytes))
+  fast = tokenizers.Tokenizer(
+    tokenizers.models.Unigram(pieces, unk_id=tokenizer.unk, byte_fallback=in_bytes)
+  )
   charsmap = proto.normalizer_spec.precompiled_charsmap
   normalizers = tokenizers.normalizers
   # Line breaks that are pieces of their own pass the normalisation as a private-use character, which is in no text.
   own = any(p.piece == "\n" for p in proto.pieces)
-  hide, show = ([normalizers.Replace(a, b)] if own else [] for a, b in (("\n", "\ue001"), ("\ue001", "\n")))
-  fast.normalizer = normalizers.Sequence([
-      *hide, *([normalizers.Precompiled(charsmap)] if charsmap else []), normalizers.Strip(),
-      normalizers.Replace(tokenizers.Regex(" {2,}"), " "), *show])
+  hide, show = (
+    [normalizers.Replace(a, b)] if own else [] for a, b in (("\n", "\ue001"), ("\ue001", "\n"))
+  )
+  fast.normalizer = normalizers.Sequence(
+    [
+      *hide,
+      *([normalizers.Precompiled(charsmap)] if charsmap else []),
+      normalizers.Strip(),
+      normalizers.Replace(tokenizers.Regex(" {2,}"), " "),
+      *show,
+    ]
+  )
   fast.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
   decoders = tokenizers.decoders
-  spell = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-  fast.decoder = decoders.Sequence(spell) if in_bytes else decoders.Metaspace(prepend_scheme="always")
+  spell = [
+    decoders.Replace("▁", " "),
+    decoders.ByteFallback(),
+    decoders.Fuse(),
+    decoders.Strip(" ", 1, 0),
+  ]
+  fast.decoder = (
+    decoders.Sequence(spell) if in_bytes else decoders.Metaspace(prepend_scheme="always")
+  )
   fast.add_special_tokens([tokenizer.pieces[i] for i in tokenizer.special_ids])
   return fast.to_str().encode()
 
 
-def write_tokenizer(tokenizer: tokenizer_lib.Tokenizer, folder: pathlib.Path, max_length: int, **more: str):
+def write_tokenizer(
+  tokenizer: tokenizer_lib.Tokenizer, folder: pathlib.Path, max_length: int, **more: str
+):
   """The tokenizer's files, as AutoTokenizer reads them. more: other keys of tokenizer_config.json."""
-  files, kind = tokenizer.files, {"wordpiece": "BertTokenizer"}.get(tokenizer.name, "PreTrainedTokenizerFast")
+  files, kind = (
+    tokenizer.files,
+    {"wordpiece": "BertTokenizer"}.get(tokenizer.name, "PreTrainedTokenizerFast"),
+  )
   if tokenizer.name == "sentencepiece":
-    kind = "T5Tokenizer" if tokenizer.pieces[0] == "<pad>" else kind   # theirs knows T5's own special pieces alone
+    kind = (
+      "T5Tokenizer" if tokenizer.pieces[0] == "<pad>" else kind
+    )  # theirs knows T5's own special pieces alone
     files = files if kind == "T5Tokenizer" else {"tokenizer.json": unigram_definition(tokenizer)}
   for name, data in files.items():
     (folder / name).write_bytes(data)
-  special = {f"{name}_token": tokenizer.pieces[getattr(tokenizer, name)]
-             for name in ("pad", "unk", "cls", "sep", "mask", "eos") if getattr(tokenizer, name) >= 0}
+  special = {
+    f"{name}_token": tokenizer.pieces[getattr(tokenizer, name)]
+    for name in ("pad", "unk", "cls", "sep", "mask", "eos")
+    if getattr(tokenizer, name) >= 0
+  }
   special |= {"extra_ids": tokenizer.extra} if tokenizer.extra else {}
-  (folder / "tokenizer_config.json").write_text(json.dumps(
-      {"tokenizer_class": kind, "do_lower_case": tokenizer.lowercase, "model_max_length": max_length, **special, **more},
-      indent=2))
+  (folder / "tokenizer_config.json").write_text(
+    json.dumps(
+      {
+        "tokenizer_class": kind,
+        "do_lower_case": tokenizer.lowercase,
+        "model_max_length": max_length,
+        **special,
+        **more,
+      },
+      indent=2,
+    )
+  )

@@ -3,6 +3,7 @@
 A workdir, its checkpoints/ or one step; a folder in the layout of transformers, a GGUF file, hf:ORG/NAME on the hub,
 embedded:minilm or embedded:smollm2, which are converted once and kept in the cache.
 """
+
 import pathlib
 
 import jax
@@ -33,13 +34,21 @@ def find(name: str | pathlib.PurePath, say=print, cache_folder: str = "") -> epa
     read, files = gguf.read, [path]
   elif huggingface.is_layout(path):
     read = huggingface.read
-    files = sorted(p for p in path.iterdir() if p.suffix in (".json", ".jinja", ".safetensors", ".txt", ".model"))
+    files = sorted(
+      p for p in path.iterdir() if p.suffix in (".json", ".jinja", ".safetensors", ".txt", ".model")
+    )
   else:
     return manager.find(path, say)
-  key = cache.digest("converted 2", *(part for p in files for part in (p.name, cache.file_digest(p))))
+  key = cache.digest(
+    "converted 2", *(part for p in files for part in (p.name, cache.file_digest(p)))
+  )
   if jax.distributed.is_initialized() and not (kept / "converted" / key[:32]).exists():
-    raise UserError(f"{name} is not converted on every machine: make a workdir of it by `python -m llm.convert from_hf` (or from_gguf), "
-                    "in a place that all processes share, and give that")
-  workdir = cache.made_once(kept / "converted" / key[:32],
-                            lambda scratch: huggingface.write(*read(path), scratch, str(path)))
+    raise UserError(
+      f"{name} is not converted on every machine: make a workdir of it by `python -m llm.convert from_hf` (or from_gguf), "
+      "in a place that all processes share, and give that"
+    )
+  workdir = cache.made_once(
+    kept / "converted" / key[:32],
+    lambda scratch: huggingface.write(*read(path), scratch, str(path)),
+  )
   return manager.find(workdir, say)

@@ -6,6 +6,7 @@ written last: before Orbax renames the folder to its final name, so a step that 
 whole, or, in a bucket, which knows no renaming, so that a step without one is not. It is verified
 when the step is read; in a bucket by the sizes alone, for the store keeps checksums of its own.
 """
+
 import contextlib
 import json
 import os
@@ -76,7 +77,9 @@ def verify(folder: epath.Path):
 
 def steps(root: epath.Path) -> list[int]:
   """The steps with a folder under checkpoints/, newest first."""
-  return sorted((int(p.name) for p in root.glob("*") if p.name.isdigit() and p.is_dir()), reverse=True)
+  return sorted(
+    (int(p.name) for p in root.glob("*") if p.name.isdigit() and p.is_dir()), reverse=True
+  )
 
 
 def newest_valid(root: epath.Path, say=print) -> epath.Path | None:
@@ -102,8 +105,10 @@ def find(path: str | pathlib.PurePath, say=print) -> epath.Path:
     return path
   root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
   if (step := newest_valid(root, say)) is None:
-    raise UserError(f"{path} holds no complete checkpoint: give a workdir of llm.train, its "
-                    "checkpoints folder or one step of it")
+    raise UserError(
+      f"{path} holds no complete checkpoint: give a workdir of llm.train, its "
+      "checkpoints folder or one step of it"
+    )
   return step
 
 
@@ -129,8 +134,9 @@ def restore(step: epath.Path, item: str, like=None):
         tree = reader.metadata(step / item).item_metadata.tree
         args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         return reader.restore(step / item, restore_args=args)
-      return reader.restore(step / item, item=like,
-                            restore_args=ocp.checkpoint_utils.construct_restore_args(like))
+      return reader.restore(
+        step / item, item=like, restore_args=ocp.checkpoint_utils.construct_restore_args(like)
+      )
     except (ValueError, FileNotFoundError, KeyError, TypeError) as error:
       raise Damaged(f"{step}: {item} does not fit this run: {core.first_line(error)}")
 
@@ -138,16 +144,22 @@ def restore(step: epath.Path, item: str, like=None):
 class Manager:
   """Saves the steps of one run and removes the old ones: the newest `keep` stay, and the best."""
 
-  def __init__(self, workdir: str | pathlib.PurePath, keep: int, keep_best: str,
-               tokenizer: tokenizer_lib.Tokenizer):
+  def __init__(
+    self,
+    workdir: str | pathlib.PurePath,
+    keep: int,
+    keep_best: str,
+    tokenizer: tokenizer_lib.Tokenizer,
+  ):
     self.root = core.folder(workdir) / "checkpoints"
     self.root.mkdir(parents=True, exist_ok=True)
     self.keep, self.tokenizer = keep, tokenizer
     self.best_mode, _, self.best_metric = keep_best.partition(":")
     self._pending: tuple[int, dict] | None = None
     self._writer = ocp.AsyncCheckpointer(
-        ocp.CompositeCheckpointHandler("params", "opt_state"),
-        async_options=ocp.AsyncOptions(post_finalization_callback=self._finish))
+      ocp.CompositeCheckpointHandler("params", "opt_state"),
+      async_options=ocp.AsyncOptions(post_finalization_callback=self._finish),
+    )
 
   def save(self, step: int, params: Params, opt_state, description: dict):
     """Starts saving; waits for the save before this one. opt_state None: parameters alone.
@@ -161,8 +173,12 @@ class Manager:
     try:
       if folder.exists() and jax.process_index() == 0:  # a damaged one that was passed over
         folder.rmtree()
-      items = {"params": params} if opt_state is None else {"params": params, "opt_state": opt_state}
-      self._writer.save(folder, ocp.args.Composite(**{k: ocp.args.PyTreeSave(v) for k, v in items.items()}))
+      items = (
+        {"params": params} if opt_state is None else {"params": params, "opt_state": opt_state}
+      )
+      self._writer.save(
+        folder, ocp.args.Composite(**{k: ocp.args.PyTreeSave(v) for k, v in items.items()})
+      )
     except Exception as error:  # those of stores have no common base
       raise self._failed(error)
 
@@ -184,16 +200,26 @@ class Manager:
   def _failed(self, error: BaseException) -> UserError:
     step, self._pending = self._pending[0] if self._pending else "?", None
     kept = []
-    with contextlib.suppress(Exception):   # the store may be what failed
+    with contextlib.suppress(Exception):  # the store may be what failed
       kept = self._whole()
-    return UserError(f"cannot save step {step} in {self.root}: {core.first_line(error)}; "
-                     + (f"the newest complete checkpoint is step {kept[0]}" if kept else "no earlier checkpoint is seen")
-                     + ("" if core.is_bucket(self.root) else "; free space and start again"))
+    return UserError(
+      f"cannot save step {step} in {self.root}: {core.first_line(error)}; "
+      + (
+        f"the newest complete checkpoint is step {kept[0]}"
+        if kept
+        else "no earlier checkpoint is seen"
+      )
+      + ("" if core.is_bucket(self.root) else "; free space and start again")
+    )
 
   def _whole(self) -> list[int]:
     """The steps that were written to their end, newest first. Those after the last save were damaged, and passed over."""
     last = self._pending[0] if self._pending else float("inf")
-    return [step for step in steps(self.root) if step <= last and (self.root / str(step) / MANIFEST).exists()]
+    return [
+      step
+      for step in steps(self.root)
+      if step <= last and (self.root / str(step) / MANIFEST).exists()
+    ]
 
   def best(self) -> int | None:
     """The step with the best metric, of those on disk that have it."""
@@ -210,9 +236,9 @@ class Manager:
     return (max if self.best_mode == "max" else min)(scores, key=scores.get)
 
   def _prune(self):
-    if jax.process_index() or not self._pending:   # nothing goes before something new is there
+    if jax.process_index() or not self._pending:  # nothing goes before something new is there
       return
-    stay = {*self._whole()[:self.keep], self.best() if self.best_metric else None}
+    stay = {*self._whole()[: self.keep], self.best() if self.best_metric else None}
     for step in set(steps(self.root)) - stay:
       (self.root / str(step)).rmtree()
     for leftover in self.root.glob("*.orbax-checkpoint-tmp*"):

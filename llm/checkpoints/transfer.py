@@ -4,6 +4,7 @@ Nothing happens that no rule names. A parameter of the new model must find one o
 shape in the checkpoint, a parameter of the checkpoint must find its place in the new model, and
 every rule must match something; anything else stops the run with the whole list.
 """
+
 import collections
 import dataclasses
 import re
@@ -19,6 +20,7 @@ from llm.core import Params, UserError, flatten, unflatten, virtual_paths
 @dataclasses.dataclass(frozen=True)
 class Entry:
   """One line of the audit. action: copied, renamed, resized, matched, fresh or dropped."""
+
   path: str
   action: str
   source: str
@@ -47,7 +49,9 @@ class _Rules:
     return bool(hits)
 
   def unused(self) -> list[str]:
-    return [f"the rule {self.name}={p!r} matches nothing" for p in self.patterns if p not in self.used]
+    return [
+      f"the rule {self.name}={p!r} matches nothing" for p in self.patterns if p not in self.used
+    ]
 
 
 def _renames(rules: TransferConfig) -> list[tuple[str, str]]:
@@ -97,8 +101,9 @@ def _renamed(old: dict, renames, rename: _Rules) -> dict[str, str]:
   return sources
 
 
-def transfer(params: Params, loaded: Params, rules: TransferConfig,
-             matching: vocabulary.Matching | None = None) -> tuple[Params, list[Entry]]:
+def transfer(
+  params: Params, loaded: Params, rules: TransferConfig, matching: vocabulary.Matching | None = None
+) -> tuple[Params, list[Entry]]:
   """Fresh parameters with those of `loaded` put in their place, and the audit, a line a layer.
 
   matching: how the rows of the vocabulary follow from the checkpoint's, where it is another one. Raises
@@ -112,10 +117,12 @@ def transfer(params: Params, loaded: Params, rules: TransferConfig,
   taken, audit, problems = {}, [], []
   for path, (leaf, layer) in fresh.items():
     shape = _shape(leaf, layer)
-    if skip.match(path) or adapters.is_adapter(path):   # config.model.lora_rank asked for these
+    if skip.match(path) or adapters.is_adapter(path):  # config.model.lora_rank asked for these
       audit.append(Entry(path, "fresh", "", shape))
     elif path not in sources:
-      problems.append(f"{path} {shape} is not in the checkpoint (skip it to start it fresh, or rename)")
+      problems.append(
+        f"{path} {shape} is not in the checkpoint (skip it to start it fresh, or rename)"
+      )
     else:
       source = old[sources[path]]
       if matching and path in vocabulary.PATHS:
@@ -123,21 +130,27 @@ def transfer(params: Params, loaded: Params, rules: TransferConfig,
         audit.append(Entry(path, "matched", str(matching), shape))
       elif _shape(*source) == shape:
         taken[path] = _value(*source)
-        audit.append(Entry(path, "copied" if path == sources[path] else "renamed", sources[path], shape))
+        audit.append(
+          Entry(path, "copied" if path == sources[path] else "renamed", sources[path], shape)
+        )
       elif len(_shape(*source)) == len(shape) and adapt.match(path):
         taken[path] = _overlap(_value(leaf, layer), _value(*source))
         audit.append(Entry(path, "resized", f"{sources[path]} {_shape(*source)}", shape))
       else:
-        problems.append(f"{path} has shape {shape} here and {_shape(*source)} in the checkpoint "
-                        "(adapt it, or skip it)")
+        problems.append(
+          f"{path} has shape {shape} here and {_shape(*source)} in the checkpoint "
+          "(adapt it, or skip it)"
+        )
   for path, source in sources.items():
     if path in fresh and not skip.match(path):
       continue
     if skip.match(path):
       audit.append(Entry(source, "dropped", source, _shape(*old[source])))
     else:
-      problems.append(f"{source} {_shape(*old[source])} of the checkpoint has no place here "
-                      "(skip it to drop it, or rename)")
+      problems.append(
+        f"{source} {_shape(*old[source])} of the checkpoint has no place here "
+        "(skip it to drop it, or rename)"
+      )
   problems += skip.unused() + rename.unused() + adapt.unused()
   if problems:
     raise UserError("the checkpoint does not fit the model:\n  " + "\n  ".join(_grouped(problems)))
@@ -154,7 +167,9 @@ def _stacked(params: Params, taken: dict[str, np.ndarray]) -> Params:
     elif paths == [path]:
       result[path] = taken[path]
     else:
-      result[path] = np.stack([taken[p] if p in taken else np.asarray(leaf[i]) for i, p in enumerate(paths)])
+      result[path] = np.stack(
+        [taken[p] if p in taken else np.asarray(leaf[i]) for i, p in enumerate(paths)]
+      )
   return unflatten(result)
 
 
@@ -166,8 +181,10 @@ def _grouped(lines: list[str]) -> list[str]:
   numbers = {}
   for line in lines:
     numbers.setdefault(_LAYER.sub("{}", line, count=1), []).append(_LAYER.search(line))
-  return [text.replace("{}", _span([int(n[0]) for n in found])) if found[0] else text
-          for text, found in numbers.items()]
+  return [
+    text.replace("{}", _span([int(n[0]) for n in found])) if found[0] else text
+    for text, found in numbers.items()
+  ]
 
 
 def _span(numbers: list[int]) -> str:
@@ -188,12 +205,25 @@ def table(audit: list[Entry]) -> str:
     generic = _LAYER.sub("*", e.path, count=1)
     number = _LAYER.search(e.path)
     source = "" if e.source == e.path else _LAYER.sub("*", e.source, count=1)
-    lines.setdefault((e.action, generic, e.shape, source), []).append((int(number[0]) if number else None, e.size))
-  rows = [(action, path.replace("*", _span([n for n, _ in found])) if found[0][0] is not None else path,
-           "x".join(map(str, shape)), f"{sum(size for _, size in found):,}", source)
-          for (action, path, shape, source), found in lines.items()]
+    lines.setdefault((e.action, generic, e.shape, source), []).append(
+      (int(number[0]) if number else None, e.size)
+    )
+  rows = [
+    (
+      action,
+      path.replace("*", _span([n for n, _ in found])) if found[0][0] is not None else path,
+      "x".join(map(str, shape)),
+      f"{sum(size for _, size in found):,}",
+      source,
+    )
+    for (action, path, shape, source), found in lines.items()
+  ]
   counts, sizes = collections.Counter(e.action for e in audit), collections.Counter()
   for entry in audit:
     sizes[entry.action] += entry.size
   summary = ", ".join(f"{counts[a]} {a} ({sizes[a]:,} parameters)" for a in counts)
-  return tabulate.tabulate(rows, headers=("transfer", "parameter", "shape", "size", "from")) + "\n" + summary
+  return (
+    tabulate.tabulate(rows, headers=("transfer", "parameter", "shape", "size", "from"))
+    + "\n"
+    + summary
+  )

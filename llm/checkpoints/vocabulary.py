@@ -1,11 +1,12 @@
 """The rows of one vocabulary from those of another: same pieces by their string, new ones by their text."""
+
 import dataclasses
 
 import numpy as np
 
 from llm.data.tokenizer import SPECIAL, Tokenizer
 
-PATHS = ("backbone/token/embedding", "backbone/output/embedding", "head/lm/bias")   # a row a piece
+PATHS = ("backbone/token/embedding", "backbone/output/embedding", "head/lm/bias")  # a row a piece
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,6 +16,7 @@ class Matching:
   rows: one id where the piece is shared, several where its text was several pieces, none where the old
   tokenizer had no word for it: that row stays fresh.
   """
+
   rows: tuple[tuple[int, ...], ...]
 
   def apply(self, fresh: np.ndarray, loaded: np.ndarray) -> np.ndarray:
@@ -27,8 +29,10 @@ class Matching:
 
   def __str__(self) -> str:
     count = [len(ids) for ids in self.rows]
-    return (f"{sum(n == 1 for n in count):,} rows from one piece, {sum(n > 1 for n in count):,} from the mean of "
-            f"several, {count.count(0):,} fresh")
+    return (
+      f"{sum(n == 1 for n in count):,} rows from one piece, {sum(n > 1 for n in count):,} from the mean of "
+      f"several, {count.count(0):,} fresh"
+    )
 
 
 def match(new: Tokenizer, old: Tokenizer) -> Matching:

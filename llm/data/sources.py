@@ -9,6 +9,7 @@ A source gives records: dicts with `text`, and what the task has besides: `text_
 `instruction`, `input` and `output`, in place of `text`; a preference `messages` or `prompt`, `chosen` and `rejected`.
 In text files a blank line parts the documents, and each is a record.
 """
+
 import csv
 import dataclasses
 import glob
@@ -28,11 +29,12 @@ FIELDS = ("text", "text_pair", "label", "target", "question", "answers", "id")
 @dataclasses.dataclass(frozen=True)
 class Source:
   """One source, parsed. `weight` is its share of the rows of a mixture (not yet normalised)."""
+
   kind: str
   name: str
   split: str
   weight: float
-  fields: tuple[tuple[str, str], ...]   # (our name, theirs)
+  fields: tuple[tuple[str, str], ...]  # (our name, theirs)
   cache: pathlib.Path
 
   @property
@@ -65,12 +67,15 @@ class Source:
 
   def records(self) -> Iterator[dict]:
     """The records, fields renamed. Raises UserError naming file and line of what is broken."""
-    readers = {"embedded": lambda: embedded.records(self.name, self.split or "train", self.cache),
-               "text": lambda: _each_file(self, _text_records),
-               "jsonl": lambda: _each_file(self, _jsonl_records),
-               "csv": lambda: _each_file(self, _csv_records),
-               "squad": lambda: _each_file(self, _squad_records),
-               "tfds": lambda: _tfds_records(self), "hf": lambda: _hf_records(self)}
+    readers = {
+      "embedded": lambda: embedded.records(self.name, self.split or "train", self.cache),
+      "text": lambda: _each_file(self, _text_records),
+      "jsonl": lambda: _each_file(self, _jsonl_records),
+      "csv": lambda: _each_file(self, _csv_records),
+      "squad": lambda: _each_file(self, _squad_records),
+      "tfds": lambda: _tfds_records(self),
+      "hf": lambda: _hf_records(self),
+    }
     empty = True
     for record in readers[self.kind]():
       empty = False
@@ -81,13 +86,19 @@ class Source:
   def _renamed(self, record: dict) -> dict:
     for ours, theirs in self.fields:
       if theirs not in record:
-        raise UserError(f"{record.get('_where', self.spec)}: no field {theirs!r} (config.data.fields "
-                        f"asks for it); the fields are {_field_names(record)}")
+        raise UserError(
+          f"{record.get('_where', self.spec)}: no field {theirs!r} (config.data.fields "
+          f"asks for it); the fields are {_field_names(record)}"
+        )
       record = {**record, ours: record[theirs]}
-    if not isinstance(record.get("text"), str) and not {"messages", "instruction", "prompt"} & record.keys():
+    if (
+      not isinstance(record.get("text"), str)
+      and not {"messages", "instruction", "prompt"} & record.keys()
+    ):
       raise UserError(
-          f"{record.get('_where', self.spec)}: the field 'text' must be a string; the fields are "
-          f"{_field_names(record)}; rename with config.data.fields='text=THEIR_NAME'")
+        f"{record.get('_where', self.spec)}: the field 'text' must be a string; the fields are "
+        f"{_field_names(record)}; rename with config.data.fields='text=THEIR_NAME'"
+      )
     return record
 
 
@@ -96,19 +107,23 @@ def _field_names(record: dict) -> str:
 
 
 def parse(spec: str, config: DataConfig) -> tuple[Source, ...]:
-  """"A@0.7,B@0.3" -> the sources. Raises UserError on what is not a source."""
+  """ "A@0.7,B@0.3" -> the sources. Raises UserError on what is not a source."""
   fields = []
   for item in filter(None, config.fields.split(",")):
     ours, _, theirs = item.partition("=")
     if ours.strip() not in FIELDS or not theirs.strip():
-      raise UserError(f"config.data.fields: {item!r} is not of the form OURS=THEIRS with OURS one of {', '.join(FIELDS)}")
+      raise UserError(
+        f"config.data.fields: {item!r} is not of the form OURS=THEIRS with OURS one of {', '.join(FIELDS)}"
+      )
     fields.append((ours.strip(), theirs.strip()))
   sources = []
   for item in re.split(rf",(?=(?:{'|'.join(KINDS)}):)", spec):
     kind, colon, name = item.partition(":")
     if not colon or kind not in KINDS:
-      raise UserError(f"{item!r} is not a source: expected KIND:NAME with KIND one of "
-                      f"{', '.join(KINDS)}, e.g. text:corpus.txt")
+      raise UserError(
+        f"{item!r} is not a source: expected KIND:NAME with KIND one of "
+        f"{', '.join(KINDS)}, e.g. text:corpus.txt"
+      )
     weight, split = 1.0, ""
     if match := re.fullmatch(r"(.*)@([0-9.]+)", name):
       name = match[1]
@@ -138,8 +153,10 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
       for number, line in enumerate(file, 1):
         yield number, line
   except UnicodeDecodeError as error:
-    raise UserError(f"{path}: not UTF-8 after line {number} ({error.reason}); "
-                    "convert it, e.g. with iconv -t utf-8")
+    raise UserError(
+      f"{path}: not UTF-8 after line {number} ({error.reason}); "
+      "convert it, e.g. with iconv -t utf-8"
+    )
   except OSError as error:
     raise UserError(f"{path}: {error.strerror}")
 
@@ -165,7 +182,7 @@ def _jsonl_records(path) -> Iterator[dict]:
     except (ValueError, RecursionError) as error:
       raise UserError(f"{path}:{number}: not JSON: {first_line(error)}")
     if not isinstance(record, dict):
-      raise UserError(f"{path}:{number}: expected a JSON object, e.g. {{\"text\": \"...\"}}")
+      raise UserError(f'{path}:{number}: expected a JSON object, e.g. {{"text": "..."}}')
     yield {**record, "_where": f"{path}:{number}"}
 
 
@@ -174,8 +191,10 @@ def _csv_records(path) -> Iterator[dict]:
   try:
     for record in reader:
       if None in record or None in record.values():
-        raise UserError(f"{path}:{reader.line_num}: expected {len(reader.fieldnames)} columns "
-                        f"({', '.join(reader.fieldnames)})")
+        raise UserError(
+          f"{path}:{reader.line_num}: expected {len(reader.fieldnames)} columns "
+          f"({', '.join(reader.fieldnames)})"
+        )
       yield {**record, "_where": f"{path}:{reader.line_num}"}
   except csv.Error as error:
     raise UserError(f"{path}:{reader.line_num}: not CSV: {error}")
@@ -188,16 +207,24 @@ def _squad_records(path) -> Iterator[dict]:
     for article in whole["data"]:
       for paragraph in article["paragraphs"]:
         for asked in paragraph["qas"]:
-          yield {"text": paragraph["context"], "question": asked["question"], "id": str(asked["id"]),
-                 "answers": asked.get("answers", []), "_where": f"{path}: question {asked['id']}"}
+          yield {
+            "text": paragraph["context"],
+            "question": asked["question"],
+            "id": str(asked["id"]),
+            "answers": asked.get("answers", []),
+            "_where": f"{path}: question {asked['id']}",
+          }
   except ValueError as error:
     raise UserError(f"{path}: not JSON: {first_line(error)}")
   except (KeyError, TypeError) as error:
-    raise UserError(f"{path}: not in SQuAD's layout (data, paragraphs, context, qas, id, question): {error!r}")
+    raise UserError(
+      f"{path}: not in SQuAD's layout (data, paragraphs, context, qas, id, question): {error!r}"
+    )
 
 
 def _tfds_builder(source: Source):
   import tensorflow_datasets as tfds
+
   try:
     return tfds.builder(source.name, file_format="array_record")
   except Exception as error:  # many kinds: unknown name, no network, unreadable folder
@@ -206,14 +233,18 @@ def _tfds_builder(source: Source):
 
 def _tfds_records(source: Source) -> Iterator[dict]:
   import tensorflow_datasets as tfds
+
   builder = _tfds_builder(source)
   try:
     builder.download_and_prepare(file_format="array_record")
     data = builder.as_data_source(split=source.split or "train")
   except Exception as error:
     raise UserError(f"{source.spec}: {first_line(error)}")
-  names = {key: feature for key, feature in builder.info.features.items()
-           if isinstance(feature, tfds.features.ClassLabel)}
+  names = {
+    key: feature
+    for key, feature in builder.info.features.items()
+    if isinstance(feature, tfds.features.ClassLabel)
+  }
   for number in range(len(data)):
     record = {}
     for key, value in data[number].items():
@@ -240,8 +271,9 @@ def _hf_dataset(source: Source):
 
 def _hf_records(source: Source) -> Iterator[dict]:
   data = _hf_dataset(source)
-  names = {key: feature.names for key, feature in data.features.items()
-           if hasattr(feature, "names")}
+  names = {
+    key: feature.names for key, feature in data.features.items() if hasattr(feature, "names")
+  }
   for number, record in enumerate(data):
     for key, classes in names.items():
       if isinstance(record[key], int):

@@ -3,6 +3,7 @@ of published checkpoints, bytes.
 
 All of them have the attributes of `Tokenizer`; an id that a vocabulary does not have is -1.
 """
+
 import io
 import json
 import pathlib
@@ -26,14 +27,15 @@ class Tokenizer:
   pad, unk, cls, sep, mask, eos: ids or -1. pieces: the V strings. starts_word_V: bool, whether a
   piece begins a word. files: what `save` writes, by name.
   """
+
   name: str
   pieces: list[str]
   starts_word_V: np.ndarray
   files: dict[str, bytes]
   lowercase: bool = False
-  special: dict[str, str] = {}   # pad, unk, ... -> piece, where the files do not say it
-  extra: int = 0                 # sentinels after the pieces of the file
-  template: str = ""             # of conversations, in Jinja, where the checkpoint came with one
+  special: dict[str, str] = {}  # pad, unk, ... -> piece, where the files do not say it
+  extra: int = 0  # sentinels after the pieces of the file
+  template: str = ""  # of conversations, in Jinja, where the checkpoint came with one
   pad = unk = cls = sep = mask = eos = -1
 
   def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -55,7 +57,9 @@ class Tokenizer:
   @property
   def special_ids(self) -> np.ndarray:
     """The ids that no mask may hide and no random replacement may be."""
-    return np.array(sorted({*(getattr(self, s) for s in SPECIAL), *self.sentinels} - {-1}), np.int32)
+    return np.array(
+      sorted({*(getattr(self, s) for s in SPECIAL), *self.sentinels} - {-1}), np.int32
+    )
 
   @property
   def sentinels(self) -> list[int]:
@@ -66,25 +70,38 @@ class Tokenizer:
   def require(self, *names: str):
     """Raises UserError unless the vocabulary has these special ids."""
     if missing := [n for n in names if getattr(self, n) == -1]:
-      raise UserError(f"the {self.name} vocabulary has no piece for {', '.join(missing)}, which "
-                      "this objective needs; train one (config.tokenizer.path='')")
+      raise UserError(
+        f"the {self.name} vocabulary has no piece for {', '.join(missing)}, which "
+        "this objective needs; train one (config.tokenizer.path='')"
+      )
 
   def digest(self) -> str:
-    return cache.digest(self.name, str(self.lowercase), str(self.extra), *self.files.values(),
-                        *(f"{k}={v}" for k, v in self.special.items()))
+    return cache.digest(
+      self.name,
+      str(self.lowercase),
+      str(self.extra),
+      *self.files.values(),
+      *(f"{k}={v}" for k, v in self.special.items()),
+    )
 
   def save(self, folder: pathlib.PurePath):
     """Writes the files, and what they are; `load` reads them."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in self.files.items():
       (folder / name).write_bytes(data)
-    meta = {"name": self.name, "lowercase": self.lowercase, "special": self.special, "extra": self.extra,
-            "template": self.template}
+    meta = {
+      "name": self.name,
+      "lowercase": self.lowercase,
+      "special": self.special,
+      "extra": self.extra,
+      "template": self.template,
+    }
     (folder / META).write_text(json.dumps(meta))
 
 
 class SentencePieceTokenizer(Tokenizer):
   """A SentencePiece model (Kudo and Richardson 2018)."""
+
   name = "sentencepiece"
   FILE = "spiece.model"
 
@@ -120,7 +137,10 @@ class FastTokenizer(Tokenizer):
     return [e.ids for e in self._fast.encode_batch(list(texts), add_special_tokens=False)]
 
   def encode_spans(self, texts):
-    return [(e.ids, _spans(e.offsets)) for e in self._fast.encode_batch(list(texts), add_special_tokens=False)]
+    return [
+      (e.ids, _spans(e.offsets))
+      for e in self._fast.encode_batch(list(texts), add_special_tokens=False)
+    ]
 
   def decode(self, ids):
     return self._fast.decode([int(i) for i in ids])
@@ -128,6 +148,7 @@ class FastTokenizer(Tokenizer):
 
 class WordPieceTokenizer(FastTokenizer):
   """BERT's WordPiece (Devlin et al. 2019, section 3), from a vocabulary file."""
+
   name = "wordpiece"
   FILE = "vocab.txt"
 
@@ -142,26 +163,34 @@ class WordPieceTokenizer(FastTokenizer):
     for name in ("pad", "unk", "cls", "sep", "mask"):
       setattr(self, name, known.get(f"[{name.upper()}]", -1))
     if self.unk == -1:
-      raise UserError("the WordPiece vocabulary has no [UNK]: one piece a line, as BERT's vocab.txt")
+      raise UserError(
+        "the WordPiece vocabulary has no [UNK]: one piece a line, as BERT's vocab.txt"
+      )
     self.eos = self.sep
     self._fast = tokenizers.BertWordPieceTokenizer(known, lowercase=lowercase)
 
 
 class HuggingFaceTokenizer(FastTokenizer):
   """A tokenizer.json of the `tokenizers` package, whatever is in it. special: as its checkpoint says."""
+
   name = "huggingface"
   FILE = "tokenizer.json"
-  SPELLINGS = {"pad": ("[PAD]", "<pad>"), "unk": ("[UNK]", "<unk>"), "cls": ("[CLS]", "<s>"),
-               "sep": ("[SEP]", "</s>"), "mask": ("[MASK]", "<mask>"),
-               "eos": ("<|endoftext|>", "</s>", "<|im_end|>", "[SEP]")}
+  SPELLINGS = {
+    "pad": ("[PAD]", "<pad>"),
+    "unk": ("[UNK]", "<unk>"),
+    "cls": ("[CLS]", "<s>"),
+    "sep": ("[SEP]", "</s>"),
+    "mask": ("[MASK]", "<mask>"),
+    "eos": ("<|endoftext|>", "</s>", "<|im_end|>", "[SEP]"),
+  }
 
   def __init__(self, definition: bytes, lowercase: bool = False, special: Mapping[str, str] = {}):
     self.files, self.special = {self.FILE: definition}, dict(special)
     try:
       self._fast = tokenizers.Tokenizer.from_buffer(definition)
-    except Exception as error:   # the package raises nothing narrower
+    except Exception as error:  # the package raises nothing narrower
       raise UserError(f"tokenizer.json cannot be read: {first_line(error)}")
-    self._fast.no_truncation()   # files of published checkpoints may carry both
+    self._fast.no_truncation()  # files of published checkpoints may carry both
     self._fast.no_padding()
     known = self._fast.get_vocab(with_added_tokens=True)
     self.pieces = [""] * (max(known.values()) + 1)
@@ -178,11 +207,16 @@ class HuggingFaceTokenizer(FastTokenizer):
 
 class ByteTokenizer(Tokenizer):
   """UTF-8 bytes, and the special ids after them. A word starts with its space."""
+
   name = "bytes"
 
   def __init__(self, extra: int = 0):
     self.files, self.extra = {}, extra
-    self.pieces = [f"<{b:02X}>" for b in range(256)] + [f"[{s.upper()}]" for s in SPECIAL] + _sentinel_pieces(extra)
+    self.pieces = (
+      [f"<{b:02X}>" for b in range(256)]
+      + [f"[{s.upper()}]" for s in SPECIAL]
+      + _sentinel_pieces(extra)
+    )
     self.pad, self.unk, self.cls, self.sep, self.mask, self.eos = range(256, 262)
     self.starts_word_V = np.arange(len(self.pieces)) == ord(" ")
 
@@ -218,16 +252,31 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, lowercase: bool) 
   lines = (line for text in texts for line in text.splitlines())
   try:
     sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=lines, model_writer=model, vocab_size=vocab_size,
-        hard_vocab_limit=False, model_type="unigram", max_sentence_length=16384,
-        input_sentence_size=1_000_000, shuffle_input_sentence=False,
-        normalization_rule_name="nmt_nfkc_cf" if lowercase else "nmt_nfkc",
-        pad_id=0, unk_id=1, eos_id=2, bos_id=-1, pad_piece="[PAD]", unk_piece="[UNK]",
-        control_symbols=["[CLS]", "[SEP]", "[MASK]"], minloglevel=2, byte_fallback=not lowercase,
-        user_defined_symbols=[] if lowercase else ["\n"])
+      sentence_iterator=lines,
+      model_writer=model,
+      vocab_size=vocab_size,
+      hard_vocab_limit=False,
+      model_type="unigram",
+      max_sentence_length=16384,
+      input_sentence_size=1_000_000,
+      shuffle_input_sentence=False,
+      normalization_rule_name="nmt_nfkc_cf" if lowercase else "nmt_nfkc",
+      pad_id=0,
+      unk_id=1,
+      eos_id=2,
+      bos_id=-1,
+      pad_piece="[PAD]",
+      unk_piece="[UNK]",
+      control_symbols=["[CLS]", "[SEP]", "[MASK]"],
+      minloglevel=2,
+      byte_fallback=not lowercase,
+      user_defined_symbols=[] if lowercase else ["\n"],
+    )
   except (RuntimeError, OSError) as error:
-    raise UserError(f"cannot train a SentencePiece model of {vocab_size} pieces on this text: "
-                    f"{str(error).strip().splitlines()[-1]}")
+    raise UserError(
+      f"cannot train a SentencePiece model of {vocab_size} pieces on this text: "
+      f"{str(error).strip().splitlines()[-1]}"
+    )
   return model.getvalue()
 
 
@@ -245,8 +294,13 @@ def load(folder: pathlib.PurePath) -> Tokenizer:
   if meta["name"] == "bytes":
     return ByteTokenizer(meta.get("extra", 0))
   kind = kinds[meta["name"]]
-  more = ({"special": meta["special"]} if kind is HuggingFaceTokenizer else
-          {"extra": meta.get("extra", 0)} if kind is SentencePieceTokenizer else {})
+  more = (
+    {"special": meta["special"]}
+    if kind is HuggingFaceTokenizer
+    else {"extra": meta.get("extra", 0)}
+    if kind is SentencePieceTokenizer
+    else {}
+  )
   made = kind((folder / kind.FILE).read_bytes(), meta["lowercase"], **more)
   made.template = meta.get("template", "")
   return made
@@ -262,15 +316,24 @@ def make(config: TokenizerConfig, sources, cache_folder: pathlib.Path) -> Tokeni
   for kind in (WordPieceTokenizer, HuggingFaceTokenizer):
     if config.name == kind.name:
       if not config.path:
-        raise UserError(f"config.tokenizer.name={kind.name!r} needs config.tokenizer.path, a {kind.FILE}")
+        raise UserError(
+          f"config.tokenizer.name={kind.name!r} needs config.tokenizer.path, a {kind.FILE}"
+        )
       return kind(_read(config.path), config.lowercase)
   if config.name != "sentencepiece":
-    raise UserError("config.tokenizer.name must be set (sentencepiece, wordpiece, huggingface, bytes) where no "
-                    "checkpoint is transferred")
+    raise UserError(
+      "config.tokenizer.name must be set (sentencepiece, wordpiece, huggingface, bytes) where no "
+      "checkpoint is transferred"
+    )
   if config.path:
     return SentencePieceTokenizer(_read(config.path), config.lowercase, config.sentinels)
-  key = cache.digest("unigram 2", str(config.vocab_size), str(config.lowercase), str(config.sentinels),
-                     *(s.digest() for s in sources))
+  key = cache.digest(
+    "unigram 2",
+    str(config.vocab_size),
+    str(config.lowercase),
+    str(config.sentinels),
+    *(s.digest() for s in sources),
+  )
 
   def train(folder):
     print(f"training a SentencePiece model of {config.vocab_size} pieces ...", flush=True)

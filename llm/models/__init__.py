@@ -1,4 +1,5 @@
 """Architectures (Flax Linen): `build_backbone` is the one switch between them."""
+
 import importlib
 
 from llm.config import ModelConfig

@@ -3,6 +3,7 @@
 Visibility is data (segments and positions), not a mask, so that other backends can serve it: splash attention never makes
 one. The reference below and cuDNN make a mask of B x 1 x T x S.
 """
+
 import functools
 
 import flax.struct
@@ -14,6 +15,7 @@ from llm.models.precision import Precision, dot, einsum
 
 class Visibility(flax.struct.PyTreeNode):
   """A query sees a key of the same segment and, if causal, of no later position."""
+
   q_segments_BxT: jax.Array
   kv_segments_BxS: jax.Array
   q_positions_BxT: jax.Array
@@ -23,8 +25,9 @@ class Visibility(flax.struct.PyTreeNode):
 
 def self_visibility(batch, *, causal: bool) -> Visibility:
   """Visibility of a batch for itself. Positions restart in every packed document."""
-  return Visibility(batch["segments"], batch["segments"], batch["positions"], batch["positions"],
-                    causal)
+  return Visibility(
+    batch["segments"], batch["segments"], batch["positions"], batch["positions"], causal
+  )
 
 
 def mask_Bx1xTxS(visibility: Visibility) -> jax.Array:
@@ -49,7 +52,9 @@ def rotary(x_BxTxHxK: jax.Array, positions_BxT: jax.Array, theta: float) -> jax.
   angles_BxTx1xK2 = positions_BxT[..., None, None] * frequencies
   cos, sin = jnp.cos(angles_BxTx1xK2), jnp.sin(angles_BxTx1xK2)
   first, second = jnp.split(x_BxTxHxK, 2, axis=-1)
-  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x_BxTxHxK.dtype)
+  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(
+    x_BxTxHxK.dtype
+  )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -92,7 +97,7 @@ def _over_queries(a_BxGxRxTxS, b_BxGxRxTxK, types: Precision) -> jax.Array:
   over the first dimension of both at half the speed.
   """
   b_BxGxRxKxT = jax.lax.optimization_barrier(b_BxGxRxTxK.swapaxes(-1, -2))
-  if b_BxGxRxKxT.shape[2] == 1:   # einsum would move the R that is none
+  if b_BxGxRxKxT.shape[2] == 1:  # einsum would move the R that is none
     return dot(b_BxGxRxKxT, a_BxGxRxTxS, types)[:, :, 0].swapaxes(-1, -2)
   return einsum("BGRKT,BGRTS->BGKS", b_BxGxRxKxT, a_BxGxRxTxS, types).swapaxes(-1, -2)
 
@@ -101,9 +106,18 @@ scores.defvjp(_scores_forward, _scores_backward)
 mix.defvjp(_mix_forward, _mix_backward)
 
 
-def attend(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, visibility: Visibility, types: Precision | None = None,
-           *, scale: float, bias_HxTxS=None, dropout_rate: float = 0.0,
-           key: jax.Array | None = None) -> jax.Array:
+def attend(
+  q_BxTxHxK,
+  k_BxSxGxK,
+  v_BxSxGxK,
+  visibility: Visibility,
+  types: Precision | None = None,
+  *,
+  scale: float,
+  bias_HxTxS=None,
+  dropout_rate: float = 0.0,
+  key: jax.Array | None = None,
+) -> jax.Array:
   """Scaled dot-product attention (Vaswani et al. 2017, section 3.2.1) -> BxTxHxK.
 
   G heads of keys and values serve H / G neighbouring query heads each (Ainslie et al. 2023).

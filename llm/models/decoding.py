@@ -3,20 +3,23 @@
 Decoders continue their prompts, padded on the left so that all end in one slot; an encoder-decoder reads its
 prompts, padded on the right, and starts from the padding token.
 """
+
 from typing import NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from llm.config import ModelConfig
 from llm.models import build_backbone, layers, precision
 from llm.models.transformer import Cache, empty_cache
-from llm.config import ModelConfig
 
 
 class Sampling(NamedTuple):
   """How the next token is drawn. temperature 0 takes the likeliest; top_k 0 and top_p 1 leave all possible."""
+
   temperature: float = 0.0
   top_k: int = 0
   top_p: float = 1.0
@@ -24,25 +27,28 @@ class Sampling(NamedTuple):
 
 class Writing(flax.struct.PyTreeNode):
   """Rows being written: N tokens at most, `count` of them done. `finished`: those that wrote the end token."""
+
   cache: Cache
-  logits_BxV: jax.Array      # of the token to come; real pieces only
-  positions_B: jax.Array     # of the token to come
+  logits_BxV: jax.Array  # of the token to come; real pieces only
+  positions_B: jax.Array  # of the token to come
   tokens_BxN: jax.Array
-  best_BxNxE: jax.Array      # the likeliest tokens at every step, and their probabilities
+  best_BxNxE: jax.Array  # the likeliest tokens at every step, and their probabilities
   odds_BxNxE: jax.Array
   finished_B: jax.Array
   count: jax.Array
   key: jax.Array
-  read: dict                 # of an encoder-decoder: what was read
+  read: dict  # of an encoder-decoder: what was read
 
 
 def shardings(mesh: Mesh) -> Writing:
   """How rows being written lie on a mesh: keys and values by heads, the rest on every device."""
   whole, by_head = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, "tensor"))
-  return Writing(Cache(by_head, whole, whole, whole), *(whole,) * (len(Writing.__dataclass_fields__) - 1))
+  return Writing(
+    Cache(by_head, whole, whole, whole), *(whole,) * (len(Writing.__dataclass_fields__) - 1)
+  )
 
 
-EXPLAINED = 5   # likeliest tokens kept at every step
+EXPLAINED = 5  # likeliest tokens kept at every step
 
 
 def for_one_row(params, dtype: jnp.dtype):
@@ -81,7 +87,7 @@ def _logits(config: ModelConfig, hidden_BxTxD, table_VxD) -> jax.Array:
     logits_BxV = layers.read_once(hidden_BxD, table_VxD.astype(types.operands))
   else:
     logits_BxV = precision.dot(hidden_BxD, table_VxD.T, types)
-  return logits_BxV[:, :config.vocab_size].astype(jnp.float32)
+  return logits_BxV[:, : config.vocab_size].astype(jnp.float32)
 
 
 def start(config: ModelConfig, params, batch, slots: int, new: int, pad: int, key) -> Writing:
@@ -91,14 +97,31 @@ def start(config: ModelConfig, params, batch, slots: int, new: int, pad: int, ke
   apply = lambda *a, **k: backbone.apply({"params": params["backbone"]}, *a, train=False, **k)
   positions_B = batch["positions"].max(-1) + 1
   if config.name == "t5":
-    read = {"states": apply(batch, method="encode"), "segments": batch["segments"], "positions": batch["positions"]}
-    batch = {"tokens": jnp.full((rows, 1), pad, jnp.int32), "segments": jnp.ones((rows, 1), jnp.int32),
-             "positions": jnp.zeros((rows, 1), jnp.int32)}
+    read = {
+      "states": apply(batch, method="encode"),
+      "segments": batch["segments"],
+      "positions": batch["positions"],
+    }
+    batch = {
+      "tokens": jnp.full((rows, 1), pad, jnp.int32),
+      "segments": jnp.ones((rows, 1), jnp.int32),
+      "positions": jnp.zeros((rows, 1), jnp.int32),
+    }
     positions_B = jnp.ones(rows, jnp.int32)
   logits_BxV, cache = _step(config, params, batch, cache, read)
   explained = (rows, new, EXPLAINED)
-  return Writing(cache, logits_BxV, positions_B, jnp.full((rows, new), pad, jnp.int32), jnp.zeros(explained, jnp.int32),
-                 jnp.zeros(explained), jnp.zeros(rows, bool), jnp.zeros((), jnp.int32), key, read)
+  return Writing(
+    cache,
+    logits_BxV,
+    positions_B,
+    jnp.full((rows, new), pad, jnp.int32),
+    jnp.zeros(explained, jnp.int32),
+    jnp.zeros(explained),
+    jnp.zeros(rows, bool),
+    jnp.zeros((), jnp.int32),
+    key,
+    read,
+  )
 
 
 def _step(config, params, batch, cache, read) -> tuple[jax.Array, Cache]:
@@ -106,9 +129,14 @@ def _step(config, params, batch, cache, read) -> tuple[jax.Array, Cache]:
   more = {}
   if read:
     more["states_BxSxD"] = read["states"]
-    batch = {**{f"decoder_{k}": v for k, v in batch.items()}, "segments": read["segments"], "positions": read["positions"]}
+    batch = {
+      **{f"decoder_{k}": v for k, v in batch.items()},
+      "segments": read["segments"],
+      "positions": read["positions"],
+    }
   hidden_BxTxD, table_VxD, cache = build_backbone(config).apply(
-      {"params": params["backbone"]}, batch, train=False, cache=cache, **more)
+    {"params": params["backbone"]}, batch, train=False, cache=cache, **more
+  )
   return _logits(config, hidden_BxTxD, table_VxD), cache
 
 
@@ -133,7 +161,9 @@ def draw(logits_BxV, key, sampling: Sampling) -> jax.Array:
   return jax.random.categorical(key, logits_BxV).astype(jnp.int32)
 
 
-def advance(config: ModelConfig, params, writing: Writing, steps, eos: int, pad: int, sampling: Sampling) -> Writing:
+def advance(
+  config: ModelConfig, params, writing: Writing, steps, eos: int, pad: int, sampling: Sampling
+) -> Writing:
   """Up to `steps` (may be traced) more tokens, fewer where all rows have finished or N is reached.
 
   A row that wrote `eos` goes on with `pad`.
@@ -144,10 +174,24 @@ def advance(config: ModelConfig, params, writing: Writing, steps, eos: int, pad:
     key = jax.random.fold_in(w.key, w.count)
     odds, best = jax.lax.top_k(jax.nn.softmax(w.logits_BxV), EXPLAINED)
     token_B = jnp.where(w.finished_B, pad, draw(w.logits_BxV, key, sampling))
-    put = lambda array, value: jax.lax.dynamic_update_index_in_dim(array, value.astype(array.dtype), w.count, axis=1)
-    batch = {"tokens": token_B[:, None], "positions": w.positions_B[:, None], "segments": jnp.ones_like(token_B)[:, None]}
+    put = lambda array, value: jax.lax.dynamic_update_index_in_dim(
+      array, value.astype(array.dtype), w.count, axis=1
+    )
+    batch = {
+      "tokens": token_B[:, None],
+      "positions": w.positions_B[:, None],
+      "segments": jnp.ones_like(token_B)[:, None],
+    }
     logits_BxV, cache = _step(config, params, batch, w.cache, w.read)
-    return w.replace(cache=cache, logits_BxV=logits_BxV, positions_B=w.positions_B + 1, tokens_BxN=put(w.tokens_BxN, token_B),
-                     best_BxNxE=put(w.best_BxNxE, best), odds_BxNxE=put(w.odds_BxNxE, odds),
-                     finished_B=w.finished_B | (token_B == eos), count=w.count + 1)
+    return w.replace(
+      cache=cache,
+      logits_BxV=logits_BxV,
+      positions_B=w.positions_B + 1,
+      tokens_BxN=put(w.tokens_BxN, token_B),
+      best_BxNxE=put(w.best_BxNxE, best),
+      odds_BxNxE=put(w.odds_BxNxE, odds),
+      finished_B=w.finished_B | (token_B == eos),
+      count=w.count + 1,
+    )
+
   return jax.lax.while_loop(lambda w: (w.count < stop) & ~w.finished_B.all(), one, writing)

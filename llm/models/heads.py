@@ -2,6 +2,7 @@
 
 A head is called as `head(hidden_BxTxD, batch, table_VxD, train=)` and returns a dict of arrays.
 """
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -16,6 +17,7 @@ from llm.sharding import BATCH, constrain
 
 class Model(nn.Module):
   """A backbone with a head; parameters are {"backbone": ..., "head": ...}."""
+
   backbone: nn.Module
   head: nn.Module
 
@@ -24,13 +26,15 @@ class Model(nn.Module):
     return self.head(hidden_BxTxD, batch, table_VxD, train=train)
 
 
-def token_losses(hidden_BxTxD, table_VxD, bias_V, targets_BxT, types: Precision, *,
-                 vocab_size: int, chunk: int):
+def token_losses(
+  hidden_BxTxD, table_VxD, bias_V, targets_BxT, types: Precision, *, vocab_size: int, chunk: int
+):
   """Cross-entropy of each target in nats and whether it was the likeliest token, both BxT float32.
 
   Logits of the padding of the vocabulary do not count. With `chunk`, that many positions at a
   time, recomputed in the backward pass, so that BxTxV logits never exist.
   """
+
   def losses(hidden_BxTxD, targets_BxT):
     exact = jnp.promote_types(hidden_BxTxD.dtype, jnp.float32)
     logits_BxTxV = matmul(hidden_BxTxD, table_VxD.T, types).astype(exact)
@@ -48,21 +52,32 @@ def token_losses(hidden_BxTxD, table_VxD, bias_V, targets_BxT, types: Precision,
   if not chunk or chunk >= length:
     return losses(hidden_BxTxD, targets_BxT)
   rest = -length % chunk
-  pieces = [jnp.pad(a, ((0, 0), (0, rest)) + ((0, 0),) * (a.ndim - 2))
-            .reshape(a.shape[0], -1, chunk, *a.shape[2:]).swapaxes(0, 1)
-            for a in (hidden_BxTxD, targets_BxT)]
+  pieces = [
+    jnp.pad(a, ((0, 0), (0, rest)) + ((0, 0),) * (a.ndim - 2))
+    .reshape(a.shape[0], -1, chunk, *a.shape[2:])
+    .swapaxes(0, 1)
+    for a in (hidden_BxTxD, targets_BxT)
+  ]
   chunks = jax.lax.map(lambda piece: jax.checkpoint(losses)(*piece), tuple(pieces))
   return tuple(a.swapaxes(0, 1).reshape(a.shape[1], -1)[:, :length] for a in chunks)
 
 
 class CausalLMHead(nn.Module):
   """Next-token losses through the tied embedding table; no parameters of its own."""
+
   config: ModelConfig
 
   @nn.compact
   def __call__(self, hidden_BxTxD, batch, table_VxD, *, train: bool):
-    losses, correct = token_losses(hidden_BxTxD, table_VxD, None, batch["targets"], precision.of(self.config),
-                                   vocab_size=self.config.vocab_size, chunk=self.config.loss_chunk)
+    losses, correct = token_losses(
+      hidden_BxTxD,
+      table_VxD,
+      None,
+      batch["targets"],
+      precision.of(self.config),
+      vocab_size=self.config.vocab_size,
+      chunk=self.config.loss_chunk,
+    )
     return {"losses": losses, "correct": correct}
 
 
@@ -76,6 +91,7 @@ def pooler(hidden_BxTxD, firsts_BxN, types: Precision):
 
 class MaskedLMHead(nn.Module):
   """Losses at the masked positions (transform, tied decoder) and of next-sentence prediction."""
+
   config: ModelConfig
   next_sentence: bool
 
@@ -83,21 +99,32 @@ class MaskedLMHead(nn.Module):
   def __call__(self, hidden_BxTxD, batch, table_VxD, *, train: bool):
     cfg, types = self.config, precision.of(self.config)
     masked_BxMxD = jnp.take_along_axis(hidden_BxTxD, batch["masked_positions"][..., None], axis=1)
-    masked_BxMxD = Linear((cfg.width, cfg.width), precision=types, kernel_init=normal(cfg.init_std), name="transform")(masked_BxMxD)
+    masked_BxMxD = Linear(
+      (cfg.width, cfg.width), precision=types, kernel_init=normal(cfg.init_std), name="transform"
+    )(masked_BxMxD)
     masked_BxMxD = LayerNorm(1e-12, name="transform_norm")(ACTIVATIONS["gelu"](masked_BxMxD))
     bias_V = LMBias(padded_vocab(cfg.vocab_size), name="lm")()
-    losses, correct = token_losses(masked_BxMxD, table_VxD, bias_V, batch["masked_targets"], types,
-                                   vocab_size=cfg.vocab_size, chunk=cfg.loss_chunk)
+    losses, correct = token_losses(
+      masked_BxMxD,
+      table_VxD,
+      bias_V,
+      batch["masked_targets"],
+      types,
+      vocab_size=cfg.vocab_size,
+      chunk=cfg.loss_chunk,
+    )
     outputs = {"losses": losses, "correct": correct}
     if self.next_sentence:
       pooled_BxNxD = pooler(hidden_BxTxD, batch["firsts"], types)
       outputs["pair_logits"] = Linear((cfg.width, 2), precision=types, name="next_sentence")(
-          pooled_BxNxD).astype(losses.dtype)
+        pooled_BxNxD
+      ).astype(losses.dtype)
     return outputs
 
 
 class SpanHead(nn.Module):
   """Scores BxT of every token as the start, and as the end, of an answer."""
+
   config: ModelConfig
 
   @nn.compact
@@ -110,6 +137,7 @@ class SpanHead(nn.Module):
 
 class LMBias(nn.Module):
   """The output bias of the masked language model."""
+
   size: int
 
   @nn.compact
@@ -123,6 +151,7 @@ class ClassificationHead(nn.Module):
   pooling: first (BERT's pooled first token), last (the last token of a decoder), mean (of all
   tokens of the example).
   """
+
   config: ModelConfig
   num_classes: int
   pooling: str
@@ -135,13 +164,14 @@ class ClassificationHead(nn.Module):
       pooled_BxNxD = pooler(hidden_BxTxD, firsts_BxN, types)
     else:
       of_example_BxTxN = batch["segments"][..., None] == 1 + jnp.arange(firsts_BxN.shape[1])
-      lengths_BxN = jnp.maximum(of_example_BxTxN.sum(1), 1)   # slots may be empty
+      lengths_BxN = jnp.maximum(of_example_BxTxN.sum(1), 1)  # slots may be empty
       if self.pooling == "last":
         last_BxN = firsts_BxN + lengths_BxN - 1
         pooled_BxNxD = jnp.take_along_axis(hidden_BxTxD, last_BxN[..., None], axis=1)
       else:
-        total_BxNxD = jnp.einsum("BTD,BTN->BND", hidden_BxTxD,
-                                 of_example_BxTxN.astype(hidden_BxTxD.dtype))
+        total_BxNxD = jnp.einsum(
+          "BTD,BTN->BND", hidden_BxTxD, of_example_BxTxN.astype(hidden_BxTxD.dtype)
+        )
         pooled_BxNxD = total_BxNxD / lengths_BxN[..., None]
     key = self.make_rng("dropout") if train and cfg.dropout else None
     pooled_BxNxD = attention.dropout(pooled_BxNxD, cfg.dropout, key)

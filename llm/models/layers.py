@@ -1,4 +1,5 @@
 """The parts of a block: linear, layer norm, embedding, feed-forward."""
+
 import dataclasses
 import functools
 import math
@@ -16,11 +17,11 @@ from llm.sharding import constrain
 normal = nn.initializers.normal
 
 ACTIVATIONS = {
-    # Written with erf: jax.nn.gelu takes erfc, which is several times slower on CPU.
-    "gelu": lambda x: 0.5 * x * (1.0 + jax.lax.erf(x * 2 ** -0.5)),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "silu": jax.nn.silu,
-    "relu": jax.nn.relu,
+  # Written with erf: jax.nn.gelu takes erfc, which is several times slower on CPU.
+  "gelu": lambda x: 0.5 * x * (1.0 + jax.lax.erf(x * 2**-0.5)),
+  "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+  "silu": jax.nn.silu,
+  "relu": jax.nn.relu,
 }
 
 
@@ -48,7 +49,7 @@ def _matmul_backward(precision, saved, dy):
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-TRANSPOSED = "kernel_OxI"   # in place of `kernel`, where one token at a time is computed
+TRANSPOSED = "kernel_OxI"  # in place of `kernel`, where one token at a time is computed
 
 
 def read_once(x, kernel_OxI):
@@ -56,8 +57,12 @@ def read_once(x, kernel_OxI):
 
   The compiler must not fuse what comes after: its fused products use one core, and no wide loads.
   """
-  y = jax.lax.dot_general(x.astype(kernel_OxI.dtype), kernel_OxI, (((x.ndim - 1,), (1,)), ((), ())),
-                          preferred_element_type=jnp.promote_types(kernel_OxI.dtype, jnp.float32))
+  y = jax.lax.dot_general(
+    x.astype(kernel_OxI.dtype),
+    kernel_OxI,
+    (((x.ndim - 1,), (1,)), ((), ())),
+    preferred_element_type=jnp.promote_types(kernel_OxI.dtype, jnp.float32),
+  )
   return jax.lax.optimization_barrier(y)
 
 
@@ -67,6 +72,7 @@ class LoRA:
 
   targets: regex of the paths of the linear layers that get one.
   """
+
   rank: int
   alpha: float
   targets: str
@@ -78,6 +84,7 @@ class Linear(nn.Module):
 
   shape: of the kernel, e.g. (D, H, K). out: how many of its trailing dimensions are new.
   """
+
   shape: tuple[int, ...]
   out: int = 1
   precision: Precision = TYPES["float32"]
@@ -91,7 +98,7 @@ class Linear(nn.Module):
     # One matrix product whatever the number of head dimensions: the compiler then needs no
     # transposes.
     rows = math.prod(self.shape[:inside])
-    x = x.reshape(*x.shape[:x.ndim - inside], rows)
+    x = x.reshape(*x.shape[: x.ndim - inside], rows)
     if self.has_variable("params", TRANSPOSED):
       y = read_once(x, self.get_variable("params", TRANSPOSED)).astype(self.precision.values)
     else:
@@ -102,13 +109,19 @@ class Linear(nn.Module):
     y = y.reshape(*x.shape[:-1], *self.shape[inside:])
     if not self.bias:
       return y
-    return y + self.param("bias", nn.initializers.zeros, self.shape[inside:]).astype(self.precision.values)
+    return y + self.param("bias", nn.initializers.zeros, self.shape[inside:]).astype(
+      self.precision.values
+    )
 
   def adapter(self, x, width: int):
     """What the low-rank adapter adds. Dropout where there is a key for it: in training."""
     lora = self.lora
-    a_IxR = self.param("lora_a", normal(x.shape[-1] ** -0.5), (x.shape[-1], lora.rank)).astype(self.precision.values)
-    b_RxO = self.param("lora_b", nn.initializers.zeros, (lora.rank, width)).astype(self.precision.values)
+    a_IxR = self.param("lora_a", normal(x.shape[-1] ** -0.5), (x.shape[-1], lora.rank)).astype(
+      self.precision.values
+    )
+    b_RxO = self.param("lora_b", nn.initializers.zeros, (lora.rank, width)).astype(
+      self.precision.values
+    )
     if lora.dropout and self.has_rng("dropout"):
       x = attention.dropout(x, lora.dropout, self.make_rng("dropout"))
     down = matmul(x, a_IxR, self.precision)
@@ -117,6 +130,7 @@ class Linear(nn.Module):
 
 class LayerNorm(nn.Module):
   """Layer normalisation over the last dimension (Ba et al. 2016), in float32 or better."""
+
   epsilon: float
 
   @nn.compact
@@ -131,6 +145,7 @@ class LayerNorm(nn.Module):
 
 class RMSNorm(nn.Module):
   """x over its root mean square, scaled (Zhang and Sennrich 2019), in float32 or better."""
+
   epsilon: float
 
   @nn.compact
@@ -146,6 +161,7 @@ NORMS = {"layer": LayerNorm, "rms": RMSNorm}
 
 class Embed(nn.Module):
   """A table of rows. Returns (rows at the ids, the table). split: mesh axis of the rows."""
+
   num_rows: int
   width: int
   dtype: jnp.dtype
@@ -172,6 +188,7 @@ class MLP(nn.Module):
 
   gated: down(activation(gate(x)) * up(x)) (Shazeer 2020, equation 5). drop: applied to what enters `down`.
   """
+
   mlp_dim: int
   activation: str
   precision: Precision
@@ -184,11 +201,23 @@ class MLP(nn.Module):
   @nn.compact
   def __call__(self, x_BxTxD, drop: Callable = lambda h: h):
     width = x_BxTxD.shape[-1]
-    wide = lambda name: Linear((width, self.mlp_dim), precision=self.precision, kernel_init=self.kernel_init, bias=self.bias,
-                               lora=self.lora, name=name)(x_BxTxD)
+    wide = lambda name: Linear(
+      (width, self.mlp_dim),
+      precision=self.precision,
+      kernel_init=self.kernel_init,
+      bias=self.bias,
+      lora=self.lora,
+      name=name,
+    )(x_BxTxD)
     if self.gated:
       h_BxTxF = ACTIVATIONS[self.activation](wide("gate")) * wide("up")
     else:
       h_BxTxF = ACTIVATIONS[self.activation](wide("up"))
-    return Linear((self.mlp_dim, width), precision=self.precision, kernel_init=self.out_init, bias=self.bias,
-                  lora=self.lora, name="down")(drop(h_BxTxF))
+    return Linear(
+      (self.mlp_dim, width),
+      precision=self.precision,
+      kernel_init=self.out_init,
+      bias=self.bias,
+      lora=self.lora,
+      name="down",
+    )(drop(h_BxTxF))

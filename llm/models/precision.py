@@ -1,4 +1,5 @@
 """The types of a computation: of its activations, and of the operands of its matrix products."""
+
 import functools
 import pathlib
 import time
@@ -15,19 +16,20 @@ class Precision(NamedTuple):
 
   Products accumulate in float32 or better and give `values`.
   """
+
   values: jnp.dtype
   operands: jnp.dtype
 
 
 TYPES = {
-    "float32": Precision(jnp.dtype("float32"), jnp.dtype("float32")),
-    "float64": Precision(jnp.dtype("float64"), jnp.dtype("float64")),
-    "bfloat16": Precision(jnp.dtype("bfloat16"), jnp.dtype("bfloat16")),
-    # For CPUs: their bfloat16 products are fast only where the result is float32.
-    "bfloat16_operands": Precision(jnp.dtype("float32"), jnp.dtype("bfloat16")),
+  "float32": Precision(jnp.dtype("float32"), jnp.dtype("float32")),
+  "float64": Precision(jnp.dtype("float64"), jnp.dtype("float64")),
+  "bfloat16": Precision(jnp.dtype("bfloat16"), jnp.dtype("bfloat16")),
+  # For CPUs: their bfloat16 products are fast only where the result is float32.
+  "bfloat16_operands": Precision(jnp.dtype("float32"), jnp.dtype("bfloat16")),
 }
 
-WORTHWHILE = 1.2   # bfloat16 products must be this much faster to be taken
+WORTHWHILE = 1.2  # bfloat16 products must be this much faster to be taken
 
 
 def of(config: ModelConfig) -> Precision:
@@ -62,8 +64,10 @@ def explained(dtype: str) -> str:
   if jax.process_count() > 1:
     return f"{name}: several processes must agree"
   speeds = product_speeds()
-  return (f"{name}: products of float32 run at {speeds['float32'] / 1e9:,.0f} GFLOP/s here, "
-          f"of bfloat16 operands at {speeds['bfloat16_operands'] / 1e9:,.0f}")
+  return (
+    f"{name}: products of float32 run at {speeds['float32'] / 1e9:,.0f} GFLOP/s here, "
+    f"of bfloat16 operands at {speeds['bfloat16_operands'] / 1e9:,.0f}"
+  )
 
 
 @functools.cache
@@ -80,7 +84,7 @@ def native_bfloat16() -> bool:
 def product_speeds(rows: int = 2048, width: int = 512, repeats: int = 5) -> dict[str, float]:
   """FLOP/s of rows x width x width products on the first device, casts of operands included."""
   speeds = {}
-  with jax.ensure_compile_time_eval():   # the first question may come while a model is traced
+  with jax.ensure_compile_time_eval():  # the first question may come while a model is traced
     x, kernel = jnp.ones((rows, width)), jnp.ones((width, width))
     for name in ("float32", "bfloat16_operands"):
       multiply = jax.jit(functools.partial(dot, precision=TYPES[name]))
@@ -90,17 +94,24 @@ def product_speeds(rows: int = 2048, width: int = 512, repeats: int = 5) -> dict
         start = time.perf_counter()
         multiply(x, kernel).block_until_ready()
         seconds.append(time.perf_counter() - start)
-      speeds[name] = 2.0 * rows * width ** 2 / min(seconds)
+      speeds[name] = 2.0 * rows * width**2 / min(seconds)
   return speeds
 
 
 def dot(a, b, precision: Precision) -> jax.Array:
   """a @ b in a precision."""
-  return jnp.matmul(a.astype(precision.operands), b.astype(precision.operands),
-                    preferred_element_type=precision.values)
+  return jnp.matmul(
+    a.astype(precision.operands),
+    b.astype(precision.operands),
+    preferred_element_type=precision.values,
+  )
 
 
 def einsum(equation: str, a, b, precision: Precision) -> jax.Array:
   """The sum of products of an equation in a precision."""
-  return jnp.einsum(equation, a.astype(precision.operands), b.astype(precision.operands),
-                    preferred_element_type=precision.values)
+  return jnp.einsum(
+    equation,
+    a.astype(precision.operands),
+    b.astype(precision.operands),
+    preferred_element_type=precision.values,
+  )

@@ -2,6 +2,7 @@
 
 v1.1 (T5's released checkpoints of that name): gated GELU, output layer of its own. v1.0: ReLU, tied.
 """
+
 import dataclasses
 
 import jax
@@ -13,24 +14,50 @@ from llm.models import attention as attention_lib
 from llm.models import precision, transformer
 from llm.models.layers import Embed, normal
 
-STYLE = transformer.Style(post_norm=False, causal=False, activation="relu", norm_epsilon=1e-6,
-                          scaled_residual_init=False, norm="rms", bias=False, scaled=False, fan_in_init=True,
-                          inner_dropout=True)
+STYLE = transformer.Style(
+  post_norm=False,
+  causal=False,
+  activation="relu",
+  norm_epsilon=1e-6,
+  scaled_residual_init=False,
+  norm="rms",
+  bias=False,
+  scaled=False,
+  fan_in_init=True,
+  inner_dropout=True,
+)
 
-BUCKETS, FARTHEST = 32, 128   # of relative positions, in all published models
+BUCKETS, FARTHEST = 32, 128  # of relative positions, in all published models
 
 # The published shapes (google-research/text-to-text-transfer-transformer); tiny is a laptop's. num_layers: of the
 # encoder, and of the decoder. v1.1 was pretrained without dropout and is fine-tuned with 0.1.
 SIZES = {
-    name: dict(num_layers=layers, width=width, num_heads=heads, head_width=head_width, mlp_dim=mlp_dim, max_length=512,
-               init_std=1.0, tied=not gated, gated=gated, dropout=0.0 if gated else 0.1)
-    for name, layers, width, heads, head_width, mlp_dim, gated in (
-        ("tiny", 2, 128, 4, 32, 256, True), ("small", 8, 512, 6, 64, 1024, True), ("base", 12, 768, 12, 64, 2048, True),
-        ("large", 24, 1024, 16, 64, 2816, True), ("3b", 24, 2048, 32, 64, 5120, True),
-        ("11b", 24, 4096, 64, 64, 10_240, True),
-        ("small-v1.0", 6, 512, 8, 64, 2048, False), ("base-v1.0", 12, 768, 12, 64, 3072, False),
-        ("large-v1.0", 24, 1024, 16, 64, 4096, False), ("3b-v1.0", 24, 1024, 32, 128, 16_384, False),
-        ("11b-v1.0", 24, 1024, 128, 128, 65_536, False))}
+  name: dict(
+    num_layers=layers,
+    width=width,
+    num_heads=heads,
+    head_width=head_width,
+    mlp_dim=mlp_dim,
+    max_length=512,
+    init_std=1.0,
+    tied=not gated,
+    gated=gated,
+    dropout=0.0 if gated else 0.1,
+  )
+  for name, layers, width, heads, head_width, mlp_dim, gated in (
+    ("tiny", 2, 128, 4, 32, 256, True),
+    ("small", 8, 512, 6, 64, 1024, True),
+    ("base", 12, 768, 12, 64, 2048, True),
+    ("large", 24, 1024, 16, 64, 2816, True),
+    ("3b", 24, 2048, 32, 64, 5120, True),
+    ("11b", 24, 4096, 64, 64, 10_240, True),
+    ("small-v1.0", 6, 512, 8, 64, 2048, False),
+    ("base-v1.0", 12, 768, 12, 64, 3072, False),
+    ("large-v1.0", 24, 1024, 16, 64, 4096, False),
+    ("3b-v1.0", 24, 1024, 32, 128, 16_384, False),
+    ("11b-v1.0", 24, 1024, 128, 128, 65_536, False),
+  )
+}
 
 
 def bucket(relative: jax.Array, *, causal: bool) -> jax.Array:
@@ -50,22 +77,46 @@ def bucket(relative: jax.Array, *, causal: bool) -> jax.Array:
 
 class Stack(nn.Module):
   """Blocks with their relative position bias, which all layers share, and the final norm."""
+
   config: ModelConfig
   style: transformer.Style
 
   @nn.compact
-  def __call__(self, x_BxTxD, batch, memory: transformer.Memory | None = None, *, train: bool,
-               cache: transformer.Cache | None = None):
+  def __call__(
+    self,
+    x_BxTxD,
+    batch,
+    memory: transformer.Memory | None = None,
+    *,
+    train: bool,
+    cache: transformer.Cache | None = None,
+  ):
     cfg, length = self.config, x_BxTxD.shape[1]
     # Within a packed document, positions differ as places in the row do; between documents nothing is seen.
-    place_T, place_S = jnp.arange(length), jnp.arange(length if cache is None else cache.segments_BxS.shape[1])
+    place_T, place_S = (
+      jnp.arange(length),
+      jnp.arange(length if cache is None else cache.segments_BxS.shape[1]),
+    )
     place_T += 0 if cache is None else cache.index
     buckets_TxS = bucket(place_S - place_T[:, None], causal=self.style.causal)
-    table = Embed(BUCKETS, cfg.num_heads, jnp.promote_types(x_BxTxD.dtype, jnp.float32),
-                  normal(cfg.init_std * cfg.width ** -0.5), name="relative")
+    table = Embed(
+      BUCKETS,
+      cfg.num_heads,
+      jnp.promote_types(x_BxTxD.dtype, jnp.float32),
+      normal(cfg.init_std * cfg.width**-0.5),
+      name="relative",
+    )
     bias_HxTxS = table(buckets_TxS)[0].transpose(2, 0, 1)
-    x_BxTxD, cache = transformer.trunk(self, self.style, x_BxTxD, batch, train=train, bias_HxTxS=bias_HxTxS, memory=memory,
-                                       cache=cache)
+    x_BxTxD, cache = transformer.trunk(
+      self,
+      self.style,
+      x_BxTxD,
+      batch,
+      train=train,
+      bias_HxTxS=bias_HxTxS,
+      memory=memory,
+      cache=cache,
+    )
     x_BxTxD = transformer.norm(cfg, self.style, "final_norm")(x_BxTxD)
     key = self.make_rng("dropout") if train and cfg.dropout else None
     return attention_lib.dropout(x_BxTxD, cfg.dropout, key), cache
@@ -77,15 +128,20 @@ class Backbone(nn.Module):
   The encoder reads tokens, segments and positions of a batch, the decoder those called decoder_*; a decoder's
   segment looks at the encoder's of the same number.
   """
+
   config: ModelConfig
 
   def setup(self):
     cfg, dtype = self.config, precision.of(self.config).values
     rows = transformer.padded_vocab(cfg.vocab_size)
-    style = dataclasses.replace(STYLE, gated=cfg.gated, activation="gelu_tanh" if cfg.gated else "relu")
+    style = dataclasses.replace(
+      STYLE, gated=cfg.gated, activation="gelu_tanh" if cfg.gated else "relu"
+    )
     self.token = Embed(rows, cfg.width, dtype, normal(cfg.init_std), split="tensor")
     if not cfg.tied:
-      self.output = Embed(rows, cfg.width, dtype, normal(cfg.init_std * cfg.width ** -0.5), split="tensor")
+      self.output = Embed(
+        rows, cfg.width, dtype, normal(cfg.init_std * cfg.width**-0.5), split="tensor"
+      )
     self.encoder = Stack(cfg, style)
     self.decoder = Stack(cfg, dataclasses.replace(style, causal=True))
 
@@ -93,14 +149,20 @@ class Backbone(nn.Module):
     """Hidden states BxSxD of the encoder."""
     return self.encoder(self.token(batch["tokens"])[0], batch, train=train)[0]
 
-  def __call__(self, batch, *, train: bool, cache: transformer.Cache | None = None, states_BxSxD=None):
+  def __call__(
+    self, batch, *, train: bool, cache: transformer.Cache | None = None, states_BxSxD=None
+  ):
     """states: what `encode` gave, where it need not be computed again."""
     states_BxSxD = self.encode(batch, train=train) if states_BxSxD is None else states_BxSxD
     own = {name: batch[f"decoder_{name}"] for name in ("segments", "positions")}
     x_BxTxD, table_VxD = self.token(batch["decoder_tokens"])
-    memory = transformer.Memory(states_BxSxD, attention_lib.Visibility(
-        own["segments"], batch["segments"], own["positions"], batch["positions"]))
+    memory = transformer.Memory(
+      states_BxSxD,
+      attention_lib.Visibility(
+        own["segments"], batch["segments"], own["positions"], batch["positions"]
+      ),
+    )
     hidden_BxTxD, cache = self.decoder(x_BxTxD, own, memory, train=train, cache=cache)
-    if self.config.tied:   # mesh_tensorflow's rescaling of tied outputs
-      return hidden_BxTxD * self.config.width ** -0.5, table_VxD, cache
+    if self.config.tied:  # mesh_tensorflow's rescaling of tied outputs
+      return hidden_BxTxD * self.config.width**-0.5, table_VxD, cache
     return hidden_BxTxD, self.output.table(), cache

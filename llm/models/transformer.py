@@ -3,6 +3,7 @@
 Every parameter of the stack carries a leading layer axis, whether the stack is scanned or
 unrolled, so that there is one layout of checkpoints.
 """
+
 import dataclasses
 from typing import NamedTuple
 
@@ -15,23 +16,24 @@ from llm.config import ModelConfig
 from llm.core import Params, UserError, round_up
 from llm.models import attention as attention_lib
 from llm.models import cudnn, precision, splash
-from llm.models.layers import NORMS, Linear, LoRA, MLP, normal
+from llm.models.layers import MLP, NORMS, Linear, LoRA, normal
 from llm.sharding import BATCH, constrain
 
 
 @dataclasses.dataclass(frozen=True)
 class Style:
   """What an architecture publishes and a user does not choose."""
-  post_norm: bool            # normalise after the residual sum (BERT) or before the layer (GPT-2)
+
+  post_norm: bool  # normalise after the residual sum (BERT) or before the layer (GPT-2)
   causal: bool
-  activation: str            # a key of layers.ACTIVATIONS
+  activation: str  # a key of layers.ACTIVATIONS
   norm_epsilon: float
   scaled_residual_init: bool  # output projections start at init_std / sqrt(2 L) (GPT-2)
-  norm: str = "layer"        # a key of layers.NORMS
-  bias: bool = True          # of the linear layers
-  gated: bool = False        # feed-forward
-  rotary: bool = False       # positions turn queries and keys, nothing is added to the embedding
-  scaled: bool = True        # attention scores over sqrt(K) (not T5, which starts its queries smaller)
+  norm: str = "layer"  # a key of layers.NORMS
+  bias: bool = True  # of the linear layers
+  gated: bool = False  # feed-forward
+  rotary: bool = False  # positions turn queries and keys, nothing is added to the embedding
+  scaled: bool = True  # attention scores over sqrt(K) (not T5, which starts its queries smaller)
   fan_in_init: bool = False  # kernels start at init_std / sqrt(inputs) (T5)
   inner_dropout: bool = False  # inside the feed-forward layer too (T5)
 
@@ -41,14 +43,19 @@ def padded_vocab(vocab_size: int) -> int:
   return round_up(vocab_size, 128)
 
 
-FLASH = {"splash": "tpu", "cudnn": "gpu"}   # attention that keeps no scores for the backward pass, and the platform it runs on
+FLASH = {
+  "splash": "tpu",
+  "cudnn": "gpu",
+}  # attention that keeps no scores for the backward pass, and the platform it runs on
 
 
 def check_platform(config: ModelConfig, platform: str):
   """Raises UserError where the attention that is asked for does not run on cpu, gpu or tpu."""
   if FLASH.get(config.attention, platform) != platform:
-    raise UserError(f"config.model.attention={config.attention} runs on a {FLASH[config.attention].upper()} alone, this is a "
-                    f"{platform.upper()}: reference or auto")
+    raise UserError(
+      f"config.model.attention={config.attention} runs on a {FLASH[config.attention].upper()} alone, this is a "
+      f"{platform.upper()}: reference or auto"
+    )
 
 
 def cannot(backend: str, config: ModelConfig, length: int, context: int, dropout: bool) -> str:
@@ -60,18 +67,37 @@ def cannot(backend: str, config: ModelConfig, length: int, context: int, dropout
   if dropout and config.dropout:
     return "dropout of attention weights"
   if backend == "splash":
-    return (f"a length of {length} on {context} devices, no multiple of {splash.LANES} on each"
-            if length % (context * splash.LANES) else "")
+    return (
+      f"a length of {length} on {context} devices, no multiple of {splash.LANES} on each"
+      if length % (context * splash.LANES)
+      else ""
+    )
   width = head_width_of(config)
-  return ("a context axis" if context > 1 else "float32" if precision.of(config).values != jnp.bfloat16 else
-          f"a head width of {width}, no multiple of 8 up to {cudnn.WIDEST}" if width % 8 or width > cudnn.WIDEST else
-          f"an odd length, {length}," if length % 2 else "")
+  return (
+    "a context axis"
+    if context > 1
+    else "float32"
+    if precision.of(config).values != jnp.bfloat16
+    else f"a head width of {width}, no multiple of 8 up to {cudnn.WIDEST}"
+    if width % 8 or width > cudnn.WIDEST
+    else f"an odd length, {length},"
+    if length % 2
+    else ""
+  )
 
 
 def attention_backend(config: ModelConfig, length: int, dropout: bool) -> str:
   """reference, splash or cudnn. "auto" is splash on TPUs, where it can serve. Raises UserError where what is asked for cannot."""
-  backend = config.attention if config.attention != "auto" else "splash" if jax.default_backend() == "tpu" else "reference"
-  why_not = cannot(backend, config, length, jax.sharding.get_abstract_mesh().shape.get("context", 1), dropout)
+  backend = (
+    config.attention
+    if config.attention != "auto"
+    else "splash"
+    if jax.default_backend() == "tpu"
+    else "reference"
+  )
+  why_not = cannot(
+    backend, config, length, jax.sharding.get_abstract_mesh().shape.get("context", 1), dropout
+  )
   if why_not and config.attention != "auto":
     raise UserError(f"config.model.attention={backend} cannot serve {why_not}: reference or auto")
   return "reference" if why_not else backend
@@ -79,19 +105,22 @@ def attention_backend(config: ModelConfig, length: int, dropout: bool) -> str:
 
 class Memory(NamedTuple):
   """What cross-attention looks at."""
+
   states_BxSxD: jax.Array
   visibility: attention_lib.Visibility
 
 
 class Past(NamedTuple):
   """Keys and values of S slots, of one layer; what one head looks at lies together."""
+
   keys_BxGxSxK: jax.Array
   values_BxGxSxK: jax.Array
 
 
 class Cache(flax.struct.PyTreeNode):
   """What a decoder has seen. New tokens go to the slots from `index` on; slots of segment 0 are not seen."""
-  past: tuple[Past, ...]     # of each layer
+
+  past: tuple[Past, ...]  # of each layer
   segments_BxS: jax.Array
   positions_BxS: jax.Array
   index: jax.Array
@@ -115,18 +144,37 @@ class Attention(nn.Module):
 
   Returns (y_BxTxD, the past with what is new in it); past: what was seen before, with x going to `index`.
   """
+
   config: ModelConfig
   style: Style
   train: bool
 
   @nn.compact
-  def __call__(self, x_BxTxD, visibility, bias_HxTxS=None, source_BxSxD=None, past: Past | None = None, index=None):
+  def __call__(
+    self,
+    x_BxTxD,
+    visibility,
+    bias_HxTxS=None,
+    source_BxSxD=None,
+    past: Past | None = None,
+    index=None,
+  ):
     cfg, style, types = self.config, self.style, precision.of(self.config)
-    heads, kv_heads, head_width = cfg.num_heads, cfg.num_kv_heads or cfg.num_heads, head_width_of(cfg)
+    heads, kv_heads, head_width = (
+      cfg.num_heads,
+      cfg.num_kv_heads or cfg.num_heads,
+      head_width_of(cfg),
+    )
     source_BxSxD = x_BxTxD if source_BxSxD is None else source_BxSxD
     project = lambda name, count, x, fan_in: Linear(
-        (cfg.width, count, head_width), out=2, precision=types, kernel_init=initial(cfg, style, fan_in), bias=style.bias,
-        lora=lora(cfg), name=name)(x)
+      (cfg.width, count, head_width),
+      out=2,
+      precision=types,
+      kernel_init=initial(cfg, style, fan_in),
+      bias=style.bias,
+      lora=lora(cfg),
+      name=name,
+    )(x)
     q = project("query", heads, x_BxTxD, cfg.width * (1 if style.scaled else head_width))
     k, v = (project(name, kv_heads, source_BxSxD, cfg.width) for name in ("key", "value"))
     if self.style.rotary:
@@ -134,7 +182,9 @@ class Attention(nn.Module):
       own = visibility.kv_positions_BxS if past is None else visibility.q_positions_BxT
       k = attention_lib.rotary(k, own, cfg.rope_theta)
     if past is not None:
-      past = Past(*(_written(old, new.swapaxes(1, 2), index, axis=2) for old, new in zip(past, (k, v))))
+      past = Past(
+        *(_written(old, new.swapaxes(1, 2), index, axis=2) for old, new in zip(past, (k, v)))
+      )
       k, v = (a.swapaxes(1, 2) for a in past)
     # Context parallelism: queries stay split over positions, keys and values are gathered.
     q = constrain(q, BATCH, "context", "tensor", None)
@@ -142,7 +192,7 @@ class Attention(nn.Module):
     # What was seen is read in the type in which it is kept.
     products = types if past is None else types._replace(operands=types.values)
     key = self.make_rng("dropout") if self.train and cfg.dropout else None
-    scale = head_width ** -0.5 if style.scaled else 1.0
+    scale = head_width**-0.5 if style.scaled else 1.0
     itself = past is None and source_BxSxD is x_BxTxD
     backend = attention_backend(cfg, x_BxTxD.shape[1], self.train) if itself else "reference"
     if backend == "splash":
@@ -150,10 +200,25 @@ class Attention(nn.Module):
     elif backend == "cudnn":
       mixed = cudnn.attend(q, k, v, visibility, scale=scale)
     else:
-      mixed = attention_lib.attend(q, k, v, visibility, products, scale=scale, bias_HxTxS=bias_HxTxS,
-                                   dropout_rate=cfg.dropout, key=key)
-    return Linear((heads, head_width, cfg.width), precision=types, kernel_init=residual_init(cfg, style, heads * head_width),
-                  bias=style.bias, lora=lora(cfg), name="out")(mixed), past
+      mixed = attention_lib.attend(
+        q,
+        k,
+        v,
+        visibility,
+        products,
+        scale=scale,
+        bias_HxTxS=bias_HxTxS,
+        dropout_rate=cfg.dropout,
+        key=key,
+      )
+    return Linear(
+      (heads, head_width, cfg.width),
+      precision=types,
+      kernel_init=residual_init(cfg, style, heads * head_width),
+      bias=style.bias,
+      lora=lora(cfg),
+      name="out",
+    )(mixed), past
 
 
 def norm(config: ModelConfig, style: Style, name: str) -> nn.Module:
@@ -163,7 +228,11 @@ def norm(config: ModelConfig, style: Style, name: str) -> nn.Module:
 
 def lora(config: ModelConfig) -> LoRA | None:
   """The adapters that the config asks for."""
-  return LoRA(config.lora_rank, config.lora_alpha, config.lora_targets, config.lora_dropout) if config.lora_rank else None
+  return (
+    LoRA(config.lora_rank, config.lora_alpha, config.lora_targets, config.lora_dropout)
+    if config.lora_rank
+    else None
+  )
 
 
 def head_width_of(config: ModelConfig) -> int:
@@ -173,7 +242,7 @@ def head_width_of(config: ModelConfig) -> int:
 
 def initial(config: ModelConfig, style: Style, fan_in: int):
   """Initialiser of a kernel."""
-  return normal(config.init_std * (fan_in ** -0.5 if style.fan_in_init else 1.0))
+  return normal(config.init_std * (fan_in**-0.5 if style.fan_in_init else 1.0))
 
 
 def residual_init(config: ModelConfig, style: Style, fan_in: int):
@@ -188,17 +257,34 @@ class Block(nn.Module):
 
   Returns (x, past with what is new in it), as scan wants it.
   """
+
   config: ModelConfig
   style: Style
   train: bool
 
   @nn.compact
-  def __call__(self, x_BxTxD, visibility, bias_HxTxS=None, memory: Memory | None = None, index=None,
-               past: Past | None = None):
+  def __call__(
+    self,
+    x_BxTxD,
+    visibility,
+    bias_HxTxS=None,
+    memory: Memory | None = None,
+    index=None,
+    past: Past | None = None,
+  ):
     cfg, style = self.config, self.style
     attention = Attention(cfg, style, self.train, name="attention")
-    mlp = MLP(cfg.mlp_dim, style.activation, precision.of(cfg), initial(cfg, style, cfg.width),
-              residual_init(cfg, style, cfg.mlp_dim), style.gated, style.bias, lora(cfg), name="mlp")
+    mlp = MLP(
+      cfg.mlp_dim,
+      style.activation,
+      precision.of(cfg),
+      initial(cfg, style, cfg.width),
+      residual_init(cfg, style, cfg.mlp_dim),
+      style.gated,
+      style.bias,
+      lora(cfg),
+      name="mlp",
+    )
 
     def look_back(x):
       nonlocal past
@@ -231,12 +317,29 @@ def unstacked(params: Params) -> Params:
   """The parameters with the layers of every stack as a tuple of trees, for `stack` to go through one by one."""
   if not isinstance(params, dict):
     return params
+
   def layers(stacked):
-    return tuple(jax.tree.map(lambda leaf: leaf[i], stacked) for i in range(len(jax.tree.leaves(stacked)[0])))
-  return {name: layers(tree) if name == "layers" else unstacked(tree) for name, tree in params.items()}
+    return tuple(
+      jax.tree.map(lambda leaf: leaf[i], stacked) for i in range(len(jax.tree.leaves(stacked)[0]))
+    )
+
+  return {
+    name: layers(tree) if name == "layers" else unstacked(tree) for name, tree in params.items()
+  }
 
 
-def stack(module: nn.Module, style: Style, x_BxTxD, visibility, bias_HxTxS, memory, index, past, *, train: bool):
+def stack(
+  module: nn.Module,
+  style: Style,
+  x_BxTxD,
+  visibility,
+  bias_HxTxS,
+  memory,
+  index,
+  past,
+  *,
+  train: bool,
+):
   """L blocks over x -> (BxTxD, past of each). Called inside a module with a `config`, whose parameter `layers` they become.
 
   With a past, parameters must be `unstacked`: a step of decoding reads each parameter once, and would spend most of its
@@ -247,20 +350,40 @@ def stack(module: nn.Module, style: Style, x_BxTxD, visibility, bias_HxTxS, memo
     pasts = []
     for params, one in zip(own, past or (None,) * len(own), strict=True):
       block = Block(config, style, train, parent=None)
-      x_BxTxD, one = block.apply({"params": params}, x_BxTxD, visibility, bias_HxTxS, memory, index, one)
+      x_BxTxD, one = block.apply(
+        {"params": params}, x_BxTxD, visibility, bias_HxTxS, memory, index, one
+      )
       pasts.append(one)
     return x_BxTxD, tuple(pasts)
   unroll = config.scan == "unroll" or config.scan == "auto" and jax.default_backend() == "cpu"
   keep = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
-  block = nn.remat(Block, prevent_cse=unroll, policy=keep[config.remat]) if config.remat in keep else Block
-  layers = nn.scan(block, variable_axes={"params": 0}, in_axes=(nn.broadcast,) * 3,
-                   split_rngs={"params": True, "dropout": True}, length=config.num_layers,
-                   unroll=config.num_layers if unroll else 1)
+  block = (
+    nn.remat(Block, prevent_cse=unroll, policy=keep[config.remat])
+    if config.remat in keep
+    else Block
+  )
+  layers = nn.scan(
+    block,
+    variable_axes={"params": 0},
+    in_axes=(nn.broadcast,) * 3,
+    split_rngs={"params": True, "dropout": True},
+    length=config.num_layers,
+    unroll=config.num_layers if unroll else 1,
+  )
   return layers(config, style, train, name="layers")(x_BxTxD, visibility, bias_HxTxS, memory)
 
 
-def trunk(backbone: nn.Module, style: Style, x_BxTxD, batch, *, train: bool, bias_HxTxS=None,
-          memory: Memory | None = None, cache: Cache | None = None):
+def trunk(
+  backbone: nn.Module,
+  style: Style,
+  x_BxTxD,
+  batch,
+  *,
+  train: bool,
+  bias_HxTxS=None,
+  memory: Memory | None = None,
+  cache: Cache | None = None,
+):
   """Dropout of what is embedded, then the stack -> (BxTxD, cache). Called inside a backbone with a `config`.
 
   Of the batch, segments and positions are read. bias: of the self-attention. memory: what each block looks at.
@@ -271,10 +394,17 @@ def trunk(backbone: nn.Module, style: Style, x_BxTxD, batch, *, train: bool, bia
   x_BxTxD = constrain(attention_lib.dropout(x_BxTxD, config.dropout, key), BATCH, "context", None)
   if cache is None:
     visibility = attention_lib.self_visibility(batch, causal=style.causal)
-    return stack(backbone, style, x_BxTxD, visibility, bias_HxTxS, memory, None, None, train=train)[0], None
-  seen = cache.replace(segments_BxS=_written(cache.segments_BxS, batch["segments"], cache.index),
-                       positions_BxS=_written(cache.positions_BxS, batch["positions"], cache.index))
+    return stack(backbone, style, x_BxTxD, visibility, bias_HxTxS, memory, None, None, train=train)[
+      0
+    ], None
+  seen = cache.replace(
+    segments_BxS=_written(cache.segments_BxS, batch["segments"], cache.index),
+    positions_BxS=_written(cache.positions_BxS, batch["positions"], cache.index),
+  )
   visibility = attention_lib.Visibility(
-      batch["segments"], seen.segments_BxS, batch["positions"], seen.positions_BxS, style.causal)
-  x_BxTxD, past = stack(backbone, style, x_BxTxD, visibility, bias_HxTxS, memory, cache.index, cache.past, train=train)
+    batch["segments"], seen.segments_BxS, batch["positions"], seen.positions_BxS, style.causal
+  )
+  x_BxTxD, past = stack(
+    backbone, style, x_BxTxD, visibility, bias_HxTxS, memory, cache.index, cache.past, train=train
+  )
   return x_BxTxD, seen.replace(past=past, index=cache.index + x_BxTxD.shape[1])

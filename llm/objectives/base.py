@@ -3,6 +3,7 @@
 An objective is a frozen dataclass called `Objective` in a file of this folder; its fields are its
 hyper-parameters. One file and one config make a new task.
 """
+
 import dataclasses
 import importlib
 import pkgutil
@@ -19,7 +20,7 @@ from llm.core import Batch, UserError
 from llm.data.sources import Source
 from llm.data.tokenizer import Tokenizer
 
-Metrics = dict[str, tuple[jax.Array, jax.Array]]   # name -> (sum, weight): divided once, at the end
+Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight): divided once, at the end
 
 
 class Rows(Protocol):
@@ -27,6 +28,7 @@ class Rows(Protocol):
   holds; a row that labelled examples do not share is one example. A `note`, where there is one,
   stands in the header of the run.
   """
+
   tokens: int
   examples: int
 
@@ -42,13 +44,15 @@ class Objective:
     """This objective with what only the training data or the tokenizer can tell (classes, a chat template)."""
     return self
 
-  def rows(self, source: Source, tokenizer: Tokenizer, data: DataConfig, model: ModelConfig,
-           length: int) -> Rows:
+  def rows(
+    self, source: Source, tokenizer: Tokenizer, data: DataConfig, model: ModelConfig, length: int
+  ) -> Rows:
     """All rows of a source, planned or encoded once. `length` is T."""
     raise NotImplementedError
 
-  def eval_rows(self, source: Source, tokenizer: Tokenizer, data: DataConfig, model: ModelConfig,
-                length: int) -> Rows:
+  def eval_rows(
+    self, source: Source, tokenizer: Tokenizer, data: DataConfig, model: ModelConfig, length: int
+  ) -> Rows:
     """The rows that an evaluation reads, where they are others."""
     return self.rows(source, tokenizer, data, model, length)
 
@@ -96,7 +100,9 @@ def row_sums(values_BxN, weights_BxN) -> jax.Array:
 
 def mean_of_sums(outcomes: dict[str, np.ndarray]) -> dict[str, float]:
   """name -> mean, of such sums over all rows."""
-  return {name: float(sums[:, 0].sum() / max(sums[:, 1].sum(), 1e-9)) for name, sums in outcomes.items()}
+  return {
+    name: float(sums[:, 0].sum() / max(sums[:, 1].sum(), 1e-9)) for name, sums in outcomes.items()
+  }
 
 
 def cross_entropy(logits_BxNxC, labels_BxN) -> jax.Array:

@@ -1,4 +1,5 @@
 """Next-token prediction (GPT) on packed documents."""
+
 import dataclasses
 
 import numpy as np
@@ -17,6 +18,7 @@ class PackedRows(packing.PlannedRows):
   which must not see it. A document longer than a row goes on in another one, and its last target
   there is the next piece's first token, so no token is dropped.
   """
+
   length: int
   end: int
   pad: int
@@ -34,9 +36,10 @@ class PackedRows(packing.PlannedRows):
       row["tokens"][here] = self.documents.tokens_N[start:stop]
       row["segments"][here] = number
       row["positions"][here] = np.arange(size)
-      row["targets"][at:at + size - 1] = row["tokens"][at + 1:at + size]
-      row["targets"][at + size - 1] = (self.end if stop in self._ends
-                                       else self.documents.tokens_N[stop])
+      row["targets"][at : at + size - 1] = row["tokens"][at + 1 : at + size]
+      row["targets"][at + size - 1] = (
+        self.end if stop in self._ends else self.documents.tokens_N[stop]
+      )
       at += size
     return row
 
@@ -64,11 +67,16 @@ class Objective(base.Objective):
     weights = batch["weights"]
     loss = base.weighted_mean(outputs["losses"], weights, totals["tokens"])
     weight = weights.sum()
-    return loss, {"loss": ((outputs["losses"] * weights).sum(), weight),
-                  "accuracy": ((outputs["correct"] * weights).sum(), weight)}
+    return loss, {
+      "loss": ((outputs["losses"] * weights).sum(), weight),
+      "accuracy": ((outputs["correct"] * weights).sum(), weight),
+    }
 
   def predict(self, outputs, batch):
-    return {name: base.row_sums(outputs[key], batch["weights"]) for name, key in (("loss", "losses"), ("accuracy", "correct"))}
+    return {
+      name: base.row_sums(outputs[key], batch["weights"])
+      for name, key in (("loss", "losses"), ("accuracy", "correct"))
+    }
 
   def outcomes(self, predictions, rows):
     return predictions

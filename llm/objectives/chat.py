@@ -1,4 +1,5 @@
 """Prompt and response: next-token prediction of the assistant's turns alone, end of turn included."""
+
 import dataclasses
 from typing import Callable, Mapping
 
@@ -11,14 +12,17 @@ from llm.data import packing
 from llm.objectives import causal_lm
 
 ROLES = ("system", "user", "assistant")
-END = "\ue000"   # stands for the end token while a template renders: a private-use character, in no text
+END = (
+  "\ue000"  # stands for the end token while a template renders: a private-use character, in no text
+)
 
 TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message.role == 'assistant' %}### Response:\n{{ message.content }}{{ eos_token }}\n\n"
-    "{% elif message.role == 'user' %}### Instruction:\n{{ message.content }}\n\n"
-    "{% else %}{{ message.content }}\n\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}### Response:\n{% endif %}")
+  "{% for message in messages %}"
+  "{% if message.role == 'assistant' %}### Response:\n{{ message.content }}{{ eos_token }}\n\n"
+  "{% elif message.role == 'user' %}### Instruction:\n{{ message.content }}\n\n"
+  "{% else %}{{ message.content }}\n\n{% endif %}{% endfor %}"
+  "{% if add_generation_prompt %}### Response:\n{% endif %}"
+)
 
 
 def conversation(record: dict) -> list[dict]:
@@ -29,23 +33,39 @@ def conversation(record: dict) -> list[dict]:
   where = record.get("_where", "a record")
   if "messages" not in record:
     fields = [record.get(k, "") for k in ("instruction", "input", "output")]
-    if not all(isinstance(f, str) for f in fields) or not fields[0].strip() or not fields[2].strip():
-      raise UserError(f"{where}: expected `messages`, or the texts `instruction`, `input` (may be empty) and `output`")
+    if (
+      not all(isinstance(f, str) for f in fields) or not fields[0].strip() or not fields[2].strip()
+    ):
+      raise UserError(
+        f"{where}: expected `messages`, or the texts `instruction`, `input` (may be empty) and `output`"
+      )
     asked = fields[0] + (f"\n\n{fields[1]}" if fields[1].strip() else "")
-    return [{"role": "user", "content": asked, "weight": 0}, {"role": "assistant", "content": fields[2], "weight": 1}]
+    return [
+      {"role": "user", "content": asked, "weight": 0},
+      {"role": "assistant", "content": fields[2], "weight": 1},
+    ]
   turns = []
   if not isinstance(record["messages"], list):
     raise UserError(f"{where}: messages must be a list of objects with role and content")
   for number, message in enumerate(record["messages"], 1):
     if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-      raise UserError(f"{where}: message {number} must be an object with the texts role and content")
+      raise UserError(
+        f"{where}: message {number} must be an object with the texts role and content"
+      )
     if message.get("role") not in ROLES:
-      raise UserError(f"{where}: message {number} has the unknown role {message.get('role')!r}; known: {', '.join(ROLES)}")
+      raise UserError(
+        f"{where}: message {number} has the unknown role {message.get('role')!r}; known: {', '.join(ROLES)}"
+      )
     weight = message.get("weight", 1)
     if weight not in (0, 1):
       raise UserError(f"{where}: message {number} has weight {weight!r}; it must be 0 or 1")
-    turns.append({"role": message["role"], "content": message["content"],
-                  "weight": weight if message["role"] == "assistant" else 0})
+    turns.append(
+      {
+        "role": message["role"],
+        "content": message["content"],
+        "weight": weight if message["role"] == "assistant" else 0,
+      }
+    )
   if not any(turn["weight"] for turn in turns):
     raise UserError(f"{where}: the conversation has no assistant turn to learn from")
   return turns
@@ -56,7 +76,7 @@ class Template:
 
   def __init__(self, source: str, bos: str = ""):
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = _refuse   # as transformers gives it to templates
+    environment.globals["raise_exception"] = _refuse  # as transformers gives it to templates
     self._bos = bos
     try:
       self._template = environment.from_string(source)
@@ -66,9 +86,15 @@ class Template:
   def render(self, turns: list[dict], answering: bool = False) -> str:
     """The text of the turns; answering: up to where the assistant begins. Raises UserError."""
     try:
-      return self._template.render(messages=turns, add_generation_prompt=answering, eos_token=END, bos_token=self._bos)
-    except Exception as error:   # a template may raise anything; the sandbox refuses what is not rendering
-      raise UserError(f"config.objective.template does not render: {type(error).__name__}: {first_line(error)}")
+      return self._template.render(
+        messages=turns, add_generation_prompt=answering, eos_token=END, bos_token=self._bos
+      )
+    except (
+      Exception
+    ) as error:  # a template may raise anything; the sandbox refuses what is not rendering
+      raise UserError(
+        f"config.objective.template does not render: {type(error).__name__}: {first_line(error)}"
+      )
 
   def encode(self, text: str, tokenizer) -> list[int]:
     """Ids of a rendered text, with the end token where the template put it."""
@@ -91,13 +117,21 @@ class Template:
     for number, turn in enumerate(turns):
       if not turn["weight"]:
         continue
-      start, stop = len(self.render(turns[:number], True)), len(self.render(turns[:number + 1]))
-      if not whole.startswith(self.render(turns[:number], True)) or not whole.startswith(self.render(turns[:number + 1])):
-        raise UserError("config.objective.template must render the turns one after another: what comes later changes what "
-                        "came before, so that the assistant's tokens cannot be told")
+      start, stop = len(self.render(turns[:number], True)), len(self.render(turns[: number + 1]))
+      if not whole.startswith(self.render(turns[:number], True)) or not whole.startswith(
+        self.render(turns[: number + 1])
+      ):
+        raise UserError(
+          "config.objective.template must render the turns one after another: what comes later changes what "
+          "came before, so that the assistant's tokens cannot be told"
+        )
       reply = whole[start:stop]
       # The turn ends with the end token: as the template's variable, or spelled out in it.
-      ends = [reply.rindex(mark) + len(mark) for mark in (END, tokenizer.pieces[tokenizer.eos]) if mark in reply]
+      ends = [
+        reply.rindex(mark) + len(mark)
+        for mark in (END, tokenizer.pieces[tokenizer.eos])
+        if mark in reply
+      ]
       end = start + max(ends, default=len(reply))
       add(whole[at:start], 0)
       add(whole[start:end], 1)
@@ -112,7 +146,9 @@ def _refuse(message: str):
 
 def source_of(objective: Mapping, tokenizer) -> str:
   """The template that a checkpoint was trained with or came with; empty where it has none."""
-  return objective["template"] if objective["name"] in ("chat", "preference") else tokenizer.template
+  return (
+    objective["template"] if objective["name"] in ("chat", "preference") else tokenizer.template
+  )
 
 
 def template_of(objective: Mapping, tokenizer) -> Template:
@@ -123,7 +159,8 @@ def template_of(objective: Mapping, tokenizer) -> Template:
 @dataclasses.dataclass(frozen=True)
 class ChatRows:
   """Conversations packed into rows."""
-  encoded: list[tuple[np.ndarray, np.ndarray]]   # ids and whether each is learned
+
+  encoded: list[tuple[np.ndarray, np.ndarray]]  # ids and whether each is learned
   packed: list[np.ndarray]
   length: int
   pad: int
@@ -151,6 +188,7 @@ class Objective(causal_lm.Objective):
   template: Jinja, with `messages`, `eos_token` and `add_generation_prompt`; it is kept with the checkpoint. Empty:
   the one of the checkpoint that the run starts from, or TEMPLATE.
   """
+
   template: str = ""
 
   def __post_init__(self):
@@ -174,22 +212,38 @@ class Objective(causal_lm.Objective):
     return encoded, f"{shortened} lost their first turns, {dropped} left out as too long"
 
   def rows(self, source, tokenizer, data, model, length):
-    encoded, others = self.encoded(source, tokenizer, model, length, lambda record: [conversation(record)])
+    encoded, others = self.encoded(
+      source, tokenizer, model, length, lambda record: [conversation(record)]
+    )
     if not encoded:
-      raise UserError(f"{source.spec}: no conversation fits config.training.sequence_length={length}")
+      raise UserError(
+        f"{source.spec}: no conversation fits config.training.sequence_length={length}"
+      )
     packed = packing.best_fit_decreasing(np.array([len(ids) - 1 for ids, _ in encoded]), length)
     fill = sum(len(ids) - 1 for ids, _ in encoded) / (len(packed) * length)
-    return ChatRows(encoded, packed, length, max(tokenizer.pad, 0), f"{len(encoded)} conversations in {len(packed)} rows, "
-                    f"{fill:.1%} full; {others}")
+    return ChatRows(
+      encoded,
+      packed,
+      length,
+      max(tokenizer.pad, 0),
+      f"{len(encoded)} conversations in {len(packed)} rows, {fill:.1%} full; {others}",
+    )
 
   def example(self, row, rng):
     rows, conversations = row
-    out = {"tokens": np.full(rows.length, rows.pad, np.int32), "weights": np.zeros(rows.length, np.float32)}
+    out = {
+      "tokens": np.full(rows.length, rows.pad, np.int32),
+      "weights": np.zeros(rows.length, np.float32),
+    }
     out |= {k: np.zeros(rows.length, np.int32) for k in ("segments", "positions", "targets")}
     at = 0
     for number, (ids, learned) in enumerate(conversations, 1):
       here = slice(at, at + len(ids) - 1)
-      out["tokens"][here], out["targets"][here], out["weights"][here] = ids[:-1], ids[1:], learned[1:]
+      out["tokens"][here], out["targets"][here], out["weights"][here] = (
+        ids[:-1],
+        ids[1:],
+        learned[1:],
+      )
       out["segments"][here], out["positions"][here] = number, np.arange(len(ids) - 1)
       at = here.stop
     return out
@@ -204,7 +258,9 @@ def fitted(talks: list[list[dict]], template: Template, tokenizer, room: int) ->
   while all(talks):
     encoded = [template.tokens(turns, tokenizer) for turns in talks]
     if sum(len(ids) - 1 for ids, _ in encoded) <= room:
-      return [(np.array(ids, np.int32), np.array(learned, np.float32)) for ids, learned in encoded], lost
+      return [
+        (np.array(ids, np.int32), np.array(learned, np.float32)) for ids, learned in encoded
+      ], lost
     talks, lost = [_later(turns) for turns in talks], True
   return [], lost
 

@@ -1,4 +1,5 @@
 """Classification of texts and pairs of texts, and regression on a score (num_classes=1)."""
+
 import dataclasses
 import math
 
@@ -13,14 +14,15 @@ from llm.data import packing
 from llm.models import heads
 from llm.objectives import base
 
-LEAST = 8   # tokens of a row that a text takes at least
+LEAST = 8  # tokens of a row that a text takes at least
 
 
 @dataclasses.dataclass(frozen=True)
 class LabelledRows:
   """Encoded records, (tokens, types, label) each, packed into rows, at most `slots` in one."""
+
   encoded: list[tuple[list[int], list[int], float]]
-  packed: list[np.ndarray]     # row -> numbers of records
+  packed: list[np.ndarray]  # row -> numbers of records
   length: int
   slots: int
   pad: int
@@ -40,9 +42,11 @@ class LabelledRows:
 
   @property
   def note(self) -> str:
-    return (f"{self.examples} examples in {len(self)} rows, "
-            f"{self.tokens / (len(self) * self.length):.1%} full; {self.truncated} were cut at "
-            f"config.training.sequence_length={self.length}")
+    return (
+      f"{self.examples} examples in {len(self)} rows, "
+      f"{self.tokens / (len(self) * self.length):.1%} full; {self.truncated} were cut at "
+      f"config.training.sequence_length={self.length}"
+    )
 
   def apart(self) -> "LabelledRows":
     """The same records, one a row, in order."""
@@ -63,16 +67,21 @@ class Objective(base.Objective):
   found in the data where empty. pooling: see heads.ClassificationHead; auto is first for encoders
   and last for decoders.
   """
+
   num_classes: int = 0
   classes: tuple = ()
   pooling: str = "auto"
 
   def __post_init__(self):
     if self.pooling not in ("auto", "first", "last", "mean"):
-      raise UserError(f"config.objective.pooling must be auto, first, last or mean, not {self.pooling!r}")
+      raise UserError(
+        f"config.objective.pooling must be auto, first, last or mean, not {self.pooling!r}"
+      )
     if self.num_classes < 0 or self.classes and self.num_classes not in (0, len(self.classes)):
-      raise UserError(f"config.objective.num_classes={self.num_classes} does not fit the classes "
-                      f"{', '.join(self.classes)}")
+      raise UserError(
+        f"config.objective.num_classes={self.num_classes} does not fit the classes "
+        f"{', '.join(self.classes)}"
+      )
 
   @property
   def regression(self) -> bool:
@@ -87,8 +96,10 @@ class Objective(base.Objective):
     except ValueError:
       classes = tuple(sorted(found))
     if len(classes) < 2:
-      raise UserError(f"{sources[0].spec}: only the label {classes[0]!r} occurs; classification needs "
-                      "two (for a score to predict, set config.objective.num_classes=1)")
+      raise UserError(
+        f"{sources[0].spec}: only the label {classes[0]!r} occurs; classification needs "
+        "two (for a score to predict, set config.objective.num_classes=1)"
+      )
     return dataclasses.replace(self, classes=classes, num_classes=self.num_classes or len(classes))
 
   def rows(self, source, tokenizer, data, model, length):
@@ -103,7 +114,9 @@ class Objective(base.Objective):
         raise UserError(f"{_where(record, source)}: the field 'text_pair' must be a string")
     paired = any("text_pair" in r for r in records)
     first = tokenizer.encode([r["text"] for r in records])
-    second = tokenizer.encode([r.get("text_pair", "") for r in records]) if paired else [None] * len(first)
+    second = (
+      tokenizer.encode([r.get("text_pair", "") for r in records]) if paired else [None] * len(first)
+    )
     encoded, truncated = [], 0
     for a, b, label in zip(first, second, labels):
       tokens, types, cut = _assemble(a, b, tokenizer, model.name == "bert", length)
@@ -121,12 +134,16 @@ class Objective(base.Objective):
       except ValueError:
         value = math.nan
       if not math.isfinite(value):
-        raise UserError(f"{_where(record, source)}: the label {label!r} is no number, which regression "
-                        "(num_classes=1) needs")
+        raise UserError(
+          f"{_where(record, source)}: the label {label!r} is no number, which regression "
+          "(num_classes=1) needs"
+        )
       return value
     if label not in self.classes:
-      raise UserError(f"{_where(record, source)}: unknown label {label!r}; the classes are "
-                      f"{', '.join(self.classes)}")
+      raise UserError(
+        f"{_where(record, source)}: unknown label {label!r}; the classes are "
+        f"{', '.join(self.classes)}"
+      )
     return float(self.classes.index(label))
 
   def example(self, row, rng):
@@ -135,9 +152,12 @@ class Objective(base.Objective):
     out, firsts = packing.lay_out(examples, rows.length, rows.pad)
     labels = [label for _, _, label in records]
     kind = np.float32 if self.regression else np.int32
-    return {**out, "firsts": packing.in_slots(firsts, rows.slots, np.int32),
-            "labels": packing.in_slots(labels, rows.slots, kind),
-            "label_weights": packing.in_slots(np.ones(len(labels)), rows.slots, np.float32)}
+    return {
+      **out,
+      "firsts": packing.in_slots(firsts, rows.slots, np.int32),
+      "labels": packing.in_slots(labels, rows.slots, kind),
+      "label_weights": packing.in_slots(np.ones(len(labels)), rows.slots, np.float32),
+    }
 
   def head(self, model):
     pooling = self.pooling
@@ -153,13 +173,19 @@ class Objective(base.Objective):
     weights_BxN, weight = batch["label_weights"], batch["label_weights"].sum()
     if self.regression:
       losses_BxN = jnp.square(logits_BxNxC[..., 0] - labels_BxN)
-      return (base.weighted_mean(losses_BxN, weights_BxN, totals["examples"]),
-              {"loss": ((losses_BxN * weights_BxN).sum(), weight)})
+      return (
+        base.weighted_mean(losses_BxN, weights_BxN, totals["examples"]),
+        {"loss": ((losses_BxN * weights_BxN).sum(), weight)},
+      )
     losses_BxN = base.cross_entropy(logits_BxNxC, labels_BxN)
     correct_BxN = logits_BxNxC.argmax(-1) == labels_BxN
-    return (base.weighted_mean(losses_BxN, weights_BxN, totals["examples"]),
-            {"loss": ((losses_BxN * weights_BxN).sum(), weight),
-             "accuracy": ((correct_BxN * weights_BxN).sum(), weight)})
+    return (
+      base.weighted_mean(losses_BxN, weights_BxN, totals["examples"]),
+      {
+        "loss": ((losses_BxN * weights_BxN).sum(), weight),
+        "accuracy": ((correct_BxN * weights_BxN).sum(), weight),
+      },
+    )
 
   def predict(self, outputs, batch):
     if self.regression:
@@ -169,13 +195,16 @@ class Objective(base.Objective):
   def results(self, predictions, rows):
     if self.regression:
       return [{"score": float(s)} for s in packing.by_example(rows.packed, predictions["score"])[1]]
-    return [{"label": self.classes[int(p.argmax())],
-             "probabilities": {c: round(float(x), 6) for c, x in zip(self.classes, p)}}
-            for p in packing.by_example(rows.packed, predictions["probabilities"])[1]]
+    return [
+      {
+        "label": self.classes[int(p.argmax())],
+        "probabilities": {c: round(float(x), 6) for c, x in zip(self.classes, p)},
+      }
+      for p in packing.by_example(rows.packed, predictions["probabilities"])[1]
+    ]
 
   def outcomes(self, predictions, rows):
-    found_RxN = (predictions["score"] if self.regression
-                 else predictions["probabilities"].argmax(-1))
+    found_RxN = predictions["score"] if self.regression else predictions["probabilities"].argmax(-1)
     numbers, found = packing.by_example(rows.packed, found_RxN)
     return {"labels": rows.labels[numbers], "found": found}
 
@@ -183,12 +212,18 @@ class Objective(base.Objective):
     labels, guesses = outcomes["labels"], outcomes["found"]
     if self.regression:
       scores = guesses
-      return {"pearson": float(scipy.stats.pearsonr(scores, labels)[0]) if len(labels) > 1 else math.nan,
-              "spearman": float(scipy.stats.spearmanr(scores, labels)[0]) if len(labels) > 1 else math.nan}
-    figures = {"accuracy": sklearn.metrics.accuracy_score(labels, guesses),
-               "macro_f1": sklearn.metrics.f1_score(labels, guesses, average="macro", zero_division=0),
-               "mcc": sklearn.metrics.matthews_corrcoef(labels, guesses)}
-    if len(self.classes) == 2:   # GLUE's F1 is that of the second class
+      return {
+        "pearson": float(scipy.stats.pearsonr(scores, labels)[0]) if len(labels) > 1 else math.nan,
+        "spearman": float(scipy.stats.spearmanr(scores, labels)[0])
+        if len(labels) > 1
+        else math.nan,
+      }
+    figures = {
+      "accuracy": sklearn.metrics.accuracy_score(labels, guesses),
+      "macro_f1": sklearn.metrics.f1_score(labels, guesses, average="macro", zero_division=0),
+      "mcc": sklearn.metrics.matthews_corrcoef(labels, guesses),
+    }
+    if len(self.classes) == 2:  # GLUE's F1 is that of the second class
       figures["f1"] = sklearn.metrics.f1_score(labels, guesses, zero_division=0)
     return {name: float(value) for name, value in figures.items()}
 
@@ -199,8 +234,10 @@ def _where(record, source) -> str:
 
 def _label(record, source) -> str:
   if record.get("label") is None:
-    raise UserError(f"{_where(record, source)}: no label; the field 'label' is needed "
-                    "(config.data.fields='label=THEIR_NAME' renames it)")
+    raise UserError(
+      f"{_where(record, source)}: no label; the field 'label' is needed "
+      "(config.data.fields='label=THEIR_NAME' renames it)"
+    )
   return str(record["label"])
 
 
@@ -214,12 +251,12 @@ def _assemble(a, b, tokenizer, encoder: bool, length: int) -> tuple[list[int], l
   if room < (1 if b is None else 2):
     raise UserError(f"config.training.sequence_length={length} leaves no room for text")
   cut = len(a) + len(b or ()) > room
-  while len(a) + len(b or ()) > room:   # as BERT: the longer of the two loses its end
+  while len(a) + len(b or ()) > room:  # as BERT: the longer of the two loses its end
     if b and len(b) > len(a):
-      b = b[:max(len(a), room - len(a))]
+      b = b[: max(len(a), room - len(a))]
       b = b[:-1] if len(a) + len(b) > room else b
     else:
-      a = a[:max(len(b or ()), room - len(b or ()))]
+      a = a[: max(len(b or ()), room - len(b or ()))]
       a = a[:-1] if len(a) + len(b or ()) > room else a
   tokens = [*start, *a, end]
   types = [0] * len(tokens)

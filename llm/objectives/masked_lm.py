@@ -1,43 +1,44 @@
 """Masked language modelling, with or without next-sentence prediction (BERT)."""
+
 import dataclasses
 import math
 import pathlib
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llm.core import UserError
-from llm.data import cache
+from llm.data import cache, packing
 from llm.data import documents as documents_lib
-from llm.data import packing
 from llm.models import heads
 from llm.objectives import base
 
-LEAST = 8   # tokens of a row that a pair takes at least: three of them are [CLS], [SEP] and [SEP]
+LEAST = 8  # tokens of a row that a pair takes at least: three of them are [CLS], [SEP] and [SEP]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Vocabulary:
   """What masking needs to know of a tokenizer."""
+
   cls: int
   sep: int
   mask: int
   pad: int
-  ordinary: np.ndarray       # ids that may replace a token
+  ordinary: np.ndarray  # ids that may replace a token
   starts_word_V: np.ndarray
 
 
 def _vocabulary(tokenizer) -> _Vocabulary:
   tokenizer.require("cls", "sep", "mask", "pad")
   ordinary = np.setdiff1d(np.arange(tokenizer.vocab_size), tokenizer.special_ids)
-  return _Vocabulary(tokenizer.cls, tokenizer.sep, tokenizer.mask, tokenizer.pad, ordinary,
-                     tokenizer.starts_word_V)
+  return _Vocabulary(
+    tokenizer.cls, tokenizer.sep, tokenizer.mask, tokenizer.pad, ordinary, tokenizer.starts_word_V
+  )
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedRows(packing.PlannedRows):
   """Rows without pairs: [CLS] piece [SEP] after one another, each a segment of its own."""
+
   length: int
   vocabulary: _Vocabulary
 
@@ -50,6 +51,7 @@ class PairRows:
   offsets[i+1]. Which part of an anchor is A, and whether B is the rest of it or comes from another
   document, is drawn anew in every epoch; no draw is longer than the anchor, [CLS] and two [SEP].
   """
+
   documents: documents_lib.Documents
   anchors: np.ndarray
   offsets: np.ndarray
@@ -78,7 +80,7 @@ class PairRows:
     return len(self.offsets) - 1
 
   def __getitem__(self, i: int):
-    return self, self.anchors[self.offsets[i]:self.offsets[i + 1]]
+    return self, self.anchors[self.offsets[i] : self.offsets[i + 1]]
 
 
 def plan_anchors(documents: documents_lib.Documents, room: int, short_share: float) -> np.ndarray:
@@ -93,14 +95,14 @@ def plan_anchors(documents: documents_lib.Documents, room: int, short_share: flo
   """
   rng = np.random.default_rng(0)
   bounds = documents.bounds()
-  going = np.flatnonzero(np.diff(bounds))   # documents that have tokens left
+  going = np.flatnonzero(np.diff(bounds))  # documents that have tokens left
   starts = bounds[going]
   anchors = [np.zeros((0, 3), np.int64)]
-  while len(going):   # one run of each of them at a time
+  while len(going):  # one run of each of them at a time
     short = rng.random(len(going)) < short_share
     lengths = np.where(short, rng.integers(2, room + 1, len(going)), room)
     stops = np.minimum(starts + lengths, bounds[going + 1])
-    stops -= (bounds[going + 1] - stops == 1) & (stops - starts > 2)   # one token alone is no pair
+    stops -= (bounds[going + 1] - stops == 1) & (stops - starts > 2)  # one token alone is no pair
     anchors.append(np.stack([going, starts, stops], 1))
     left = stops < bounds[going + 1]
     going, starts = going[left], stops[left]
@@ -109,14 +111,20 @@ def plan_anchors(documents: documents_lib.Documents, room: int, short_share: flo
   return anchors[np.argsort(anchors[:, 1])].astype(np.int64)
 
 
-def plan_pairs(documents: documents_lib.Documents, length: int, short_share: float,
-               folder: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
+def plan_pairs(
+  documents: documents_lib.Documents, length: int, short_share: float, folder: pathlib.Path
+) -> tuple[np.ndarray, np.ndarray]:
   """(anchors, offsets) of `PairRows`. Kept in `folder` beside the token cache."""
+
   def write(scratch):
     anchors = plan_anchors(documents, length - 3, short_share)
     rows = packing.into_rows(anchors[:, 2] - anchors[:, 1] + 3, length, LEAST)
-    np.savez(scratch / "plan.npz", anchors=anchors[np.concatenate(rows)] if rows else anchors,
-             offsets=np.cumsum([0, *map(len, rows)]))
+    np.savez(
+      scratch / "plan.npz",
+      anchors=anchors[np.concatenate(rows)] if rows else anchors,
+      offsets=np.cumsum([0, *map(len, rows)]),
+    )
+
   key = cache.digest("pairs 2", documents.digest, str(length), repr(short_share))
   with np.load(cache.made_once(folder / "plans" / key[:32], write) / "plan.npz") as saved:
     return saved["anchors"], saved["offsets"]
@@ -131,6 +139,7 @@ class Objective(base.Objective):
   another document; without it there are no pairs. short_share of the pairs aim at a random shorter
   length (0.1 in the published code). Rows are packed either way.
   """
+
   mask_rate: float = 0.15
   mask_share: float = 0.8
   random_share: float = 0.1
@@ -152,15 +161,21 @@ class Objective(base.Objective):
   def rows(self, source, tokenizer, data, model, length):
     vocabulary = _vocabulary(tokenizer)
     if length < 8:
-      raise UserError(f"config.training.sequence_length={length} is too short for masked_lm: 8 at least")
+      raise UserError(
+        f"config.training.sequence_length={length} is too short for masked_lm: 8 at least"
+      )
     if not self.next_sentence:
       documents = documents_lib.load(source, tokenizer, "none")
-      sizes = np.arange(length - 1) + 2   # [CLS] and [SEP] with every piece
-      return PackedRows(documents, packing.plan(documents, length, sizes, source.cache), length, vocabulary)
+      sizes = np.arange(length - 1) + 2  # [CLS] and [SEP] with every piece
+      return PackedRows(
+        documents, packing.plan(documents, length, sizes, source.cache), length, vocabulary
+      )
     documents = documents_lib.load(source, tokenizer, data.sentences)
     if len(documents) < 2:
-      raise UserError(f"{source.spec}: next-sentence prediction needs two documents at least (a blank "
-                      "line parts them); or set config.objective.next_sentence=False")
+      raise UserError(
+        f"{source.spec}: next-sentence prediction needs two documents at least (a blank "
+        "line parts them); or set config.objective.next_sentence=False"
+      )
     anchors, offsets = plan_pairs(documents, length, self.short_share, source.cache)
     if not len(anchors):
       raise UserError(f"{source.spec}: no document has two tokens, which a pair needs")
@@ -178,16 +193,21 @@ class Objective(base.Objective):
     chosen = self._choose(tokens, candidates, vocabulary, rng)
     slots = self.slots(len(tokens))
     positions, targets, weights = (np.zeros(slots, t) for t in (np.int32, np.int32, np.float32))
-    positions[:len(chosen)], targets[:len(chosen)] = chosen, tokens[chosen]
-    weights[:len(chosen)] = 1.0
+    positions[: len(chosen)], targets[: len(chosen)] = chosen, tokens[chosen]
+    weights[: len(chosen)] = 1.0
     u = rng.random(len(chosen))
     replaced = np.where(u < self.mask_share, vocabulary.mask, tokens[chosen])
     another = vocabulary.ordinary[rng.integers(len(vocabulary.ordinary), size=len(chosen))]
     swap = (u >= self.mask_share) & (u < self.mask_share + self.random_share)
     hidden = tokens.copy()
     hidden[chosen] = np.where(swap, another, replaced)
-    return {**example, "tokens": hidden, "masked_positions": positions, "masked_targets": targets,
-            "masked_weights": weights}
+    return {
+      **example,
+      "tokens": hidden,
+      "masked_positions": positions,
+      "masked_targets": targets,
+      "masked_weights": weights,
+    }
 
   def _choose(self, tokens, candidates, vocabulary, rng) -> np.ndarray:
     """The positions to predict, sorted: mask_rate of the candidates, one at least."""
@@ -215,20 +235,26 @@ class Objective(base.Objective):
   def loss(self, outputs, batch, totals):
     weights, weight = batch["masked_weights"], batch["masked_weights"].sum()
     loss = base.weighted_mean(outputs["losses"], weights, totals["masked"])
-    metrics = {"mlm_loss": ((outputs["losses"] * weights).sum(), weight),
-               "mlm_accuracy": ((outputs["correct"] * weights).sum(), weight)}
+    metrics = {
+      "mlm_loss": ((outputs["losses"] * weights).sum(), weight),
+      "mlm_accuracy": ((outputs["correct"] * weights).sum(), weight),
+    }
     if self.next_sentence:
       losses_BxN = base.cross_entropy(outputs["pair_logits"], batch["next_sentence"])
       correct_BxN = outputs["pair_logits"].argmax(-1) == batch["next_sentence"]
       weights_BxN, pairs = batch["pair_weights"], batch["pair_weights"].sum()
       loss += base.weighted_mean(losses_BxN, weights_BxN, totals["pairs"])
-      metrics |= {"nsp_loss": ((losses_BxN * weights_BxN).sum(), pairs),
-                  "nsp_accuracy": ((correct_BxN * weights_BxN).sum(), pairs)}
+      metrics |= {
+        "nsp_loss": ((losses_BxN * weights_BxN).sum(), pairs),
+        "nsp_accuracy": ((correct_BxN * weights_BxN).sum(), pairs),
+      }
     return loss, metrics
 
   def predict(self, outputs, batch):
-    found = {name: base.row_sums(outputs[key], batch["masked_weights"])
-             for name, key in (("mlm_loss", "losses"), ("mlm_accuracy", "correct"))}
+    found = {
+      name: base.row_sums(outputs[key], batch["masked_weights"])
+      for name, key in (("mlm_loss", "losses"), ("mlm_accuracy", "correct"))
+    }
     if self.next_sentence:
       correct_BxN = outputs["pair_logits"].argmax(-1) == batch["next_sentence"]
       found["nsp_accuracy"] = base.row_sums(correct_BxN, batch["pair_weights"])
@@ -254,9 +280,12 @@ def _pairs(rows: PairRows, anchors, rng) -> dict[str, np.ndarray]:
   examples = [(tokens, types) for tokens, types, _ in drawn]
   row, firsts = packing.lay_out(examples, rows.length, rows.vocabulary.pad)
   true_pairs = [true_pair for _, _, true_pair in drawn]
-  return {**row, "firsts": packing.in_slots(firsts, rows.slots, np.int32),
-          "next_sentence": packing.in_slots(true_pairs, rows.slots, np.int32),
-          "pair_weights": packing.in_slots(np.ones(len(drawn)), rows.slots, np.float32)}
+  return {
+    **row,
+    "firsts": packing.in_slots(firsts, rows.slots, np.int32),
+    "next_sentence": packing.in_slots(true_pairs, rows.slots, np.int32),
+    "pair_weights": packing.in_slots(np.ones(len(drawn)), rows.slots, np.float32),
+  }
 
 
 def _pair(rows: PairRows, anchor, rng) -> tuple[list[int], np.ndarray, bool]:
@@ -265,8 +294,11 @@ def _pair(rows: PairRows, anchor, rng) -> tuple[list[int], np.ndarray, bool]:
   true_pair = rng.random() < 0.5
   middle, whole = _split_point(rows.documents, doc, start, stop, rng)
   a = rows.documents.tokens_N[start:middle]
-  b = (rows.documents.tokens_N[middle:stop] if true_pair
-       else _elsewhere(rows.documents, doc, stop - middle, whole, rng))
+  b = (
+    rows.documents.tokens_N[middle:stop]
+    if true_pair
+    else _elsewhere(rows.documents, doc, stop - middle, whole, rng)
+  )
   tokens = [rows.vocabulary.cls, *a, rows.vocabulary.sep, *b, rows.vocabulary.sep]
   types = (np.arange(len(tokens)) >= len(a) + 2).astype(np.int32)
   return tokens, types, true_pair
@@ -274,8 +306,8 @@ def _pair(rows: PairRows, anchor, rng) -> tuple[list[int], np.ndarray, bool]:
 
 def _split_point(documents, doc: int, start: int, stop: int, rng) -> tuple[int, bool]:
   """Where B begins, and whether a sentence does: inside a sentence only where there is no other end."""
-  ends = documents.sentences[documents.documents[doc]:documents.documents[doc + 1]]
-  inside = ends[np.searchsorted(ends, start, "right"):np.searchsorted(ends, stop, "left")]
+  ends = documents.sentences[documents.documents[doc] : documents.documents[doc + 1]]
+  inside = ends[np.searchsorted(ends, start, "right") : np.searchsorted(ends, stop, "left")]
   if len(inside):
     return int(rng.choice(inside)), True
   return int(rng.integers(start + 1, stop)), False
@@ -296,4 +328,4 @@ def _elsewhere(documents, doc: int, wanted: int, whole: bool, rng) -> np.ndarray
   else:
     start = int(rng.integers(min(begin + 1, end - 1), end))
   start = max(begin, min(start, end - wanted))
-  return documents.tokens_N[start:min(end, start + wanted)]
+  return documents.tokens_N[start : min(end, start + wanted)]

@@ -1,4 +1,5 @@
 """Preferences: of two replies to one prompt, a decoder learns to prefer the chosen one to the rejected."""
+
 import dataclasses
 
 import jax
@@ -9,7 +10,7 @@ from llm.core import UserError
 from llm.data import cache, packing
 from llm.objectives import base, chat
 
-LEAST = 64   # tokens of a row that the conversations of a pair take at least
+LEAST = 64  # tokens of a row that the conversations of a pair take at least
 
 
 def talks(record: dict) -> list[list[dict]]:
@@ -22,15 +23,23 @@ def talks(record: dict) -> list[list[dict]]:
   if isinstance(prompt, str):
     prompt = [{"role": "user", "content": prompt}]
   if not isinstance(prompt, list) or not prompt:
-    raise UserError(f"{where}: expected `messages` or `prompt`, a text or a list of messages, beside `chosen` and `rejected`")
+    raise UserError(
+      f"{where}: expected `messages` or `prompt`, a text or a list of messages, beside `chosen` and `rejected`"
+    )
   made = []
   for name in ("chosen", "rejected"):
     reply = record.get(name)
     reply = reply[0] if isinstance(reply, list) and len(reply) == 1 else reply
-    reply = reply.get("content") if isinstance(reply, dict) and reply.get("role") == "assistant" else reply
+    reply = (
+      reply.get("content")
+      if isinstance(reply, dict) and reply.get("role") == "assistant"
+      else reply
+    )
     if not isinstance(reply, str) or not reply.strip():
       raise UserError(f"{where}: {name} must be a text, or one message of the assistant")
-    turns = chat.conversation({"messages": [*prompt, {"role": "assistant", "content": reply}], "_where": where})
+    turns = chat.conversation(
+      {"messages": [*prompt, {"role": "assistant", "content": reply}], "_where": where}
+    )
     made.append([{**turn, "weight": 0} for turn in turns[:-1]] + turns[-1:])
   if made[0] == made[1]:
     raise UserError(f"{where}: chosen and rejected are the same text: there is nothing to prefer")
@@ -40,22 +49,27 @@ def talks(record: dict) -> list[list[dict]]:
 @dataclasses.dataclass(frozen=True)
 class PairRows(chat.ChatRows):
   """Conversations 2n and 2n + 1 are pair n, chosen and rejected, beside each other in a row; at most `slots` pairs a row."""
+
   slots: int
-  reference: np.ndarray   # log-likelihood of the reply of each conversation under the reference, in nats
+  reference: (
+    np.ndarray
+  )  # log-likelihood of the reply of each conversation under the reference, in nats
 
   def __getitem__(self, i: int):
     return *super().__getitem__(i), self.reference[self.packed[i]]
 
   def digest(self) -> str:
     """A name for the conversations and their order."""
-    return cache.digest(*(part.tobytes() for conversation in self.encoded for part in conversation), repr(
-        [row.tolist() for row in self.packed]))
+    return cache.digest(
+      *(part.tobytes() for conversation in self.encoded for part in conversation),
+      repr([row.tolist() for row in self.packed]),
+    )
 
   def of_conversations(self, values_RxN: np.ndarray) -> np.ndarray:
     """The value of each conversation, of an array with a row for each row and a column for each place in it."""
     out = np.zeros(len(self.encoded), np.float32)
     for numbers, values in zip(self.packed, values_RxN):
-      out[numbers] = values[:len(numbers)]
+      out[numbers] = values[: len(numbers)]
     return out
 
 
@@ -65,6 +79,7 @@ class Objective(chat.Objective):
 
   The reference is the checkpoint that the run starts from. beta: how dear it is to leave the reference.
   """
+
   beta: float = 0.1
 
   def __post_init__(self):
@@ -75,21 +90,35 @@ class Objective(chat.Objective):
   def rows(self, source, tokenizer, data, model, length):
     encoded, others = self.encoded(source, tokenizer, model, length, talks)
     if not encoded:
-      raise UserError(f"{source.spec}: no prompt with both its replies fits config.training.sequence_length={length}")
+      raise UserError(
+        f"{source.spec}: no prompt with both its replies fits config.training.sequence_length={length}"
+      )
     sizes = np.array([len(ids) - 1 for ids, _ in encoded]).reshape(-1, 2).sum(-1)
     slots = packing.slots(length, LEAST)
-    packed = [np.stack([2 * row, 2 * row + 1], -1).ravel()
-              for row in packing.into_rows(sizes, length, LEAST)]
-    return PairRows(encoded, packed, length, max(tokenizer.pad, 0), f"{len(sizes)} pairs in {len(packed)} rows, "
-                    f"{sizes.sum() / (len(packed) * length):.1%} full; {others}", slots, np.zeros(len(encoded), np.float32))
+    packed = [
+      np.stack([2 * row, 2 * row + 1], -1).ravel()
+      for row in packing.into_rows(sizes, length, LEAST)
+    ]
+    return PairRows(
+      encoded,
+      packed,
+      length,
+      max(tokenizer.pad, 0),
+      f"{len(sizes)} pairs in {len(packed)} rows, "
+      f"{sizes.sum() / (len(packed) * length):.1%} full; {others}",
+      slots,
+      np.zeros(len(encoded), np.float32),
+    )
 
   def with_reference(self, rows: PairRows, predict) -> PairRows:
     return dataclasses.replace(rows, reference=rows.of_conversations(predict(rows)["likelihoods"]))
 
   def example(self, row, rng):
     rows, conversations, reference = row
-    return {**super().example((rows, conversations), rng),
-            "reference": np.pad(reference, (0, 2 * rows.slots - len(reference)))}
+    return {
+      **super().example((rows, conversations), rng),
+      "reference": np.pad(reference, (0, 2 * rows.slots - len(reference))),
+    }
 
   def totals(self, batch):
     return {"pairs": _pairs_BxN(batch).sum()}
@@ -100,8 +129,10 @@ class Objective(chat.Objective):
     losses_BxN = jax.nn.softplus(-margin_BxN)
     count = real_BxN.sum()
     return base.weighted_mean(losses_BxN, real_BxN, totals["pairs"]), {
-        "loss": ((losses_BxN * real_BxN).sum(), count), "margin": ((margin_BxN * real_BxN).sum(), count),
-        "accuracy": (((margin_BxN > 0) * real_BxN).sum(), count)}
+      "loss": ((losses_BxN * real_BxN).sum(), count),
+      "margin": ((margin_BxN * real_BxN).sum(), count),
+      "accuracy": (((margin_BxN > 0) * real_BxN).sum(), count),
+    }
 
   def _margin_BxN(self, likelihoods_BxM, reference_BxM):
     """How much more than the reference the chosen reply is preferred, in nats."""
@@ -112,10 +143,16 @@ class Objective(chat.Objective):
     return {"likelihoods": _likelihoods_BxM(outputs, batch)}
 
   def outcomes(self, predictions, rows):
-    seen = np.sort(np.concatenate(rows.packed[:len(predictions["likelihoods"])]))   # an evaluation may be cut short
+    seen = np.sort(
+      np.concatenate(rows.packed[: len(predictions["likelihoods"])])
+    )  # an evaluation may be cut short
     likelihoods = rows.of_conversations(predictions["likelihoods"])
     margin = self.beta * self._margin_BxN(likelihoods[None, seen], rows.reference[None, seen])[0]
-    return {"loss": np.logaddexp(0, -margin), "margin": margin, "accuracy": (margin > 0).astype(float)}
+    return {
+      "loss": np.logaddexp(0, -margin),
+      "margin": margin,
+      "accuracy": (margin > 0).astype(float),
+    }
 
   def summary(self, outcomes):
     return {name: float(values.mean()) for name, values in outcomes.items()}
@@ -123,10 +160,14 @@ class Objective(chat.Objective):
 
 def _pairs_BxN(batch):
   """1 where a row has a pair."""
-  return (jnp.arange(1, batch["reference"].shape[1], 2) < batch["segments"].max(-1, keepdims=True)).astype(jnp.float32)
+  return (
+    jnp.arange(1, batch["reference"].shape[1], 2) < batch["segments"].max(-1, keepdims=True)
+  ).astype(jnp.float32)
 
 
 def _likelihoods_BxM(outputs, batch):
   """Log-likelihood of the reply of each conversation of a row, in nats."""
-  of_segment_BxMxT = batch["segments"][:, None] == jnp.arange(1, batch["reference"].shape[1] + 1)[:, None]
+  of_segment_BxMxT = (
+    batch["segments"][:, None] == jnp.arange(1, batch["reference"].shape[1] + 1)[:, None]
+  )
   return -(of_segment_BxMxT * (outputs["losses"] * batch["weights"])[:, None]).sum(-1)

@@ -1,4 +1,5 @@
 """Span corruption and prefix language modelling (T5), packed."""
+
 import dataclasses
 
 import numpy as np
@@ -12,6 +13,7 @@ from llm.objectives import causal_lm
 @dataclasses.dataclass(frozen=True)
 class CorruptedRows(packing.PlannedRows):
   """Rows of a packing plan; how each piece is corrupted is drawn anew in every epoch."""
+
   input_length: int
   target_length: int
   pad: int
@@ -27,13 +29,16 @@ class Objective(causal_lm.Objective):
   input and after the same sentinel in the target; both end with the end token. prefix: instead, the text
   is cut once and its second part is the target (section 3.2.1).
   """
+
   noise_density: float = 0.15
   mean_span: float = 3.0
   prefix: bool = False
 
   def __post_init__(self):
     if not 0 < self.noise_density < 1:
-      raise UserError(f"config.objective.noise_density must lie between 0 and 1, not {self.noise_density}")
+      raise UserError(
+        f"config.objective.noise_density must lie between 0 and 1, not {self.noise_density}"
+      )
     if not self.mean_span >= 1:
       raise UserError(f"config.objective.mean_span must be at least 1, not {self.mean_span}")
 
@@ -59,23 +64,38 @@ class Objective(causal_lm.Objective):
   def rows(self, source, tokenizer, data, model, length):
     tokenizer.require("pad", "eos")
     if model.name != "t5":
-      raise UserError(f"config.objective.name=span_corruption needs an encoder and a decoder: model.name=t5, not {model.name}")
+      raise UserError(
+        f"config.objective.name=span_corruption needs an encoder and a decoder: model.name=t5, not {model.name}"
+      )
     if length < 8:
-      raise UserError(f"config.training.sequence_length={length} is too short for span_corruption: 8 at least")
+      raise UserError(
+        f"config.training.sequence_length={length} is too short for span_corruption: 8 at least"
+      )
     longest = self.longest(length)
     spans = 0 if self.prefix else self.noise(longest)[1]
     if spans > len(tokenizer.sentinels):
-      raise UserError(f"the {tokenizer.name} vocabulary has {len(tokenizer.sentinels)} sentinels (<extra_id_0>, ..) and "
-                      f"sequence_length={length} needs {spans}: set config.tokenizer.sentinels=100")
+      raise UserError(
+        f"the {tokenizer.name} vocabulary has {len(tokenizer.sentinels)} sentinels (<extra_id_0>, ..) and "
+        f"sequence_length={length} needs {spans}: set config.tokenizer.sentinels=100"
+      )
     inputs, targets = np.array([self.lengths(n) for n in range(2, longest + 1)]).T
     target_length = int(targets.max())
-    sizes = np.r_[0, 0, pairs.sizes(inputs, targets, length, target_length)]   # one token cannot be cut
+    sizes = np.r_[
+      0, 0, pairs.sizes(inputs, targets, length, target_length)
+    ]  # one token cannot be cut
     documents = documents_lib.load(source, tokenizer, "none")
     plan = packing.plan(documents, length, sizes, source.cache)
     if not len(plan):
       raise UserError(f"{source.spec}: no document has two tokens")
-    return CorruptedRows(documents, plan, length, target_length, tokenizer.pad, tokenizer.eos,
-                         np.array(tokenizer.sentinels))
+    return CorruptedRows(
+      documents,
+      plan,
+      length,
+      target_length,
+      tokenizer.pad,
+      tokenizer.eos,
+      np.array(tokenizer.sentinels),
+    )
 
   def example(self, row, rng):
     rows, pieces = row
@@ -90,7 +110,9 @@ class Objective(causal_lm.Objective):
   def _corrupt(self, piece, rows, rng):
     gone, count = self.noise(len(piece))
     # Kept and cut spans take turns, a kept one first, all of random lengths of 1 or more.
-    ends = np.cumsum(np.stack([_partition(len(piece) - gone, count, rng), _partition(gone, count, rng)], 1).ravel())
+    ends = np.cumsum(
+      np.stack([_partition(len(piece) - gone, count, rng), _partition(gone, count, rng)], 1).ravel()
+    )
     spans = np.split(piece, ends[:-1])
     marks = rows.sentinels[:count, None]
     inputs = np.concatenate([np.r_[kept, mark] for kept, mark in zip(spans[::2], marks)])
@@ -100,5 +122,5 @@ class Objective(causal_lm.Objective):
 
 def _partition(total: int, parts: int, rng) -> np.ndarray:
   """`parts` positive lengths that sum to `total`, each such choice as likely."""
-  ends = np.sort(rng.permutation(total - 1)[:parts - 1]) + 1
+  ends = np.sort(rng.permutation(total - 1)[: parts - 1]) + 1
   return np.diff(np.r_[0, ends, total])

@@ -1,4 +1,5 @@
 """Extractive question answering: the answer is a span of the context (BERT on SQuAD)."""
+
 import dataclasses
 import json
 import pathlib
@@ -13,12 +14,13 @@ from llm.data import packing
 from llm.models import heads
 from llm.objectives import base
 
-LEAST = 32   # tokens of a row that a window takes at least; the loss has an array of slots x T
+LEAST = 32  # tokens of a row that a window takes at least; the loss has an array of slots x T
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
   """A question with what scoring needs: the untouched text and the gold answers, () where there is none."""
+
   id: str
   text: str
   gold: tuple[str, ...]
@@ -31,9 +33,10 @@ class Window:
   spans_Nx2: characters of each token of the part. own_N: whether this window gives the token the most context.
   start, end: first and last token of the answer, in the window; 0, [CLS], where it has none.
   """
+
   question: int
   tokens: np.ndarray
-  offset: int             # where the part begins in `tokens`
+  offset: int  # where the part begins in `tokens`
   spans_Nx2: np.ndarray
   own_N: np.ndarray
   start: int
@@ -48,9 +51,10 @@ class Window:
 @dataclasses.dataclass(frozen=True)
 class QuestionRows:
   """Windows packed into rows, at most `slots` in one; short contexts share a row."""
+
   questions: list[Question]
   windows: list[Window]
-  packed: list[np.ndarray]     # row -> numbers of windows
+  packed: list[np.ndarray]  # row -> numbers of windows
   length: int
   slots: int
   pad: int
@@ -66,9 +70,11 @@ class QuestionRows:
   @property
   def note(self) -> str:
     cut = (np.bincount([w.question for w in self.windows]) > 1).sum()
-    return (f"{len(self.questions)} questions, {len(self.windows)} windows in {len(self)} rows, "
-            f"{self.tokens / (len(self) * self.length):.1%} full; {cut} contexts are longer than a "
-            "row")
+    return (
+      f"{len(self.questions)} questions, {len(self.windows)} windows in {len(self)} rows, "
+      f"{self.tokens / (len(self) * self.length):.1%} full; {cut} contexts are longer than a "
+      "row"
+    )
 
   def __len__(self) -> int:
     return len(self.packed)
@@ -85,6 +91,7 @@ class Objective(base.Objective):
   may have none (SQuAD 2.0): it is given where [CLS] beats the best span by more than `threshold`. candidates: starts
   and ends that are looked at, a window.
   """
+
   stride: int = 128
   longest: int = 30
   no_answer: bool = False
@@ -100,29 +107,39 @@ class Objective(base.Objective):
     records = list(source.records())
     for record in records:
       if not isinstance(record.get("question"), str) or not record["question"].strip():
-        raise UserError(f"{record.get('_where', source.spec)}: the field 'question' must be a text; questions come from "
-                        "squad:FILE, or from records with text (the context), question and answers")
+        raise UserError(
+          f"{record.get('_where', source.spec)}: the field 'question' must be a text; questions come from "
+          "squad:FILE, or from records with text (the context), question and answers"
+        )
       if not self.no_answer and not record.get("answers"):
-        raise UserError(f"{record.get('_where', source.spec)}: the question has no answer; set config.objective.no_answer=True "
-                        "if questions may have none (SQuAD 2.0)")
+        raise UserError(
+          f"{record.get('_where', source.spec)}: the question has no answer; set config.objective.no_answer=True "
+          "if questions may have none (SQuAD 2.0)"
+        )
     return self.encode(records, tokenizer, model, length)
 
   def encode(self, records, tokenizer, model, length) -> QuestionRows:
     """Records -> packed windows. Raises UserError on an answer that is not where it is said to be."""
     if model.name != "bert":
-      raise UserError(f"config.objective.name=span_qa needs an encoder, model.name=bert, not {model.name}")
+      raise UserError(
+        f"config.objective.name=span_qa needs an encoder, model.name=bert, not {model.name}"
+      )
     tokenizer.require("cls", "sep")
     asked = tokenizer.encode([r["question"] for r in records])
-    texts = list(dict.fromkeys(r["text"] for r in records))   # a context has many questions
+    texts = list(dict.fromkeys(r["text"] for r in records))  # a context has many questions
     encoded = dict(zip(texts, tokenizer.encode_spans(texts)))
     questions, windows = [], []
     for number, (record, question) in enumerate(zip(records, asked)):
       found = answers_lib.given(record)
-      questions.append(Question(str(record.get("id", number)), record["text"], tuple(text for text, _ in found)))
+      questions.append(
+        Question(str(record.get("id", number)), record["text"], tuple(text for text, _ in found))
+      )
       room = length - len(question) - 3
       if room < 8:
-        raise UserError(f"{record.get('_where', 'a record')}: the question has {len(question)} tokens and leaves {room} of "
-                        f"config.training.sequence_length={length} for its context")
+        raise UserError(
+          f"{record.get('_where', 'a record')}: the question has {len(question)} tokens and leaves {room} of "
+          f"config.training.sequence_length={length} for its context"
+        )
       windows += self._windows(number, question, *encoded[record["text"]], found, room, tokenizer)
     packed = packing.into_rows(np.array([len(w.tokens) for w in windows]), length, LEAST)
     slots = packing.slots(length, LEAST)
@@ -145,7 +162,9 @@ class Objective(base.Objective):
       offset = len(question) + 2
       inside = answer and part.start <= answer[0] and answer[1] < part.stop
       first, last = (offset + a - start for a in answer) if inside else (0, 0)
-      tokens = np.array([tokenizer.cls, *question, tokenizer.sep, *ids[part], tokenizer.sep], np.int32)
+      tokens = np.array(
+        [tokenizer.cls, *question, tokenizer.sep, *ids[part], tokenizer.sep], np.int32
+      )
       out.append(Window(number, tokens, offset, spans[part], owner[part] == at, first, last))
     return out
 
@@ -155,10 +174,13 @@ class Objective(base.Objective):
     out |= {name: np.zeros(rows.length, np.int32) for name in ("may_end", "may_start")}
     for first, window in zip(firsts, windows):
       context = first + window.offset
-      out["may_end"][context:context + len(window.own_N)] = 1
-      out["may_start"][context:context + len(window.own_N)] = window.own_N
-    slots = {"firsts": firsts, "starts": firsts + [w.start for w in windows],
-             "ends": firsts + [w.end for w in windows]}
+      out["may_end"][context : context + len(window.own_N)] = 1
+      out["may_start"][context : context + len(window.own_N)] = window.own_N
+    slots = {
+      "firsts": firsts,
+      "starts": firsts + [w.start for w in windows],
+      "ends": firsts + [w.end for w in windows],
+    }
     out |= {name: packing.in_slots(values, rows.slots, np.int32) for name, values in slots.items()}
     weights = packing.in_slots(np.ones(len(windows)), rows.slots, np.float32)
     return {**out, "window_weights": weights}
@@ -178,8 +200,13 @@ class Objective(base.Objective):
       log_probs_BxKxT = jax.nn.log_softmax(logits_BxKxT)
       losses -= 0.5 * jnp.take_along_axis(log_probs_BxKxT, batch[side][..., None], -1)[..., 0]
       right *= logits_BxKxT.argmax(-1) == batch[side]
-    return (base.weighted_mean(losses, weights_BxK, totals["windows"]),
-            {"loss": ((losses * weights_BxK).sum(), weight), "span_accuracy": ((right * weights_BxK).sum(), weight)})
+    return (
+      base.weighted_mean(losses, weights_BxK, totals["windows"]),
+      {
+        "loss": ((losses * weights_BxK).sum(), weight),
+        "span_accuracy": ((right * weights_BxK).sum(), weight),
+      },
+    )
 
   def predict(self, outputs, batch):
     """The best starts and ends of every window (B x K x N places and scores), and the score of no answer."""
@@ -187,7 +214,9 @@ class Objective(base.Objective):
     for side, may in (("starts", "may_start"), ("ends", "may_end")):
       possible_BxKxT = _of_window(batch) & (batch[may] > 0)[:, None]
       count = min(self.candidates, batch["tokens"].shape[1])
-      scores, places = jax.lax.top_k(jnp.where(possible_BxKxT, outputs[side][:, None], -1e30), count)
+      scores, places = jax.lax.top_k(
+        jnp.where(possible_BxKxT, outputs[side][:, None], -1e30), count
+      )
       found |= {f"{side}_scores": scores, f"{side}_places": places - batch["firsts"][..., None]}
     at_first = lambda side: jnp.take_along_axis(outputs[side], batch["firsts"], axis=1)
     return {**found, "none": at_first("starts") + at_first("ends")}
@@ -195,7 +224,7 @@ class Objective(base.Objective):
   def answers(self, predictions, rows: QuestionRows) -> dict[int, dict]:
     """Question number -> {"best": [(text, score), ..] over all of its windows, "none": the score of no answer}."""
     out = {}
-    for row, numbers in enumerate(rows.packed[:len(predictions["none"])]):
+    for row, numbers in enumerate(rows.packed[: len(predictions["none"])]):
       for slot, number in enumerate(numbers):
         window = rows.windows[number]
         mine = out.setdefault(window.question, {"best": [], "none": np.inf})
@@ -206,7 +235,7 @@ class Objective(base.Objective):
       best = {}
       for text, score in sorted(mine["best"], key=lambda found: -found[1]):
         best.setdefault(text, score)
-      mine["best"] = list(best.items())[:self.candidates]
+      mine["best"] = list(best.items())[: self.candidates]
     return out
 
   def _spans_of(self, window, one, text):
@@ -218,7 +247,7 @@ class Objective(base.Objective):
     for i, j in np.argwhere(good):
       places = one["starts_places"][i], one["ends_places"][j]
       first, last = (window.spans_Nx2[place - window.offset] for place in places)
-      if answer := text[first[0]:last[1]].strip():
+      if answer := text[first[0] : last[1]].strip():
         out.append((answer, float(sums[i, j])))
     return out
 
@@ -232,11 +261,15 @@ class Objective(base.Objective):
     found = self.answers(predictions, rows)
     asked = [rows.questions[n] for n in found]
     said = [self.chosen(one) for one in found.values()]
-    out = {"exact_match": [answers_lib.exact_match(a, q.gold) for a, q in zip(said, asked)],
-           "f1": [answers_lib.f1(a, q.gold) for a, q in zip(said, asked)]}
+    out = {
+      "exact_match": [answers_lib.exact_match(a, q.gold) for a, q in zip(said, asked)],
+      "f1": [answers_lib.f1(a, q.gold) for a, q in zip(said, asked)],
+    }
     if self.no_answer:
       best = [one["best"][0][0] if one["best"] else "" for one in found.values()]
-      out["margins"] = [one["none"] - (one["best"][0][1] if one["best"] else -1e30) for one in found.values()]
+      out["margins"] = [
+        one["none"] - (one["best"][0][1] if one["best"] else -1e30) for one in found.values()
+      ]
       for name, score in (("exact_match", answers_lib.exact_match), ("f1", answers_lib.f1)):
         out[f"{name}_answered"] = [score(a, q.gold) for a, q in zip(best, asked)]
         out[f"{name}_unanswered"] = [score("", q.gold) for q in asked]
@@ -247,24 +280,35 @@ class Objective(base.Objective):
     if self.no_answer:
       for name in ("exact_match", "f1"):
         threshold, best = answers_lib.best_threshold(
-            outcomes["margins"], outcomes[f"{name}_answered"], outcomes[f"{name}_unanswered"])
+          outcomes["margins"], outcomes[f"{name}_answered"], outcomes[f"{name}_unanswered"]
+        )
         figures |= {f"best_{name}": best, f"best_{name}_threshold": threshold}
     return figures
 
   def results(self, predictions, rows):
     found = self.answers(predictions, rows)
-    return [{"answer": self.chosen(found[n]), "alternatives": [{"text": t, "score": s} for t, s in found[n]["best"][:5]]}
-            for n in range(len(rows.questions))]
+    return [
+      {
+        "answer": self.chosen(found[n]),
+        "alternatives": [{"text": t, "score": s} for t, s in found[n]["best"][:5]],
+      }
+      for n in range(len(rows.questions))
+    ]
 
   def write(self, predictions, rows, path: pathlib.Path):
     """id -> answer as the official scorer reads it; beside it the n best and, with no_answer, the odds of none."""
     found = self.answers(predictions, rows)
     asked = {n: rows.questions[n].id for n in found}
     best = {asked[n]: [{"text": t, "score": s} for t, s in one["best"]] for n, one in found.items()}
-    files = {path: {asked[n]: self.chosen(one) for n, one in found.items()}, path.with_suffix(".nbest.json"): best}
+    files = {
+      path: {asked[n]: self.chosen(one) for n, one in found.items()},
+      path.with_suffix(".nbest.json"): best,
+    }
     if self.no_answer:
       files[path.with_suffix(".null_odds.json")] = {
-          asked[n]: one["none"] - (one["best"][0][1] if one["best"] else 0.0) for n, one in found.items()}
+        asked[n]: one["none"] - (one["best"][0][1] if one["best"] else 0.0)
+        for n, one in found.items()
+      }
     for file, content in files.items():
       file.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
 

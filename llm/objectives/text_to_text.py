@@ -1,4 +1,5 @@
 """Any task as text to text (T5): an input, a target, and for tasks with few answers the likelihood of each."""
+
 import dataclasses
 import re
 import string
@@ -10,12 +11,13 @@ from llm.core import UserError
 from llm.data import answers, packing, pairs
 from llm.objectives import causal_lm
 
-LEAST = 16   # tokens of a row that a pair takes at least
+LEAST = 16  # tokens of a row that a pair takes at least
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
   """Ids of an input and a target. record: the one it belongs to; gold: whether this target is that record's."""
+
   record: int
   gold: bool
   given: np.ndarray
@@ -25,6 +27,7 @@ class Pair:
 @dataclasses.dataclass(frozen=True)
 class PairRows:
   """Pairs packed into rows, at most `slots` in one."""
+
   pairs: list[Pair]
   packed: list[np.ndarray]
   input_length: int
@@ -32,8 +35,8 @@ class PairRows:
   slots: int
   pad: int
   note: str
-  inputs: list[str]           # of each record, as the template has it
-  gold: list[tuple[str, ...]]   # what may be written for it
+  inputs: list[str]  # of each record, as the template has it
+  gold: list[tuple[str, ...]]  # what may be written for it
 
   @property
   def tokens(self) -> int:
@@ -58,6 +61,7 @@ class Objective(causal_lm.Objective):
   and the choices whose likelihoods are compared; without them the target is the record's `target`, or its first
   answer. target_length: tokens of a row's targets.
   """
+
   template: str = "{text}"
   targets: tuple = ()
   target_length: int = 64
@@ -66,7 +70,9 @@ class Objective(causal_lm.Objective):
     if bad := [t for t in self.targets if not re.fullmatch(r"[^=]+=.+", t)]:
       raise UserError(f"config.objective.targets: {bad[0]!r} is not of the form 'label=text'")
     if self.target_length < 2:
-      raise UserError(f"config.objective.target_length must be at least 2, not {self.target_length}")
+      raise UserError(
+        f"config.objective.target_length must be at least 2, not {self.target_length}"
+      )
     try:
       self.template.format_map(dict.fromkeys(self._fields(), ""))
     except (ValueError, KeyError, IndexError) as error:
@@ -84,7 +90,9 @@ class Objective(causal_lm.Objective):
   def _rows(self, source, tokenizer, model, length, choices: bool) -> PairRows:
     tokenizer.require("pad", "eos")
     if model.name != "t5":
-      raise UserError(f"config.objective.name=text_to_text needs an encoder and a decoder: model.name=t5, not {model.name}")
+      raise UserError(
+        f"config.objective.name=text_to_text needs an encoder and a decoder: model.name=t5, not {model.name}"
+      )
     records = list(source.records())
     said = [self._input(record, source) for record in records]
     inputs = tokenizer.encode(said)
@@ -93,20 +101,40 @@ class Objective(causal_lm.Objective):
     made, cut = [], 0
     for number, (record, given, of_record) in enumerate(zip(records, inputs, texts)):
       cut += len(given) >= length
-      given = np.array([*given[:length - 1], tokenizer.eos], np.int32)
+      given = np.array([*given[: length - 1], tokenizer.eos], np.int32)
       for _, gold in of_record:
         target = np.array([*next(wanted), tokenizer.eos], np.int32)
         if len(target) > self.target_length:
-          raise UserError(f"{record.get('_where', source.spec)}: the target has {len(target)} tokens, more than "
-                          f"config.objective.target_length={self.target_length}")
+          raise UserError(
+            f"{record.get('_where', source.spec)}: the target has {len(target)} tokens, more than "
+            f"config.objective.target_length={self.target_length}"
+          )
         made.append(Pair(number, gold, given, target))
-    sizes = pairs.sizes(np.array([len(p.given) for p in made]), np.array([len(p.wanted) for p in made]),
-                        length, self.target_length)
+    sizes = pairs.sizes(
+      np.array([len(p.given) for p in made]),
+      np.array([len(p.wanted) for p in made]),
+      length,
+      self.target_length,
+    )
     slots = packing.slots(length, LEAST)
     packed = packing.into_rows(sizes, length, LEAST)
-    gold = [tuple(text for text, _ in answers.given(record)) if record.get("answers") and not self.targets
-            else tuple(text for text, right in of_record if right) for record, of_record in zip(records, texts)]
-    return PairRows(made, packed, length, self.target_length, slots, tokenizer.pad, f"{cut} inputs lost their end", said, gold)
+    gold = [
+      tuple(text for text, _ in answers.given(record))
+      if record.get("answers") and not self.targets
+      else tuple(text for text, right in of_record if right)
+      for record, of_record in zip(records, texts)
+    ]
+    return PairRows(
+      made,
+      packed,
+      length,
+      self.target_length,
+      slots,
+      tokenizer.pad,
+      f"{cut} inputs lost their end",
+      said,
+      gold,
+    )
 
   def _input(self, record, source) -> str:
     where = record.get("_where", source.spec)
@@ -121,19 +149,25 @@ class Objective(causal_lm.Objective):
       known = dict(t.split("=", 1) for t in self.targets)
       label = str(record.get("label"))
       if label not in known:
-        raise UserError(f"{where}: unknown label {label!r}; config.objective.targets knows {', '.join(known)}")
+        raise UserError(
+          f"{where}: unknown label {label!r}; config.objective.targets knows {', '.join(known)}"
+        )
       return [(text, name == label) for name, text in known.items() if choices or name == label]
     target = record.get("target")
     if target is None and record.get("answers"):
       target = answers.given(record)[0][0]
     if not isinstance(target, str) or not target.strip():
-      raise UserError(f"{where}: the target is missing or empty; records need a field 'target' "
-                      "(config.data.fields='target=THEIR_NAME' renames it)")
+      raise UserError(
+        f"{where}: the target is missing or empty; records need a field 'target' "
+        "(config.data.fields='target=THEIR_NAME' renames it)"
+      )
     return [(target, True)]
 
   def example(self, row, rng):
     rows, made = row
-    out = pairs.row([(p.given, p.wanted) for p in made], rows.input_length, rows.target_length, rows.pad)
+    out = pairs.row(
+      [(p.given, p.wanted) for p in made], rows.input_length, rows.target_length, rows.pad
+    )
     # Targets that are not the record's are scored, not learned.
     gold = np.r_[0.0, [p.gold for p in made]].astype(np.float32)
     return {**out, "weights": gold[out["decoder_segments"]]}
@@ -148,8 +182,11 @@ class Objective(causal_lm.Objective):
     return {"pairs": jnp.stack([likelihood, written], -1)}
 
   def outcomes(self, predictions, rows):
-    scores = {n: predictions["pairs"][row, slot] for row, numbers in enumerate(rows.packed[:len(predictions["pairs"])])
-              for slot, n in enumerate(numbers)}
+    scores = {
+      n: predictions["pairs"][row, slot]
+      for row, numbers in enumerate(rows.packed[: len(predictions["pairs"])])
+      for slot, n in enumerate(numbers)
+    }
     best, written, length = {}, {}, {}
     for n, (likelihood, exact) in scores.items():
       pair = rows.pairs[n]
@@ -157,7 +194,10 @@ class Objective(causal_lm.Objective):
       if pair.gold:
         written[pair.record], length[pair.record] = exact, (-likelihood, len(pair.wanted))
     records = sorted(written)
-    out = {"exact_match": np.array([written[r] for r in records]), "loss": np.array([length[r] for r in records])}
+    out = {
+      "exact_match": np.array([written[r] for r in records]),
+      "loss": np.array([length[r] for r in records]),
+    }
     if self.targets:
       out["choice_accuracy"] = np.array([best[r][1] for r in records], float)
     return out
@@ -166,9 +206,15 @@ class Objective(causal_lm.Objective):
     """Outcomes of the texts that the model writes itself: exact match and F1 as SQuAD has them, the best of several
     gold targets. write: inputs -> texts, of at most target_length tokens."""
     texts = write(rows.inputs, self.target_length)
-    return {f"written_{name}": np.array([score(text, gold) for text, gold in zip(texts, rows.gold)])
-            for name, score in (("exact_match", answers.exact_match), ("f1", answers.f1))}
+    return {
+      f"written_{name}": np.array([score(text, gold) for text, gold in zip(texts, rows.gold)])
+      for name, score in (("exact_match", answers.exact_match), ("f1", answers.f1))
+    }
 
   def summary(self, outcomes):
-    return {name: float(values[:, 0].sum() / values[:, 1].sum()) if name == "loss" else float(values.mean())
-            for name, values in outcomes.items()}
+    return {
+      name: float(values[:, 0].sum() / values[:, 1].sum())
+      if name == "loss"
+      else float(values.mean())
+      for name, values in outcomes.items()
+    }

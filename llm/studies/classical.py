@@ -1,11 +1,12 @@
 """The one-step models that two-phase training has to beat: linear classifiers on word counts."""
+
 import numpy as np
 from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.svm import LinearSVC
 
-STRENGTHS = (0.1, 1.0, 10.0, 100.0)   # C: the inverse of the regularisation, chosen on validation
+STRENGTHS = (0.1, 1.0, 10.0, 100.0)  # C: the inverse of the regularisation, chosen on validation
 
 
 class NBSVM:
@@ -36,8 +37,10 @@ class NBSVM:
 
 def tfidf_lr(strength: float):
   """Logistic regression on TF-IDF of words and word pairs."""
-  return make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
-                       LogisticRegression(C=strength, max_iter=1000))
+  return make_pipeline(
+    TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
+    LogisticRegression(C=strength, max_iter=1000),
+  )
 
 
 MODELS = {"tfidf_lr": tfidf_lr, "nbsvm": NBSVM}

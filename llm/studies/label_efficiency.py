@@ -5,6 +5,7 @@ see the same draws, batches and fresh head. Learning rate and epochs of each arm
 regularisation of the classical models, are chosen on the validation split; the test split is looked
 at once, with what was chosen.
 """
+
 import dataclasses
 import itertools
 from typing import Sequence
@@ -13,18 +14,22 @@ import jax
 import numpy as np
 import scipy.stats
 import tqdm
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from llm.config import OptimizerConfig
 from llm.core import flatten
 from llm.objectives import classification
 from llm.studies import classical
-from llm.training import experiment, optimizer as optimizer_lib, partition, step as step_lib
+from llm.training import experiment, partition
+from llm.training import optimizer as optimizer_lib
+from llm.training import step as step_lib
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
   """One point of the label curve. labels: 0 is all. searched: draws that the search runs on."""
+
   labels: int
   draws: int
   searched: int
@@ -35,6 +40,7 @@ class Setting:
 @dataclasses.dataclass(frozen=True)
 class Run:
   """One fine-tuning: an arm, the rows it is trained on, how."""
+
   arm: str
   rows: tuple[int, ...]
   learning_rate: float
@@ -45,6 +51,7 @@ class Run:
 @dataclasses.dataclass(frozen=True)
 class Split:
   """A split as texts, labels and the arrays of a batch over all of its rows."""
+
   texts: list[str]
   labels: np.ndarray
   arrays: dict[str, np.ndarray]
@@ -55,8 +62,11 @@ def encode(objective: classification.Objective, source, tokenizer, model, length
   records = list(source.records())
   rows = objective.encode(records, tokenizer, model, length, source).apart()
   examples = [objective.example(rows[i], None) for i in range(len(rows))]
-  return Split([r["text"] for r in records], rows.labels.astype(int),
-               {k: np.stack([e[k] for e in examples]) for k in examples[0]})
+  return Split(
+    [r["text"] for r in records],
+    rows.labels.astype(int),
+    {k: np.stack([e[k] for e in examples]) for k in examples[0]},
+  )
 
 
 class FineTuner:
@@ -82,11 +92,21 @@ class FineTuner:
       return step_lib.init_state(params, {}, optimizer(0.0, 1, params))
 
     def train(state, batch, rate, steps, seed):
-      return step_lib.train_step(self.model, objective, optimizer(rate, steps, state.trained),
-                                 self.marks, 1, state, batch, seed)[0]
+      return step_lib.train_step(
+        self.model,
+        objective,
+        optimizer(rate, steps, state.trained),
+        self.marks,
+        1,
+        state,
+        batch,
+        seed,
+      )[0]
 
     def guess(params, batch):
-      outputs = self.model.apply({"params": partition.merge(params, {}, self.marks)}, batch, train=False)
+      outputs = self.model.apply(
+        {"params": partition.merge(params, {}, self.marks)}, batch, train=False
+      )
       return outputs["logits"][:, 0].argmax(-1)
 
     self.first = jax.jit(jax.vmap(first))
@@ -101,7 +121,7 @@ class FineTuner:
     while order:
       steps = self._steps(runs[order[0]])
       together = [i for i in order[:lanes] if self._steps(runs[i]) == steps]
-      order = order[len(together):]
+      order = order[len(together) :]
       filled = [runs[i] for i in together] + [runs[together[0]]] * (lanes - len(together))
       for i, value in zip(together, self._accuracies(filled, steps, train, held_out)):
         out[i] = value
@@ -116,10 +136,12 @@ class FineTuner:
 
   def _accuracies(self, runs, steps, train, held_out):
     stacked = lambda values: self._put(np.stack(values))
-    params = {path: stacked([self.starts[r.arm][path] for r in runs])
-              for path in self.marks}
+    params = {path: stacked([self.starts[r.arm][path] for r in runs]) for path in self.marks}
     state = self.first(params)
-    rates, seeds = stacked([np.float32(r.learning_rate) for r in runs]), stacked([r.seed for r in runs])
+    rates, seeds = (
+      stacked([np.float32(r.learning_rate) for r in runs]),
+      stacked([r.seed for r in runs]),
+    )
     lengths = stacked([np.int32(steps)] * len(runs))
     orders = [self._order(run) for run in runs]
     for number in range(steps):
@@ -140,7 +162,7 @@ class FineTuner:
       rows = np.arange(start, start + size) % len(held_out.labels)
       batch = {k: self._put(np.stack([v[rows]] * lanes)) for k, v in held_out.arrays.items()}
       guesses.append(np.asarray(self.guess(params, batch)))
-    found = np.concatenate(guesses, axis=1)[:, :len(held_out.labels)]
+    found = np.concatenate(guesses, axis=1)[:, : len(held_out.labels)]
     return [float(v) for v in (found == held_out.labels).mean(1)]
 
 
@@ -152,28 +174,44 @@ def draw(train: Split, labels: int, number: int) -> tuple[int, ...]:
   return tuple(int(i) for i in rng.choice(len(train.labels), labels, replace=False))
 
 
-def measure(tuner: FineTuner, setting: Setting, train: Split, validation: Split, test: Split, bar) -> list[dict]:
+def measure(
+  tuner: FineTuner, setting: Setting, train: Split, validation: Split, test: Split, bar
+) -> list[dict]:
   """A result row of each arm: {"model", "labels", ...}. The search is left out where there is one choice."""
   draws = _draws(setting, train)
   choices = list(itertools.product(setting.learning_rates, setting.epochs))
   best = dict.fromkeys(tuner.starts, {"learning_rate": choices[0][0], "epochs": choices[0][1]})
   if len(choices) > 1:
     # All arms at once, so that runs of equal length fill the devices.
-    searched = [Run(arm, draws[n], rate, epochs, n) for arm in tuner.starts for rate, epochs in choices
-                for n in range(setting.searched)]
+    searched = [
+      Run(arm, draws[n], rate, epochs, n)
+      for arm in tuner.starts
+      for rate, epochs in choices
+      for n in range(setting.searched)
+    ]
     found = np.array(tuner.accuracies(searched, train, validation, bar))
-    for arm, scores in zip(tuner.starts, found.reshape(len(tuner.starts), len(choices), -1).mean(-1)):
+    for arm, scores in zip(
+      tuner.starts, found.reshape(len(tuner.starts), len(choices), -1).mean(-1)
+    ):
       rate, epochs = choices[int(scores.argmax())]
       best[arm] = {"learning_rate": rate, "epochs": epochs, "validation": float(scores.max())}
-  final = [Run(arm, rows, best[arm]["learning_rate"], best[arm]["epochs"], n)
-           for arm in tuner.starts for n, rows in enumerate(draws)]
+  final = [
+    Run(arm, rows, best[arm]["learning_rate"], best[arm]["epochs"], n)
+    for arm in tuner.starts
+    for n, rows in enumerate(draws)
+  ]
   measured = np.array(tuner.accuracies(final, train, test, bar)).reshape(len(tuner.starts), -1)
-  return [_row(arm, len(draws[0]), list(map(float, of_arm)), best[arm]) for arm, of_arm in zip(tuner.starts, measured)]
+  return [
+    _row(arm, len(draws[0]), list(map(float, of_arm)), best[arm])
+    for arm, of_arm in zip(tuner.starts, measured)
+  ]
 
 
-def measure_classical(setting: Setting, train: Split, validation: Split, test: Split, bar) -> list[dict]:
+def measure_classical(
+  setting: Setting, train: Split, validation: Split, test: Split, bar
+) -> list[dict]:
   """A result row of each classical model, its regularisation chosen on the validation split."""
-  draws = _draws(setting, train)[:_distinct(setting)]
+  draws = _draws(setting, train)[: _distinct(setting)]
 
   def taken(split: Split, rows):
     return [split.texts[i] for i in rows], split.labels[list(rows)]
@@ -184,11 +222,19 @@ def measure_classical(setting: Setting, train: Split, validation: Split, test: S
 
   out = []
   for name in classical.MODELS:
-    found = [np.mean([accuracy(name, s, rows, validation) for rows in draws[:setting.searched]])
-             for s in classical.STRENGTHS]
+    found = [
+      np.mean([accuracy(name, s, rows, validation) for rows in draws[: setting.searched]])
+      for s in classical.STRENGTHS
+    ]
     strength = classical.STRENGTHS[int(np.argmax(found))]
-    out.append(_row(name, len(draws[0]), [accuracy(name, strength, rows, test) for rows in draws],
-                    {"strength": strength, "validation": float(max(found))}))
+    out.append(
+      _row(
+        name,
+        len(draws[0]),
+        [accuracy(name, strength, rows, test) for rows in draws],
+        {"strength": strength, "validation": float(max(found))},
+      )
+    )
   return out
 
 
@@ -201,7 +247,8 @@ def work(setting: Setting, arms: int) -> int:
 def work_classical(setting: Setting) -> int:
   """How many fits `measure_classical` makes."""
   return len(classical.MODELS) * (
-      _distinct(setting) + len(classical.STRENGTHS) * min(setting.searched, _distinct(setting)))
+    _distinct(setting) + len(classical.STRENGTHS) * min(setting.searched, _distinct(setting))
+  )
 
 
 def _draws(setting: Setting, train: Split) -> list[tuple[int, ...]]:
@@ -214,10 +261,15 @@ def _distinct(setting: Setting) -> int:
 
 
 def _row(model, labels, accuracies, chosen):
-  return {"model": model, "labels": labels, "seeds": len(accuracies),
-          "accuracy_mean": float(np.mean(accuracies)),
-          "accuracy_std": float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else 0.0,
-          "accuracies": accuracies, "chosen": chosen}
+  return {
+    "model": model,
+    "labels": labels,
+    "seeds": len(accuracies),
+    "accuracy_mean": float(np.mean(accuracies)),
+    "accuracy_std": float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else 0.0,
+    "accuracies": accuracies,
+    "chosen": chosen,
+  }
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
@@ -226,22 +278,41 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, fl
   mean = float(difference.mean())
   if len(difference) < 2 or difference.std() == 0:
     return mean, mean, mean
-  half = scipy.stats.t.ppf(0.975, len(difference) - 1) * difference.std(ddof=1) / len(difference) ** 0.5
+  half = (
+    scipy.stats.t.ppf(0.975, len(difference) - 1) * difference.std(ddof=1) / len(difference) ** 0.5
+  )
   return mean, mean - float(half), mean + float(half)
 
 
-def run(tuner: FineTuner, settings: Sequence[Setting], train: Split, validation: Split, test: Split):
+def run(
+  tuner: FineTuner, settings: Sequence[Setting], train: Split, validation: Split, test: Split
+):
   """All settings, with a progress bar -> (rows, differences)."""
   rows, differences = [], []
   total = sum(work(s, len(tuner.starts)) + work_classical(s) for s in settings)
   with tqdm.tqdm(desc="fine-tuning", total=total, unit=" runs", disable=None) as bar:
     for setting in settings:
-      found = {r["model"]: r for r in (*measure(tuner, setting, train, validation, test, bar),
-                                       *measure_classical(setting, train, validation, test, bar))}
+      found = {
+        r["model"]: r
+        for r in (
+          *measure(tuner, setting, train, validation, test, bar),
+          *measure_classical(setting, train, validation, test, bar),
+        )
+      }
       rows += found.values()
-      mean, low, high = paired_difference(found["pretrained"]["accuracies"], found["scratch"]["accuracies"])
-      differences.append({"labels": found["pretrained"]["labels"], "pretrained_minus_scratch": mean,
-                          "low": low, "high": high})
-      tqdm.tqdm.write(f"{differences[-1]['labels']} labels: " + ", ".join(
-          f"{r['model']} {100 * r['accuracy_mean']:.1f}" for r in found.values()))
+      mean, low, high = paired_difference(
+        found["pretrained"]["accuracies"], found["scratch"]["accuracies"]
+      )
+      differences.append(
+        {
+          "labels": found["pretrained"]["labels"],
+          "pretrained_minus_scratch": mean,
+          "low": low,
+          "high": high,
+        }
+      )
+      tqdm.tqdm.write(
+        f"{differences[-1]['labels']} labels: "
+        + ", ".join(f"{r['model']} {100 * r['accuracy_mean']:.1f}" for r in found.values())
+      )
   return rows, differences

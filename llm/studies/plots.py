@@ -1,4 +1,5 @@
 """Plots of the studies."""
+
 import pathlib
 
 import matplotlib
@@ -7,11 +8,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 STYLES = {
-    "pretrained": ("pretrained, then fine-tuned", "#1b6ca8", "o-"),
-    "scratch": ("same architecture from scratch", "#d1495b", "s-"),
-    "published_bert": ("a published BERT, then fine-tuned", "#2a9d5c", "D-"),
-    "nbsvm": ("NBSVM", "#6c757d", "^--"),
-    "tfidf_lr": ("TF-IDF + logistic regression", "#adb5bd", "v--"),
+  "pretrained": ("pretrained, then fine-tuned", "#1b6ca8", "o-"),
+  "scratch": ("same architecture from scratch", "#d1495b", "s-"),
+  "published_bert": ("a published BERT, then fine-tuned", "#2a9d5c", "D-"),
+  "nbsvm": ("NBSVM", "#6c757d", "^--"),
+  "tfidf_lr": ("TF-IDF + logistic regression", "#adb5bd", "v--"),
 }
 
 
@@ -21,8 +22,15 @@ def label_curve(rows: list[dict], path: pathlib.Path, title: str):
   for model, (label, colour, style) in STYLES.items():
     points = sorted((r for r in rows if r["model"] == model), key=lambda r: r["labels"])
     if points:
-      axes.errorbar([r["labels"] for r in points], [100 * r["accuracy_mean"] for r in points],
-                    yerr=[100 * r["accuracy_std"] for r in points], fmt=style, color=colour, capsize=3, label=label)
+      axes.errorbar(
+        [r["labels"] for r in points],
+        [100 * r["accuracy_mean"] for r in points],
+        yerr=[100 * r["accuracy_std"] for r in points],
+        fmt=style,
+        color=colour,
+        capsize=3,
+        label=label,
+      )
   counts = sorted({r["labels"] for r in rows})
   axes.set_xscale("log")
   axes.set_xticks(counts, [f"{n:,}" for n in counts])

@@ -1,4 +1,5 @@
 """A model over all rows of a source, once."""
+
 from typing import Callable
 
 import jax
@@ -17,17 +18,29 @@ def host_rows(array: jax.Array) -> np.ndarray:
   if array.is_fully_addressable:
     return np.asarray(array)
   from jax.experimental import multihost_utils
+
   return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
-def evaluate(eval_step: Callable, trained, frozen, objective, rows, batch_size: int, mesh,
-             limit: int = 0, stop=None) -> dict[str, float] | None:
+def evaluate(
+  eval_step: Callable,
+  trained,
+  frozen,
+  objective,
+  rows,
+  batch_size: int,
+  mesh,
+  limit: int = 0,
+  stop=None,
+) -> dict[str, float] | None:
   """Figures over an evaluation source; None if a signal (`stop.asked()`) came meanwhile."""
   found = run_over(eval_step, trained, frozen, objective, rows, batch_size, mesh, limit, stop)
   return found and {**found[0], **objective.score(found[1], rows)}
 
 
-def of_checkpoint(bundle, objective, rows, batch_size: int, mesh) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+def of_checkpoint(
+  bundle, objective, rows, batch_size: int, mesh
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
   """What `run_over` gives for a checkpoint in memory (experiment.Bundle), judged by an objective."""
   params = flatten(bundle.params)
   placed = jax.device_put(params, sharding.shardings(params, mesh))
@@ -36,8 +49,17 @@ def of_checkpoint(bundle, objective, rows, batch_size: int, mesh) -> tuple[dict[
   return run_over(eval_step, placed, {}, objective, rows, batch_size, mesh)
 
 
-def run_over(eval_step: Callable, trained, frozen, objective, rows, batch_size: int, mesh, limit: int = 0,
-             stop=None) -> tuple[dict[str, float], dict[str, np.ndarray]] | None:
+def run_over(
+  eval_step: Callable,
+  trained,
+  frozen,
+  objective,
+  rows,
+  batch_size: int,
+  mesh,
+  limit: int = 0,
+  stop=None,
+) -> tuple[dict[str, float], dict[str, np.ndarray]] | None:
   """(means of the metrics, predictions of all rows) over an evaluation source; None if a signal came."""
   history, predictions = [], []
   for batch in batches_lib.passes(rows, objective.example, batch_size, mesh, limit):
@@ -48,5 +70,7 @@ def run_over(eval_step: Callable, trained, frozen, objective, rows, batch_size: 
     predictions.append(predicted)
   figures = metrics_lib.means(jax.device_get(history))
   seen = min(len(rows), len(predictions) * batch_size)
-  merged = {k: np.concatenate([host_rows(p[k]) for p in predictions])[:seen] for k in predictions[0]}
+  merged = {
+    k: np.concatenate([host_rows(p[k]) for p in predictions])[:seen] for k in predictions[0]
+  }
   return figures, merged

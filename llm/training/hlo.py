@@ -1,4 +1,5 @@
 """What a compiled program sends between its devices, read from its text."""
+
 import collections
 import dataclasses
 import math
@@ -7,21 +8,37 @@ import re
 import numpy as np
 from jax.sharding import Mesh
 
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8,
-         "f64": 8}
+BYTES = {
+  "pred": 1,
+  "s8": 1,
+  "u8": 1,
+  "s16": 2,
+  "u16": 2,
+  "bf16": 2,
+  "f16": 2,
+  "s32": 4,
+  "u32": 4,
+  "f32": 4,
+  "s64": 8,
+  "u64": 8,
+  "f64": 8,
+}
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "send")
-INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<shape>\(.*?\)|\S+) (?P<opcode>[\w-]+)\((?P<rest>.*)$")
+INSTRUCTION = re.compile(
+  r"^\s+(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<shape>\(.*?\)|\S+) (?P<opcode>[\w-]+)\((?P<rest>.*)$"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
   """One exchange: how often a step does it, over which mesh axes, and what a device then sends."""
+
   kind: str
   axes: tuple[str, ...]
   times: int
-  sent: float            # bytes a device sends each time, by the ring algorithms
-  shape: str             # of the whole: what a gather gives, what a reduction takes
-  source: str            # op_name: where it comes from
+  sent: float  # bytes a device sends each time, by the ring algorithms
+  shape: str  # of the whole: what a gather gives, what a reduction takes
+  source: str  # op_name: where it comes from
 
 
 def _computations(text: str) -> tuple[dict[str, list[dict]], str]:
@@ -41,7 +58,9 @@ def _constants(computations, name: str) -> dict[str, int]:
   """The whole numbers of a computation and of those that it calls."""
   found = {}
   for instruction in computations[name]:
-    if instruction["opcode"] == "constant" and (number := re.match(r"(\d+)\)", instruction["rest"])):
+    if instruction["opcode"] == "constant" and (
+      number := re.match(r"(\d+)\)", instruction["rest"])
+    ):
       found[instruction["name"]] = int(number[1])
     for other in re.findall(r"calls=%?([\w.-]+)", instruction["rest"]):
       found |= _constants(computations, other)
@@ -79,22 +98,29 @@ def _times(computations, entry: str) -> dict[str, int]:
     for instruction in computations[name]:
       rest = instruction["rest"]
       inner = re.findall(r"(?:calls|body|to_apply)=%?([\w.-]+)", rest)
-      inner += re.findall(r"%([\w.-]+)", "".join(re.findall(r"branch_computations=\{(.*?)\}", rest)))
+      inner += re.findall(
+        r"%([\w.-]+)", "".join(re.findall(r"branch_computations=\{(.*?)\}", rest))
+      )
       condition = re.search(r"condition=%?([\w.-]+)", rest)
       body = re.search(r"body=%?([\w.-]+)", rest)
       known = re.search(r'known_trip_count":\{"n":"(\d+)"', rest)
-      trips = int(known[1]) if known else _trips(computations, condition[1], body[1]) if condition else 1
+      trips = (
+        int(known[1]) if known else _trips(computations, condition[1], body[1]) if condition else 1
+      )
       for other in inner:
         if other in computations:
           visit(other, count * trips)
+
   visit(entry, 1)
   return times
 
 
 def _bytes(shape: str) -> int:
   """Of the largest array in a shape: a started exchange has its input and its output in a tuple."""
-  sizes = [BYTES.get(kind, 4) * math.prod(map(int, filter(None, dims.split(","))))
-           for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape)]
+  sizes = [
+    BYTES.get(kind, 4) * math.prod(map(int, filter(None, dims.split(","))))
+    for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape)
+  ]
   return max(sizes, default=0)
 
 
@@ -116,7 +142,10 @@ def _group(rest: str) -> list[int]:
     return list(map(int, listed[1].split(",")))
   if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
     return _iota(iota[2], iota[3]).reshape(_numbers(iota[1]))[0].tolist()
-  if named := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}", rest):
+  if named := re.search(
+    r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}",
+    rest,
+  ):
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
     taken = re.findall(r"'(\w+)'", named[4])
     ids = _iota(named[2] or str(math.prod(sizes.values())), named[3]).reshape(list(sizes.values()))
@@ -127,7 +156,9 @@ def _group(rest: str) -> list[int]:
 def _axes(group: list[int], mesh: Mesh) -> tuple[str, ...]:
   """The axes along which the devices of a group differ."""
   places = np.array([np.unravel_index(device, mesh.devices.shape) for device in group])
-  return tuple(axis for axis, column in zip(mesh.axis_names, places.T) if len(set(column.tolist())) > 1)
+  return tuple(
+    axis for axis, column in zip(mesh.axis_names, places.T) if len(set(column.tolist())) > 1
+  )
 
 
 def _sent(kind: str, size: int, devices: int) -> float:
@@ -151,15 +182,21 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
       if kind != "send" and len(set(group)) < 2:
         continue
       shape = instruction["shape"]
-      if name.startswith("all-reduce-scatter"):   # a sum of which each device then keeps its part
+      if name.startswith("all-reduce-scatter"):  # a sum of which each device then keeps its part
         kind = "reduce-scatter"
-      elif kind == "reduce-scatter":   # its input is larger than what it gives
+      elif kind == "reduce-scatter":  # its input is larger than what it gives
         operand = re.match(r"%?([\w.-]+)", rest)
         shape = shapes.get(operand[1], shape) if operand else shape
       channel = re.search(r"channel_id=(\d+)", rest)
       key = channel[1] if channel else (name, instruction["name"])
       source = re.search(r'op_name="(.*?)"', rest)
-      one = Collective(kind, _axes(group, mesh) if group else ("slices",), times[name],
-                       _sent(kind, _bytes(shape), max(len(group), 1)), re.sub(r"\{.*?\}", "", shape), source[1] if source else "")
+      one = Collective(
+        kind,
+        _axes(group, mesh) if group else ("slices",),
+        times[name],
+        _sent(kind, _bytes(shape), max(len(group), 1)),
+        re.sub(r"\{.*?\}", "", shape),
+        source[1] if source else "",
+      )
       found[key] = max(found.get(key, one), one, key=lambda c: (c.times, c.sent))
   return list(found.values())

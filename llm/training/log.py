@@ -1,4 +1,5 @@
 """What a run tells: console lines, a progress bar, metrics.jsonl, TensorBoard events."""
+
 import json
 import math
 import os
@@ -10,7 +11,7 @@ import tqdm
 
 from llm.training.workdir import Growing
 
-COPY_EVERY = 60   # seconds between two copies of the lines to a bucket
+COPY_EVERY = 60  # seconds between two copies of the lines to a bucket
 
 
 def duration(seconds: float) -> str:
@@ -40,7 +41,8 @@ class Log:
     self.writes = jax.process_index() == 0
     if not self.writes:
       return
-    import tensorboardX   # which imports torch where it is: a second that other commands need not wait
+    import tensorboardX  # which imports torch where it is: a second that other commands need not wait
+
     self.growing, self.steps, self.began, self.start = growing, steps, time.time(), start
     self.path, self.copied = growing.folder / "metrics.jsonl", time.time()
     kept = []
@@ -55,9 +57,12 @@ class Log:
     scratch.write_text("".join(kept))
     os.replace(scratch, self.path)
     self.file = open(self.path, "a", buffering=1)
-    self.events = tensorboardX.SummaryWriter(str(growing.folder / "events"), purge_step=start or None)
-    self.bar = tqdm.tqdm(total=steps, initial=start, unit=" steps", disable=None, leave=False,
-                         dynamic_ncols=True)
+    self.events = tensorboardX.SummaryWriter(
+      str(growing.folder / "events"), purge_step=start or None
+    )
+    self.bar = tqdm.tqdm(
+      total=steps, initial=start, unit=" steps", disable=None, leave=False, dynamic_ncols=True
+    )
 
   def say(self, text: str):
     """A line on the console, above the bar."""
@@ -79,7 +84,9 @@ class Log:
     """One logged step: console, metrics.jsonl and events."""
     if not self.writes:
       return
-    shown = ", ".join(_figure(k, v) for k, v in figures.items() if k not in ("grad_norm", "seconds"))
+    shown = ", ".join(
+      _figure(k, v) for k, v in figures.items() if k not in ("grad_norm", "seconds")
+    )
     tail = f", {duration(self.eta(step))} left" if split == "train" else ""
     self.say(f"{'eval ' if split == 'eval' else ''}step {step}/{self.steps}: {shown}{tail}")
     clean = {k: v if math.isfinite(v) else None for k, v in figures.items()}

@@ -1,4 +1,5 @@
 """The training loop: train, evaluate, save, stop cleanly."""
+
 import contextlib
 import json
 import os
@@ -15,11 +16,9 @@ from llm.config import Config
 from llm.core import UserError
 from llm.data import batches as batches_lib
 from llm.models import precision, transformer
-from llm.training import evaluation
+from llm.training import evaluation, partition, reference
 from llm.training import experiment as experiment_lib
 from llm.training import metrics as metrics_lib
-from llm.training import partition
-from llm.training import reference
 from llm.training import start as start_lib
 from llm.training import step as step_lib
 from llm.training import workdir as workdir_lib
@@ -38,27 +37,44 @@ def _header(experiment, mesh, params: int, origin: str, start: int, say):
   shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
   say(f"devices     {mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {shape}")
   say(f"dtype       {precision.explained(config.model.dtype)}")
-  say(f"model       {config.model.name}, {params:,} parameters, objective {config.objective['name']}")
-  say(f"batch       {batches.batch_size} rows x {length} = {tokens:,} tokens a "
-      f"step{shared}, {steps:,} steps, "
-      f"{batches.tokens() * steps / params:.3g} tokens a parameter")
+  say(
+    f"model       {config.model.name}, {params:,} parameters, objective {config.objective['name']}"
+  )
+  say(
+    f"batch       {batches.batch_size} rows x {length} = {tokens:,} tokens a "
+    f"step{shared}, {steps:,} steps, "
+    f"{batches.tokens() * steps / params:.3g} tokens a parameter"
+  )
   for name, (epochs, seen) in zip(experiment.names, batches.usage(steps)):
     say(f"data        {name}: {seen:,.0f} tokens, {epochs:.3g} epochs")
   for name, rows in zip(experiment.names, batches.rows):
     if note := getattr(rows, "note", ""):
       say(f"            {name}: {note}")
   if config.data.workers > (os.cpu_count() or 1):
-    say(f"hint        config.data.workers={config.data.workers} are more than this machine's {os.cpu_count()} "
-        "cores: they will wait for each other")
+    say(
+      f"hint        config.data.workers={config.data.workers} are more than this machine's {os.cpu_count()} "
+      "cores: they will wait for each other"
+    )
   if mesh.devices.flat[0].platform == "tpu":
-    why_not = transformer.cannot("splash", config.model, config.training.sequence_length, mesh.shape["context"], True)
-    say("attention   splash" if not why_not and config.model.attention != "reference" else
-        f"attention   reference, a T x T array in memory ({why_not or 'as the config says'})")
+    why_not = transformer.cannot(
+      "splash", config.model, config.training.sequence_length, mesh.shape["context"], True
+    )
+    say(
+      "attention   splash"
+      if not why_not and config.model.attention != "reference"
+      else f"attention   reference, a T x T array in memory ({why_not or 'as the config says'})"
+    )
   say(f"parameters  {origin}" + (f", step {start}" if start else ""))
 
 
-def train(config: Config, workdir: str | pathlib.PurePath, *, go_on: bool = False, say=print,
-          use_devices: Callable | None = None) -> dict:
+def train(
+  config: Config,
+  workdir: str | pathlib.PurePath,
+  *,
+  go_on: bool = False,
+  say=print,
+  use_devices: Callable | None = None,
+) -> dict:
   """Runs a config to its end in `workdir` and returns what result.json holds.
 
   use_devices(mesh config): called before JAX is first used. Raises UserError on bad input and
@@ -73,8 +89,12 @@ def train(config: Config, workdir: str | pathlib.PurePath, *, go_on: bool = Fals
     if use_devices:
       use_devices(config.mesh)
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch(config.training.batch_size, experiment.batches.batch_size,
-                         config.optimizer.grad_accum_steps, mesh)
+    sharding.check_batch(
+      config.training.batch_size,
+      experiment.batches.batch_size,
+      config.optimizer.grad_accum_steps,
+      mesh,
+    )
     transformer.check_platform(config.model, mesh.devices.flat[0].platform)
     if jax.process_index():
       say = lambda *_: None
@@ -82,7 +102,9 @@ def train(config: Config, workdir: str | pathlib.PurePath, *, go_on: bool = Fals
       workdir_lib.agree(config, workdir)
       with workdir_lib.locked(workdir):
         if seen != manager.steps(workdir / "checkpoints"):
-          raise UserError(f"another run went on in {workdir} meanwhile: start again, from where it is now")
+          raise UserError(
+            f"another run went on in {workdir} meanwhile: start again, from where it is now"
+          )
         experiment = reference.attached(experiment, mesh, say)
         workdir_lib.claim(workdir, config, go_on)
         return _train(experiment, own, workdir, mesh, stop, say)
@@ -103,6 +125,7 @@ def _profiler(text: str, folder: pathlib.Path):
       jax.block_until_ready(state)
       jax.profiler.stop_trace()
       running = False
+
   try:
     yield at
   finally:
@@ -117,8 +140,14 @@ def _train(experiment, own, workdir, mesh, stop: Stop, say) -> dict:
   state, optimizer, marks, origin = start_lib.first_state(experiment, own, workdir, mesh, say)
   start = int(state.step)
   _say_extension(own, config, start, say)
-  train_step = step_lib.make_train_step(experiment.model, objective, optimizer, marks,
-                                        config.optimizer.grad_accum_steps, jax.tree.map(lambda x: x.sharding, state))
+  train_step = step_lib.make_train_step(
+    experiment.model,
+    objective,
+    optimizer,
+    marks,
+    config.optimizer.grad_accum_steps,
+    jax.tree.map(lambda x: x.sharding, state),
+  )
   eval_step = step_lib.make_eval_step(experiment.model, objective, marks)
   params = jax.eval_shape(lambda: partition.merge(state.trained, state.frozen, marks))
   count = metrics_lib.count_parameters(params, config.model.vocab_size)
@@ -128,14 +157,28 @@ def _train(experiment, own, workdir, mesh, stop: Stop, say) -> dict:
   saver = manager.Manager(workdir, training.keep, training.keep_best, experiment.tokenizer)
   growing = workdir_lib.Growing(workdir)
   log = Log(growing, start, steps)
-  stream = batches_lib.stream(experiment.batches, start, steps, mesh, config.data.prefetch, config.data.workers)
+  stream = batches_lib.stream(
+    experiment.batches, start, steps, mesh, config.data.prefetch, config.data.workers
+  )
   batch_size = experiment.batches.batch_size
   meter = Meter(start, experiment.batches.tokens())
   figures, done, asked = {}, start, 0
 
   def evaluated() -> dict:
-    return evaluation.evaluate(eval_step, state.trained, state.frozen, objective, experiment.eval_rows,
-                               batch_size, mesh, training.eval_batches, stop) or {}
+    return (
+      evaluation.evaluate(
+        eval_step,
+        state.trained,
+        state.frozen,
+        objective,
+        experiment.eval_rows,
+        batch_size,
+        mesh,
+        training.eval_batches,
+        stop,
+      )
+      or {}
+    )
 
   try:
     with _profiler(training.profile, growing.folder) as profile:
@@ -153,7 +196,7 @@ def _train(experiment, own, workdir, mesh, stop: Stop, say) -> dict:
           log.metrics(done, {**shown, "mfu": mfu_of_pace(shown["tokens_per_second"])})
         results = {}
         if experiment.eval_rows is not None and _due(done, training.eval_every, last):
-          meter.settle(done)   # what trains still is not evaluation
+          meter.settle(done)  # what trains still is not evaluation
           with meter.spending("evaluation"):
             results = evaluated()
           if results:
@@ -164,8 +207,12 @@ def _train(experiment, own, workdir, mesh, stop: Stop, say) -> dict:
           meter.settle(done)
           log.flush()
           with meter.spending("checkpoint"):
-            saver.save(done, partition.merge(state.trained, state.frozen, marks), state.opt_state,
-                       {**experiment.description(), "metrics": results})
+            saver.save(
+              done,
+              partition.merge(state.trained, state.frozen, marks),
+              state.opt_state,
+              {**experiment.description(), "metrics": results},
+            )
         if asked:
           break
   finally:
@@ -182,16 +229,28 @@ def _train(experiment, own, workdir, mesh, stop: Stop, say) -> dict:
   if start >= steps and finished.exists():
     say(f"already done: step {start} in {workdir}")
     return json.loads(finished.read_text())
-  if start >= steps and experiment.eval_rows is not None:   # stopped between its last save and its result
+  if (
+    start >= steps and experiment.eval_rows is not None
+  ):  # stopped between its last save and its result
     figures = evaluated()
     if asked := stop.asked():
       raise Stopped(128 + asked)
   pace = float(np.median(meter.paces)) if meter.paces else None
   seconds = time.time() - began
-  result = {"step": done, "parameters": count, "origin": origin, "seconds": seconds, "shares": meter.shares(seconds),
-            "tokens_per_second": pace, "mfu": pace and mfu_of_pace(pace),
-            "data": {name: {"epochs": epochs, "tokens": seen} for name, (epochs, seen) in
-                     zip(experiment.names, experiment.batches.usage(done))}, "eval": figures}
+  result = {
+    "step": done,
+    "parameters": count,
+    "origin": origin,
+    "seconds": seconds,
+    "shares": meter.shares(seconds),
+    "tokens_per_second": pace,
+    "mfu": pace and mfu_of_pace(pace),
+    "data": {
+      name: {"epochs": epochs, "tokens": seen}
+      for name, (epochs, seen) in zip(experiment.names, experiment.batches.usage(done))
+    },
+    "eval": figures,
+  }
   workdir_lib.write_json(finished, result)
   say(f"done: step {done} in {workdir}, {duration(result['seconds'])}")
   return result
@@ -217,9 +276,11 @@ def _say_extension(own, config: Config, start: int, say):
     return
   old = manager.describe(own)["config"]["training"]["steps"]
   if old != config.training.steps:
-    say(f"the run was planned for {old} steps and now for {config.training.steps}: the "
-        f"{config.optimizer.schedule} schedule is that of the new length from step {start} on, so the learning "
-        "rate jumps to where a run of that length would have it")
+    say(
+      f"the run was planned for {old} steps and now for {config.training.steps}: the "
+      f"{config.optimizer.schedule} schedule is that of the new length from step {start} on, so the learning "
+      "rate jumps to where a run of that length would have it"
+    )
 
 
 def _profile_range(text: str) -> tuple[int, int]:

@@ -1,4 +1,5 @@
 """What the steps of a run gave, and where its time went."""
+
 import collections
 import contextlib
 import dataclasses
@@ -17,22 +18,26 @@ def _check_finite(history: list[dict], first: int):
     bad = [name for name, (value, _) in found.items() if not math.isfinite(value)]
     if bad:
       raise UserError(
-          f"{bad[0]} is not finite at step {number + 1} (batch {number}); nothing was saved after it. Look at "
-          f"it with `python -m llm.show batch --step={number} --config=...`; a lower optimizer.learning_rate "
-          "or a longer warm-up may help")
+        f"{bad[0]} is not finite at step {number + 1} (batch {number}); nothing was saved after it. Look at "
+        f"it with `python -m llm.show batch --step={number} --config=...`; a lower optimizer.learning_rate "
+        "or a longer warm-up may help"
+      )
 
 
 @dataclasses.dataclass
 class Meter:
   """What the steps since the last log line were: their metrics and their time."""
-  checked: int                    # steps known to be finite
-  tokens: float                   # a step, without padding
-  waiting: list = dataclasses.field(default_factory=list)    # on the device, not looked at
-  unlogged: list = dataclasses.field(default_factory=list)   # on the host, finite
-  paces: list = dataclasses.field(default_factory=list)      # tokens a second
+
+  checked: int  # steps known to be finite
+  tokens: float  # a step, without padding
+  waiting: list = dataclasses.field(default_factory=list)  # on the device, not looked at
+  unlogged: list = dataclasses.field(default_factory=list)  # on the host, finite
+  paces: list = dataclasses.field(default_factory=list)  # tokens a second
   mark: float = dataclasses.field(default_factory=time.perf_counter)
-  since: dict = dataclasses.field(default_factory=collections.Counter)   # seconds since the mark spent on what is not training
-  spent: dict = dataclasses.field(default_factory=collections.Counter)   # the same of the whole run
+  since: dict = dataclasses.field(
+    default_factory=collections.Counter
+  )  # seconds since the mark spent on what is not training
+  spent: dict = dataclasses.field(default_factory=collections.Counter)  # the same of the whole run
 
   def settle(self, step: int):
     """Brings the waiting metrics to the host. Raises UserError if one is not finite."""
@@ -67,5 +72,7 @@ class Meter:
 
   def shares(self, seconds: float) -> dict[str, float]:
     """What the wall clock went to, as shares of it; the rest was training."""
-    shares = {on: self.spent[on] / seconds for on in ("input", "compile", "evaluation", "checkpoint")}
+    shares = {
+      on: self.spent[on] / seconds for on in ("input", "compile", "evaluation", "checkpoint")
+    }
     return {"training": 1 - sum(shares.values()), **shares}

@@ -1,4 +1,5 @@
 """Sums to means, counted FLOPs, and the peak they are held against."""
+
 import functools
 import importlib
 import math
@@ -6,10 +7,10 @@ import time
 from typing import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tqdm
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from llm.core import flatten
 from llm.models import precision
@@ -17,6 +18,7 @@ from llm.models.heads import Model
 from llm.models.precision import Precision
 from llm.models.transformer import head_width_of, padded_vocab
 from llm.training import hardware
+
 
 def means(history: list[dict]) -> dict[str, float]:
   """(sum, weight) pairs of several steps -> one mean each.
@@ -35,7 +37,9 @@ def means(history: list[dict]) -> dict[str, float]:
   return out
 
 
-def bootstrap(summary: Callable, outcomes: dict[str, np.ndarray], draws: int = 1000) -> dict[str, tuple[float, float]]:
+def bootstrap(
+  summary: Callable, outcomes: dict[str, np.ndarray], draws: int = 1000
+) -> dict[str, tuple[float, float]]:
   """95% percentile intervals of each figure of `summary`, by drawing records again (Efron 1979).
 
   {} where there are no outcomes by record.
@@ -61,9 +65,14 @@ def dot_flops(jaxpr) -> float:
       (contracted, _), _ = eqn.params["dimension_numbers"]
       depth = np.prod([eqn.invars[0].aval.shape[i] for i in contracted])
       total += 2.0 * depth * np.prod(eqn.outvars[0].aval.shape)
-    times = {"scan": lambda p: p["length"], "pallas_call": lambda p: math.prod(p["grid_mapping"].grid),
-             "shard_map": lambda p: p["mesh"].size}.get(eqn.primitive.name, lambda p: 1)(eqn.params)
-    for value in jax.tree.leaves(eqn.params, is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")):
+    times = {
+      "scan": lambda p: p["length"],
+      "pallas_call": lambda p: math.prod(p["grid_mapping"].grid),
+      "shard_map": lambda p: p["mesh"].size,
+    }.get(eqn.primitive.name, lambda p: 1)(eqn.params)
+    for value in jax.tree.leaves(
+      eqn.params, is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")
+    ):
       inner = getattr(value, "jaxpr", value)
       if hasattr(inner, "eqns"):
         total += times * dot_flops(inner)
@@ -85,7 +94,7 @@ def model_flops(model: Model, params, batch, *, causal: bool) -> float:
   if causal or encodes:
     rows, length = batch["decoder_tokens" if encodes else "tokens"].shape
     cfg = model.backbone.config
-    forward -= 2.0 * rows * length ** 2 * cfg.num_heads * head_width_of(cfg) * cfg.num_layers
+    forward -= 2.0 * rows * length**2 * cfg.num_heads * head_width_of(cfg) * cfg.num_layers
   return 3.0 * forward
 
 
@@ -121,7 +130,7 @@ def _matmul_ceiling(mesh: Mesh, types: Precision, size: int = 1024) -> float:
   for _ in range(5):
     start = time.perf_counter()
     multiply(a, b).block_until_ready()
-    best = max(best, 2.0 * size ** 3 * mesh.size / (time.perf_counter() - start))
+    best = max(best, 2.0 * size**3 * mesh.size / (time.perf_counter() - start))
   return best
 
 

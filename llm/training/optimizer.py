@@ -1,4 +1,5 @@
 """AdamW and Adafactor with a schedule, decay and learning rates by path."""
+
 import re
 
 import jax
@@ -22,15 +23,21 @@ def schedule(config: OptimizerConfig, learning_rate, steps: int, warmup: int):
   `learning_rate`, `steps` and `warmup` may be traced. The rate of step 0 is one warm-up step above 0. rsqrt is
   learning_rate sqrt(warmup / max(step, warmup)): with 0.01 and 10,000 that of T5 (Raffel et al. 2020, section 3.1.2).
   """
+
   def rate(step):
     if config.schedule == "rsqrt":
-      return learning_rate * jnp.sqrt(jnp.maximum(warmup, 1) / jnp.maximum(step, jnp.maximum(warmup, 1)))
+      return learning_rate * jnp.sqrt(
+        jnp.maximum(warmup, 1) / jnp.maximum(step, jnp.maximum(warmup, 1))
+      )
     rising = jnp.minimum((step + 1) / jnp.maximum(warmup, 1), 1.0)
     progress = jnp.clip((step - warmup) / jnp.maximum(steps - warmup, 1), 0.0, 1.0)
-    falling = {"linear": 1.0 - progress,
-               "cosine": 0.1 + 0.45 * (1.0 + jnp.cos(jnp.pi * progress)),
-               "constant": 1.0}[config.schedule]
+    falling = {
+      "linear": 1.0 - progress,
+      "cosine": 0.1 + 0.45 * (1.0 + jnp.cos(jnp.pi * progress)),
+      "constant": 1.0,
+    }[config.schedule]
     return learning_rate * jnp.where(step < warmup, rising, falling)
+
   return rate
 
 
@@ -55,7 +62,7 @@ def multipliers(config: OptimizerConfig, trained: dict, num_layers: int) -> dict
     if config.layer_decay != 1.0 and path.startswith("backbone/"):
       layer = re.search(r"/layers/(\d+)/", path)
       above = num_layers - int(layer[1]) if layer else 1 if "final_norm" in path else num_layers + 1
-      value *= config.layer_decay ** above
+      value *= config.layer_decay**above
     for rule, times in rules:
       if rule.search(path):
         used.add(rule)
@@ -65,7 +72,9 @@ def multipliers(config: OptimizerConfig, trained: dict, num_layers: int) -> dict
   factors = partition.by_layer(trained, factor)
   for rule, _ in rules:
     if rule not in used:
-      raise UserError(f"config.optimizer.multipliers: {rule.pattern!r} matches no trained parameter")
+      raise UserError(
+        f"config.optimizer.multipliers: {rule.pattern!r} matches no trained parameter"
+      )
   return factors
 
 
@@ -81,14 +90,27 @@ def a_matrix_at_a_time(inner: optax.GradientTransformation) -> optax.GradientTra
 
   Over a path -> array dict.
   """
+
   def apart(leaves):
-    stacked = {p: x.reshape(x.shape[0], *_matrix_shape(p, x.shape[1:])) for p, x in leaves.items() if STACKED in p}
-    return stacked, {p: x.reshape(_matrix_shape(p, x.shape)) for p, x in leaves.items() if STACKED not in p}
+    stacked = {
+      p: x.reshape(x.shape[0], *_matrix_shape(p, x.shape[1:]))
+      for p, x in leaves.items()
+      if STACKED in p
+    }
+    return stacked, {
+      p: x.reshape(_matrix_shape(p, x.shape)) for p, x in leaves.items() if STACKED not in p
+    }
 
   def init(params):
     stacked, single = apart(params)
-    by_count = {n: {p: x for p, x in stacked.items() if len(x) == n} for n in {len(x) for x in stacked.values()}}
-    return {**{str(n): jax.vmap(inner.init)(part) for n, part in by_count.items()}, "single": inner.init(single)}
+    by_count = {
+      n: {p: x for p, x in stacked.items() if len(x) == n}
+      for n in {len(x) for x in stacked.values()}
+    }
+    return {
+      **{str(n): jax.vmap(inner.init)(part) for n, part in by_count.items()},
+      "single": inner.init(single),
+    }
 
   def update(updates, state, params):
     (stacked, single), (stacked_params, single_params) = apart(updates), apart(params)
@@ -106,15 +128,28 @@ def a_matrix_at_a_time(inner: optax.GradientTransformation) -> optax.GradientTra
 def _scaling(config: OptimizerConfig) -> optax.GradientTransformation:
   """Gradients -> updates of the right size for a rate of 1."""
   if config.name == "adamw":
-    return optax.scale_by_adam(config.beta1, config.beta2, config.epsilon, mu_dtype=config.moment_dtype)
+    return optax.scale_by_adam(
+      config.beta1, config.beta2, config.epsilon, mu_dtype=config.moment_dtype
+    )
   # Adafactor as T5 used it: no momentum, second moments in factors, updates clipped, steps relative to
   # the parameters (Shazeer and Stern 2018, algorithm 4, sections 6 and 8).
-  return a_matrix_at_a_time(optax.chain(
-      optax.scale_by_factored_rms(decay_rate=0.8), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()))
+  return a_matrix_at_a_time(
+    optax.chain(
+      optax.scale_by_factored_rms(decay_rate=0.8),
+      optax.clip_by_block_rms(1.0),
+      optax.scale_by_param_block_rms(),
+    )
+  )
 
 
-def make(config: OptimizerConfig, trained: dict, num_layers: int, steps: int,
-         learning_rate=None, warmup: int | None = None) -> optax.GradientTransformation:
+def make(
+  config: OptimizerConfig,
+  trained: dict,
+  num_layers: int,
+  steps: int,
+  learning_rate=None,
+  warmup: int | None = None,
+) -> optax.GradientTransformation:
   """AdamW (Loshchilov and Hutter 2019) or Adafactor over the trained parameters, a path -> array dict.
 
   Gradients are clipped by their global norm, AdamW's moments bias-corrected, decay decoupled and scaled by
@@ -123,14 +158,23 @@ def make(config: OptimizerConfig, trained: dict, num_layers: int, steps: int,
   try:
     no_decay = re.compile(config.no_decay) if config.no_decay else None
   except re.error as error:
-    raise UserError(f"config.optimizer.no_decay={config.no_decay!r} is no regular expression: {error}")
+    raise UserError(
+      f"config.optimizer.no_decay={config.no_decay!r} is no regular expression: {error}"
+    )
   decays = {path: not (no_decay and no_decay.search(path)) for path in trained}
   factors = multipliers(config, trained, num_layers)
-  rate = schedule(config, config.learning_rate if learning_rate is None else learning_rate, steps,
-                  warmup_steps(config, steps) if warmup is None else warmup)
+  rate = schedule(
+    config,
+    config.learning_rate if learning_rate is None else learning_rate,
+    steps,
+    warmup_steps(config, steps) if warmup is None else warmup,
+  )
   parts = [optax.clip_by_global_norm(config.grad_clip_norm)] if config.grad_clip_norm else []
   parts += [_scaling(config), optax.add_decayed_weights(config.weight_decay, mask=decays)]
   if any(np.any(f != 1.0) for f in factors.values()):
-    parts.append(optax.stateless(lambda updates, _: jax.tree.map(
-        lambda u, f: u * jnp.asarray(f, u.dtype), updates, factors)))
+    parts.append(
+      optax.stateless(
+        lambda updates, _: jax.tree.map(lambda u, f: u * jnp.asarray(f, u.dtype), updates, factors)
+      )
+    )
   return optax.chain(*parts, optax.scale_by_learning_rate(rate))

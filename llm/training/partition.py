@@ -2,6 +2,7 @@
 
 A leaf whose layers are partly frozen is split along its layer axis.
 """
+
 import re
 from typing import Callable
 
@@ -31,14 +32,20 @@ def frozen_layers(params: Params, freeze: str) -> dict[str, list[bool]]:
     rule = re.compile(freeze) if freeze else None
   except re.error as error:
     raise UserError(f"config.optimizer.freeze={freeze!r} is no regular expression: {error}")
-  marks = {path: [bool(rule and rule.search(p)) for p in virtual_paths(path, leaf)]
-           for path, leaf in leaves.items()}
+  marks = {
+    path: [bool(rule and rule.search(p)) for p in virtual_paths(path, leaf)]
+    for path, leaf in leaves.items()
+  }
   count = sum(map(sum, marks.values()))
   if freeze and count == 0:
-    raise UserError(f"config.optimizer.freeze={freeze!r} matches no parameter; "
-                    "`python -m llm.show sharding --config=...` lists the paths")
+    raise UserError(
+      f"config.optimizer.freeze={freeze!r} matches no parameter; "
+      "`python -m llm.show sharding --config=...` lists the paths"
+    )
   if count == sum(map(len, marks.values())):
-    raise UserError(f"config.optimizer.freeze={freeze!r} matches every parameter: nothing is left to train")
+    raise UserError(
+      f"config.optimizer.freeze={freeze!r} matches every parameter: nothing is left to train"
+    )
   return marks
 
 

@@ -1,4 +1,5 @@
 """The training step as a compiled program for devices that need not be here: memory, FLOPs, traffic, bounds."""
+
 import collections
 import dataclasses
 import re
@@ -20,13 +21,21 @@ def explicit(experiment: Experiment, topology: hardware.Topology) -> Experiment:
   """The experiment with what follows the platform set to what it is on that one, not on this machine. Raises UserError."""
   config, there = experiment.config, topology.chip is not None
   transformer.check_platform(config.model, "tpu" if there else "cpu")
-  cannot = transformer.cannot("splash", config.model, config.training.sequence_length, config.mesh.context, True)
-  choices = {"dtype": "bfloat16" if there else "float32", "scan": "scan" if there else "unroll",
-             "attention": "splash" if there and not cannot else "reference"}
+  cannot = transformer.cannot(
+    "splash", config.model, config.training.sequence_length, config.mesh.context, True
+  )
+  choices = {
+    "dtype": "bfloat16" if there else "float32",
+    "scan": "scan" if there else "unroll",
+    "attention": "splash" if there and not cannot else "reference",
+  }
   unset = {key: value for key, value in choices.items() if getattr(config.model, key) == "auto"}
   model = dataclasses.replace(config.model, **unset)
-  return dataclasses.replace(experiment, config=dataclasses.replace(config, model=model),
-                             model=experiment_lib.build(experiment.objective, model))
+  return dataclasses.replace(
+    experiment,
+    config=dataclasses.replace(config, model=model),
+    model=experiment_lib.build(experiment.objective, model),
+  )
 
 
 def lowered(experiment: Experiment, mesh) -> jax.stages.Lowered:
@@ -34,10 +43,18 @@ def lowered(experiment: Experiment, mesh) -> jax.stages.Lowered:
   planned = start.plan(experiment, mesh)
   one = experiment.batches.read(0, range(1))
   rows, split = experiment.batches.batch_size, sharding.batch_sharding(mesh)
-  batch = {key: jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype, sharding=split)
-           for key, array in one.items()}
-  step = step_lib.jitted_train_step(experiment.model, experiment.objective, planned.optimizer, planned.marks,
-                                    experiment.config.optimizer.grad_accum_steps, jax.tree.map(lambda s: s.sharding, planned.state))
+  batch = {
+    key: jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype, sharding=split)
+    for key, array in one.items()
+  }
+  step = step_lib.jitted_train_step(
+    experiment.model,
+    experiment.objective,
+    planned.optimizer,
+    planned.marks,
+    experiment.config.optimizer.grad_accum_steps,
+    jax.tree.map(lambda s: s.sharding, planned.state),
+  )
   with jax.set_mesh(mesh):
     return step.trace(planned.state, batch, np.int32(0))
 
@@ -46,21 +63,28 @@ def _advice(config: Config, rows: int, devices: int) -> list[str]:
   """What makes a step smaller, the cheapest first."""
   out = []
   if config.mesh.fsdp == 1:
-    out.append(f"--config.mesh.fsdp={devices // config.mesh.tensor // config.mesh.context} --config.mesh.data=1 splits parameters "
-               "and optimizer state")
+    out.append(
+      f"--config.mesh.fsdp={devices // config.mesh.tensor // config.mesh.context} --config.mesh.data=1 splits parameters "
+      "and optimizer state"
+    )
   if config.model.remat == "none":
     out.append("--config.model.remat=full recomputes activations")
   if not config.model.loss_chunk:
     out.append("--config.model.loss_chunk=128 never holds all logits")
   if rows // config.optimizer.grad_accum_steps > devices:
-    out.append(f"--config.optimizer.grad_accum_steps={2 * config.optimizer.grad_accum_steps} works through the batch in parts")
+    out.append(
+      f"--config.optimizer.grad_accum_steps={2 * config.optimizer.grad_accum_steps} works through the batch in parts"
+    )
   return out + ["a smaller --config.training.batch_size", "more devices, or --config.mesh.tensor"]
 
 
 def _held(state) -> dict[str, int]:
   """Bytes of a device by kind, from the shardings."""
   size = lambda tree: sum(map(sharding.device_bytes, jax.tree.leaves(tree)))
-  return {"parameters": size(state.trained) + size(state.frozen), "optimizer state": size(state.opt_state)}
+  return {
+    "parameters": size(state.trained) + size(state.frozen),
+    "optimizer state": size(state.opt_state),
+  }
 
 
 def _link_seconds(exchange: hlo.Collective, topology: hardware.Topology, mesh) -> float:
@@ -74,7 +98,7 @@ def _link_seconds(exchange: hlo.Collective, topology: hardware.Topology, mesh) -
   group = mesh.devices[tuple(place)].ravel()
   if len({getattr(device, "slice_index", 0) for device in group}) > 1:
     return sent / chip.network_bandwidth
-  coords = np.array([device.coords for device in group])[:, :len(chip.torus)]
+  coords = np.array([device.coords for device in group])[:, : len(chip.torus)]
   links = 0
   for column, ring in zip(coords.T, chip.torus):
     span = len(set(column.tolist()))
@@ -86,12 +110,17 @@ def report(experiment: Experiment, topology: hardware.Topology) -> dict:
   """All that is known of the step on a topology, as plain numbers (bytes, seconds, FLOPs), for JSON."""
   config, batch_size = experiment.config, experiment.batches.batch_size
   mesh = hardware.mesh(config.mesh, topology)
-  sharding.check_batch(config.training.batch_size, batch_size, config.optimizer.grad_accum_steps,
-                       mesh)
+  sharding.check_batch(
+    config.training.batch_size, batch_size, config.optimizer.grad_accum_steps, mesh
+  )
   planned = start.plan(experiment, mesh)
-  out = {"topology": topology.name, "devices": mesh.size, "mesh": dict(mesh.shape),
-         "parameters": metrics.count_parameters(planned.params, config.model.vocab_size),
-         "tokens": batch_size * config.training.sequence_length}
+  out = {
+    "topology": topology.name,
+    "devices": mesh.size,
+    "mesh": dict(mesh.shape),
+    "parameters": metrics.count_parameters(planned.params, config.model.vocab_size),
+    "tokens": batch_size * config.training.sequence_length,
+  }
   traced = lowered(experiment, mesh)
   out["model_flops"] = metrics.row_flops(experiment, planned.params) * batch_size
   out["executed_flops"] = metrics.dot_flops(traced.jaxpr.jaxpr)
@@ -100,24 +129,38 @@ def report(experiment: Experiment, topology: hardware.Topology) -> dict:
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    used = (re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", str(error))
-            or re.search(r"temporaries \(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", str(error)))
+    used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", str(error)) or re.search(
+      r"temporaries \(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", str(error)
+    )
     reason = f"{used[1]}iB a device, which has {used[2]}iB" if used else first_line(error)
     return out | {"fits": False, "reason": reason, "advice": _advice(config, batch_size, mesh.size)}
   memory = compiled.memory_analysis()
   held = _held(planned.state)
   # Older compilers do not say when their arrays live: then all at once.
   peak = getattr(memory, "peak_memory_in_bytes", 0) or (
-      memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes)
-  out |= {"fits": True, "memory": {**held, "the rest: activations, gradients, batch": peak - sum(held.values()), "peak": peak}}
+    memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes
+    + memory.temp_size_in_bytes
+  )
+  out |= {
+    "fits": True,
+    "memory": {
+      **held,
+      "the rest: activations, gradients, batch": peak - sum(held.values()),
+      "peak": peak,
+    },
+  }
   exchanges = hlo.collectives(compiled.as_text(), mesh)
   totals = collections.defaultdict(lambda: [0.0, 0.0])
   for one in exchanges:
     total = totals[one.kind, one.axes]
     total[0] += one.sent * one.times
     total[1] += _link_seconds(one, topology, mesh) if topology.chip else 0.0
-  out["collectives"] = [{"kind": kind, "axes": axes, "bytes": sent, "seconds": seconds}
-                        for (kind, axes), (sent, seconds) in sorted(totals.items(), key=lambda item: -item[1][0])]
+  out["collectives"] = [
+    {"kind": kind, "axes": axes, "bytes": sent, "seconds": seconds}
+    for (kind, axes), (sent, seconds) in sorted(totals.items(), key=lambda item: -item[1][0])
+  ]
   return out | _bounds(out, memory, topology)
 
 
@@ -132,10 +175,22 @@ def _bounds(found: dict, memory, topology: hardware.Topology) -> dict:
   by_axis = collections.Counter()
   for one in found["collectives"]:
     by_axis[one["axes"]] += one["seconds"]
-  moved = memory.argument_size_in_bytes + memory.output_size_in_bytes + 2 * memory.temp_size_in_bytes
-  bounds = {"compute": found["executed_flops"] / peak, "memory": moved / topology.chip.memory_bandwidth,
-            **{f"links, {' '.join(axes)}": seconds for axes, seconds in by_axis.most_common()}}
-  on_chip = bounds["compute"], bounds["memory"]   # at once, at best
+  moved = (
+    memory.argument_size_in_bytes + memory.output_size_in_bytes + 2 * memory.temp_size_in_bytes
+  )
+  bounds = {
+    "compute": found["executed_flops"] / peak,
+    "memory": moved / topology.chip.memory_bandwidth,
+    **{f"links, {' '.join(axes)}": seconds for axes, seconds in by_axis.most_common()},
+  }
+  on_chip = bounds["compute"], bounds["memory"]  # at once, at best
   in_turns = sum(bounds.values()) - min(on_chip)
-  return {"bounds": bounds, "binding": max(bounds, key=bounds.get), "mfu_without_overlap": found["model_flops"] / peak / in_turns,
-          "mfu_bounds": {name: found["model_flops"] / peak / seconds if seconds else 1.0 for name, seconds in bounds.items()}}
+  return {
+    "bounds": bounds,
+    "binding": max(bounds, key=bounds.get),
+    "mfu_without_overlap": found["model_flops"] / peak / in_turns,
+    "mfu_bounds": {
+      name: found["model_flops"] / peak / seconds if seconds else 1.0
+      for name, seconds in bounds.items()
+    },
+  }

@@ -1,4 +1,5 @@
 """The training step, the evaluation step and the first state. No task is named here."""
+
 from typing import Callable
 
 import jax
@@ -26,12 +27,15 @@ def init_state(trained: dict, frozen: dict, optimizer: optax.GradientTransformat
 
 def _slices(batch: Batch, count: int) -> Batch:
   """B rows -> count x B/count, each slice taking rows from every device."""
-  return {k: constrain(v.reshape(-1, count, *v.shape[1:]).swapaxes(0, 1), None, BATCH)
-          for k, v in batch.items()}
+  return {
+    k: constrain(v.reshape(-1, count, *v.shape[1:]).swapaxes(0, 1), None, BATCH)
+    for k, v in batch.items()
+  }
 
 
-def train_step(model: Model, objective, optimizer, marks, accum_steps: int,
-               state: TrainState, batch: Batch, seed) -> tuple[TrainState, dict]:
+def train_step(
+  model: Model, objective, optimizer, marks, accum_steps: int, state: TrainState, batch: Batch, seed
+) -> tuple[TrainState, dict]:
   """One update. Gradients are taken of the trained parameters alone.
 
   Losses are divided by the weights of the whole global batch, so the result does not depend on the
@@ -49,18 +53,23 @@ def train_step(model: Model, objective, optimizer, marks, accum_steps: int,
   if accum_steps == 1:
     grads, metrics = gradient(state.trained, batch, rng)
   else:
+
     def accumulate(carry, part_and_number):
       part, number = part_and_number
       new = gradient(state.trained, part, jax.random.fold_in(rng, number))
       return jax.tree.map(jnp.add, carry, new), None
+
     parts = _slices(batch, accum_steps)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(
-        gradient, state.trained, jax.tree.map(lambda x: x[0], parts), rng))
+    zeros = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype),
+      jax.eval_shape(gradient, state.trained, jax.tree.map(lambda x: x[0], parts), rng),
+    )
     (grads, metrics), _ = jax.lax.scan(accumulate, zeros, (parts, jnp.arange(accum_steps)))
   updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
   metrics["grad_norm"] = (optax.global_norm(grads), jnp.ones(()))
-  return TrainState(state.step + 1, optax.apply_updates(state.trained, updates), state.frozen,
-                    opt_state), metrics
+  return TrainState(
+    state.step + 1, optax.apply_updates(state.trained, updates), state.frozen, opt_state
+  ), metrics
 
 
 def one_at_a_time(compiled: Callable) -> Callable:
@@ -73,20 +82,31 @@ def one_at_a_time(compiled: Callable) -> Callable:
 
 def jitted_train_step(model: Model, objective, optimizer, marks, accum_steps: int, placed):
   """jitted (state, batch, seed) -> (state, metrics). The old state's memory is given to the new, which lies as `placed` says."""
-  return jax.jit(lambda state, batch, seed: train_step(
-      model, objective, optimizer, marks, accum_steps, state, batch, seed), donate_argnums=0, out_shardings=(placed, None))
+  return jax.jit(
+    lambda state, batch, seed: train_step(
+      model, objective, optimizer, marks, accum_steps, state, batch, seed
+    ),
+    donate_argnums=0,
+    out_shardings=(placed, None),
+  )
 
 
-def make_train_step(model: Model, objective, optimizer, marks, accum_steps: int, placed) -> Callable:
+def make_train_step(
+  model: Model, objective, optimizer, marks, accum_steps: int, placed
+) -> Callable:
   """The same, on CPU one at a time."""
   return one_at_a_time(jitted_train_step(model, objective, optimizer, marks, accum_steps, placed))
 
 
 def make_eval_step(model: Model, objective, marks) -> Callable:
   """jitted (trained, frozen, batch) -> (metrics, predictions), without dropout."""
+
   def evaluate(trained, frozen, batch):
     params = partition.merge(trained, frozen, marks)
     outputs = model.apply({"params": params}, batch, train=False)
-    return (objective.loss(outputs, batch, objective.totals(batch))[1],
-            objective.predict(outputs, batch))
+    return (
+      objective.loss(outputs, batch, objective.totals(batch))[1],
+      objective.predict(outputs, batch),
+    )
+
   return one_at_a_time(jax.jit(evaluate))

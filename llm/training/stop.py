@@ -1,4 +1,5 @@
 """Signals: a run that is asked to stop saves first, on all processes at one step."""
+
 import contextlib
 import dataclasses
 import signal
@@ -19,6 +20,7 @@ class Stop:
   Of many processes, one that gets SIGTERM has all stop at the same poll: JAX listens, and they agree. SIGINT ends such a
   process at once; launch/local.sh sends SIGTERM for it.
   """
+
   signal: int = 0
   polls: int = 0
 
@@ -33,11 +35,15 @@ class Stop:
   @contextlib.contextmanager
   def listening(self):
     """Catches the signals; a second one ends the process at once."""
+
     def catch(number, frame):
       if self.signal:
         raise KeyboardInterrupt
       self.signal = number
-      print(f"\n{signal.Signals(number).name}: saving, then stopping ...", file=sys.stderr, flush=True)
+      print(
+        f"\n{signal.Signals(number).name}: saving, then stopping ...", file=sys.stderr, flush=True
+      )
+
     if jax.distributed.is_initialized():
       yield
       return

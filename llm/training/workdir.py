@@ -1,4 +1,5 @@
 """The workdir of a run: whose it is, and the records that stand in it."""
+
 import contextlib
 import fcntl
 import importlib.metadata
@@ -21,18 +22,43 @@ from llm.core import UserError
 from llm.data import cache
 
 # What may differ between a run and its continuation.
-MAY_CHANGE = {"data.prefetch", "data.workers", "data.cache", "mesh", "model.scan", "model.remat", "model.loss_chunk",
-              *(f"training.{k}" for k in ("steps", "epochs", "log_every", "eval_every", "eval_batches",
-                                          "save_every", "keep", "keep_best", "profile"))}
+MAY_CHANGE = {
+  "data.prefetch",
+  "data.workers",
+  "data.cache",
+  "mesh",
+  "model.scan",
+  "model.remat",
+  "model.loss_chunk",
+  *(
+    f"training.{k}"
+    for k in (
+      "steps",
+      "epochs",
+      "log_every",
+      "eval_every",
+      "eval_batches",
+      "save_every",
+      "keep",
+      "keep_best",
+      "profile",
+    )
+  ),
+}
 
 
 def _revision() -> dict:
   """The source revision and whether the working tree was clean; unknown outside a checkout."""
   root = pathlib.Path(__file__).resolve().parents[2]
-  git = lambda *args: subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True)
+  git = lambda *args: subprocess.run(
+    ["git", "-C", str(root), *args], capture_output=True, text=True
+  )
   try:
     head = git("rev-parse", "HEAD")
-    return {"revision": head.stdout.strip() or "unknown", "clean": not git("status", "--porcelain").stdout}
+    return {
+      "revision": head.stdout.strip() or "unknown",
+      "clean": not git("status", "--porcelain").stdout,
+    }
   except OSError:
     return {"revision": "unknown", "clean": None}
 
@@ -40,7 +66,9 @@ def _revision() -> dict:
 def write_json(path: epath.Path, value):
   """Written whole or not at all, by process 0."""
   if jax.process_index() == 0:
-    scratch = path if core.is_bucket(path) else path.with_suffix(".tmp")   # in a bucket a file is whole or not there
+    scratch = (
+      path if core.is_bucket(path) else path.with_suffix(".tmp")
+    )  # in a bucket a file is whole or not there
     scratch.write_text(json.dumps(value, indent=1))
     if scratch != path:
       scratch.replace(path)
@@ -48,11 +76,25 @@ def write_json(path: epath.Path, value):
 
 def run_record() -> dict:
   """run.json: what ran where."""
-  packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
-  return {"command": sys.argv, **_revision(), "python": platform.python_version(),
-          "versions": {p: importlib.metadata.version(p) for p in packages},
-          "devices": [str(d) for d in jax.devices()], "processes": jax.process_count(),
-          "xla_flags": os.environ.get("XLA_FLAGS", "")}
+  packages = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "numpy",
+    "sentencepiece",
+  )
+  return {
+    "command": sys.argv,
+    **_revision(),
+    "python": platform.python_version(),
+    "versions": {p: importlib.metadata.version(p) for p in packages},
+    "devices": [str(d) for d in jax.devices()],
+    "processes": jax.process_count(),
+    "xla_flags": os.environ.get("XLA_FLAGS", ""),
+  }
 
 
 def _differences(old: dict, new: dict) -> list[str]:
@@ -71,18 +113,24 @@ def agree(config: Config, workdir: epath.Path):
   if jax.process_count() == 1:
     return
   from jax.experimental import multihost_utils
+
   told = cache.digest(json.dumps(config_lib.thaw(config), sort_keys=True), str(workdir))
   digests = multihost_utils.process_allgather(np.frombuffer(bytes.fromhex(told), np.uint8))
   if different := [n for n, other in enumerate(digests) if (other != digests[0]).any()]:
-    raise UserError(f"process {different[0]} was started with another config or --workdir than process 0: start all with the same")
+    raise UserError(
+      f"process {different[0]} was started with another config or --workdir than process 0: start all with the same"
+    )
 
 
 @contextlib.contextmanager
 def locked(workdir: epath.Path):
   """The workdir, made if need be, is this run's while it lasts. Raises UserError where another run has it."""
-  if core.is_bucket(workdir):   # its folders are names
+  if core.is_bucket(workdir):  # its folders are names
     if not jax.process_index():
-      print(f"{workdir} cannot be locked, for it is a bucket: see to it that no other run uses it", file=sys.stderr)
+      print(
+        f"{workdir} cannot be locked, for it is a bucket: see to it that no other run uses it",
+        file=sys.stderr,
+      )
     yield
     return
   try:
@@ -94,9 +142,14 @@ def locked(workdir: epath.Path):
       if not jax.process_index():
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      raise UserError(f"another run is at work in {workdir}: choose another --workdir, or stop it first")
-    except OSError as error:   # not every shared file system knows locks
-      print(f"{workdir} cannot be locked ({error.strerror}): see to it that no other run uses it", file=sys.stderr)
+      raise UserError(
+        f"another run is at work in {workdir}: choose another --workdir, or stop it first"
+      )
+    except OSError as error:  # not every shared file system knows locks
+      print(
+        f"{workdir} cannot be locked ({error.strerror}): see to it that no other run uses it",
+        file=sys.stderr,
+      )
     yield
 
 
@@ -109,8 +162,10 @@ def claim(workdir: epath.Path, config: Config, go_on: bool):
     except ValueError:
       raise UserError(f"{path} is damaged; --go_on replaces it")
     if found := _differences(old, json.loads(json.dumps(config_lib.thaw(config)))):
-      raise UserError(f"{workdir} holds a run of another config ({'; '.join(found[:4])}): choose another "
-                      "--workdir, or --go_on to go on with the new one")
+      raise UserError(
+        f"{workdir} holds a run of another config ({'; '.join(found[:4])}): choose another "
+        "--workdir, or --go_on to go on with the new one"
+      )
   try:
     write_json(path, config_lib.thaw(config))
   except Exception as error:
@@ -128,10 +183,16 @@ class Growing:
   def __init__(self, workdir: epath.Path):
     self._away = core.is_bucket(workdir)
     self._scratch = tempfile.TemporaryDirectory(prefix="pretune-") if self._away else None
-    self.workdir, self.folder, self._copied = workdir, pathlib.Path(self._scratch.name if self._away else workdir), {}
+    self.workdir, self.folder, self._copied = (
+      workdir,
+      pathlib.Path(self._scratch.name if self._away else workdir),
+      {},
+    )
     metrics = workdir / "metrics.jsonl"
     if self._away and metrics.exists():
-      self._copied[self.folder / metrics.name] = (self.folder / metrics.name).write_bytes(metrics.read_bytes())
+      self._copied[self.folder / metrics.name] = (self.folder / metrics.name).write_bytes(
+        metrics.read_bytes()
+      )
 
   def copy(self):
     """What changed since the last call, to the bucket. What fails is said, and tried again by the next call."""
@@ -141,5 +202,5 @@ class Growing:
         try:
           there.write_bytes(path.read_bytes())
           self._copied[path] = size
-        except Exception as error:   # a log is not worth the run
+        except Exception as error:  # a log is not worth the run
           print(f"{there} cannot be written now: {core.first_line(error)}", file=sys.stderr)
