@@ -72,8 +72,9 @@ def ours(shape, folder, rows, dtype):
   from llm import command
   from llm.checkpoints import families, huggingface
   from llm.data.tokenizer import ByteTokenizer
+  from llm.inference import writer
   from llm.objectives import base
-  from llm.training import experiment, writer
+  from llm.training import experiment
 
   command.start_cpu()
   command.use_compilation_cache()

@@ -23,7 +23,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 from llm import command, sharding
 from llm.config import MeshConfig
 from llm.objectives import base
-from llm.training import metrics, partition
+from llm.runs import metrics
+from llm.training import partition
 from llm.training import step as step_lib
 from tests.test_models import batch_of, model_of, params_of
 

@@ -43,7 +43,7 @@ def loop_of(config, count):
   from llm import config as config_lib
   from llm.data import batches as batches_lib
   from llm.training import experiment as experiment_lib
-  from llm.training import start as start_lib
+  from llm.training import state as state_lib
   from llm.training import step as step_lib
 
   made = experiment_lib.prepare(config_lib.freeze(config), say=lambda *_: None)
@@ -54,7 +54,7 @@ def loop_of(config, count):
   command.use_compilation_cache()
   mesh = sharding.make_mesh(made.config.mesh)
   with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
-    state, optimizer, marks, _ = start_lib.first_state(
+    state, optimizer, marks, _ = state_lib.first_state(
       made, None, pathlib.Path(folder), mesh, lambda *_: None
     )
   train = step_lib.make_train_step(

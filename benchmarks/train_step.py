@@ -82,7 +82,10 @@ def ours(shape, dtype):
   from llm.config import MeshConfig, ModelConfig, OptimizerConfig
   from llm.models import precision
   from llm.objectives import base
-  from llm.training import experiment, metrics, optimizer, partition
+  from llm.training import experiment
+from llm.performance import flops
+  from llm.training import optimizer
+  from llm.training import partition
   from llm.training import step as step_lib
 
   kind, layers, width, heads, vocab, rows, length, _ = shape
@@ -112,8 +115,8 @@ def ours(shape, dtype):
   with jax.set_mesh(mesh):
     init = lambda: step_lib.init_params(model, batch, jax.random.key(0))
     params = jax.jit(init, out_shardings=sharding.shardings(jax.eval_shape(init), mesh))()
-    flops = metrics.model_flops(model, params, batch, causal=kind == "gpt")
-    ceiling, _ = metrics.peak_flops(mesh, precision.of(config))
+    flops = flops.model_flops(model, params, batch, causal=kind == "gpt")
+    ceiling, _ = flops.peak_flops(mesh, precision.of(config))
     marks = partition.frozen_layers(params, "")
     trained, frozen = partition.split(params, marks)
     tx = optimizer.make(OptimizerConfig(), trained, layers, 1000)

@@ -11,7 +11,7 @@ import sys
 
 from absl import flags
 
-from llm import command, core
+from llm import command, storage
 from llm.checkpoints import gguf, huggingface, locate
 from llm.core import UserError
 from llm.data import cache
@@ -28,7 +28,7 @@ _OUTPUT = flags.DEFINE_string("output", None, "The folder to write; must not exi
 def _output() -> pathlib.Path:
   if not _OUTPUT.value:
     raise UserError("--output is missing: the folder to write")
-  if core.is_bucket(_OUTPUT.value):
+  if storage.is_bucket(_OUTPUT.value):
     raise UserError(
       f"--output={_OUTPUT.value}: give a folder of this machine; a checkpoint of ours may be copied to a bucket as it is"
     )

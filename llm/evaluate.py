@@ -22,7 +22,9 @@ from llm.checkpoints import locate
 from llm.config import DataConfig, MeshConfig
 from llm.core import UserError
 from llm.data import answers, batches, sources
-from llm.training import evaluation, metrics, reference, writer
+from llm.inference import writer
+from llm.runs import metrics
+from llm.training import evaluation, reference
 from llm.training import experiment as experiment_lib
 
 _CHECKPOINT = flags.DEFINE_string(

@@ -16,9 +16,9 @@ from absl import flags
 import llm
 from llm import command
 from llm.core import UserError
+from llm.inference.writer import Writer, Written, fill
 from llm.models.decoding import Sampling
 from llm.objectives import chat
-from llm.training.writer import Writer, Written, fill
 
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", None, "A workdir, a step, a folder of transformers, hf:ORG/NAME."

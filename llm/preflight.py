@@ -24,9 +24,10 @@ from absl import flags
 
 from llm import command
 from llm.core import UserError
+from llm.performance import hardware
 from llm.train import read_config
 from llm.training import experiment as experiment_lib
-from llm.training import hardware, program
+from llm.training import program
 
 _TOPOLOGY = flags.DEFINE_string(
   "topology", "", "What to compile for, e.g. v5p:8x8x8, v6e-256, cpu:8."

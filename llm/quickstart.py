@@ -10,7 +10,7 @@ import sys
 
 from absl import flags
 
-from llm import command, core
+from llm import command, storage
 from llm.core import UserError
 from llm.studies import responses, sentiment
 
@@ -27,7 +27,7 @@ _OFFLINE = flags.DEFINE_bool("offline", False, "Fetch nothing: the archives are 
 def _run(study, folder: str):
   if _OFFLINE.value:
     os.environ["PRETUNE_OFFLINE"] = "1"
-  if core.is_bucket(_WORKDIR.value):
+  if storage.is_bucket(_WORKDIR.value):
     raise UserError(f"--workdir={_WORKDIR.value}: give a folder of this machine")
   study.run(
     pathlib.Path(_WORKDIR.value or folder).expanduser().absolute(),

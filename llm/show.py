@@ -12,13 +12,14 @@ import numpy as np
 import tabulate
 from absl import flags
 
-from llm import command, core, sharding
+from llm import command, sharding, storage
 from llm.checkpoints import locate, manager
 from llm.core import UserError, flatten
 from llm.models import transformer
+from llm.performance import hardware
 from llm.train import read_config
 from llm.training import experiment as experiment_lib
-from llm.training import hardware, start
+from llm.training import state as state_lib
 
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", None, "A workdir, its checkpoints folder or one step."
@@ -114,7 +115,7 @@ def show_sharding():
     command.start_cpu(made.config.mesh)
     mesh = sharding.make_mesh(made.config.mesh)
   transformer.check_platform(made.config.model, mesh.devices.flat[0].platform)
-  state = start.plan(made, mesh).state
+  state = state_lib.plan(made, mesh).state
   named = {"params": state.trained, "frozen": state.frozen, "optimizer": state.opt_state}
   rows, total = [], 0
   for path, leaf in jax.tree_util.tree_leaves_with_path(named):
@@ -152,7 +153,7 @@ def show_checkpoint():
   tokenizer = manager.load_tokenizer(step)
   leaves = flatten(manager.restore(step, "params"))
   print(
-    f"{step}: whole by the {'size' if core.is_bucket(step) else 'digest'} of every file, step {description['step']}, "
+    f"{step}: whole by the {'size' if storage.is_bucket(step) else 'digest'} of every file, step {description['step']}, "
     f"objective {description['config']['objective']['name']}"
   )
   print(

@@ -12,7 +12,8 @@ from llm import sharding
 from llm.config import MeshConfig, ModelConfig
 from llm.core import UserError
 from llm.models import attention, cudnn, splash, transformer
-from llm.training import experiment, hardware, loop, program
+from llm.performance import hardware
+from llm.training import experiment, loop, program
 from tests.conftest import tiny
 
 B, T, H, K = 4, 256, 4, 32

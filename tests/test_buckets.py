@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from etils import epath
 
-from llm import core
+from llm import storage
 from llm.checkpoints import locate, manager
 from llm.core import UserError, flatten
-from llm.training import experiment, loop, workdir
+from llm.runs import workdir
+from llm.training import experiment, loop
 from tests import test_processes
 from tests.conftest import tiny
 
@@ -62,7 +63,7 @@ def test_a_run_in_a_bucket(bucket, corpus, tmp_path):
     **more,
   )
   loop.train(constant(training__steps=4), run, say=said.append)
-  folder = core.folder(run)
+  folder = storage.folder(run)
   (
     folder / "checkpoints/4/manifest.json"
   ).unlink()  # as if the machine had gone before the last file
@@ -144,11 +145,11 @@ def test_two_processes_in_a_bucket_are_those_in_a_folder(bucket, corpus, tmp_pat
 
 def test_what_is_no_bucket(bucket, tmp_path):
   with pytest.raises(UserError, match="no such bucket"):
-    core.folder("gs://elsewhere/run")
+    storage.folder("gs://elsewhere/run")
   with pytest.raises(UserError, match="no such checkpoint folder"):
     manager.find(f"{bucket}/nothing")
   for name in ("s3://bucket/run", "gs://"):
     with pytest.raises(UserError, match="gs://BUCKET/FOLDER"):
-      core.folder(name)
+      storage.folder(name)
   with pytest.raises(UserError, match="would be read as a pattern"):
-    core.folder(tmp_path / "lr[3e-4]")
+    storage.folder(tmp_path / "lr[3e-4]")

@@ -13,9 +13,10 @@ from llm import sharding
 from llm.config import MeshConfig
 from llm.core import UserError
 from llm.data import tokenizer as tokenizer_lib
+from llm.inference import writer
 from llm.models import decoding, precision
 from llm.models.decoding import Sampling
-from llm.training import experiment, writer
+from llm.training import experiment
 from tests.test_huggingface import GOLDEN
 from tests.test_models import model_of, params_of
 

@@ -10,7 +10,8 @@ import pytest
 from llm.config import ModelConfig
 from llm.models import bert, build_backbone, gpt, llama, t5
 from llm.objectives import base
-from llm.training import experiment, metrics
+from llm.performance import flops
+from llm.training import experiment
 from llm.training import step as step_lib
 
 SMALL = dict(
@@ -204,7 +205,7 @@ def test_parameter_counts_are_the_published_ones(name, size):
     base.build(base.defaults("masked_lm" if name == "bert" else "causal_lm")), config
   )
   shapes = jax.eval_shape(lambda: step_lib.init_params(model, batch_of(1), jax.random.key(0)))
-  assert metrics.count_parameters(shapes, vocab) == PUBLISHED[name, size]
+  assert flops.count_parameters(shapes, vocab) == PUBLISHED[name, size]
 
 
 def test_padding_of_the_vocabulary_takes_no_probability():

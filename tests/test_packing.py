@@ -15,7 +15,8 @@ from llm.data import documents as documents_lib
 from llm.data import packing, sources
 from llm.data import tokenizer as tokenizer_lib
 from llm.objectives import classification, masked_lm
-from llm.training import evaluation, experiment, loop, metrics
+from llm.runs import metrics
+from llm.training import evaluation, experiment, loop
 from llm.training import step as step_lib
 from tests.conftest import sentences, tiny
 

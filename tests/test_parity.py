@@ -103,7 +103,7 @@ def test_greedy_continuations_are_theirs(name, library):
   import torch
 
   import llm
-  from llm.training import writer
+  from llm.inference import writer
 
   model_class = (
     library.T5ForConditionalGeneration if name.startswith("t5") else library.AutoModelForCausalLM

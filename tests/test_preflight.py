@@ -11,7 +11,8 @@ import pytest
 from llm import sharding
 from llm.config import MeshConfig
 from llm.core import UserError
-from llm.training import experiment, hardware, hlo, metrics, program
+from llm.performance import flops, hardware, hlo
+from llm.training import experiment, program
 from tests.conftest import tiny
 
 B, T = 16, 64
@@ -48,7 +49,7 @@ def traffic(step, mesh):
 @pytest.mark.parametrize("kind", ["gpt", "bert", "t5"])
 def test_scanned_and_unrolled_layers_count_the_same(kind):
   scanned, unrolled = (traced(kind, model__scan=how) for how in ("scan", "unroll"))
-  flops = [metrics.dot_flops(step.jaxpr.jaxpr) for _, _, step in (scanned, unrolled)]
+  flops = [flops.dot_flops(step.jaxpr.jaxpr) for _, _, step in (scanned, unrolled)]
   assert flops[0] == flops[1] > 0
   once, often = (traffic(step, mesh) for _, mesh, step in (scanned, unrolled))
   gathers = [
@@ -72,7 +73,7 @@ def test_flops_are_those_of_the_formula(remat, times):
     remat == "full"
   ):  # nothing needs what the last product of a block gave, nor what the attention gave
     expected -= tokens * cfg.num_layers * 2 * cfg.width * cfg.mlp_dim
-  assert metrics.dot_flops(step.jaxpr.jaxpr) == pytest.approx(expected, rel=1e-3)
+  assert flops.dot_flops(step.jaxpr.jaxpr) == pytest.approx(expected, rel=1e-3)
 
 
 def test_no_whole_stack_no_logits_and_no_batch_is_gathered():
@@ -115,7 +116,7 @@ def test_loops_count_as_often_as_they_run():
     outer = lambda c, _: (jax.lax.scan(inner, c, None, length=5)[0] @ c, None)
     return jax.lax.scan(outer, x, None, length=7)[0]
 
-  assert metrics.dot_flops(jax.make_jaxpr(nested)(np.ones((8, 8)))) == (7 * 5 + 7) * 2 * 8**3
+  assert flops.dot_flops(jax.make_jaxpr(nested)(np.ones((8, 8)))) == (7 * 5 + 7) * 2 * 8**3
   text = jax.jit(nested).lower(np.ones((8, 8), np.float32)).compile().as_text()
   assert sorted(hlo._times(*hlo._computations(text)).values())[-1] >= 35
 
@@ -165,7 +166,7 @@ def test_the_compiler_counts_little_more(kind):
     training__sequence_length=256,
     training__batch_size=8,
   )
-  a_device = metrics.dot_flops(step.jaxpr.jaxpr) / 8
+  a_device = flops.dot_flops(step.jaxpr.jaxpr) / 8
   assert 1.0 <= step.lower().compile().cost_analysis()["flops"] / a_device <= 1.05
 
 

@@ -10,12 +10,15 @@ from llm import config as config_lib
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FLOORS = [
   ("core",),
-  ("config",),
+  ("storage", "config"),
   ("sharding",),
   ("models", "data"),
   ("objectives",),
   ("checkpoints",),
+  ("performance",),
+  ("runs",),
   ("training",),
+  ("inference",),
   ("studies",),
 ]
 

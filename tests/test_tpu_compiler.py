@@ -6,7 +6,8 @@ import jax
 import pytest
 
 from llm import config as config_lib
-from llm.training import experiment, hardware, program
+from llm.performance import hardware
+from llm.training import experiment, program
 from tests.conftest import tiny
 
 pytestmark = pytest.mark.tpu

@@ -22,19 +22,11 @@ from llm.checkpoints import manager
 from llm.config import MeshConfig, OptimizerConfig
 from llm.core import UserError, flatten
 from llm.objectives import base
-from llm.training import (
-  experiment,
-  loop,
-  metrics,
-  optimizer,
-  partition,
-)
-from llm.training import (
-  start as start_lib,
-)
-from llm.training import (
-  step as step_lib,
-)
+from llm.performance import flops
+from llm.runs import metrics
+from llm.training import experiment, loop, optimizer, partition
+from llm.training import state as state_lib
+from llm.training import step as step_lib
 from tests.conftest import tiny
 from tests.test_models import batch_of, model_of, params_of
 
@@ -233,7 +225,7 @@ def test_frozen_parameters_stay_and_cost_no_moments(freeze, corpus, tmp_path):
   made = experiment.prepare(config)
   with jax.set_mesh(sharding.make_mesh(config.mesh)) as mesh:
     mesh = sharding.make_mesh(config.mesh)
-    state, *_ = start_lib.first_state(made, None, tmp_path, mesh, print)
+    state, *_ = state_lib.first_state(made, None, tmp_path, mesh, print)
     before = jax.device_get(state)
   loop.train(config, tmp_path)
   after = flatten(manager.restore(manager.find(tmp_path), "params"))
@@ -268,7 +260,7 @@ def test_flops_are_the_formula():
       head = 2 * 12 * (width**2 + width * 128) + 2 * 4 * (width**2 + 2 * width)
       expected = 3 * (layers * (block + attention) + head)
     params = jax.eval_shape(lambda: params_of(model))
-    assert metrics.model_flops(model, params, batch, causal=name == "gpt") == pytest.approx(
+    assert flops.model_flops(model, params, batch, causal=name == "gpt") == pytest.approx(
       expected, rel=1e-9
     )
 
@@ -306,7 +298,8 @@ jax.config.update("jax_num_cpu_devices", 2)
 from llm import command, config
 command.use_compilation_cache()
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-from llm.training import loop, step
+from llm.training import loop
+from llm.training import step
 from llm.checkpoints import manager
 import llm.data.batches
 {patch}

@@ -76,7 +76,8 @@ from llm import command
 from llm.checkpoints import manager
 from llm.studies import responses
 from llm.objectives import chat
-from llm.training import experiment, loop
+from llm.training import experiment
+from llm.training import loop
 work = pathlib.Path(sys.argv[1])
 command.start_cpu()
 command.use_compilation_cache()

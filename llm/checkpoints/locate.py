@@ -9,7 +9,7 @@ import pathlib
 import jax
 from etils import epath
 
-from llm import core
+from llm import storage
 from llm.checkpoints import gguf, huggingface, manager
 from llm.core import UserError
 from llm.data import cache, embedded
@@ -27,7 +27,7 @@ def foreign(name: str, cache_folder: pathlib.Path) -> pathlib.Path | None:
 def find(name: str | pathlib.PurePath, say=print, cache_folder: str = "") -> epath.Path:
   """The step folder. Raises UserError where there is none, or it is damaged or not supported."""
   kept = cache.cache_dir(cache_folder)
-  if core.is_bucket(name):
+  if storage.is_bucket(name):
     return manager.find(name, say)
   path = foreign(str(name), kept) or pathlib.Path(name).expanduser().absolute()
   if path.is_file():

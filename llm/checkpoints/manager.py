@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from llm import core
+from llm import core, storage
 from llm.core import Params, UserError
 from llm.data import cache
 from llm.data import tokenizer as tokenizer_lib
@@ -42,12 +42,12 @@ def _files(folder: epath.Path) -> Iterator[epath.Path]:
 
 def _size(path: epath.Path) -> int:
   # epath would also look up the name of a local file's owner, who may have none.
-  return path.stat().length if core.is_bucket(path) else os.path.getsize(path)
+  return path.stat().length if storage.is_bucket(path) else os.path.getsize(path)
 
 
 def write_manifest(folder: epath.Path):
   """Size and digest of every file of a step."""
-  told = lambda path: "" if core.is_bucket(path) else cache.file_digest(path)
+  told = lambda path: "" if storage.is_bucket(path) else cache.file_digest(path)
   entries = {str(path.relative_to(folder)): [_size(path), told(path)] for path in _files(folder)}
   (folder / MANIFEST).write_text(json.dumps(entries, indent=0))
 
@@ -71,7 +71,7 @@ def verify(folder: epath.Path):
       raise Damaged(f"{folder}: {name} is missing")
     if (found := _size(path)) != size:
       raise Damaged(f"{folder}: {name} has {found} bytes, {size} were written")
-    if digest and not core.is_bucket(path) and cache.file_digest(path) != digest:
+    if digest and not storage.is_bucket(path) and cache.file_digest(path) != digest:
       raise Damaged(f"{folder}: {name} is damaged (its SHA-256 is not the one that was written)")
 
 
@@ -97,7 +97,7 @@ def newest_valid(root: epath.Path, say=print) -> epath.Path | None:
 
 def find(path: str | pathlib.PurePath, say=print) -> epath.Path:
   """A workdir, its checkpoints/ or one step -> a verified step folder. Raises UserError."""
-  path = core.folder(path)
+  path = storage.folder(path)
   if not path.is_dir():
     raise UserError(f"{path}: no such checkpoint folder")
   if (path / MANIFEST).exists() or path.name.isdigit() and path.parent.name == "checkpoints":
@@ -151,7 +151,7 @@ class Manager:
     keep_best: str,
     tokenizer: tokenizer_lib.Tokenizer,
   ):
-    self.root = core.folder(workdir) / "checkpoints"
+    self.root = storage.folder(workdir) / "checkpoints"
     self.root.mkdir(parents=True, exist_ok=True)
     self.keep, self.tokenizer = keep, tokenizer
     self.best_mode, _, self.best_metric = keep_best.partition(":")
@@ -209,7 +209,7 @@ class Manager:
         if kept
         else "no earlier checkpoint is seen"
       )
-      + ("" if core.is_bucket(self.root) else "; free space and start again")
+      + ("" if storage.is_bucket(self.root) else "; free space and start again")
     )
 
   def _whole(self) -> list[int]:

@@ -22,11 +22,12 @@ from llm.checkpoints import locate, manager
 from llm.config import MeshConfig, TransferConfig
 from llm.data import cache as cache_lib
 from llm.data import embedded, sources
+from llm.inference.writer import Writer
 from llm.objectives import base, chat
+from llm.runs import metrics
+from llm.runs.log import duration
 from llm.studies import plots
-from llm.training import evaluation, experiment, loop, metrics
-from llm.training.log import duration
-from llm.training.writer import Writer
+from llm.training import evaluation, experiment, loop
 
 LENGTH = 512  # holds nearly all prompts with their replies
 HELD_OUT = "embedded:alpaca[test]"

@@ -23,11 +23,11 @@ from llm.checkpoints import locate, manager, transfer
 from llm.config import DataConfig, MeshConfig, TransferConfig
 from llm.data import sources
 from llm.objectives import base, classification
+from llm.runs.log import duration
 from llm.studies import label_efficiency, plots
 from llm.studies.label_efficiency import Setting
 from llm.training import experiment, loop
 from llm.training import step as step_lib
-from llm.training.log import duration
 
 LENGTH = 40  # holds most review sentences whole
 BATCH_SIZE = 32  # of fine-tuning

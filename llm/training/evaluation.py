@@ -8,8 +8,8 @@ import numpy as np
 from llm import sharding
 from llm.core import flatten
 from llm.data import batches as batches_lib
+from llm.runs import metrics as metrics_lib
 from llm.training import experiment as experiment_lib
-from llm.training import metrics as metrics_lib
 from llm.training import step as step_lib
 
 

@@ -10,21 +10,21 @@ from typing import Callable
 import jax
 import numpy as np
 
-from llm import core, sharding
+from llm import sharding, storage
 from llm.checkpoints import manager
 from llm.config import Config
 from llm.core import UserError
 from llm.data import batches as batches_lib
 from llm.models import precision, transformer
+from llm.performance import flops
+from llm.runs import workdir as workdir_lib
+from llm.runs.log import Log, duration
+from llm.runs.meter import Meter
+from llm.runs.stop import Stop, Stopped
 from llm.training import evaluation, partition, reference
 from llm.training import experiment as experiment_lib
-from llm.training import metrics as metrics_lib
-from llm.training import start as start_lib
+from llm.training import state as state_lib
 from llm.training import step as step_lib
-from llm.training import workdir as workdir_lib
-from llm.training.log import Log, duration
-from llm.training.meter import Meter
-from llm.training.stop import Stop, Stopped
 
 
 def _header(experiment, mesh, params: int, origin: str, start: int, say):
@@ -80,7 +80,7 @@ def train(
   use_devices(mesh config): called before JAX is first used. Raises UserError on bad input and
   Stopped after a signal, both with everything saved.
   """
-  workdir = core.folder(workdir)
+  workdir = storage.folder(workdir)
   stop = Stop()
   with stop.listening():
     seen = manager.steps(workdir / "checkpoints")
@@ -137,7 +137,7 @@ def _train(experiment, own, workdir, mesh, stop: Stop, say) -> dict:
   config, objective = experiment.config, experiment.objective
   training, steps = config.training, config.training.steps
   began = time.time()
-  state, optimizer, marks, origin = start_lib.first_state(experiment, own, workdir, mesh, say)
+  state, optimizer, marks, origin = state_lib.first_state(experiment, own, workdir, mesh, say)
   start = int(state.step)
   _say_extension(own, config, start, say)
   train_step = step_lib.make_train_step(
@@ -150,7 +150,7 @@ def _train(experiment, own, workdir, mesh, stop: Stop, say) -> dict:
   )
   eval_step = step_lib.make_eval_step(experiment.model, objective, marks)
   params = jax.eval_shape(lambda: partition.merge(state.trained, state.frozen, marks))
-  count = metrics_lib.count_parameters(params, config.model.vocab_size)
+  count = flops.count_parameters(params, config.model.vocab_size)
   workdir_lib.write_json(workdir / "run.json", workdir_lib.run_record())
   _header(experiment, mesh, count, origin, start, say)
   mfu_of_pace = _mfu(experiment, params, mesh, say)
@@ -263,8 +263,8 @@ def _due(step: int, every: int, last: bool) -> bool:
 
 def _mfu(experiment, params, mesh, say) -> Callable[[float], float]:
   """A function from (real) tokens a second to the share of the peak that the model's FLOPs are."""
-  peak, source = metrics_lib.peak_flops(mesh, precision.of(experiment.config.model))
-  a_row = metrics_lib.row_flops(experiment, params)
+  peak, source = flops.peak_flops(mesh, precision.of(experiment.config.model))
+  a_row = flops.row_flops(experiment, params)
   a_step = a_row * experiment.batches.batch_size
   say(f"peak        {peak / 1e9:,.0f} GFLOP/s ({source}), {a_step / 1e9:,.1f} GFLOP a step")
   return lambda pace: a_step / experiment.batches.tokens() * pace / peak

@@ -11,8 +11,9 @@ from llm import sharding
 from llm.config import Config
 from llm.core import first_line
 from llm.models import transformer
+from llm.performance import flops, hardware, hlo
 from llm.training import experiment as experiment_lib
-from llm.training import hardware, hlo, metrics, start
+from llm.training import state as state_lib
 from llm.training import step as step_lib
 from llm.training.experiment import Experiment
 
@@ -40,7 +41,7 @@ def explicit(experiment: Experiment, topology: hardware.Topology) -> Experiment:
 
 def lowered(experiment: Experiment, mesh) -> jax.stages.Lowered:
   """The step, traced for a mesh; nothing is allocated."""
-  planned = start.plan(experiment, mesh)
+  planned = state_lib.plan(experiment, mesh)
   one = experiment.batches.read(0, range(1))
   rows, split = experiment.batches.batch_size, sharding.batch_sharding(mesh)
   batch = {
@@ -113,17 +114,17 @@ def report(experiment: Experiment, topology: hardware.Topology) -> dict:
   sharding.check_batch(
     config.training.batch_size, batch_size, config.optimizer.grad_accum_steps, mesh
   )
-  planned = start.plan(experiment, mesh)
+  planned = state_lib.plan(experiment, mesh)
   out = {
     "topology": topology.name,
     "devices": mesh.size,
     "mesh": dict(mesh.shape),
-    "parameters": metrics.count_parameters(planned.params, config.model.vocab_size),
+    "parameters": flops.count_parameters(planned.params, config.model.vocab_size),
     "tokens": batch_size * config.training.sequence_length,
   }
   traced = lowered(experiment, mesh)
-  out["model_flops"] = metrics.row_flops(experiment, planned.params) * batch_size
-  out["executed_flops"] = metrics.dot_flops(traced.jaxpr.jaxpr)
+  out["model_flops"] = flops.row_flops(experiment, planned.params) * batch_size
+  out["executed_flops"] = flops.dot_flops(traced.jaxpr.jaxpr)
   try:
     compiled = traced.lower().compile()
   except jax.errors.JaxRuntimeError as error:

@@ -39,7 +39,8 @@ def ours():
   from llm.checkpoints import transfer
   from llm.config import MeshConfig, TransferConfig
   from llm.studies import classical, label_efficiency
-  from llm.training import experiment, step
+  from llm.training import experiment
+  from llm.training import step
   train, test, objective, (params, config, _), _ = splits()
   one = {k: v[:1] for k, v in train.arrays.items()}
   fresh = step.init_params(experiment.build(objective, config.model), one, jax.random.key(0))

@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from llm import config as config_lib
-from llm import core
+from llm import core, storage
 from llm.config import Config
 from llm.core import UserError
 from llm.data import cache
@@ -67,7 +67,7 @@ def write_json(path: epath.Path, value):
   """Written whole or not at all, by process 0."""
   if jax.process_index() == 0:
     scratch = (
-      path if core.is_bucket(path) else path.with_suffix(".tmp")
+      path if storage.is_bucket(path) else path.with_suffix(".tmp")
     )  # in a bucket a file is whole or not there
     scratch.write_text(json.dumps(value, indent=1))
     if scratch != path:
@@ -125,7 +125,7 @@ def agree(config: Config, workdir: epath.Path):
 @contextlib.contextmanager
 def locked(workdir: epath.Path):
   """The workdir, made if need be, is this run's while it lasts. Raises UserError where another run has it."""
-  if core.is_bucket(workdir):  # its folders are names
+  if storage.is_bucket(workdir):  # its folders are names
     if not jax.process_index():
       print(
         f"{workdir} cannot be locked, for it is a bucket: see to it that no other run uses it",
@@ -169,7 +169,7 @@ def claim(workdir: epath.Path, config: Config, go_on: bool):
   try:
     write_json(path, config_lib.thaw(config))
   except Exception as error:
-    if not core.is_bucket(workdir):
+    if not storage.is_bucket(workdir):
       raise
     raise UserError(f"{workdir} cannot be written: {core.first_line(error)}")
 
@@ -181,7 +181,7 @@ class Growing:
   """
 
   def __init__(self, workdir: epath.Path):
-    self._away = core.is_bucket(workdir)
+    self._away = storage.is_bucket(workdir)
     self._scratch = tempfile.TemporaryDirectory(prefix="pretune-") if self._away else None
     self.workdir, self.folder, self._copied = (
       workdir,

@@ -1,14 +1,12 @@
-"""Sums to means, counted FLOPs, and the peak they are held against."""
+"""The FLOPs of a model, counted in its traced program, and the peak that they are held against."""
 
 import functools
 import importlib
 import math
 import time
-from typing import Callable
 
 import jax
 import numpy as np
-import tqdm
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -17,42 +15,7 @@ from llm.models import precision
 from llm.models.heads import Model
 from llm.models.precision import Precision
 from llm.models.transformer import head_width_of, padded_vocab
-from llm.training import hardware
-
-
-def means(history: list[dict]) -> dict[str, float]:
-  """(sum, weight) pairs of several steps -> one mean each.
-
-  `loss` is the sum of the terms called *_loss where an objective has several.
-  """
-  totals = {}
-  for metrics in history:
-    for name, (value, weight) in metrics.items():
-      sums = totals.setdefault(name, [0.0, 0.0])
-      sums[0] += float(value)
-      sums[1] += float(weight)
-  out = {name: value / weight if weight else 0.0 for name, (value, weight) in totals.items()}
-  if "loss" not in out:
-    out = {"loss": sum(v for k, v in out.items() if k.endswith("_loss")), **out}
-  return out
-
-
-def bootstrap(
-  summary: Callable, outcomes: dict[str, np.ndarray], draws: int = 1000
-) -> dict[str, tuple[float, float]]:
-  """95% percentile intervals of each figure of `summary`, by drawing records again (Efron 1979).
-
-  {} where there are no outcomes by record.
-  """
-  if not outcomes:
-    return {}
-  count, rng = len(next(iter(outcomes.values()))), np.random.default_rng(0)
-  found = []
-  for _ in tqdm.tqdm(range(draws), desc="bootstrap", unit=" draws", disable=None, leave=False):
-    drawn = rng.integers(count, size=count)
-    found.append(summary({name: values[drawn] for name, values in outcomes.items()}))
-  bounds = lambda name: np.nanpercentile([f[name] for f in found], [2.5, 97.5])
-  return {name: tuple(float(b) for b in bounds(name)) for name in found[0]}
+from llm.performance import hardware
 
 
 def dot_flops(jaxpr) -> float:

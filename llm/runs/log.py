@@ -9,7 +9,7 @@ import time
 import jax
 import tqdm
 
-from llm.training.workdir import Growing
+from llm.runs.workdir import Growing
 
 COPY_EVERY = 60  # seconds between two copies of the lines to a bucket
 

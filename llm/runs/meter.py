@@ -9,7 +9,7 @@ import time
 import jax
 
 from llm.core import UserError
-from llm.training import metrics as metrics_lib
+from llm.runs import metrics as metrics_lib
 
 
 def _check_finite(history: list[dict], first: int):

@@ -14,10 +14,10 @@ from llm import config as config_lib
 from llm import sharding
 from llm.checkpoints import adapters, manager, transfer, vocabulary
 from llm.core import TrainState, UserError, flatten
+from llm.runs import workdir as workdir_lib
 from llm.training import optimizer as optimizer_lib
 from llm.training import partition
 from llm.training import step as step_lib
-from llm.training import workdir as workdir_lib
 
 # What adapters leave frozen where config.optimizer.freeze does not say: the backbone, not the head.
 ALL_BUT_ADAPTERS = r"^backbone/(?!.*/lora_[ab]$)"
