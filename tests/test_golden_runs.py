@@ -1,0 +1,42 @@
+"""Runs that an earlier revision left half done: old configs and checkpoints load, and go on as they would have."""
+
+import importlib.util
+import json
+import pathlib
+import shutil
+
+import pytest
+
+from llm import config as config_lib
+from llm.training import experiment, loop
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+EXPECTED = json.loads((GOLDEN / "runs" / "expected.json").read_text())
+
+
+def _maker():
+  """tests/golden/make_runs.py, which is no module of the package."""
+  spec = importlib.util.spec_from_file_location("make_runs", GOLDEN / "make_runs.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+  shutil.copytree(GOLDEN / "runs", tmp_path / "runs")
+  monkeypatch.chdir(tmp_path / "runs")
+  return tmp_path / "runs"
+
+
+@pytest.mark.parametrize("name", ["bert", "classifier", "t5"])
+def test_an_old_run_goes_on(name, runs):
+  config = config_lib.freeze(json.loads((runs / name / "config.json").read_text()))
+  loop.train(config, runs / name, say=lambda text: None)
+  lines = [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
+  losses = {str(line["step"]): line["loss"] for line in lines if line["step"] > 3}
+  assert losses == pytest.approx(EXPECTED["losses"][name], rel=1e-4)
+
+
+def test_batches_are_those_of_before(runs):
+  assert _maker().batch_digests() == EXPECTED["batches"]
