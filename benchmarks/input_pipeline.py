@@ -34,7 +34,7 @@ def main():
     ("span_corruption", span_corruption.Objective(), "t5", 128, 16),
   ):
     made = objective.rows(source, vocabulary, data, ModelConfig(name=kind), length)
-    batches = Batches([made], [1.0], objective.example, rows, 0)
+    batches = Batches([made], [1.0], rows, 0)
     batches[0]
     steps, start = 0, time.perf_counter()
     while time.perf_counter() - start < 2.0:

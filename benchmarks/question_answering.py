@@ -60,7 +60,7 @@ def ours(options):
       dtype="float32",
     ),
   )
-  made = batches.Batches([rows], [1.0], objective.example, options.rows, 0)
+  made = batches.Batches([rows], [1.0], options.rows, 0)
   mesh = sharding.make_mesh(MeshConfig())
   with jax.set_mesh(mesh):
     params = step_lib.init_params(model, made[0], jax.random.key(0))

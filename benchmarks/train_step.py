@@ -82,10 +82,8 @@ def ours(shape, dtype):
   from llm.config import MeshConfig, ModelConfig, OptimizerConfig
   from llm.models import precision
   from llm.objectives import base
-  from llm.training import experiment
-from llm.performance import flops
-  from llm.training import optimizer
-  from llm.training import partition
+  from llm.performance import flops
+  from llm.training import experiment, optimizer, partition
   from llm.training import step as step_lib
 
   kind, layers, width, heads, vocab, rows, length, _ = shape
@@ -108,14 +106,14 @@ from llm.performance import flops
     base.defaults({"gpt": "causal_lm", "bert": "masked_lm", "t5": "span_corruption"}[kind])
   )
   model, batch, mesh = (
-    experiment.build(objective, config),
+    experiment.build(objective, config, trains=True),
     make_batch(kind, vocab, rows, length),
     sharding.make_mesh(MeshConfig()),
   )
   with jax.set_mesh(mesh):
     init = lambda: step_lib.init_params(model, batch, jax.random.key(0))
     params = jax.jit(init, out_shardings=sharding.shardings(jax.eval_shape(init), mesh))()
-    flops = flops.model_flops(model, params, batch, causal=kind == "gpt")
+    of_step = flops.model_flops(model, params, batch, config)
     ceiling, _ = flops.peak_flops(mesh, precision.of(config))
     marks = partition.frozen_layers(params, "")
     trained, frozen = partition.split(params, marks)
@@ -135,7 +133,7 @@ from llm.performance import flops
         state[0], _ = train(state[0], batch, 0)
       jax.block_until_ready(state[0])
 
-  return {"pretune": run}, flops, ceiling
+  return {"pretune": run}, of_step, ceiling
 
 
 def theirs(shape, dtype):

@@ -1,12 +1,13 @@
-"""Configs: an `ml_collections.ConfigDict` from a file in configs/, turned strictly into dataclasses.
+"""Configs: an `ml_collections.ConfigDict` from a file in configs/, checked and frozen.
 
-The dataclasses below are the whole list of keys, with their defaults and meanings; a key that is
-not here is an error that names the nearest one. Defaults are never None or lists, because
+The dataclasses below are the whole list of keys, with their meanings, defaults and bounds. A key
+that is not here is an error that names the nearest one. Defaults are never None or lists, because
 ml_collections cannot override those from the command line: "" and 0 mean "not set".
 """
 
 import dataclasses
 import difflib
+import math
 from typing import Any, Mapping
 
 import ml_collections
@@ -15,96 +16,188 @@ from llm.core import UserError
 
 
 @dataclasses.dataclass(frozen=True)
+class Bounds:
+  """What a number may be, and which strings a string may be. None and () mean: anything."""
+
+  at_least: float | None = None
+  at_most: float | None = None
+  above: float | None = None
+  below: float | None = None
+  choices: tuple[str, ...] = ()
+
+  def violated_by(self, value: Any) -> str:
+    """What `value` must be where it is not; empty where it is."""
+    if self.choices:
+      known = ", ".join(map(repr, self.choices))
+      return "" if value in self.choices else f"must be one of {known}"
+    if not isinstance(value, int | float):
+      return ""
+    holds = (
+      not math.isnan(value)
+      and (self.at_least is None or value >= self.at_least)
+      and (self.at_most is None or value <= self.at_most)
+      and (self.above is None or value > self.above)
+      and (self.below is None or value < self.below)
+    )
+    return "" if holds else f"must {self}"
+
+  def __str__(self) -> str:
+    if self.above == 0 and self.at_most is None and self.below is None:
+      return "be positive"
+    bounds = {
+      "at least": self.at_least,
+      "above": self.above,
+      "at most": self.at_most,
+      "below": self.below,
+    }
+    parts = [f"{word} {bound:,}" for word, bound in bounds.items() if bound is not None]
+    return f"be {' and '.join(parts) or 'a number'}"
+
+
+def key(default: Any, **bounds: Any) -> Any:
+  """A field of a config or an objective, with the `Bounds` of its values."""
+  return dataclasses.field(default=default, metadata={"bounds": Bounds(**bounds)})
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """The network. In a run with `transfer.checkpoint`, what is not set follows the checkpoint."""
 
-  name: str = ""  # bert, gpt, llama, t5
-  num_layers: int = 0
-  width: int = 0
-  num_heads: int = 0
-  num_kv_heads: int = 0  # heads of keys and values (llama); 0: num_heads
-  head_width: int = 0  # 0: width / num_heads
-  mlp_dim: int = 0
-  vocab_size: int = 0  # 0: the tokenizer's
-  max_length: int = 0  # positions that the model knows
-  dropout: float = -1.0  # -1: as the checkpoint
-  init_std: float = (
-    0.02  # of fresh kernels and embeddings (t5: of embeddings; kernels over sqrt(inputs))
-  )
-  norm_epsilon: float = 0.0  # 0: the architecture's
-  rope_theta: float = 10000.0  # base of the rotary wavelengths (llama)
-  tied: bool = True  # the output layer is the embedding table (untied: llama, t5 v1.1)
-  gated: bool = True  # feed-forward of t5: gated GELU (v1.1), or ReLU (v1.0)
-  lora_rank: int = 0  # of low-rank adapters beside frozen kernels; 0: none
-  lora_alpha: float = 16.0  # the adapters' output is scaled by alpha / rank
-  lora_targets: str = "attention/(query|value)$"  # regex of the linear layers that get one
-  lora_dropout: float = 0.0  # of the adapters' input
-  dtype: str = "auto"  # of the computation: float32; bfloat16; bfloat16_operands (of products
-  # alone); auto: what is fastest (models/precision.py)
-  scan: str = "auto"  # scan, unroll; auto: unroll on CPU, scan elsewhere
-  remat: str = "none"  # what a block recomputes in the backward pass: none; dots: all but matrix products with weights;
-  # full: everything
-  attention: str = "auto"  # reference; splash (TPU); cudnn (GPU); auto: splash on TPUs where it can serve, else reference
-  loss_chunk: int = 0  # rows of logits at a time; 0: all at once
+  # A file of llm/models: bert, gpt, ..
+  name: str = ""
+  num_layers: int = key(0, at_least=0)
+  width: int = key(0, at_least=0)
+  num_heads: int = key(0, at_least=0)
+  # Heads of keys and values; 0: num_heads.
+  num_kv_heads: int = key(0, at_least=0)
+  # 0: width / num_heads.
+  head_width: int = key(0, at_least=0)
+  mlp_dim: int = key(0, at_least=0)
+  # 0: the tokenizer's.
+  vocab_size: int = key(0, at_least=0)
+  # The most positions that the model knows.
+  max_length: int = key(0, at_least=0)
+  # -1: as the checkpoint.
+  dropout: float = key(-1.0, below=1)
+  # Standard deviation of fresh kernels and embeddings. Kernels of T5 take it over sqrt(inputs).
+  init_std: float = key(0.02, above=0)
+  # 0: the architecture's.
+  norm_epsilon: float = key(0.0, at_least=0)
+  # Base of the rotary wavelengths, and that of local layers.
+  rope_theta: float = key(10_000.0, above=0)
+  local_rope_theta: float = key(10_000.0, above=0)
+  # Every so many layers sees the whole text, from the first on; 1: all of them do.
+  global_every: int = key(1, at_least=1)
+  # The others see so many tokens, half on each side.
+  window: int = key(0, at_least=0)
+  # The output layer is the embedding table.
+  tied: bool = True
+  # A tied output of T5 is scaled by width ** -0.5, as the published v1.0 is.
+  scaled_output: bool = True
+  # The feed-forward layer of T5: gated GELU (v1.1) or ReLU (v1.0).
+  gated: bool = True
+  # Rank of low-rank adapters beside frozen kernels; 0: none.
+  lora_rank: int = key(0, at_least=0)
+  # The adapters' output is scaled by alpha / rank.
+  lora_alpha: float = key(16.0, above=0)
+  # Regex of the linear layers that get an adapter.
+  lora_targets: str = "attention/(query|value)$"
+  # Dropout of the adapters' input.
+  lora_dropout: float = key(0.0, at_least=0, below=1)
+  # Types of the computation (models/precision.py): bfloat16_operands is that of products alone.
+  # auto takes what is fastest.
+  dtype: str = key("auto", choices=("auto", "float32", "bfloat16", "bfloat16_operands", "float64"))
+  # auto unrolls the layers on CPU and scans them elsewhere.
+  scan: str = key("auto", choices=("auto", "scan", "unroll"))
+  # What a block recomputes in the backward pass. dots: all but matrix products with weights.
+  remat: str = key("none", choices=("none", "dots", "full"))
+  # splash runs on TPUs, cudnn on GPUs. auto takes splash on a TPU where it can serve.
+  attention: str = key("auto", choices=("auto", "reference", "splash", "cudnn"))
+  # Rows of logits at a time; 0: all at once.
+  loss_chunk: int = key(0, at_least=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """Sources are strings: KIND:NAME[SPLIT]@WEIGHT, parted by commas in a mixture."""
+  """Sources are strings: KIND:NAME[SPLIT]@WEIGHT, with commas between those of a mixture."""
 
   train: str = ""
-  eval: str = ""  # "" : no evaluation
-  fields: str = ""  # renames the fields of records: "text=sentence1,text_pair=sentence2"
-  sentences: str = "split"  # how sentences are found in a document: split, lines
-  cache: str = ""  # "" : ~/.cache/pretune, or $PRETUNE_CACHE
-  prefetch: int = 4  # batches made ahead, and as many by each worker
-  workers: int = 0  # processes that make them; 0: a thread of the run's own
+  # "": no evaluation.
+  eval: str = ""
+  # Renames the fields of records: "text=sentence1,text_pair=sentence2".
+  fields: str = ""
+  # How sentences are told apart in a document.
+  sentences: str = key("split", choices=("split", "lines"))
+  # "": $PRETUNE_CACHE, else ~/.cache/pretune.
+  cache: str = ""
+  # Batches prepared ahead, by each worker.
+  prefetch: int = key(4, above=0)
+  # Processes that prepare batches; 0: a thread of the run's own process.
+  workers: int = key(0, at_least=0, at_most=256)
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
   """How text becomes ids. In a run with `transfer.checkpoint`, "" follows the checkpoint."""
 
-  name: str = ""  # sentencepiece, wordpiece, huggingface, bytes
-  path: str = ""  # a .model, vocab.txt or tokenizer.json to load; "" : train one
-  vocab_size: int = 8192  # of a tokenizer that is trained
-  lowercase: bool = True  # of a tokenizer that is trained, or a wordpiece vocabulary
-  sentinels: int = 0  # ids for spans that are cut out (t5: 100), after those of the file
+  name: str = key("", choices=("", "sentencepiece", "wordpiece", "huggingface", "bytes"))
+  # A .model, vocab.txt or tokenizer.json to load; "": one is trained.
+  path: str = ""
+  # Of a tokenizer that is trained.
+  vocab_size: int = key(8192, at_least=0)
+  # Of a tokenizer that is trained, or of a WordPiece vocabulary.
+  lowercase: bool = True
+  # Ids for spans that are cut out (T5: 100), after the pieces of the file.
+  sentinels: int = key(0, at_least=0, at_most=10_000)
 
 
 @dataclasses.dataclass(frozen=True)
 class TransferConfig:
-  """Which parameters of another run are the start of this one (checkpoints/transfer.py)."""
+  """Which parameters of another run this one starts from (checkpoints/transfer.py)."""
 
-  checkpoint: str = (
-    ""  # a workdir, its checkpoints/ or a step; a folder of transformers; hf:NAME; embedded:minilm
-  )
-  skip: tuple = ()  # regexes: stay fresh in this model, are dropped from the checkpoint
-  rename: tuple = ()  # "pattern=>replacement", applied to the checkpoint's paths
-  adapt: tuple = ()  # regexes: may differ in length along one axis: the overlap is copied
-  vocabulary: str = "same"  # same; match: another tokenizer, rows matched by piece and text
+  # A workdir, its checkpoints/ or a step; a folder of transformers; hf:NAME; embedded:minilm.
+  checkpoint: str = ""
+  # Regexes: these stay fresh in this model, and are dropped from the checkpoint.
+  skip: tuple = ()
+  # "pattern=>replacement", applied to the checkpoint's paths.
+  rename: tuple = ()
+  # Regexes: these may differ in length along one axis, and the overlap is copied.
+  adapt: tuple = ()
+  # match: the checkpoint has another tokenizer; rows are matched by piece and text.
+  vocabulary: str = key("same", choices=("same", "match"))
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
   """The optimizer and its schedule."""
 
-  name: str = "adamw"  # adamw, adafactor
-  learning_rate: float = 1e-4
-  schedule: str = "linear"  # after the warm-up: linear (to 0), cosine (to a tenth), constant; rsqrt (t5): constant,
-  # then falling with the root of the step, without a rise
-  warmup_steps: int = -1  # -1: a tenth of the run
-  beta1: float = 0.9  # of adamw, as the next two
+  name: str = key("adamw", choices=("adamw", "adafactor", "muon"))
+  learning_rate: float = key(1e-4, at_least=0)
+  # After the warm-up: linear falls to 0, cosine to a tenth; wsd is constant and falls to 0 in the
+  # last `decay_share` of the run. rsqrt (T5) has no rise: it is constant through the warm-up and
+  # then falls with the root of the step.
+  schedule: str = key("linear", choices=("linear", "cosine", "constant", "rsqrt", "wsd"))
+  # -1: a tenth of the run.
+  warmup_steps: int = key(-1, at_least=-1)
+  # Of the schedule wsd: the share of the steps in which the rate falls.
+  decay_share: float = key(0.1, above=0, at_most=1)
+  # Of adamw: beta1, beta2, epsilon and the type of the first moment.
+  beta1: float = 0.9
   beta2: float = 0.999
-  epsilon: float = 1e-6
-  moment_dtype: str = "float32"  # of adamw's first moment: float32, bfloat16
-  weight_decay: float = 0.01
-  no_decay: str = r"bias$|scale$"  # regex of paths without decay
-  grad_clip_norm: float = 1.0  # 0: no clipping
-  grad_accum_steps: int = 1
-  freeze: str = ""  # regex of paths that are not trained
-  multipliers: tuple = ()  # "regex=0.1" : learning rate of these paths, the first match counts
-  layer_decay: float = 1.0  # multiplies the rate once for every layer below the head
+  epsilon: float = key(1e-6, above=0)
+  moment_dtype: str = key("float32", choices=("float32", "bfloat16"))
+  weight_decay: float = key(0.01, at_least=0)
+  # Regex of paths without decay.
+  no_decay: str = r"bias$|scale$"
+  # 0: no clipping.
+  grad_clip_norm: float = key(1.0, at_least=0)
+  grad_accum_steps: int = key(1, above=0)
+  # Regex of paths that are not trained.
+  freeze: str = ""
+  # "regex=0.1": factor on the learning rate of these paths; the first match counts.
+  multipliers: tuple = ()
+  # Multiplies the rate once for every layer below the head.
+  layer_decay: float = key(1.0, above=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,26 +208,35 @@ class MeshConfig:
   fsdp: int = 1
   tensor: int = 1
   context: int = 1
-  slices: int = 1  # of TPU pods joined by a data-centre network: part of `data`
+  # TPU slices joined by a data-centre network: part of `data`.
+  slices: int = key(1, above=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
   """Length and rhythm of a run. All counts are global, not per device."""
 
-  steps: int = 0
-  epochs: float = 0.0  # of the training rows, in place of steps
-  batch_size: int = 32  # examples: rows of text where a model learns to write or to fill in;
-  # labelled texts and questions, of which several share a row
-  sequence_length: int = 128
-  seed: int = 0
-  log_every: int = 50
-  eval_every: int = 0  # 0: at the end only
-  eval_batches: int = 0  # 0: the whole evaluation source
-  save_every: int = 0  # 0: at the end only
-  keep: int = 2  # newest checkpoints that stay
-  keep_best: str = ""  # "max:accuracy", "min:loss": one more stays, the best
-  profile: str = ""  # "10:15" : a profile of the steps from 10 to 15
+  steps: int = key(0, at_least=0)
+  # Of the training rows, in place of steps.
+  epochs: float = key(0.0, at_least=0)
+  # Examples: rows of text where a model learns to write or to fill in; labelled texts and
+  # questions, of which several share a row.
+  batch_size: int = key(32, above=0)
+  sequence_length: int = key(128, above=0, at_most=2**24)
+  seed: int = key(0, at_least=0)
+  log_every: int = key(50, above=0)
+  # 0: at the end only.
+  eval_every: int = key(0, at_least=0)
+  # 0: the whole evaluation source.
+  eval_batches: int = key(0, at_least=0)
+  # 0: at the end only.
+  save_every: int = key(0, at_least=0)
+  # The newest checkpoints that stay.
+  keep: int = key(2, above=0)
+  # "max:accuracy", "min:loss": the best checkpoint stays too.
+  keep_best: str = ""
+  # "10:15": a profile of the steps from 10 to 15.
+  profile: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,63 +275,6 @@ ELSEWHERE = {
   "gradient_accumulation_steps": "optimizer.grad_accum_steps",
 }
 
-CHOICES = {
-  "optimizer.schedule": ("linear", "cosine", "constant", "rsqrt"),
-  "optimizer.name": ("adamw", "adafactor"),
-  "optimizer.moment_dtype": ("float32", "bfloat16"),
-  "model.dtype": ("auto", "float32", "bfloat16", "bfloat16_operands", "float64"),
-  "model.attention": ("auto", "reference", "splash", "cudnn"),
-  "model.scan": ("auto", "scan", "unroll"),
-  "model.remat": ("none", "dots", "full"),
-  "model.name": ("", "bert", "gpt", "llama", "t5"),
-  "data.sentences": ("split", "lines"),
-  "transfer.vocabulary": ("same", "match"),
-  "tokenizer.name": ("", "sentencepiece", "wordpiece", "huggingface", "bytes"),
-}
-
-NON_NEGATIVE = {
-  "num_layers",
-  "width",
-  "num_heads",
-  "num_kv_heads",
-  "head_width",
-  "norm_epsilon",
-  "lora_rank",
-  "lora_dropout",
-  "mlp_dim",
-  "vocab_size",
-  "max_length",
-  "loss_chunk",
-  "steps",
-  "epochs",
-  "log_every",
-  "eval_every",
-  "eval_batches",
-  "save_every",
-  "sentinels",
-  "workers",
-  "learning_rate",
-  "weight_decay",
-  "grad_clip_norm",
-  "seed",
-}
-POSITIVE = {
-  "batch_size",
-  "sequence_length",
-  "grad_accum_steps",
-  "keep",
-  "slices",
-  "prefetch",
-  "log_every",
-  "layer_decay",
-  "epsilon",
-  "rope_theta",
-  "init_std",
-  "lora_alpha",
-}
-
-AT_MOST = {"sentinels": 10_000, "sequence_length": 2**24, "workers": 256}
-
 
 def unknown_key(where: str, key: str, known) -> UserError:
   """The error for a key that does not exist, naming what was probably meant."""
@@ -257,31 +302,28 @@ def _checked(value, default, where: str):
   return value
 
 
-def build(cls, mapping: Mapping[str, Any], where: str):
-  """mapping -> cls(**mapping), every key known and of the type of its default.
+def build(cls: type, mapping: Mapping[str, Any], where: str) -> Any:
+  """mapping -> cls(**mapping), every key known, of the type of its default and within its bounds.
 
   Raises UserError naming the key, what was expected, and the nearest known key.
   """
   known = {f.name: f.default for f in dataclasses.fields(cls)}
   if not isinstance(mapping, Mapping):
     raise UserError(f"{where} must be a group of keys, not {mapping!r}")
-  for key in mapping:
-    if key not in known:
-      raise unknown_key(where, key, known)
-  values = {k: _checked(v, known[k], f"{where}.{k}") for k, v in mapping.items()}
-  group = where.removeprefix("config.")
-  for key, value in values.items():
-    if (choices := CHOICES.get(f"{group}.{key}")) and value not in choices:
-      raise UserError(
-        f"{where}.{key} must be one of {', '.join(map(repr, choices))}, not {value!r}"
-      )
-    if key in POSITIVE and value <= 0 or key in NON_NEGATIVE and value < 0 or value != value:
-      raise UserError(
-        f"{where}.{key} must be {'positive' if key in POSITIVE else 'at least 0'}, not {value!r}"
-      )
-    if key in AT_MOST and value > AT_MOST[key]:
-      raise UserError(f"{where}.{key} must be at most {AT_MOST[key]:,}, not {value!r}")
-  return cls(**values)
+  for name in mapping:
+    if name not in known:
+      raise unknown_key(where, name, known)
+  group = cls(**{k: _checked(v, known[k], f"{where}.{k}") for k, v in mapping.items()})
+  check_bounds(group, where)
+  return group
+
+
+def check_bounds(group: Any, where: str):
+  """Raises UserError naming the first field of a dataclass that is outside its bounds."""
+  for field in dataclasses.fields(group):
+    value = getattr(group, field.name)
+    if problem := field.metadata.get("bounds", Bounds()).violated_by(value):
+      raise UserError(f"{where}.{field.name} {problem}, not {value!r}")
 
 
 def freeze(config: Mapping[str, Any]) -> Config:

@@ -30,6 +30,7 @@ from flax import traverse_util
 
 Batch = dict[str, jax.Array]
 Params = dict[str, Any]
+Leaves = dict[str, jax.Array]  # parameters by their path
 
 STACKED = "/layers/"  # in the path of a leaf that holds all layers of a stack, along its first axis
 

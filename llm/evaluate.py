@@ -23,6 +23,7 @@ from llm.config import DataConfig, MeshConfig
 from llm.core import UserError
 from llm.data import answers, batches, sources
 from llm.inference import writer
+from llm.objectives import base
 from llm.runs import metrics
 from llm.training import evaluation, reference
 from llm.training import experiment as experiment_lib
@@ -42,13 +43,6 @@ _CONFIG = config_flags.DEFINE_config_dict(
     }
   ),
 )
-
-
-def _source(data: DataConfig) -> sources.Source:
-  source, *more = sources.parse(data.eval, data)
-  if more:
-    raise UserError("config.data.eval must be one source")
-  return source
 
 
 def _show(figures: dict, intervals: dict, source: str, of: str, count: str):
@@ -72,7 +66,7 @@ def _answers():
   data = dataclasses.replace(DataConfig(), **{k: v for k, v in _CONFIG.value.data.items() if v})
   if not data.eval:
     raise UserError("--predictions needs the questions: --config.data.eval=squad:FILE.json")
-  source = _source(data)
+  source = sources.parse_one(data.eval, data)
   outcomes = answers.of_file(pathlib.Path(_PREDICTIONS.value), source)
   means = lambda drawn: {name: float(values.mean()) for name, values in drawn.items()}
   _show(
@@ -104,7 +98,7 @@ def main():
     raise UserError(
       "the checkpoint was trained without evaluation data: give --config.data.eval=SOURCE"
     )
-  source = _source(data)
+  source = sources.parse_one(data.eval, data)
   rows = saved.objective.eval_rows(
     source, saved.tokenizer, data, saved.config.model, training.sequence_length
   )
@@ -118,9 +112,11 @@ def main():
       reference.predictor(saved.config, saved.objective, saved.tokenizer, batch_size, mesh, print),
     )
     bundle = experiment_lib.load(step)
-    figures, predictions = evaluation.of_checkpoint(bundle, saved.objective, rows, batch_size, mesh)
+    figures, predictions = evaluation.of_checkpoint(
+      bundle, saved.objective, rows, training.sequence_length, batch_size, mesh
+    )
   outcomes = saved.objective.outcomes(predictions, rows)
-  if hasattr(saved.objective, "written"):
+  if isinstance(saved.objective, base.Writes):
     outcomes |= saved.objective.written(writer.in_batches(bundle, training.batch_size), rows)
   _show(
     {**figures, **saved.objective.summary(outcomes)},

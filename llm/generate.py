@@ -14,11 +14,13 @@ import tabulate
 from absl import flags
 
 import llm
-from llm import command
+from llm import command, models
 from llm.core import UserError
-from llm.inference.writer import Writer, Written, fill
+from llm.inference.filling import fill
+from llm.inference.writer import Writer, Written
 from llm.models.decoding import Sampling
-from llm.objectives import chat
+from llm.objectives import base, chat
+from llm.training.experiment import Bundle
 
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", None, "A workdir, a step, a folder of transformers, hf:ORG/NAME."
@@ -62,11 +64,18 @@ def _prompts() -> list[str]:
   return prompts
 
 
+def _template(bundle: Bundle) -> chat.Template:
+  """The chat template of a checkpoint, ready to render."""
+  source = chat.template_of(base.build(bundle.config.objective), bundle.tokenizer)
+  return chat.Template(source, bundle.tokenizer.special.get("bos", ""))
+
+
 def _asked(bundle, prompts: list[str]) -> list:
   """Prompts as a checkpoint wants them: one of chat gets the ids of each as a user's turn of its template."""
-  if bundle.config.objective["name"] not in ("chat", "preference"):
+  objective = base.build(bundle.config.objective)
+  if not objective.chat_template():
     return prompts
-  template = chat.template_of(bundle.config.objective, bundle.tokenizer)
+  template = _template(bundle)
   return [
     template.opening([{"role": "user", "content": prompt}], bundle.tokenizer) for prompt in prompts
   ]
@@ -74,13 +83,13 @@ def _asked(bundle, prompts: list[str]) -> list:
 
 def _chat(bundle, sampling: Sampling):
   """Reads turns from the terminal and answers them, the text appearing as it is written; ends with the input."""
-  if not chat.source_of(bundle.config.objective, bundle.tokenizer):
+  if not chat.template_of(base.build(bundle.config.objective), bundle.tokenizer):
     raise UserError(
       "--chat needs a checkpoint of configs/finetune_chat.py, or one that came with a chat template; "
       "--prompt continues any text"
     )
   template, writer, turns = (
-    chat.template_of(bundle.config.objective, bundle.tokenizer),
+    _template(bundle),
     Writer(bundle),
     [],
   )
@@ -127,7 +136,7 @@ def main():
   if _CHAT.value:
     return _chat(llm.load(_CHECKPOINT.value), sampling)
   bundles = {name: llm.load(name) for name in (_CHECKPOINT.value, _COMPARE.value) if name}
-  if bundles[_CHECKPOINT.value].config.model.name == "bert":
+  if models.facts(bundles[_CHECKPOINT.value].config.model).kind == "encoder":
     for prompt in prompts:
       for number, found in enumerate(fill(bundles[_CHECKPOINT.value], prompt), 1):
         print(f"mask {number}: " + ", ".join(f"{piece} {odds:.1%}" for piece, odds in found))

@@ -10,18 +10,15 @@ import json
 import os
 import pathlib
 
-import jax
-import numpy as np
-import tqdm
 from absl import flags
 
-from llm import command, sharding
-from llm.checkpoints import locate, manager
-from llm.config import DataConfig, MeshConfig
+from llm import command
+from llm.checkpoints import locate
+from llm.config import DataConfig
 from llm.core import UserError
-from llm.data import batches as batches_lib
 from llm.data import sources
-from llm.training import experiment as experiment_lib
+from llm.inference.labeller import Labeller
+from llm.objectives import base
 
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", None, "A workdir, its checkpoints folder or one step."
@@ -35,55 +32,25 @@ _INPUT = flags.DEFINE_string(
 )
 _OUTPUT = flags.DEFINE_string("output", None, "Where what was found goes.")
 
-BATCH_SIZE = 32
-
-
-def predict(step: pathlib.Path, records: list[dict]):
-  """(objective, predictions, rows) of records, by a verified step: what its `results` are made of."""
-  saved = experiment_lib.from_checkpoint(step)
-  objective = saved.objective
-  if not hasattr(objective, "results"):
-    raise UserError(
-      f"{step} was trained for {saved.config.objective['name']}, which labels no text: "
-      "fine-tune it with configs/finetune_classification.py or finetune_qa.py first"
-    )
-  rows = objective.encode(
-    records, saved.tokenizer, saved.config.model, saved.config.training.sequence_length
-  )
-  mesh = sharding.make_mesh(MeshConfig())
-  with jax.set_mesh(mesh):
-    params = manager.restore(step, "params")
-    params = jax.device_put(params, sharding.shardings(params, mesh))
-    forward = jax.jit(
-      lambda p, b: objective.predict(saved.model.apply({"params": p}, b, train=False), b)
-    )
-    found = [
-      jax.device_get(forward(params, batch))
-      for batch in tqdm.tqdm(
-        batches_lib.passes(rows, objective.example, BATCH_SIZE, mesh),
-        desc="predicting",
-        total=-(-len(rows) // BATCH_SIZE),
-        unit=" batches",
-        disable=None,
-      )
-    ]
-  return objective, {k: np.concatenate([f[k] for f in found])[: len(rows)] for k in found[0]}, rows
-
 
 def _records() -> list[dict]:
-  if sum(v is not None for v in (_TEXT.value, _QUESTION.value, _INPUT.value)) != 1:
+  """The records that the flags ask about. Raises UserError where they do not fit one another."""
+  if _INPUT.value is not None:
+    if not _OUTPUT.value:
+      raise UserError("--input needs --output, the file to write")
+    if any(flag.value is not None for flag in (_TEXT, _TEXT_PAIR, _QUESTION, _CONTEXT)):
+      raise UserError("--input holds the records: give no --text, --question or --context with it")
+    source = _INPUT.value if _INPUT.value.startswith("squad:") else f"jsonl:{_INPUT.value}"
+    return list(sources.parse_one(source, DataConfig()).records())
+  if (_QUESTION.value is None) != (_CONTEXT.value is None):
+    raise UserError("--question needs --context, the text that holds the answer, and the reverse")
+  if (_TEXT.value is None) == (_QUESTION.value is None):
     raise UserError("give either --text, or --question with --context, or --input with --output")
   if _QUESTION.value is not None:
-    if not _CONTEXT.value:
-      raise UserError("--question needs --context, the text that holds the answer")
-    return [{"text": _CONTEXT.value, "question": _QUESTION.value}]
-  if _TEXT.value is not None:
-    pair = {} if _TEXT_PAIR.value is None else {"text_pair": _TEXT_PAIR.value}
-    return [{"text": _TEXT.value, **pair}]
-  if not _OUTPUT.value:
-    raise UserError("--input needs --output, the file to write")
-  source = _INPUT.value if _INPUT.value.startswith("squad:") else f"jsonl:{_INPUT.value}"
-  return list(sources.parse(source, DataConfig())[0].records())
+    return [{"question": _QUESTION.value, "text": _CONTEXT.value}]
+  if _TEXT_PAIR.value is not None:
+    return [{"text": _TEXT.value, "text_pair": _TEXT_PAIR.value}]
+  return [{"text": _TEXT.value}]
 
 
 def _write(records, results, path: pathlib.Path):
@@ -102,19 +69,30 @@ def main():
   records = _records()
   step = locate.find(_CHECKPOINT.value)
   command.start_cpu()
-  objective, predictions, rows = predict(step, records)
-  results = objective.results(predictions, rows)
+  labeller = Labeller(step)
+  for record in records:
+    labeller.check(record)
+  predictions, rows = labeller.label(records)
+  results = labeller.objective.results(predictions, rows)
   if not _OUTPUT.value:
     print(json.dumps(results[0], ensure_ascii=False))
     return
   output = pathlib.Path(_OUTPUT.value)
   if _INPUT.value.startswith("squad:"):
-    objective.write(predictions, rows, output)
+    _write_answers(labeller, predictions, rows, output)
   else:
     scratch = output.with_name(output.name + ".tmp")
     _write(records, results, scratch)
     os.replace(scratch, output)
   print(f"{len(results)} records labelled in {output}")
+
+
+def _write_answers(
+  labeller: Labeller, predictions: base.Predictions, rows: base.Rows, output: pathlib.Path
+):
+  if not isinstance(labeller.objective, base.Answers):
+    raise UserError(f"--input=squad:FILE holds questions, which {labeller.name} does not answer")
+  labeller.objective.write(predictions, rows, output)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from absl import flags
 from llm import command, sharding, storage
 from llm.checkpoints import locate, manager
 from llm.core import UserError, flatten
-from llm.models import transformer
+from llm.data.tokenizer import Tokenizer
+from llm.objectives import base
 from llm.performance import hardware
 from llm.train import read_config
 from llm.training import experiment as experiment_lib
@@ -35,7 +36,7 @@ def _decoded(tokenizer, ids) -> str:
   return " ".join(tokenizer.pieces[int(i)] for i in ids)
 
 
-def render_row(batch: dict, row: int, tokenizer, classes=()) -> str:
+def render_row(batch: dict, row: int, tokenizer: Tokenizer, objective: base.Objective) -> str:
   """One row in words: its documents, what is masked and how, their labels, what bears loss."""
   part = {k: v[row] for k, v in batch.items()}
   segments = part["segments"]
@@ -85,8 +86,7 @@ def render_row(batch: dict, row: int, tokenizer, classes=()) -> str:
     answer = part["tokens"][part["starts"][number] : part["ends"][number] + 1]
     lines.append(f"  answer in document {number + 1}: {_decoded(tokenizer, answer)}")
   for number in np.flatnonzero(part.get("label_weights", ())):
-    label = part["labels"][number]
-    label = classes[int(label)] if classes else float(label)
+    label = objective.label_name(part["labels"][number])
     lines.append(f"  label of document {number + 1}: {label}")
   return "\n".join(lines)
 
@@ -98,10 +98,7 @@ def show_batch():
   batch = made.batches.read(_STEP.value, range(count))
   print(f"batch {_STEP.value}, {count} of {made.batches.batch_size} rows")
   for row in range(count):
-    print(
-      f"row {row}: "
-      + render_row(batch, row, made.tokenizer, getattr(made.objective, "classes", ()))
-    )
+    print(f"row {row}: " + render_row(batch, row, made.tokenizer, made.objective))
 
 
 def show_sharding():
@@ -114,7 +111,7 @@ def show_sharding():
   else:
     command.start_cpu(made.config.mesh)
     mesh = sharding.make_mesh(made.config.mesh)
-  transformer.check_platform(made.config.model, mesh.devices.flat[0].platform)
+  made = made.on(mesh)
   state = state_lib.plan(made, mesh).state
   named = {"params": state.trained, "frozen": state.frozen, "optimizer": state.opt_state}
   rows, total = [], 0

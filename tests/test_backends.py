@@ -11,7 +11,7 @@ import pytest
 from llm import sharding
 from llm.config import MeshConfig, ModelConfig
 from llm.core import UserError
-from llm.models import attention, cudnn, splash, transformer
+from llm.models import attention, cudnn, resolve, splash
 from llm.performance import hardware
 from llm.training import experiment, loop, program
 from tests.conftest import tiny
@@ -115,19 +115,18 @@ GPT = ModelConfig(name="gpt", dropout=0.0, dtype="bfloat16", width=128, num_head
   ],
 )
 def test_where_one_cannot_serve_is_said(backend, config, length, context, why):
-  assert transformer.cannot(backend, config, length, context, True) == why
+  assert resolve.cannot(backend, config, length, context, True) == why
   asked = dataclasses.replace(config, attention=backend)
   with jax.set_mesh(
     sharding.make_mesh(MeshConfig(data=1, context=context), jax.devices()[:context])
   ):
     if why:
       with pytest.raises(UserError, match=f"attention={backend} cannot serve {why}"):
-        transformer.attention_backend(asked, length, True)
+        resolve.resolved(asked, length, resolve.PLATFORMS[backend], context)
     else:
-      assert transformer.attention_backend(asked, length, True) == backend
-    assert (
-      transformer.attention_backend(config, length, True) == "reference"
-    )  # this is neither TPU nor GPU
+      there = resolve.resolved(asked, length, resolve.PLATFORMS[backend], context)
+      assert there.attention == backend
+    assert resolve.resolved(config, length, "cpu", context).attention == "reference"
 
 
 @pytest.mark.parametrize("backend, platform", [("splash", "TPU"), ("cudnn", "GPU")])

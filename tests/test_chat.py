@@ -64,7 +64,7 @@ def learned(example):
 )
 def test_the_assistants_tokens_alone_are_learned(template, around, tmp_path):
   rows = rows_of(source_of(tmp_path / "a.jsonl", {"messages": TALK}), 512, template=template)
-  example = chat.Objective(template=template).example(rows[0], None)
+  example = rows.example(0, None)
   assert learned(example) == [
     around.format(t["content"]) for t in TALK if t["role"] == "assistant" and t.get("weight", 1)
   ]
@@ -77,7 +77,7 @@ def test_the_assistants_tokens_alone_are_learned(template, around, tmp_path):
 def test_a_mask_that_is_dropped_is_seen(tmp_path):
   """The same conversation with every weight on gives another loss: the test above would notice."""
   rows = rows_of(source_of(tmp_path / "a.jsonl", {"messages": TALK}), 512)
-  example = chat.Objective().example(rows[0], None)
+  example = rows.example(0, None)
   everything = {**example, "weights": (example["segments"] > 0).astype(np.float32)}
   losses = {"losses": np.random.default_rng(0).random((1, 512)), "correct": np.zeros((1, 512))}
   value = lambda e: float(
@@ -110,7 +110,7 @@ def test_conversations_are_packed_whole_and_cut_by_turns_from_the_left(tmp_path)
   }
   rows = rows_of(source_of(tmp_path / "a.jsonl", *short, endless, never), 200)
   said = [
-    text for i in range(len(rows)) for text in learned(chat.Objective().example(rows[i], None))
+    text for i in range(len(rows)) for text in learned(rows.example(i, None))
   ]
   kept = [t for t in said if t.startswith("tell")]
   assert sorted(t for t in said if not t.startswith("tell")) == sorted(

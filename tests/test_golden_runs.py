@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from llm import config as config_lib
-from llm.training import experiment, loop
+from llm.training import loop
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 EXPECTED = json.loads((GOLDEN / "runs" / "expected.json").read_text())

@@ -70,9 +70,7 @@ def _log_probs(made, params, batch, vocab):
 def _loaded(name):
   params, config, tokenizer = huggingface.read(GOLDEN / name)
   objective = base.build(config.objective)
-  made = experiment.Experiment(
-    config, objective, tokenizer, experiment.build(objective, config.model)
-  )
+  made = experiment.Experiment(config, objective, tokenizer, config).on_platform("cpu")
   return made, params, dict(np.load(GOLDEN / name / "expected.npz"))
 
 

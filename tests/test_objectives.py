@@ -40,7 +40,7 @@ def test_masking_is_as_published(corpus, byte_tokenizer, pairs):
   rng = np.random.default_rng(0)
   for epoch in range(20):
     for i in range(len(rows)):
-      example = objective.example(rows[i], rng)
+      example = rows.example(i, rng)
       real = example["masked_weights"] > 0
       positions, targets = example["masked_positions"][real], example["masked_targets"][real]
       now = example["tokens"][positions]
@@ -63,11 +63,11 @@ def test_masking_is_as_published(corpus, byte_tokenizer, pairs):
 
 def test_masked_positions_are_uniform(corpus, byte_tokenizer):
   objective = masked_lm.Objective(next_sentence=False)
-  row = rows_of(objective, corpus, byte_tokenizer)[0]
+  rows = rows_of(objective, corpus, byte_tokenizer)
   counts = np.zeros(64)
   rng = np.random.default_rng(0)
   for _ in range(4000):
-    example = objective.example(row, rng)
+    example = rows.example(0, rng)
     counts[example["masked_positions"][example["masked_weights"] > 0]] += 1
   free = counts[counts > 0]
   assert scipy.stats.chisquare(free).pvalue > 1e-4
@@ -88,7 +88,7 @@ def test_whole_words_are_masked_whole(tmp_path, corpus):
   rows = rows_of(objective, corpus, tokenizer)
   rng, whole = np.random.default_rng(0), 0
   for i in range(len(rows)):
-    example = objective.example(rows[i], rng)
+    example = rows.example(i, rng)
     tokens, chosen = unmasked(example), np.zeros(64, bool)
     chosen[example["masked_positions"][example["masked_weights"] > 0]] = True
     begins = np.array([not tokenizer.pieces[t].startswith("##") for t in tokens])
@@ -110,7 +110,7 @@ def test_pairs_are_balanced_and_true(corpus, byte_tokenizer):
   rng, labels = np.random.default_rng(0), []
   for _ in range(40):
     for i in range(len(rows)):
-      example = objective.example(rows[i], rng)
+      example = rows.example(i, rng)
       tokens = unmasked(example)
       for slot, (doc, _, _) in enumerate(rows[i][1]):
         used = example["segments"] == slot + 1
@@ -132,7 +132,7 @@ def test_next_tokens_follow_and_end(corpus, byte_tokenizer):
   rows = rows_of(objective, corpus, byte_tokenizer, length=48, model=GPT)
   ends, seen = 0, collections.Counter()
   for i in range(len(rows)):
-    example = objective.example(rows[i], None)
+    example = rows.example(i, None)
     for segment in range(1, example["segments"].max() + 1):
       at = np.flatnonzero(example["segments"] == segment)
       assert (example["positions"][at] == np.arange(len(at))).all()
@@ -162,7 +162,7 @@ def test_pairs_of_texts_are_put_together_as_bert_does(tmp_path, byte_tokenizer):
   )
   objective = classification.Objective().fit([source], None)
   rows = objective.rows(source, byte_tokenizer, DataConfig(), BERT, 16)
-  first, second = (objective.example(rows.apart()[i], None) for i in range(2))
+  first, second = (rows.apart().example(i, None) for i in range(2))
   cls, sep = byte_tokenizer.cls, byte_tokenizer.sep
   assert first["tokens"][:11].tolist() == [cls, *b"abc", sep, *b"defgh", sep]
   assert first["types"][:11].tolist() == [0] * 5 + [1] * 6 and first["segments"].sum() == 11

@@ -12,7 +12,7 @@ from llm.config import DataConfig, MeshConfig, ModelConfig
 from llm.core import UserError
 from llm.data import batches as batches_lib
 from llm.data import documents as documents_lib
-from llm.data import packing, sources
+from llm.data import masking, packing, sentence_pairs, sources
 from llm.data import tokenizer as tokenizer_lib
 from llm.objectives import classification, masked_lm
 from llm.runs import metrics
@@ -96,7 +96,7 @@ def one_row(example):
 )
 def test_labelled_texts_of_a_row_know_nothing_of_each_other(name, pooling):
   objective, rows = labelled(classification.Objective(pooling=pooling), texts(12), name)
-  example = objective.example(rows[0], None)
+  example = rows.example(0, None)
   count = int(example["label_weights"].sum())
   assert count >= 3 and (np.diff(example["firsts"][:count]) > 0).all()
   run = network(objective, one_row(example), name)
@@ -112,7 +112,7 @@ def test_labelled_texts_of_a_row_know_nothing_of_each_other(name, pooling):
 
 def test_pairs_of_a_row_know_nothing_of_each_other(tmp_path):
   objective, rows = pair_rows(tmp_path, [[t, t[::-1]] for t in texts(20, longest=8)])
-  example = objective.example(rows[0], np.random.default_rng(0))
+  example = rows.example(0, np.random.default_rng(0))
   count = int(example["pair_weights"].sum())
   assert count >= 3
   run = network(objective, one_row(example))
@@ -146,7 +146,7 @@ def test_positions_and_types_restart_and_every_text_is_there_once():
   objective, rows = labelled(classification.Objective(), given, labels=[0] * 60 + [1])
   seen = []
   for i in range(len(rows)):
-    example = objective.example(rows[i], None)
+    example = rows.example(i, None)
     found = list(segments_of(example))
     assert len(found) == example["label_weights"].sum()
     for slot, (tokens, types, positions) in enumerate(found):
@@ -159,7 +159,7 @@ def test_positions_and_types_restart_and_every_text_is_there_once():
 
 def test_pairs_restart_and_every_run_of_sentences_is_there_once_an_epoch(tmp_path):
   objective, rows = pair_rows(tmp_path, [[t, t[::-1]] for t in texts(50)])
-  batches = batches_lib.Batches([rows], [1.0], objective.example, 1, 0)
+  batches = batches_lib.Batches([rows], [1.0], 1, 0)
   for epoch in range(3):
     for step in range(epoch * len(rows), (epoch + 1) * len(rows)):
       for tokens, types, positions in segments_of(batches[step]):
@@ -186,10 +186,10 @@ def test_every_draw_of_pairs_has_room(seed, tmp_path):
   rng = np.random.default_rng(seed)
   documents, length = random_documents(rng), int(rng.integers(8, 80))
   short_share = float(rng.choice([0.0, 0.1, 1.0]))
-  anchors, offsets = masked_lm.plan_pairs(documents, length, short_share, tmp_path)
-  vocabulary = masked_lm._vocabulary(BYTES)
-  rows = masked_lm.PairRows(documents, anchors, offsets, length, vocabulary)
-  objective = masked_lm.Objective(short_share=short_share)
+  anchors, offsets = sentence_pairs.plan_pairs(documents, length, short_share, tmp_path)
+  hides = masking.masking(BYTES, 0.15, 0.8, 0.1, whole_word=False)
+  rows = sentence_pairs.PairRows(documents, anchors, offsets, length, hides)
+  slots = packing.slots(length, sentence_pairs.LEAST)
   for _, start, stop in anchors:
     assert 2 <= stop - start <= length - 3
   if not short_share:  # a run that does not end its document fills a row, or leaves two tokens
@@ -200,10 +200,11 @@ def test_every_draw_of_pairs_has_room(seed, tmp_path):
   drawn = set()
   for i in range(len(rows)):
     for epoch in range(6):
-      example = objective.example(rows[i], np.random.default_rng((seed, epoch, i)))
+      example = rows.example(i, np.random.default_rng((seed, epoch, i)))
       pairs = list(segments_of(example))
-      assert len(pairs) == example["pair_weights"].sum() == len(rows[i][1]) <= rows.slots
-      for (tokens, types, _), (_, start, stop) in zip(pairs, rows[i][1]):
+      of_row = anchors[offsets[i] : offsets[i + 1]]
+      assert len(pairs) == example["pair_weights"].sum() == len(of_row) <= slots
+      for (tokens, types, _), (_, start, stop) in zip(pairs, of_row):
         assert 5 <= len(tokens) <= stop - start + 3 and 0 < types.sum() < len(types)
       drawn.add(example["tokens"].tobytes())
   assert len(drawn) > 2 * len(rows)  # drawn anew
@@ -215,7 +216,7 @@ def test_some_runs_are_short(tmp_path):
   bounds = np.array([0, 100_000, 200_000])
   documents = documents_lib.Documents(tokens, ends, bounds, "", None)
   sizes = {
-    share: np.diff(masked_lm.plan_anchors(documents, 50, share)[:, 1:]).ravel()
+    share: np.diff(sentence_pairs.plan_anchors(documents, 50, share)[:, 1:]).ravel()
     for share in (0.0, 0.1, 1.0)
   }
   assert (sizes[0.0] == 50).all()
@@ -233,7 +234,7 @@ def test_plans_are_the_same_again_and_rows_of_short_sentences_are_full(tmp_path)
   assert (once.anchors == again.anchors).all() and (once.offsets == again.offsets).all()
   documents = [sentences(n, 1) for n in range(400)]
   objective, rows = pair_rows(tmp_path, documents, length=256)
-  examples = (objective.example(rows[i], np.random.default_rng(i)) for i in range(len(rows)))
+  examples = (rows.example(i, np.random.default_rng(i)) for i in range(len(rows)))
   used = [(example["segments"] > 0).mean() for example in examples]
   fill = (rows.tokens + 3 * len(rows.anchors)) / (len(rows) * 256)
   assert fill > 0.9 and np.mean(used) > 0.85  # a document that has less than is wanted gives less
@@ -254,14 +255,14 @@ def test_metrics_count_examples(regression):
   """The loss is the mean over the examples, one at a time; so is what is right."""
   objective = classification.Objective(num_classes=1 if regression else 0)
   objective, rows = labelled(objective, texts(30))
-  batch = batches_lib.stack([objective.example(rows[i], None) for i in range(len(rows))])
+  batch = batches_lib.stack([rows.example(i, None) for i in range(len(rows))])
   assert len(rows) < 20 and batch["label_weights"].sum() == 30
   run = network(objective, batch)
   loss, found = objective.loss(run(batch), batch, objective.totals(batch))
   single = rows.apart()
   losses, right = [], []
   for n in range(30):
-    example = one_row(objective.example(single[n], None))
+    example = one_row(single.example(n, None))
     logits = np.asarray(run(example)["logits"], np.float64)[0, 0]
     label = example["labels"][0, 0]
     losses.append(
@@ -293,7 +294,7 @@ def test_what_is_predicted_goes_to_its_record(regression, limit):
     return {"weight": (batch["label_weights"].sum(), jax.numpy.float32(1))}, predicted
 
   mesh = sharding.make_mesh(MeshConfig())
-  figures, predictions = evaluation.run_over(told, {}, {}, objective, rows, 8, mesh, limit)
+  figures, predictions = evaluation.run_over(told, {}, {}, rows, 8, mesh, limit)
   outcomes = objective.outcomes(predictions, rows)
   seen = sorted(np.concatenate(rows.packed[: 8 * limit or None]))
   assert outcomes["labels"].tolist() == [labels[n] for n in seen] == outcomes["found"].tolist()

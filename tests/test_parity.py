@@ -281,14 +281,15 @@ def test_the_real_decoder_has_torchs_perplexity(smollm, library, tmp_path):
 def test_the_real_decoders_chat_template_gives_transformers_ids(smollm, library, tmp_path):
   """Two turns with and without a system message; the assistant's tokens are learned, <|im_end|> included."""
   from llm.checkpoints import gguf
-  from llm.objectives import chat
+  from llm.objectives import base, chat
 
   _, config, tokenizer = gguf.read(smollm)
   huggingface.write_tokenizer(
-    tokenizer, tmp_path, 2048, chat_template=chat.source_of(config.objective, tokenizer)
+    tokenizer, tmp_path, 2048, chat_template=chat.template_of(base.build(config.objective), tokenizer)
   )
   theirs = library.AutoTokenizer.from_pretrained(tmp_path)
-  template = chat.template_of(config.objective, tokenizer)
+  source = chat.template_of(base.build(config.objective), tokenizer)
+  template = chat.Template(source, tokenizer.special.get("bos", ""))
   talk = [
     {"role": "user", "content": "Hi there, né?"},
     {"role": "assistant", "content": "Yes.\n\nIndeed", "weight": 1},

@@ -44,7 +44,7 @@ def rows_of(source, objective, length=256):
 
 
 def batch_of(rows, objective):
-  examples = [objective.example(rows[i], None) for i in range(len(rows))]
+  examples = [rows.example(i, None) for i in range(len(rows))]
   return {k: np.stack([e[k] for e in examples]) for k in examples[0]}
 
 
@@ -56,7 +56,7 @@ def test_pairs_share_rows_and_only_the_replies_count(tmp_path):
   )
   said = []
   for i in range(len(rows)):
-    example = objective.example(rows[i], None)
+    example = rows.example(i, None)
     for segment in range(1, example["segments"].max() + 1):
       said.append(
         BYTES.decode(

@@ -108,7 +108,7 @@ def test_windows_cover_every_answer_and_know_their_text(kind, contexts, tmp_path
   encoded = tokenizer.encode_spans([c for c, _, _ in contexts])
   owned, found = [0] * len(contexts), [set() for _ in contexts]
   for row in range(len(rows)):
-    example = objective.example(rows[row], None)
+    example = rows.example(row, None)
     for slot, number in enumerate(rows.packed[row]):
       window = rows.windows[number]
       text, answer = contexts[window.question][0], contexts[window.question][2][0][0]

@@ -61,7 +61,7 @@ def test_every_corrupted_example_reassembles_and_is_as_published(corpus):
   rng, cut, spans, total = np.random.default_rng(0), 0, 0, 0
   for epoch in range(3):
     for i in range(len(rows)):
-      example = objective.example(rows[i], rng)
+      example = rows.example(i, rng)
       found = list(pieces_of(example))
       assert len(found) == len(rows[i][1])
       for (given, wanted), piece in zip(found, rows[i][1]):
@@ -106,7 +106,7 @@ def test_prefix_language_modelling_cuts_once(corpus):
   objective = span_corruption.Objective(prefix=True)
   rows = rows_of(objective, corpus)
   for i in range(len(rows)):
-    example = objective.example(rows[i], np.random.default_rng(i))
+    example = rows.example(i, np.random.default_rng(i))
     for (given, wanted), piece in zip(pieces_of(example), rows[i][1]):
       assert len(given) and len(wanted) and [*given, *wanted] == piece.tolist()
 
@@ -195,12 +195,12 @@ def test_text_to_text_reads_what_it_was_given(tmp_path):
   )
   said = []
   for row in range(len(training)):
-    example = objective.example(training[row], None)
+    example = training.example(row, None)
     for number, (given, wanted) in zip(training.packed[row], pieces_of(example)):
       said.append((training.pairs[number].record, BYTES.decode(given[:-1]), BYTES.decode(wanted)))
   assert sorted(said) == [(n, f"rate: film {n} and b", "yes" if n % 2 else "no") for n in range(9)]
   learned = sum(
-    objective.example(evaluation[i], None)["weights"].sum() for i in range(len(evaluation))
+    evaluation.example(i, None)["weights"].sum() for i in range(len(evaluation))
   )
   assert len(evaluation.pairs) == 18 and learned == sum(len(p.wanted) for p in training.pairs)
 

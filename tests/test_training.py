@@ -260,7 +260,7 @@ def test_flops_are_the_formula():
       head = 2 * 12 * (width**2 + width * 128) + 2 * 4 * (width**2 + 2 * width)
       expected = 3 * (layers * (block + attention) + head)
     params = jax.eval_shape(lambda: params_of(model))
-    assert flops.model_flops(model, params, batch, causal=name == "gpt") == pytest.approx(
+    assert flops.model_flops(model, params, batch, model.backbone.config) == pytest.approx(
       expected, rel=1e-9
     )
 

@@ -13,7 +13,7 @@ import numpy as np
 from llm.config import ModelConfig
 from llm.core import UserError
 from llm.models import bert, gpt, llama, t5
-from llm.models.transformer import padded_vocab
+from llm.models.architecture import padded_vocab
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,18 +54,33 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-  """One architecture of theirs. prefix: what its names may begin with or not. buffers: a regex of
-  tensors that carry nothing. tied: their name of a copy -> of what it copies. padded: their vocab_size counts
-  rows that pad the vocabulary, as ours are padded."""
+  """One architecture of theirs.
+
+  ours: the name of ours. classes: our objective -> their class with its head; the first is the one
+  that a checkpoint without another head is for. prefix: what its names may begin with or not.
+  buffers: a regex of tensors that carry nothing. tied: their name of a copy -> of what it copies.
+  special: their key of a special token -> our name of it. padded: their vocab_size counts rows that
+  pad the vocabulary, as ours are padded. gated: serves models of this `gated` alone. kept: leaves that
+  come along without their head.
+  """
 
   model_type: str
+  ours: str
+  classes: Mapping[str, str]
   prefix: str
   tensors: tuple[Tensor, ...]
   buffers: str
   tied: Mapping[str, str]
   model: Callable[[Mapping[str, Any]], ModelConfig]
   config: Callable[[ModelConfig], dict[str, Any]]
+  special: Mapping[str, str]
   padded: bool = False
+  gated: bool | None = None
+  kept: tuple[str, ...] = ()
+
+  def serves(self, model: ModelConfig) -> bool:
+    """Whether a model of ours is of this family."""
+    return self.ours == model.name and self.gated in (None, model.gated)
 
 
 def _linear(theirs: str, ours: str, **how) -> tuple[Tensor, Tensor]:
@@ -131,7 +146,7 @@ def _bert_config(model: ModelConfig) -> dict[str, Any]:
     "model_type": "bert",
     "hidden_act": "gelu",
     "type_vocab_size": 2,
-    "layer_norm_eps": model.norm_epsilon or bert.STYLE.norm_epsilon,
+    "layer_norm_eps": model.norm_epsilon or bert.FACTS.norm_epsilon,
     "num_hidden_layers": model.num_layers,
     "hidden_size": model.width,
     "num_attention_heads": model.num_heads,
@@ -146,8 +161,17 @@ def _bert_config(model: ModelConfig) -> dict[str, Any]:
 
 _LAYER, _OURS = "bert.encoder.layer.{}.", "backbone/layers/"
 
+PAIRS = "masked_lm with next_sentence"  # what BertForPreTraining is for
+
 BERT = Family(
   "bert",
+  "bert",
+  {
+    PAIRS: "BertForPreTraining",
+    "masked_lm": "BertForMaskedLM",
+    "classification": "BertForSequenceClassification",
+    "span_qa": "BertForQuestionAnswering",
+  },
   "bert.",
   (
     Tensor("bert.embeddings.word_embeddings.weight", ("backbone/token/embedding",)),
@@ -178,6 +202,8 @@ BERT = Family(
   },
   model=_bert_model,
   config=_bert_config,
+  special={"pad": "pad"},
+  kept=("head/pooler/kernel", "head/pooler/bias"),
 )
 
 
@@ -210,7 +236,7 @@ def _gpt_config(model: ModelConfig) -> dict[str, Any]:
   return {
     "model_type": "gpt2",
     "activation_function": "gelu_new",
-    "layer_norm_epsilon": model.norm_epsilon or gpt.STYLE.norm_epsilon,
+    "layer_norm_epsilon": model.norm_epsilon or gpt.FACTS.norm_epsilon,
     "n_layer": model.num_layers,
     "n_embd": model.width,
     "n_head": model.num_heads,
@@ -226,8 +252,17 @@ def _gpt_config(model: ModelConfig) -> dict[str, Any]:
 
 _BLOCK = "transformer.h.{}."
 
+WRITERS = (
+  "causal_lm",
+  "chat",
+  "preference",
+)  # objectives that a decoder with an output layer serves
+ENDS = {"bos": "eos", "eos": "eos"}
+
 GPT2 = Family(
   "gpt2",
+  "gpt",
+  dict.fromkeys(WRITERS, "GPT2LMHeadModel"),
   "transformer.",
   (
     Tensor("transformer.wte.weight", ("backbone/token/embedding",)),
@@ -247,6 +282,7 @@ GPT2 = Family(
   tied={"lm_head.weight": "transformer.wte.weight"},
   model=_gpt_model,
   config=_gpt_config,
+  special=ENDS,
 )
 
 
@@ -292,7 +328,7 @@ def _llama_config(model: ModelConfig) -> dict[str, Any]:
     "intermediate_size": model.mlp_dim,
     "vocab_size": model.vocab_size,
     "max_position_embeddings": model.max_length,
-    "rms_norm_eps": model.norm_epsilon or llama.STYLE.norm_epsilon,
+    "rms_norm_eps": model.norm_epsilon or llama.FACTS.norm_epsilon,
     "rope_theta": model.rope_theta,
     "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
     "tie_word_embeddings": model.tied,
@@ -307,6 +343,8 @@ _DECODER = "model.layers.{}."
 
 LLAMA = Family(
   "llama",
+  "llama",
+  dict.fromkeys(WRITERS, "LlamaForCausalLM"),
   "model.",
   (
     Tensor("model.embed_tokens.weight", ("backbone/token/embedding",)),
@@ -326,6 +364,7 @@ LLAMA = Family(
   tied={"lm_head.weight": "model.embed_tokens.weight"},
   model=_llama_model,
   config=_llama_config,
+  special=ENDS,
 )
 
 
@@ -375,7 +414,7 @@ def _t5_config(model: ModelConfig) -> dict[str, Any]:
     "vocab_size": padded_vocab(model.vocab_size),
     "n_positions": model.max_length,
     "dropout_rate": model.dropout,
-    "layer_norm_epsilon": model.norm_epsilon or t5.STYLE.norm_epsilon,
+    "layer_norm_epsilon": model.norm_epsilon or t5.FACTS.norm_epsilon,
     "relative_attention_num_buckets": t5.BUCKETS,
     "relative_attention_max_distance": t5.FARTHEST,
     "is_encoder_decoder": True,
@@ -418,6 +457,8 @@ def _t5_stack(stack: str, cross: bool, gated: bool) -> list[Tensor]:
 def _t5(gated: bool) -> Family:
   return Family(
     "t5",
+    "t5",
+    dict.fromkeys(("span_corruption", "text_to_text"), "T5ForConditionalGeneration"),
     "",
     (
       Tensor("shared.weight", ("backbone/token/embedding",)),
@@ -432,26 +473,30 @@ def _t5(gated: bool) -> Family:
     },
     model=_t5_model,
     config=_t5_config,
+    special={"pad": "pad", "eos": "eos"},
     padded=True,
+    gated=gated,
   )
 
 
-T5_V1_0, T5_V1_1 = _t5(gated=False), _t5(gated=True)
-MODEL_TYPES = ("bert", "gpt2", "llama", "t5")
+FAMILIES = (BERT, GPT2, LLAMA, _t5(gated=False), _t5(gated=True))
+MODEL_TYPES = tuple(dict.fromkeys(family.model_type for family in FAMILIES))
 
 
 def find(config: Mapping[str, Any]) -> Family | None:
   """The family of a config.json of theirs."""
-  if config.get("model_type") == "t5":
-    return T5_V1_1 if _t5_model(config).gated else T5_V1_0
-  return {family.model_type: family for family in (BERT, GPT2, LLAMA)}.get(config.get("model_type"))
+  for family in FAMILIES:
+    if family.model_type == config.get("model_type") and family.serves(family.model(config)):
+      return family
+  return None
 
 
 def of_model(model: ModelConfig) -> Family:
-  """The family of a model of ours."""
-  return {"bert": BERT, "gpt": GPT2, "llama": LLAMA, "t5": T5_V1_1 if model.gated else T5_V1_0}[
-    model.name
-  ]
+  """The family of a model of ours. Raises UserError where transformers has none."""
+  for family in FAMILIES:
+    if family.serves(model):
+      return family
+  raise UserError(f"transformers has no architecture like {model.name}")
 
 
 def full_name(family: Family, name: str) -> str:

@@ -11,7 +11,6 @@ import re
 from typing import Any, Callable, Iterator, Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import safetensors
 import tokenizers
@@ -23,9 +22,7 @@ from llm.checkpoints.families import Family
 from llm.config import ModelConfig
 from llm.core import STACKED, Params, UserError, first_line, flatten, unflatten
 from llm.data import tokenizer as tokenizer_lib
-from llm.models import build_backbone
-from llm.models.heads import Model
-from llm.models.transformer import padded_vocab
+from llm.models.architecture import padded_vocab
 from llm.objectives import base, chat
 
 INDEX = "model.safetensors.index.json"
@@ -119,32 +116,16 @@ class Weights:
 
 def shapes(model: ModelConfig, objective: base.Objective) -> dict[str, tuple[int, ...]]:
   """path -> shape of every parameter of a model with the head of an objective."""
-  ids = jnp.zeros((1, 1), jnp.int32)
-  batch = dict.fromkeys(
-    (
-      "tokens",
-      "segments",
-      "positions",
-      "types",
-      "firsts",
-      "targets",
-      "masked_positions",
-      "masked_targets",
-      "decoder_tokens",
-      "decoder_segments",
-      "decoder_positions",
-    ),
-    ids,
-  )
-  whole = Model(build_backbone(model), objective.head(model))
-  tree = jax.eval_shape(lambda: whole.init(jax.random.key(0), batch, train=False)["params"])
+  model = dataclasses.replace(model, dtype="float32", scan="unroll", attention="reference")
+  spec = objective.batch_spec(model, min(8, model.max_length))
+  row = {name: np.zeros((1, *array.shape), array.dtype) for name, array in spec.items()}
+  network = objective.model(model)
+  tree = jax.eval_shape(lambda: network.init(jax.random.key(0), row, train=False)["params"])
   return {path: leaf.shape for path, leaf in flatten(tree).items()}
 
 
 def _objective(family: Family, names: set[str], config: Mapping[str, Any]) -> base.Objective:
   """What the checkpoint was made for, by the heads that it has."""
-  if family is not families.BERT:
-    return base.build({"name": "span_corruption" if family.model_type == "t5" else "causal_lm"})
   if "classifier.weight" in names:
     labels = config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
     classes = tuple(labels[key] for key in sorted(labels, key=int))
@@ -158,9 +139,11 @@ def _objective(family: Family, names: set[str], config: Mapping[str, Any]) -> ba
     )
   if "qa_outputs.weight" in names:
     return base.build({"name": "span_qa"})
-  return base.build(
-    {"name": "masked_lm", "next_sentence": any("seq_relationship" in n for n in names)}
-  )
+  pretraining = next(iter(family.classes)).partition(" ")[0]
+  if pretraining != "masked_lm":
+    return base.build({"name": pretraining})
+  pairs = any("seq_relationship" in name for name in names)
+  return base.build({"name": "masked_lm", "next_sentence": pairs})
 
 
 def _stack(
@@ -300,9 +283,9 @@ def assemble(theirs: Mapping[str, Any], tokenizer: tokenizer_lib.Tokenizer, weig
     )
   objective = _objective(family, set(weights), theirs)
   wanted = shapes(model, objective)
-  if family is families.BERT:  # a pooler without its head is kept too
+  if family.kept:
     pretraining = shapes(model, base.build({"name": "masked_lm"}))
-    wanted |= {path: pretraining[path] for path in ("head/pooler/kernel", "head/pooler/bias")}
+    wanted |= {path: pretraining[path] for path in family.kept}
   params = _stack(family, weights, wanted, model)
   config = config_lib.freeze(config_lib.defaults(base.to_mapping(objective)))
   training = dataclasses.replace(
@@ -324,32 +307,17 @@ def write(
   writer.close()
 
 
-ARCHITECTURES = {
-  ("bert", "masked_lm"): "BertForPreTraining",
-  ("bert", "classification"): "BertForSequenceClassification",
-  ("bert", "span_qa"): "BertForQuestionAnswering",
-  ("gpt", "causal_lm"): "GPT2LMHeadModel",
-  ("llama", "causal_lm"): "LlamaForCausalLM",
-  ("gpt", "chat"): "GPT2LMHeadModel",
-  ("llama", "chat"): "LlamaForCausalLM",
-  ("gpt", "preference"): "GPT2LMHeadModel",
-  ("llama", "preference"): "LlamaForCausalLM",
-  ("t5", "span_corruption"): "T5ForConditionalGeneration",
-  ("t5", "text_to_text"): "T5ForConditionalGeneration",
-}
-
-
-def _architecture(model: ModelConfig, objective: Mapping[str, Any]) -> str:
-  kind = (model.name, objective["name"])
-  if kind not in ARCHITECTURES or objective.get("pooling", "auto") not in ("auto", "first"):
-    raise UserError(
-      f"transformers has no class for {model.name} with {objective['name']}"
-      + (f" pooled by {objective['pooling']}" if "pooling" in objective else "")
-      + f"; there is one for {', '.join(f'{m} with {o}' for m, o in ARCHITECTURES)}"
-    )
-  if kind == ("bert", "masked_lm") and not objective["next_sentence"]:
-    return "BertForMaskedLM"
-  return ARCHITECTURES[kind]
+def _architecture(family: Family, objective: Mapping[str, Any]) -> str:
+  """Their class with the head of an objective."""
+  kind = families.PAIRS if objective.get("next_sentence") else objective["name"]
+  pooling = objective.get("pooling", "auto")
+  if kind in family.classes and pooling in ("auto", "first"):
+    return family.classes[kind]
+  pooled = f" pooled by {pooling}" if "pooling" in objective else ""
+  raise UserError(
+    f"transformers has no class for {family.ours} with {kind}{pooled}; there is one for "
+    f"{', '.join(family.classes)}"
+  )
 
 
 def export(step: pathlib.Path, folder: pathlib.Path):
@@ -359,15 +327,11 @@ def export(step: pathlib.Path, folder: pathlib.Path):
   model, tokenizer = config.model, manager.load_tokenizer(step)
   family = families.of_model(model)
   theirs = family.config(model) | {
-    "architectures": [_architecture(model, config.objective)],
+    "architectures": [_architecture(family, config.objective)],
     "dtype": "float32",
   }
-  special = {"bert": {"pad": "pad"}, "t5": {"pad": "pad", "eos": "eos"}}.get(
-    model.name, {"bos": "eos", "eos": "eos"}
-  )
-  theirs |= {
-    f"{name}_token_id": i for name, ours in special.items() if (i := getattr(tokenizer, ours)) >= 0
-  }
+  ids = {name: tokenizer.id_of(ours) for name, ours in family.special.items()}
+  theirs |= {f"{name}_token_id": i for name, i in ids.items() if i >= 0}
   if config.objective["name"] == "classification":
     classes = config.objective["classes"] or ("LABEL_0",)
     theirs |= {
@@ -381,7 +345,7 @@ def export(step: pathlib.Path, folder: pathlib.Path):
     raise UserError(f"{step}: transformers has no place for {', '.join(strange)}")
   _save(folder / WEIGHTS, lambda: _tensors(family, leaves, model))
   (folder / "config.json").write_text(json.dumps(theirs, indent=2))
-  template = chat.source_of(config.objective, tokenizer)
+  template = chat.template_of(base.build(config.objective), tokenizer)
   write_tokenizer(
     tokenizer, folder, model.max_length, **({"chat_template": template} if template else {})
   )

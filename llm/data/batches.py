@@ -5,12 +5,13 @@ processes, and the data position of a run is its step.
 """
 
 import dataclasses
+import functools
 import multiprocessing
 import os
 import signal
 import sys
 import threading
-from typing import Callable, Iterator, Sequence
+from typing import Any, Iterator, Sequence
 
 import grain
 import grain.experimental
@@ -27,31 +28,28 @@ from llm.sharding import batch_sharding
 class Batches:
   """The batches of a run: rows shuffled anew in every epoch, sources mixed by weight.
 
-  rows: one `Rows` a source. weights: their shares of the rows. example: (row, rng) -> arrays.
-  batch_size: rows of a batch, whatever the number of examples that share each.
+  rows: one `Rows` a source. weights: their shares of the rows. batch_size: rows of a batch, whatever
+  the number of examples that share each.
   """
 
   rows: Sequence
   weights: Sequence[float]
-  example: Callable
   batch_size: int
   seed: int
 
-  def __post_init__(self):
+  @functools.cached_property
+  def _examples(self) -> grain.MapDataset:
     streams = [
-      grain.MapDataset.source(rows)
+      grain.MapDataset.range(len(rows))
       .seed(self.seed + number)
       .shuffle()
       .repeat()
-      .random_map(self.example)
+      .random_map(rows.example)
       for number, rows in enumerate(self.rows)
     ]
-    mixed = (
-      streams[0]
-      if len(streams) == 1
-      else grain.MapDataset.mix(streams, [w / sum(self.weights) for w in self.weights])
-    )
-    object.__setattr__(self, "_examples", mixed)
+    if len(streams) == 1:
+      return streams[0]
+    return grain.MapDataset.mix(streams, [w / sum(self.weights) for w in self.weights])
 
   def read(self, step: int, rows: range) -> dict[str, np.ndarray]:
     """The given rows of batch `step`, as host arrays."""
@@ -167,20 +165,21 @@ def stream(
   return iter(grain.experimental.ThreadPrefetchIterDataset(placed, prefetch_buffer_size=prefetch))
 
 
-def passes(rows, example: Callable, batch_size: int, mesh: Mesh, limit: int = 0) -> Iterator[Batch]:
+def passes(rows: Any, batch_size: int, mesh: Mesh, limit: int = 0) -> Iterator[Batch]:
   """Every row once, in order, the last batch filled up with rows of no weight: for evaluation.
 
   Chance is drawn from the row's number, so that every evaluation sees the same. limit: batches.
   """
+
+  def read(step: int, first: int, last: int) -> dict[str, np.ndarray]:
+    numbers = range(step * batch_size + first, step * batch_size + last)
+    examples = [rows.example(i, np.random.default_rng((0, i))) for i in numbers if i < len(rows)]
+    if examples:
+      return pad_rows(stack(examples), len(numbers))
+    example = rows.example(0, np.random.default_rng((0, 0)))
+    return {k: np.zeros((len(numbers), *v.shape), v.dtype) for k, v in example.items()}
+
   count = -(-len(rows) // batch_size)
+  parts = own_rows(batch_size, mesh)
   for step in range(min(count, limit) if limit else count):
-
-    def read(first: int, last: int):
-      numbers = range(step * batch_size + first, step * batch_size + last)
-      real = [example(rows[i], np.random.default_rng((0, i))) for i in numbers if i < len(rows)]
-      if not real:
-        real = [example(rows[0], np.random.default_rng((0, 0)))]
-        return {k: np.zeros((len(numbers), *v.shape[1:]), v.dtype) for k, v in stack(real).items()}
-      return pad_rows(stack(real), len(numbers))
-
-    yield to_mesh({part: read(*part) for part in own_rows(batch_size, mesh)}, batch_size, mesh)
+    yield to_mesh({part: read(step, *part) for part in parts}, batch_size, mesh)

@@ -7,7 +7,7 @@ stream cannot give row i without rows 0 .. i-1, nor the same rows to another num
 
 import dataclasses
 import pathlib
-from typing import Iterable, Sequence
+from typing import Mapping, Sequence
 
 import numpy as np
 
@@ -39,10 +39,11 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class PlannedRows:
-  """Rows of a packing plan: the pieces of documents that share each."""
+  """Rows of a packing plan: the pieces of documents that share each, in rows of `length` tokens."""
 
   documents: Documents
   plan: Plan
+  length: int
 
   @property
   def tokens(self) -> int:
@@ -52,11 +53,19 @@ class PlannedRows:
   def examples(self) -> int:
     return len(self)
 
+  @property
+  def note(self) -> str:
+    return (
+      f"{len(self.documents)} documents in {len(self)} rows, {self.plan.fill(self.length):.1%} full; "
+      f"{self.plan.cut_documents} are longer than a row"
+    )
+
   def __len__(self) -> int:
     return len(self.plan)
 
-  def __getitem__(self, i: int):
-    return self, [self.documents.tokens_N[start : start + size] for start, size in self.plan.row(i)]
+  def pieces(self, i: int) -> list[np.ndarray]:
+    """The ids of each piece of row i."""
+    return [self.documents.tokens_N[start : start + size] for start, size in self.plan.row(i)]
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
@@ -105,21 +114,25 @@ def into_rows(sizes: np.ndarray, length: int, least: int) -> list[np.ndarray]:
 
 
 def lay_out(
-  examples: Iterable[tuple[Sequence[int], Sequence[int]]], length: int, pad: int
+  examples: Sequence[Mapping[str, Sequence]], length: int, pad: int
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-  """Examples, (tokens, types) each, one after another -> the arrays of a row, where each begins.
+  """Examples after one another -> the arrays of a row, T long each, and where each example begins.
 
-  Each is a segment of its own, and positions restart in it. The arrays are int32, T long.
+  An example is a dict of `tokens` and what else goes with each token. Each becomes a segment of its
+  own, and positions restart in it.
   """
-  row = {name: np.zeros(length, np.int32) for name in ("segments", "positions", "types")}
-  row["tokens"] = np.full(length, pad, np.int32)
+  row = {name: np.zeros(length, np.int32) for name in ("segments", "positions")}
+  for name, values in examples[0].items():
+    real = np.asarray(values).dtype.kind == "f"
+    row[name] = np.zeros(length, np.float32 if real else np.int32)
+  row["tokens"][:] = pad
   firsts, at = [], 0
-  for number, (tokens, types) in enumerate(examples, 1):
-    here = slice(at, at + len(tokens))
-    row["tokens"][here] = tokens
-    row["types"][here] = types
+  for number, example in enumerate(examples, 1):
+    here = slice(at, at + len(example["tokens"]))
+    for name, values in example.items():
+      row[name][here] = values
     row["segments"][here] = number
-    row["positions"][here] = np.arange(len(tokens))
+    row["positions"][here] = np.arange(here.stop - at)
     firsts.append(at)
     at = here.stop
   return row, np.array(firsts, np.int32)
@@ -128,6 +141,11 @@ def lay_out(
 def in_slots(values: Sequence, count: int, dtype) -> np.ndarray:
   """A value for each example of a row -> one for each of `count` slots, 0 in those left empty."""
   return np.pad(np.asarray(values, dtype), (0, count - len(values)))
+
+
+def slots_in_use(count: int, slots: int) -> np.ndarray:
+  """The weights of the slots of a row that has `count` examples."""
+  return in_slots(np.ones(count), slots, np.float32)
 
 
 def by_example(packed: list[np.ndarray], values_RxN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -141,6 +141,14 @@ def parse(spec: str, config: DataConfig) -> tuple[Source, ...]:
   return tuple(sources)
 
 
+def parse_one(spec: str, config: DataConfig) -> Source:
+  """The source of a string that may not be a mixture. Raises UserError."""
+  source, *others = parse(spec, config)
+  if others:
+    raise UserError(f"{spec!r} must be one source, not a mixture")
+  return source
+
+
 def _each_file(source: Source, read) -> Iterator[dict]:
   for path in source.files():
     yield from read(path)

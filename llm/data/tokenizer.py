@@ -67,6 +67,10 @@ class Tokenizer:
     known = {piece: i for i, piece in enumerate(self.pieces) if piece.startswith("<extra_id_")}
     return [known[f"<extra_id_{n}>"] for n in range(len(known)) if f"<extra_id_{n}>" in known]
 
+  def id_of(self, name: str) -> int:
+    """The id of a special piece (SPECIAL); -1 where the vocabulary has none."""
+    return getattr(self, name)
+
   def require(self, *names: str):
     """Raises UserError unless the vocabulary has these special ids."""
     if missing := [n for n in names if getattr(self, n) == -1]:

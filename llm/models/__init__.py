@@ -1,10 +1,33 @@
-"""Architectures (Flax Linen): `build_backbone` is the one switch between them."""
+"""Architectures (Flax Linen). A file exports FACTS, what it is; SIZES, published shapes; Backbone."""
 
 import importlib
+from types import ModuleType
+
+from flax import linen as nn
 
 from llm.config import ModelConfig
+from llm.core import UserError
+from llm.models.transformer import Facts
+
+NAMES = ("bert", "gpt", "llama", "t5")
 
 
-def build_backbone(config: ModelConfig):
-  """The backbone of `config.name`: `backbone(batch, train=, cache=None) -> (hidden_BxTxD, table_VxD, cache)`."""
-  return importlib.import_module(f"llm.models.{config.name}").Backbone(config)
+def _module(name: str) -> ModuleType:
+  if name not in NAMES:
+    raise UserError(f"config.model.name must be one of {', '.join(NAMES)}, not {name!r}")
+  return importlib.import_module(f"llm.models.{name}")
+
+
+def facts_of(name: str) -> Facts:
+  """What an architecture is. Raises UserError where there is none of that name."""
+  return _module(name).FACTS
+
+
+def facts(config: ModelConfig) -> Facts:
+  """What the architecture of a config is."""
+  return facts_of(config.name)
+
+
+def build_backbone(config: ModelConfig) -> nn.Module:
+  """The backbone: (batch, train=, cache=None) -> (hidden_BxTxD, table_VxD, cache)."""
+  return _module(config.name).Backbone(config)

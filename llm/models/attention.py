@@ -10,30 +10,48 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from llm.core import Batch
+from llm.models.cache import Cache
 from llm.models.precision import Precision, dot, einsum
 
 
 class Visibility(flax.struct.PyTreeNode):
-  """A query sees a key of the same segment and, if causal, of no later position."""
+  """A query sees a key of the same segment that is no farther than `reach` positions away.
+
+  Where it is causal, it sees no later position. A reach of None is as far as the text goes.
+  """
 
   q_segments_BxT: jax.Array
   kv_segments_BxS: jax.Array
   q_positions_BxT: jax.Array
   kv_positions_BxS: jax.Array
   causal: bool = flax.struct.field(pytree_node=False, default=False)
+  reach: jax.Array | None = None
 
 
-def self_visibility(batch, *, causal: bool) -> Visibility:
+def self_visibility(batch: Batch, *, causal: bool) -> Visibility:
   """Visibility of a batch for itself. Positions restart in every packed document."""
   return Visibility(
     batch["segments"], batch["segments"], batch["positions"], batch["positions"], causal
   )
 
 
+def cache_visibility(batch: Batch, cache: Cache, *, causal: bool) -> Visibility:
+  """Visibility of new tokens for all that is in a cache, themselves included."""
+  return Visibility(
+    batch["segments"], cache.segments_BxS, batch["positions"], cache.positions_BxS, causal
+  )
+
+
 def mask_Bx1xTxS(visibility: Visibility) -> jax.Array:
+  """Whether query t sees key s, for all heads."""
   visible = visibility.q_segments_BxT[:, :, None] == visibility.kv_segments_BxS[:, None, :]
-  if visibility.causal:
-    visible &= visibility.kv_positions_BxS[:, None, :] <= visibility.q_positions_BxT[:, :, None]
+  if visibility.causal or visibility.reach is not None:
+    ahead = visibility.kv_positions_BxS[:, None, :] - visibility.q_positions_BxT[:, :, None]
+    if visibility.causal:
+      visible &= ahead <= 0
+    if visibility.reach is not None:
+      visible &= jnp.abs(ahead) <= visibility.reach
   return visible[:, None]
 
 

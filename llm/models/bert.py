@@ -4,11 +4,19 @@ import jax
 from flax import linen as nn
 
 from llm.config import ModelConfig
+from llm.core import Batch
 from llm.models import precision, transformer
+from llm.models.architecture import Facts, padded_vocab
 from llm.models.layers import Embed, normal
 
-STYLE = transformer.Style(
-  post_norm=True, causal=False, activation="gelu", norm_epsilon=1e-12, scaled_residual_init=False
+FACTS = Facts(
+  kind="encoder",
+  causal=False,
+  activation="gelu",
+  norm_epsilon=1e-12,
+  begin="cls",
+  end="sep",
+  post_norm=True,
 )
 
 # The published shapes (google-research/bert, release of 11 March 2020).
@@ -39,15 +47,15 @@ class Backbone(nn.Module):
 
   @nn.compact
   def __call__(
-    self, batch, *, train: bool, cache: None = None
+    self, batch: Batch, *, train: bool, cache: None = None
   ) -> tuple[jax.Array, jax.Array, None]:
     cfg, dtype = self.config, precision.of(self.config).values
     init = normal(cfg.init_std)
     x_BxTxD, table_VxD = Embed(
-      transformer.padded_vocab(cfg.vocab_size), cfg.width, dtype, init, split="tensor", name="token"
+      padded_vocab(cfg.vocab_size), cfg.width, dtype, init, split="tensor", name="token"
     )(batch["tokens"])
     x_BxTxD += Embed(cfg.max_length, cfg.width, dtype, init, name="position")(batch["positions"])[0]
     x_BxTxD += Embed(2, cfg.width, dtype, init, name="type")(batch["types"])[0]
-    x_BxTxD = transformer.norm(cfg, STYLE, "embedding_norm")(x_BxTxD)
-    x_BxTxD, _ = transformer.trunk(self, STYLE, x_BxTxD, batch, train=train)
+    x_BxTxD = transformer.norm(cfg, FACTS, "embedding_norm")(x_BxTxD)
+    x_BxTxD, _ = transformer.trunk(self, FACTS, x_BxTxD, batch, train=train)
     return x_BxTxD, table_VxD, None

@@ -13,8 +13,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llm.config import ModelConfig
-from llm.models import build_backbone, layers, precision
-from llm.models.transformer import Cache, empty_cache
+from llm.core import Batch, Params
+from llm.models import build_backbone, cache, facts, layers, precision
+from llm.models.cache import Cache
 
 
 class Sampling(NamedTuple):
@@ -90,54 +91,63 @@ def _logits(config: ModelConfig, hidden_BxTxD, table_VxD) -> jax.Array:
   return logits_BxV[:, : config.vocab_size].astype(jnp.float32)
 
 
-def start(config: ModelConfig, params, batch, slots: int, new: int, pad: int, key) -> Writing:
-  """Reads the prompts of a batch (tokens, segments, positions). slots: of the cache; new: tokens at most."""
+def start(
+  config: ModelConfig,
+  params: Params,
+  batch: Batch,
+  slots: int,
+  new: int,
+  pad: int,
+  key: jax.Array,
+) -> Writing:
+  """Reads the prompts of a batch (tokens, segments, positions).
+
+  slots: of the cache. new: the most tokens that are written.
+  """
   rows = batch["tokens"].shape[0]
-  backbone, cache, read = build_backbone(config), empty_cache(config, rows, slots), {}
-  apply = lambda *a, **k: backbone.apply({"params": params["backbone"]}, *a, train=False, **k)
+  read = {}
   positions_B = batch["positions"].max(-1) + 1
-  if config.name == "t5":
-    read = {
-      "states": apply(batch, method="encode"),
-      "segments": batch["segments"],
-      "positions": batch["positions"],
-    }
+  if facts(config).kind == "encoder_decoder":
+    states_BxSxD = build_backbone(config).apply(
+      {"params": params["backbone"]}, batch, train=False, method="encode"
+    )
+    read = {"states": states_BxSxD, "segments": batch["segments"], "positions": batch["positions"]}
+    first = (rows, 1)
     batch = {
-      "tokens": jnp.full((rows, 1), pad, jnp.int32),
-      "segments": jnp.ones((rows, 1), jnp.int32),
-      "positions": jnp.zeros((rows, 1), jnp.int32),
+      "tokens": jnp.full(first, pad, jnp.int32),
+      "segments": jnp.ones(first, jnp.int32),
+      "positions": jnp.zeros(first, jnp.int32),
     }
     positions_B = jnp.ones(rows, jnp.int32)
-  logits_BxV, cache = _step(config, params, batch, cache, read)
+  logits_BxV, filled = _step(config, params, batch, cache.empty(config, rows, slots), read)
   explained = (rows, new, EXPLAINED)
   return Writing(
-    cache,
-    logits_BxV,
-    positions_B,
-    jnp.full((rows, new), pad, jnp.int32),
-    jnp.zeros(explained, jnp.int32),
-    jnp.zeros(explained),
-    jnp.zeros(rows, bool),
-    jnp.zeros((), jnp.int32),
-    key,
-    read,
+    cache=filled,
+    logits_BxV=logits_BxV,
+    positions_B=positions_B,
+    tokens_BxN=jnp.full((rows, new), pad, jnp.int32),
+    best_BxNxE=jnp.zeros(explained, jnp.int32),
+    odds_BxNxE=jnp.zeros(explained),
+    finished_B=jnp.zeros(rows, bool),
+    count=jnp.zeros((), jnp.int32),
+    key=key,
+    read=read,
   )
 
 
-def _step(config, params, batch, cache, read) -> tuple[jax.Array, Cache]:
+def _step(
+  config: ModelConfig, params: Params, batch: Batch, seen: Cache, read: Batch
+) -> tuple[jax.Array, Cache]:
   """Logits after new tokens, which are written into the cache."""
-  more = {}
+  states = {}
   if read:
-    more["states_BxSxD"] = read["states"]
-    batch = {
-      **{f"decoder_{k}": v for k, v in batch.items()},
-      "segments": read["segments"],
-      "positions": read["positions"],
-    }
-  hidden_BxTxD, table_VxD, cache = build_backbone(config).apply(
-    {"params": params["backbone"]}, batch, train=False, cache=cache, **more
+    states["states_BxSxD"] = read["states"]
+    decoder = {f"decoder_{name}": array for name, array in batch.items()}
+    batch = {**decoder, "segments": read["segments"], "positions": read["positions"]}
+  hidden_BxTxD, table_VxD, seen = build_backbone(config).apply(
+    {"params": params["backbone"]}, batch, train=False, cache=seen, **states
   )
-  return _logits(config, hidden_BxTxD, table_VxD), cache
+  return _logits(config, hidden_BxTxD, table_VxD), seen
 
 
 def draw(logits_BxV, key, sampling: Sampling) -> jax.Array:
@@ -162,7 +172,13 @@ def draw(logits_BxV, key, sampling: Sampling) -> jax.Array:
 
 
 def advance(
-  config: ModelConfig, params, writing: Writing, steps, eos: int, pad: int, sampling: Sampling
+  config: ModelConfig,
+  params: Params,
+  writing: Writing,
+  steps: jax.Array,
+  eos: int,
+  pad: int,
+  sampling: Sampling,
 ) -> Writing:
   """Up to `steps` (may be traced) more tokens, fewer where all rows have finished or N is reached.
 
@@ -170,21 +186,22 @@ def advance(
   """
   stop = jnp.minimum(writing.count + steps, writing.tokens_BxN.shape[1])
 
-  def one(w: Writing) -> Writing:
-    key = jax.random.fold_in(w.key, w.count)
+  def write_one(w: Writing) -> Writing:
+    def put(array: jax.Array, value: jax.Array) -> jax.Array:
+      value = value.astype(array.dtype)
+      return jax.lax.dynamic_update_index_in_dim(array, value, w.count, axis=1)
+
     odds, best = jax.lax.top_k(jax.nn.softmax(w.logits_BxV), EXPLAINED)
-    token_B = jnp.where(w.finished_B, pad, draw(w.logits_BxV, key, sampling))
-    put = lambda array, value: jax.lax.dynamic_update_index_in_dim(
-      array, value.astype(array.dtype), w.count, axis=1
-    )
+    drawn_B = draw(w.logits_BxV, jax.random.fold_in(w.key, w.count), sampling)
+    token_B = jnp.where(w.finished_B, pad, drawn_B)
     batch = {
       "tokens": token_B[:, None],
       "positions": w.positions_B[:, None],
       "segments": jnp.ones_like(token_B)[:, None],
     }
-    logits_BxV, cache = _step(config, params, batch, w.cache, w.read)
+    logits_BxV, seen = _step(config, params, batch, w.cache, w.read)
     return w.replace(
-      cache=cache,
+      cache=seen,
       logits_BxV=logits_BxV,
       positions_B=w.positions_B + 1,
       tokens_BxN=put(w.tokens_BxN, token_B),
@@ -194,4 +211,7 @@ def advance(
       count=w.count + 1,
     )
 
-  return jax.lax.while_loop(lambda w: (w.count < stop) & ~w.finished_B.all(), one, writing)
+  def goes_on(w: Writing) -> jax.Array:
+    return (w.count < stop) & ~w.finished_B.all()
+
+  return jax.lax.while_loop(goes_on, write_one, writing)

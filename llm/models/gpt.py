@@ -1,17 +1,25 @@
 """GPT-2 (Radford et al. 2019): decoder, pre-norm, tanh GELU, learned positions, tied output."""
 
+import jax
 from flax import linen as nn
 
 from llm.config import ModelConfig
+from llm.core import Batch
 from llm.models import precision, transformer
+from llm.models.architecture import Facts, padded_vocab
+from llm.models.cache import Cache
 from llm.models.layers import Embed, normal
 
-STYLE = transformer.Style(
-  post_norm=False, causal=True, activation="gelu_tanh", norm_epsilon=1e-5, scaled_residual_init=True
+FACTS = Facts(
+  kind="decoder",
+  causal=True,
+  activation="gelu_tanh",
+  norm_epsilon=1e-5,
+  scaled_residual_init=True,
 )
 
-# small to xl are the published shapes (124M, 355M, 774M, 1.56B), 175b that of GPT-3 (Brown et al. 2020, table 2.1); tiny is
-# a laptop's.
+# small to xl are the published shapes (124M, 355M, 774M, 1.56B), 175b is that of GPT-3 (Brown et al.
+# 2020, table 2.1), tiny is for a laptop.
 SIZES = {
   name: dict(
     num_layers=layers,
@@ -38,10 +46,12 @@ class Backbone(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, batch, *, train: bool, cache: transformer.Cache | None = None):
+  def __call__(
+    self, batch: Batch, *, train: bool, cache: Cache | None = None
+  ) -> tuple[jax.Array, jax.Array, Cache | None]:
     cfg, dtype = self.config, precision.of(self.config).values
     x_BxTxD, table_VxD = Embed(
-      transformer.padded_vocab(cfg.vocab_size),
+      padded_vocab(cfg.vocab_size),
       cfg.width,
       dtype,
       normal(cfg.init_std),
@@ -51,5 +61,5 @@ class Backbone(nn.Module):
     x_BxTxD += Embed(cfg.max_length, cfg.width, dtype, normal(cfg.init_std / 2), name="position")(
       batch["positions"]
     )[0]
-    x_BxTxD, cache = transformer.trunk(self, STYLE, x_BxTxD, batch, train=train, cache=cache)
-    return transformer.norm(cfg, STYLE, "final_norm")(x_BxTxD), table_VxD, cache
+    x_BxTxD, cache = transformer.trunk(self, FACTS, x_BxTxD, batch, train=train, cache=cache)
+    return transformer.norm(cfg, FACTS, "final_norm")(x_BxTxD), table_VxD, cache

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from llm import models
 from llm.config import ModelConfig
-from llm.models import attention, precision
-from llm.models.layers import ACTIVATIONS, LayerNorm, Linear, matmul, normal
+from llm.core import Batch
+from llm.models import attention, precision, transformer
+from llm.models.architecture import padded_vocab
+from llm.models.layers import ACTIVATIONS, Linear, matmul, normal
 from llm.models.precision import Precision
-from llm.models.transformer import padded_vocab
 from llm.sharding import BATCH, constrain
 
 
@@ -21,14 +23,21 @@ class Model(nn.Module):
   backbone: nn.Module
   head: nn.Module
 
-  def __call__(self, batch, *, train: bool) -> dict[str, jax.Array]:
+  def __call__(self, batch: Batch, *, train: bool) -> dict[str, jax.Array]:
     hidden_BxTxD, table_VxD, _ = self.backbone(batch, train=train)
     return self.head(hidden_BxTxD, batch, table_VxD, train=train)
 
 
 def token_losses(
-  hidden_BxTxD, table_VxD, bias_V, targets_BxT, types: Precision, *, vocab_size: int, chunk: int
-):
+  hidden_BxTxD: jax.Array,
+  table_VxD: jax.Array,
+  bias_V: jax.Array | None,
+  targets_BxT: jax.Array,
+  types: Precision,
+  *,
+  vocab_size: int,
+  chunk: int,
+) -> tuple[jax.Array, jax.Array]:
   """Cross-entropy of each target in nats and whether it was the likeliest token, both BxT float32.
 
   Logits of the padding of the vocabulary do not count. With `chunk`, that many positions at a
@@ -68,7 +77,9 @@ class CausalLMHead(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, hidden_BxTxD, batch, table_VxD, *, train: bool):
+  def __call__(
+    self, hidden_BxTxD: jax.Array, batch: Batch, table_VxD: jax.Array, *, train: bool
+  ) -> dict[str, jax.Array]:
     losses, correct = token_losses(
       hidden_BxTxD,
       table_VxD,
@@ -81,7 +92,7 @@ class CausalLMHead(nn.Module):
     return {"losses": losses, "correct": correct}
 
 
-def pooler(hidden_BxTxD, firsts_BxN, types: Precision):
+def pooler(hidden_BxTxD: jax.Array, firsts_BxN: jax.Array, types: Precision) -> jax.Array:
   """BxNxD: tanh(W h + b) of the first token of each example of a row: of BERT's published code,
   where both phases share it."""
   width = hidden_BxTxD.shape[-1]
@@ -96,13 +107,20 @@ class MaskedLMHead(nn.Module):
   next_sentence: bool
 
   @nn.compact
-  def __call__(self, hidden_BxTxD, batch, table_VxD, *, train: bool):
-    cfg, types = self.config, precision.of(self.config)
+  def __call__(
+    self, hidden_BxTxD: jax.Array, batch: Batch, table_VxD: jax.Array, *, train: bool
+  ) -> dict[str, jax.Array]:
+    cfg, types, facts = self.config, precision.of(self.config), models.facts(self.config)
     masked_BxMxD = jnp.take_along_axis(hidden_BxTxD, batch["masked_positions"][..., None], axis=1)
-    masked_BxMxD = Linear(
-      (cfg.width, cfg.width), precision=types, kernel_init=normal(cfg.init_std), name="transform"
-    )(masked_BxMxD)
-    masked_BxMxD = LayerNorm(1e-12, name="transform_norm")(ACTIVATIONS["gelu"](masked_BxMxD))
+    transform = Linear(
+      (cfg.width, cfg.width),
+      precision=types,
+      kernel_init=normal(cfg.init_std),
+      bias=facts.bias,
+      name="transform",
+    )
+    masked_BxMxD = ACTIVATIONS[facts.activation](transform(masked_BxMxD))
+    masked_BxMxD = transformer.norm(cfg, facts, "transform_norm")(masked_BxMxD)
     bias_V = LMBias(padded_vocab(cfg.vocab_size), name="lm")()
     losses, correct = token_losses(
       masked_BxMxD,
@@ -128,7 +146,9 @@ class SpanHead(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, hidden_BxTxD, batch, table_VxD, *, train: bool):
+  def __call__(
+    self, hidden_BxTxD: jax.Array, batch: Batch, table_VxD: jax.Array, *, train: bool
+  ) -> dict[str, jax.Array]:
     types = precision.of(self.config)
     scores_BxTx2 = Linear((self.config.width, 2), precision=types, name="span")(hidden_BxTxD)
     scores_BxTx2 = scores_BxTx2.astype(jnp.promote_types(types.values, jnp.float32))
@@ -141,7 +161,7 @@ class LMBias(nn.Module):
   size: int
 
   @nn.compact
-  def __call__(self):
+  def __call__(self) -> jax.Array:
     return self.param("bias", nn.initializers.zeros, (self.size,))
 
 
@@ -157,7 +177,9 @@ class ClassificationHead(nn.Module):
   pooling: str
 
   @nn.compact
-  def __call__(self, hidden_BxTxD, batch, table_VxD, *, train: bool):
+  def __call__(
+    self, hidden_BxTxD: jax.Array, batch: Batch, table_VxD: jax.Array, *, train: bool
+  ) -> dict[str, jax.Array]:
     cfg, types = self.config, precision.of(self.config)
     firsts_BxN = batch["firsts"]
     if self.pooling == "first":

@@ -132,15 +132,17 @@ class LayerNorm(nn.Module):
   """Layer normalisation over the last dimension (Ba et al. 2016), in float32 or better."""
 
   epsilon: float
+  use_bias: bool = True
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
-    bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
     y = x.astype(scale.dtype)
     y = y - y.mean(-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
-    return (y * scale + bias).astype(x.dtype)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon) * scale
+    if self.use_bias:
+      y = y + self.param("bias", nn.initializers.zeros, x.shape[-1:])
+    return y.astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -149,14 +151,11 @@ class RMSNorm(nn.Module):
   epsilon: float
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
     y = x.astype(scale.dtype)
     y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
     return (y * scale).astype(x.dtype)
-
-
-NORMS = {"layer": LayerNorm, "rms": RMSNorm}
 
 
 class Embed(nn.Module):

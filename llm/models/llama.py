@@ -1,24 +1,30 @@
-"""Llama (Touvron et al. 2023): decoder, pre-norm with RMS norms, rotary positions, gated SiLU, no biases."""
+"""Llama (Touvron et al. 2023): decoder, RMS norms before layers, rotary positions, gated SiLU."""
 
+from typing import ClassVar
+
+import jax
 from flax import linen as nn
 
 from llm.config import ModelConfig
+from llm.core import Batch
 from llm.models import precision, transformer
+from llm.models.architecture import Facts, padded_vocab
+from llm.models.cache import Cache
 from llm.models.layers import Embed, normal
 
-STYLE = transformer.Style(
-  post_norm=False,
+FACTS = Facts(
+  kind="decoder",
   causal=True,
   activation="silu",
   norm_epsilon=1e-5,
-  scaled_residual_init=False,
+  untied=True,
   norm="rms",
   bias=False,
   gated=True,
   rotary=True,
 )
 
-# 135m is SmolLM2's shape, 7b and 70b Llama 2's, 8b Llama 3's; tiny is a laptop's.
+# 135m is SmolLM2's shape, 7b and 70b are those of Llama 2, 8b is Llama 3's, tiny is for a laptop.
 SIZES = {
   name: dict(
     num_layers=layers,
@@ -42,23 +48,29 @@ SIZES = {
 
 
 class Backbone(nn.Module):
-  """Embedding, stack and final norm. The table is that of the output layer, tied to the embedding or not."""
+  """Embedding, stack and final norm. The table is that of the output layer, tied or not."""
 
   config: ModelConfig
+  facts: ClassVar[Facts] = FACTS
 
   @nn.compact
-  def __call__(self, batch, *, train: bool, cache: transformer.Cache | None = None):
-    cfg, dtype = self.config, precision.of(self.config).values
-    embed = lambda name: Embed(
-      transformer.padded_vocab(cfg.vocab_size),
+  def __call__(
+    self, batch: Batch, *, train: bool, cache: Cache | None = None
+  ) -> tuple[jax.Array, jax.Array, Cache | None]:
+    cfg = self.config
+    x_BxTxD, table_VxD = self.embedding("token")(batch["tokens"])
+    if not cfg.tied:
+      table_VxD = self.embedding("output").table()
+    x_BxTxD, cache = transformer.trunk(self, self.facts, x_BxTxD, batch, train=train, cache=cache)
+    return transformer.norm(cfg, self.facts, "final_norm")(x_BxTxD), table_VxD, cache
+
+  def embedding(self, name: str) -> Embed:
+    cfg = self.config
+    return Embed(
+      padded_vocab(cfg.vocab_size),
       cfg.width,
-      dtype,
+      precision.of(cfg).values,
       normal(cfg.init_std),
       split="tensor",
       name=name,
     )
-    x_BxTxD, table_VxD = embed("token")(batch["tokens"])
-    if not cfg.tied:
-      table_VxD = embed("output").table()
-    x_BxTxD, cache = transformer.trunk(self, STYLE, x_BxTxD, batch, train=train, cache=cache)
-    return transformer.norm(cfg, STYLE, "final_norm")(x_BxTxD), table_VxD, cache

@@ -33,16 +33,16 @@ WORTHWHILE = 1.2  # bfloat16 products must be this much faster to be taken
 
 
 def of(config: ModelConfig) -> Precision:
-  """The types that `config.dtype` names; "auto" as `auto` says."""
-  return TYPES[auto() if config.dtype == "auto" else config.dtype]
+  """The types that the dtype of a config names. "auto" must be resolved (models/resolve.py)."""
+  return TYPES[config.dtype]
 
 
-def auto() -> str:
+def auto(platform: str) -> str:
   """bfloat16 on accelerators; on CPU bfloat16 operands where they are measured to be faster.
 
   Processes that train together must agree, so several on CPU take float32.
   """
-  if jax.default_backend() != "cpu":
+  if platform != "cpu":
     return "bfloat16"
   if jax.process_count() > 1 or not native_bfloat16():
     return "float32"
@@ -51,21 +51,21 @@ def auto() -> str:
   return "bfloat16_operands" if faster else "float32"
 
 
-def explained(dtype: str) -> str:
-  """One line for the header of a run: which types are taken, and why."""
-  name = auto() if dtype == "auto" else dtype
-  emulated = "bfloat16" in name and jax.default_backend() == "cpu" and not native_bfloat16()
-  if emulated:
-    return f"{name}: this CPU has no bfloat16 products and emulates them, which is slow"
-  if dtype != "auto" or jax.default_backend() != "cpu":
-    return name
+def explained(asked: str, taken: str, platform: str) -> str:
+  """One line for the header of a run: which types were taken for what was asked, and why."""
+  if platform != "cpu":
+    return taken
+  if "bfloat16" in taken and not native_bfloat16():
+    return f"{taken}: this CPU has no bfloat16 products and emulates them, which is slow"
+  if asked != "auto":
+    return taken
   if not native_bfloat16():
-    return f"{name}: this CPU has no bfloat16 products"
+    return f"{taken}: this CPU has no bfloat16 products"
   if jax.process_count() > 1:
-    return f"{name}: several processes must agree"
+    return f"{taken}: several processes must agree"
   speeds = product_speeds()
   return (
-    f"{name}: products of float32 run at {speeds['float32'] / 1e9:,.0f} GFLOP/s here, "
+    f"{taken}: products of float32 run at {speeds['float32'] / 1e9:,.0f} GFLOP/s here, "
     f"of bfloat16 operands at {speeds['bfloat16_operands'] / 1e9:,.0f}"
   )
 

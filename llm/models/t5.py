@@ -1,6 +1,7 @@
-"""T5 (Raffel et al. 2020): encoder and decoder, RMS norms, relative position biases, no biases elsewhere.
+"""T5 (Raffel et al. 2020): encoder and decoder, RMS norms, relative position biases, no others.
 
-v1.1 (T5's released checkpoints of that name): gated GELU, output layer of its own. v1.0: ReLU, tied.
+v1.1, the released checkpoints of that name, has gated GELU and an output layer of its own. v1.0 has ReLU
+and a tied output.
 """
 
 import dataclasses
@@ -10,27 +11,32 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from llm.config import ModelConfig
+from llm.core import Batch
 from llm.models import attention as attention_lib
 from llm.models import precision, transformer
+from llm.models.architecture import Facts, padded_vocab
+from llm.models.cache import Cache
 from llm.models.layers import Embed, normal
 
-STYLE = transformer.Style(
-  post_norm=False,
-  causal=False,
+FACTS = Facts(
+  kind="encoder_decoder",
+  causal=False,  # the encoder; the decoder is
   activation="relu",
   norm_epsilon=1e-6,
-  scaled_residual_init=False,
+  untied=True,
   norm="rms",
   bias=False,
-  scaled=False,
+  position_bias=True,
+  scaled_scores=False,
   fan_in_init=True,
   inner_dropout=True,
 )
 
 BUCKETS, FARTHEST = 32, 128  # of relative positions, in all published models
 
-# The published shapes (google-research/text-to-text-transfer-transformer); tiny is a laptop's. num_layers: of the
-# encoder, and of the decoder. v1.1 was pretrained without dropout and is fine-tuned with 0.1.
+# The published shapes (google-research/text-to-text-transfer-transformer); tiny is for a laptop.
+# num_layers: of the encoder, and of the decoder. v1.1 was pretrained without dropout and is fine-tuned
+# with 0.1.
 SIZES = {
   name: dict(
     num_layers=layers,
@@ -79,37 +85,23 @@ class Stack(nn.Module):
   """Blocks with their relative position bias, which all layers share, and the final norm."""
 
   config: ModelConfig
-  style: transformer.Style
+  facts: Facts
 
   @nn.compact
   def __call__(
     self,
-    x_BxTxD,
-    batch,
+    x_BxTxD: jax.Array,
+    batch: Batch,
     memory: transformer.Memory | None = None,
     *,
     train: bool,
-    cache: transformer.Cache | None = None,
-  ):
-    cfg, length = self.config, x_BxTxD.shape[1]
-    # Within a packed document, positions differ as places in the row do; between documents nothing is seen.
-    place_T, place_S = (
-      jnp.arange(length),
-      jnp.arange(length if cache is None else cache.segments_BxS.shape[1]),
-    )
-    place_T += 0 if cache is None else cache.index
-    buckets_TxS = bucket(place_S - place_T[:, None], causal=self.style.causal)
-    table = Embed(
-      BUCKETS,
-      cfg.num_heads,
-      jnp.promote_types(x_BxTxD.dtype, jnp.float32),
-      normal(cfg.init_std * cfg.width**-0.5),
-      name="relative",
-    )
-    bias_HxTxS = table(buckets_TxS)[0].transpose(2, 0, 1)
+    cache: Cache | None = None,
+  ) -> tuple[jax.Array, Cache | None]:
+    cfg = self.config
+    bias_HxTxS = self.position_bias(x_BxTxD, cache)
     x_BxTxD, cache = transformer.trunk(
       self,
-      self.style,
+      self.facts,
       x_BxTxD,
       batch,
       train=train,
@@ -117,52 +109,73 @@ class Stack(nn.Module):
       memory=memory,
       cache=cache,
     )
-    x_BxTxD = transformer.norm(cfg, self.style, "final_norm")(x_BxTxD)
+    x_BxTxD = transformer.norm(cfg, self.facts, "final_norm")(x_BxTxD)
     key = self.make_rng("dropout") if train and cfg.dropout else None
     return attention_lib.dropout(x_BxTxD, cfg.dropout, key), cache
+
+  def position_bias(self, x_BxTxD: jax.Array, cache: Cache | None) -> jax.Array:
+    """HxTxS. Within a packed document, positions differ as places in the row do."""
+    cfg, length = self.config, x_BxTxD.shape[1]
+    if cache is None:
+      place_T = place_S = jnp.arange(length)
+    else:
+      place_T = cache.index + jnp.arange(length)
+      place_S = jnp.arange(cache.segments_BxS.shape[1])
+    buckets_TxS = bucket(place_S - place_T[:, None], causal=self.facts.causal)
+    table = Embed(
+      BUCKETS,
+      cfg.num_heads,
+      jnp.promote_types(x_BxTxD.dtype, jnp.float32),
+      normal(cfg.init_std * cfg.width**-0.5),
+      name="relative",
+    )
+    return table(buckets_TxS)[0].transpose(2, 0, 1)
 
 
 class Backbone(nn.Module):
   """Encoder and decoder over one embedding -> hidden states of the decoder.
 
-  The encoder reads tokens, segments and positions of a batch, the decoder those called decoder_*; a decoder's
-  segment looks at the encoder's of the same number.
+  The encoder reads tokens, segments and positions of a batch, the decoder those called decoder_*. A
+  segment of the decoder looks at the encoder's of the same number.
   """
 
   config: ModelConfig
 
   def setup(self):
     cfg, dtype = self.config, precision.of(self.config).values
-    rows = transformer.padded_vocab(cfg.vocab_size)
-    style = dataclasses.replace(
-      STYLE, gated=cfg.gated, activation="gelu_tanh" if cfg.gated else "relu"
-    )
+    rows, output_std = padded_vocab(cfg.vocab_size), cfg.init_std * cfg.width**-0.5
+    activation = "gelu_tanh" if cfg.gated else "relu"
+    facts = dataclasses.replace(FACTS, gated=cfg.gated, activation=activation)
     self.token = Embed(rows, cfg.width, dtype, normal(cfg.init_std), split="tensor")
     if not cfg.tied:
-      self.output = Embed(
-        rows, cfg.width, dtype, normal(cfg.init_std * cfg.width**-0.5), split="tensor"
-      )
-    self.encoder = Stack(cfg, style)
-    self.decoder = Stack(cfg, dataclasses.replace(style, causal=True))
+      self.output = Embed(rows, cfg.width, dtype, normal(output_std), split="tensor")
+    self.encoder = Stack(cfg, facts)
+    self.decoder = Stack(cfg, dataclasses.replace(facts, causal=True))
 
-  def encode(self, batch, *, train: bool) -> jax.Array:
+  def encode(self, batch: Batch, *, train: bool) -> jax.Array:
     """Hidden states BxSxD of the encoder."""
     return self.encoder(self.token(batch["tokens"])[0], batch, train=train)[0]
 
   def __call__(
-    self, batch, *, train: bool, cache: transformer.Cache | None = None, states_BxSxD=None
-  ):
+    self,
+    batch: Batch,
+    *,
+    train: bool,
+    cache: Cache | None = None,
+    states_BxSxD: jax.Array | None = None,
+  ) -> tuple[jax.Array, jax.Array, Cache | None]:
     """states: what `encode` gave, where it need not be computed again."""
-    states_BxSxD = self.encode(batch, train=train) if states_BxSxD is None else states_BxSxD
-    own = {name: batch[f"decoder_{name}"] for name in ("segments", "positions")}
+    if states_BxSxD is None:
+      states_BxSxD = self.encode(batch, train=train)
+    decoder = {name: batch[f"decoder_{name}"] for name in ("segments", "positions")}
     x_BxTxD, table_VxD = self.token(batch["decoder_tokens"])
-    memory = transformer.Memory(
-      states_BxSxD,
-      attention_lib.Visibility(
-        own["segments"], batch["segments"], own["positions"], batch["positions"]
-      ),
+    visibility = attention_lib.Visibility(
+      decoder["segments"], batch["segments"], decoder["positions"], batch["positions"]
     )
-    hidden_BxTxD, cache = self.decoder(x_BxTxD, own, memory, train=train, cache=cache)
-    if self.config.tied:  # mesh_tensorflow's rescaling of tied outputs
-      return hidden_BxTxD * self.config.width**-0.5, table_VxD, cache
-    return hidden_BxTxD, self.output.table(), cache
+    memory = transformer.Memory(states_BxSxD, visibility)
+    hidden_BxTxD, cache = self.decoder(x_BxTxD, decoder, memory, train=train, cache=cache)
+    if not self.config.tied:
+      return hidden_BxTxD, self.output.table(), cache
+    if self.config.scaled_output:  # as mesh_tensorflow scales tied outputs
+      hidden_BxTxD = hidden_BxTxD * self.config.width**-0.5
+    return hidden_BxTxD, table_VxD, cache

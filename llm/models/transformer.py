@@ -1,327 +1,268 @@
-"""One transformer: block, and a stack of them with stacked parameters.
+"""One transformer: attention, block, and a stack of blocks with stacked parameters.
 
-Every parameter of the stack carries a leading layer axis, whether the stack is scanned or
-unrolled, so that there is one layout of checkpoints.
+Every parameter of the stack carries a leading layer axis, whether the stack is scanned or unrolled, so
+that there is one layout of checkpoints.
 """
 
-import dataclasses
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from llm.config import ModelConfig
-from llm.core import Params, UserError, round_up
+from llm.core import Batch, Params
 from llm.models import attention as attention_lib
 from llm.models import cudnn, precision, splash
-from llm.models.layers import MLP, NORMS, Linear, LoRA, normal
+from llm.models.architecture import Facts, head_width_of, kv_heads_of
+from llm.models.attention import Visibility
+from llm.models.cache import Cache, Past
+from llm.models.layers import MLP, LayerNorm, Linear, LoRA, RMSNorm, normal
 from llm.sharding import BATCH, constrain
-
-
-@dataclasses.dataclass(frozen=True)
-class Style:
-  """What an architecture publishes and a user does not choose."""
-
-  post_norm: bool  # normalise after the residual sum (BERT) or before the layer (GPT-2)
-  causal: bool
-  activation: str  # a key of layers.ACTIVATIONS
-  norm_epsilon: float
-  scaled_residual_init: bool  # output projections start at init_std / sqrt(2 L) (GPT-2)
-  norm: str = "layer"  # a key of layers.NORMS
-  bias: bool = True  # of the linear layers
-  gated: bool = False  # feed-forward
-  rotary: bool = False  # positions turn queries and keys, nothing is added to the embedding
-  scaled: bool = True  # attention scores over sqrt(K) (not T5, which starts its queries smaller)
-  fan_in_init: bool = False  # kernels start at init_std / sqrt(inputs) (T5)
-  inner_dropout: bool = False  # inside the feed-forward layer too (T5)
-
-
-def padded_vocab(vocab_size: int) -> int:
-  """Rows of the embedding table: a multiple of 128, so that mesh axes divide it."""
-  return round_up(vocab_size, 128)
-
-
-FLASH = {
-  "splash": "tpu",
-  "cudnn": "gpu",
-}  # attention that keeps no scores for the backward pass, and the platform it runs on
-
-
-def check_platform(config: ModelConfig, platform: str):
-  """Raises UserError where the attention that is asked for does not run on cpu, gpu or tpu."""
-  if FLASH.get(config.attention, platform) != platform:
-    raise UserError(
-      f"config.model.attention={config.attention} runs on a {FLASH[config.attention].upper()} alone, this is a "
-      f"{platform.upper()}: reference or auto"
-    )
-
-
-def cannot(backend: str, config: ModelConfig, length: int, context: int, dropout: bool) -> str:
-  """Why a backend cannot serve a model on `context` devices a row; empty where it can. dropout: whether it is trained."""
-  if backend == "reference":
-    return ""
-  if config.name == "t5":
-    return "T5's position bias"
-  if dropout and config.dropout:
-    return "dropout of attention weights"
-  if backend == "splash":
-    return (
-      f"a length of {length} on {context} devices, no multiple of {splash.LANES} on each"
-      if length % (context * splash.LANES)
-      else ""
-    )
-  width = head_width_of(config)
-  return (
-    "a context axis"
-    if context > 1
-    else "float32"
-    if precision.of(config).values != jnp.bfloat16
-    else f"a head width of {width}, no multiple of 8 up to {cudnn.WIDEST}"
-    if width % 8 or width > cudnn.WIDEST
-    else f"an odd length, {length},"
-    if length % 2
-    else ""
-  )
-
-
-def attention_backend(config: ModelConfig, length: int, dropout: bool) -> str:
-  """reference, splash or cudnn. "auto" is splash on TPUs, where it can serve. Raises UserError where what is asked for cannot."""
-  backend = (
-    config.attention
-    if config.attention != "auto"
-    else "splash"
-    if jax.default_backend() == "tpu"
-    else "reference"
-  )
-  why_not = cannot(
-    backend, config, length, jax.sharding.get_abstract_mesh().shape.get("context", 1), dropout
-  )
-  if why_not and config.attention != "auto":
-    raise UserError(f"config.model.attention={backend} cannot serve {why_not}: reference or auto")
-  return "reference" if why_not else backend
 
 
 class Memory(NamedTuple):
   """What cross-attention looks at."""
 
   states_BxSxD: jax.Array
-  visibility: attention_lib.Visibility
+  visibility: Visibility
 
 
-class Past(NamedTuple):
-  """Keys and values of S slots, of one layer; what one head looks at lies together."""
+class Pattern(NamedTuple):
+  """How the layers of a stack differ, an entry a layer."""
 
-  keys_BxGxSxK: jax.Array
-  values_BxGxSxK: jax.Array
-
-
-class Cache(flax.struct.PyTreeNode):
-  """What a decoder has seen. New tokens go to the slots from `index` on; slots of segment 0 are not seen."""
-
-  past: tuple[Past, ...]  # of each layer
-  segments_BxS: jax.Array
-  positions_BxS: jax.Array
-  index: jax.Array
+  reach: jax.Array  # tokens between a query and the farthest key that it sees
+  theta: jax.Array  # base of the rotary wavelengths
 
 
-def empty_cache(config: ModelConfig, rows: int, slots: int) -> Cache:
-  """A cache in which nothing was written."""
-  shape = (rows, config.num_kv_heads or config.num_heads, slots, head_width_of(config))
-  one = lambda: jnp.zeros(shape, precision.of(config).values)
-  past = tuple(Past(one(), one()) for _ in range(config.num_layers))
-  return Cache(past, *jnp.zeros((2, rows, slots), jnp.int32), jnp.zeros((), jnp.int32))
+EVERYWHERE = 2**30  # the reach of a layer that sees the whole text
 
 
-def _written(old, new, index, axis=1):
-  """`old` with `new` in its slots (dimension `axis`) from `index` on."""
-  return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, axis)
+def pattern_of(config: ModelConfig) -> Pattern | None:
+  """Every `global_every`-th layer sees everything, from the first on; None where all layers do."""
+  if config.global_every == 1:
+    return None
+  sees_all_L = jnp.arange(config.num_layers) % config.global_every == 0
+  return Pattern(
+    jnp.where(sees_all_L, EVERYWHERE, config.window // 2),
+    jnp.where(sees_all_L, config.rope_theta, config.local_rope_theta),
+  )
 
 
 class Attention(nn.Module):
-  """Multi-head attention with separate query, key and value projections; of x to itself, or to `source`.
+  """Multi-head attention of x to itself, or to `source`.
 
-  Returns (y_BxTxD, the past with what is new in it); past: what was seen before, with x going to `index`.
+  past: keys and values of what was seen before; those of x go to the slots from `index` on. layer: the
+  entries of a `Pattern`. Returns (y_BxTxD, the past with what is new in it).
   """
 
   config: ModelConfig
-  style: Style
+  facts: Facts
   train: bool
 
   @nn.compact
   def __call__(
     self,
-    x_BxTxD,
-    visibility,
-    bias_HxTxS=None,
-    source_BxSxD=None,
+    x_BxTxD: jax.Array,
+    visibility: Visibility,
+    bias_HxTxS: jax.Array | None = None,
+    source_BxSxD: jax.Array | None = None,
     past: Past | None = None,
-    index=None,
-  ):
-    cfg, style, types = self.config, self.style, precision.of(self.config)
-    heads, kv_heads, head_width = (
-      cfg.num_heads,
-      cfg.num_kv_heads or cfg.num_heads,
-      head_width_of(cfg),
-    )
+    index: jax.Array | None = None,
+    layer: Pattern | None = None,
+  ) -> tuple[jax.Array, Past | None]:
+    cfg, facts, types = self.config, self.facts, precision.of(self.config)
+    itself = past is None and source_BxSxD is None
     source_BxSxD = x_BxTxD if source_BxSxD is None else source_BxSxD
-    project = lambda name, count, x, fan_in: Linear(
-      (cfg.width, count, head_width),
+    fan_in = cfg.width * (1 if facts.scaled_scores else head_width_of(cfg))
+    q_BxTxHxK = self.project("query", cfg.num_heads, x_BxTxD, fan_in)
+    k_BxSxGxK = self.project("key", kv_heads_of(cfg), source_BxSxD, cfg.width)
+    v_BxSxGxK = self.project("value", kv_heads_of(cfg), source_BxSxD, cfg.width)
+    if facts.qk_norm:
+      q_BxTxHxK = norm(cfg, facts, "query_norm")(q_BxTxHxK)
+      k_BxSxGxK = norm(cfg, facts, "key_norm")(k_BxSxGxK)
+    if facts.rotary:
+      theta = cfg.rope_theta if layer is None else layer.theta
+      new_keys = visibility.kv_positions_BxS if past is None else visibility.q_positions_BxT
+      q_BxTxHxK = attention_lib.rotary(q_BxTxHxK, visibility.q_positions_BxT, theta)
+      k_BxSxGxK = attention_lib.rotary(k_BxSxGxK, new_keys, theta)
+    if past is not None:
+      past = past.with_new(k_BxSxGxK, v_BxSxGxK, index)
+      k_BxSxGxK, v_BxSxGxK = (a.swapaxes(1, 2) for a in past)
+      types = types._replace(
+        operands=types.values
+      )  # what was seen is read in the type it is kept in
+    # Context parallelism: queries stay split over positions, keys and values are gathered.
+    q_BxTxHxK = constrain(q_BxTxHxK, BATCH, "context", "tensor", None)
+    k_BxSxGxK = constrain(k_BxSxGxK, BATCH, None, "tensor", None)
+    v_BxSxGxK = constrain(v_BxSxGxK, BATCH, None, "tensor", None)
+    backend = cfg.attention if itself else "reference"
+    mixed_BxTxHxK = self.attend(
+      backend, q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, visibility, bias_HxTxS, layer, types
+    )
+    return self.out(mixed_BxTxHxK), past
+
+  def project(self, name: str, heads: int, x_BxTxD: jax.Array, fan_in: int) -> jax.Array:
+    """BxTxHxK."""
+    cfg, facts = self.config, self.facts
+    return Linear(
+      (cfg.width, heads, head_width_of(cfg)),
       out=2,
-      precision=types,
-      kernel_init=initial(cfg, style, fan_in),
-      bias=style.bias,
+      precision=precision.of(cfg),
+      kernel_init=initial(cfg, facts, fan_in),
+      bias=facts.bias,
       lora=lora(cfg),
       name=name,
-    )(x)
-    q = project("query", heads, x_BxTxD, cfg.width * (1 if style.scaled else head_width))
-    k, v = (project(name, kv_heads, source_BxSxD, cfg.width) for name in ("key", "value"))
-    if self.style.rotary:
-      q = attention_lib.rotary(q, visibility.q_positions_BxT, cfg.rope_theta)
-      own = visibility.kv_positions_BxS if past is None else visibility.q_positions_BxT
-      k = attention_lib.rotary(k, own, cfg.rope_theta)
-    if past is not None:
-      past = Past(
-        *(_written(old, new.swapaxes(1, 2), index, axis=2) for old, new in zip(past, (k, v)))
-      )
-      k, v = (a.swapaxes(1, 2) for a in past)
-    # Context parallelism: queries stay split over positions, keys and values are gathered.
-    q = constrain(q, BATCH, "context", "tensor", None)
-    k, v = (constrain(a, BATCH, None, "tensor", None) for a in (k, v))
-    # What was seen is read in the type in which it is kept.
-    products = types if past is None else types._replace(operands=types.values)
-    key = self.make_rng("dropout") if self.train and cfg.dropout else None
-    scale = head_width**-0.5 if style.scaled else 1.0
-    itself = past is None and source_BxSxD is x_BxTxD
-    backend = attention_backend(cfg, x_BxTxD.shape[1], self.train) if itself else "reference"
+    )(x_BxTxD)
+
+  def attend(self, backend, q, k, v, visibility, bias_HxTxS, layer, types) -> jax.Array:
+    """BxTxHxK, by the backend that the config asks for."""
+    cfg = self.config
+    scale = head_width_of(cfg) ** -0.5 if self.facts.scaled_scores else 1.0
+    reach = None if layer is None else layer.reach
     if backend == "splash":
-      mixed = splash.attend(q, k, v, visibility.q_segments_BxT, causal=style.causal, scale=scale)
-    elif backend == "cudnn":
-      mixed = cudnn.attend(q, k, v, visibility, scale=scale)
-    else:
-      mixed = attention_lib.attend(
+      return splash.attend(
         q,
         k,
         v,
-        visibility,
-        products,
+        visibility.q_segments_BxT,
+        causal=self.facts.causal,
         scale=scale,
-        bias_HxTxS=bias_HxTxS,
-        dropout_rate=cfg.dropout,
-        key=key,
+        window=cfg.window,
+        reach=reach,
       )
+    if reach is not None:
+      visibility = visibility.replace(reach=reach)
+    if backend == "cudnn":
+      return cudnn.attend(q, k, v, visibility, scale=scale)
+    key = self.make_rng("dropout") if self.train and cfg.dropout else None
+    return attention_lib.attend(
+      q,
+      k,
+      v,
+      visibility,
+      types,
+      scale=scale,
+      bias_HxTxS=bias_HxTxS,
+      dropout_rate=cfg.dropout,
+      key=key,
+    )
+
+  def out(self, mixed_BxTxHxK: jax.Array) -> jax.Array:
+    """BxTxD."""
+    cfg, facts = self.config, self.facts
+    heads, head_width = cfg.num_heads, head_width_of(cfg)
     return Linear(
       (heads, head_width, cfg.width),
-      precision=types,
-      kernel_init=residual_init(cfg, style, heads * head_width),
-      bias=style.bias,
+      precision=precision.of(cfg),
+      kernel_init=residual_init(cfg, facts, heads * head_width),
+      bias=facts.bias,
       lora=lora(cfg),
       name="out",
-    )(mixed), past
+    )(mixed_BxTxHxK)
 
 
-def norm(config: ModelConfig, style: Style, name: str) -> nn.Module:
+def norm(config: ModelConfig, facts: Facts, name: str) -> nn.Module:
   """A norm of the architecture's kind."""
-  return NORMS[style.norm](config.norm_epsilon or style.norm_epsilon, name=name)
+  epsilon = config.norm_epsilon or facts.norm_epsilon
+  if facts.norm == "rms":
+    return RMSNorm(epsilon, name=name)
+  return LayerNorm(epsilon, facts.norm_bias, name=name)
 
 
 def lora(config: ModelConfig) -> LoRA | None:
   """The adapters that the config asks for."""
-  return (
-    LoRA(config.lora_rank, config.lora_alpha, config.lora_targets, config.lora_dropout)
-    if config.lora_rank
-    else None
-  )
+  if not config.lora_rank:
+    return None
+  return LoRA(config.lora_rank, config.lora_alpha, config.lora_targets, config.lora_dropout)
 
 
-def head_width_of(config: ModelConfig) -> int:
-  """K."""
-  return config.head_width or config.width // config.num_heads
-
-
-def initial(config: ModelConfig, style: Style, fan_in: int):
+def initial(config: ModelConfig, facts: Facts, fan_in: int) -> Callable:
   """Initialiser of a kernel."""
-  return normal(config.init_std * (fan_in**-0.5 if style.fan_in_init else 1.0))
+  return normal(config.init_std * (fan_in**-0.5 if facts.fan_in_init else 1.0))
 
 
-def residual_init(config: ModelConfig, style: Style, fan_in: int):
+def residual_init(config: ModelConfig, facts: Facts, fan_in: int) -> Callable:
   """Initialiser of the projections that write to the residual stream."""
-  if style.scaled_residual_init:
+  if facts.scaled_residual_init:
     return normal(config.init_std * (2 * config.num_layers) ** -0.5)
-  return initial(config, style, fan_in)
+  return initial(config, facts, fan_in)
 
 
 class Block(nn.Module):
-  """Attention (to the memory too, if there is one) and feed-forward, each with a residual sum and a norm.
+  """Attention, to the memory too if there is one, and feed-forward: a residual sum and a norm each.
 
-  Returns (x, past with what is new in it), as scan wants it.
+  Returns (x, the past with what is new in it), as scan wants it.
   """
 
   config: ModelConfig
-  style: Style
+  facts: Facts
   train: bool
 
   @nn.compact
   def __call__(
     self,
-    x_BxTxD,
-    visibility,
-    bias_HxTxS=None,
+    x_BxTxD: jax.Array,
+    visibility: Visibility,
+    bias_HxTxS: jax.Array | None = None,
     memory: Memory | None = None,
-    index=None,
+    layer: Pattern | None = None,
+    index: jax.Array | None = None,
     past: Past | None = None,
-  ):
-    cfg, style = self.config, self.style
-    attention = Attention(cfg, style, self.train, name="attention")
+  ) -> tuple[jax.Array, Past | None]:
+    cfg, facts = self.config, self.facts
+    attention = Attention(cfg, facts, self.train, name="attention")
+    entered, leave = self.residual("attention", x_BxTxD)
+    y_BxTxD, past = attention(entered, visibility, bias_HxTxS, past=past, index=index, layer=layer)
+    x_BxTxD = leave(y_BxTxD)
+    if memory is not None:
+      cross = Attention(cfg, facts, self.train, name="cross")
+      entered, leave = self.residual("cross", x_BxTxD)
+      y_BxTxD, _ = cross(entered, memory.visibility, source_BxSxD=memory.states_BxSxD)
+      x_BxTxD = leave(y_BxTxD)
+    entered, leave = self.residual("mlp", x_BxTxD)
+    return leave(self.feed_forward(entered)), past
+
+  def feed_forward(self, x_BxTxD: jax.Array) -> jax.Array:
+    cfg, facts = self.config, self.facts
     mlp = MLP(
       cfg.mlp_dim,
-      style.activation,
+      facts.activation,
       precision.of(cfg),
-      initial(cfg, style, cfg.width),
-      residual_init(cfg, style, cfg.mlp_dim),
-      style.gated,
-      style.bias,
+      initial(cfg, facts, cfg.width),
+      residual_init(cfg, facts, cfg.mlp_dim),
+      facts.gated,
+      facts.bias,
       lora(cfg),
       name="mlp",
     )
+    return mlp(x_BxTxD, self.drop) if facts.inner_dropout else mlp(x_BxTxD)
 
-    def look_back(x):
-      nonlocal past
-      y, past = attention(x, visibility, bias_HxTxS, past=past, index=index)
-      return y
+  def residual(self, name: str, x_BxTxD: jax.Array) -> tuple[jax.Array, Callable]:
+    """(what enters the layer called `name`, a function from its output to what leaves the sum)."""
+    normalise = norm(self.config, self.facts, f"{name}_norm")
 
-    x_BxTxD = self.residual("attention", look_back, x_BxTxD)
-    if memory is not None:
-      cross = Attention(cfg, style, self.train, name="cross")
-      look = lambda x: cross(x, memory.visibility, source_BxSxD=memory.states_BxSxD)[0]
-      x_BxTxD = self.residual("cross", look, x_BxTxD)
-    feed = (lambda x: mlp(x, self.drop)) if style.inner_dropout else mlp
-    return self.residual("mlp", feed, x_BxTxD), past
+    def leave(y_BxTxD: jax.Array) -> jax.Array:
+      total_BxTxD = x_BxTxD + self.drop(y_BxTxD)
+      if self.facts.post_norm:
+        total_BxTxD = normalise(total_BxTxD)
+      return constrain(total_BxTxD, BATCH, "context", None)
 
-  def residual(self, name: str, layer, x_BxTxD):
-    """x plus what the layer says of it, normalised before or after."""
-    normed = norm(self.config, self.style, f"{name}_norm")
-    if self.style.post_norm:
-      x_BxTxD = normed(x_BxTxD + self.drop(layer(x_BxTxD)))
-    else:
-      x_BxTxD = x_BxTxD + self.drop(layer(normed(x_BxTxD)))
-    return constrain(x_BxTxD, BATCH, "context", None)
+    return x_BxTxD if self.facts.post_norm else normalise(x_BxTxD), leave
 
-  def drop(self, x):
+  def drop(self, x: jax.Array) -> jax.Array:
     key = self.make_rng("dropout") if self.train and self.config.dropout else None
     return attention_lib.dropout(x, self.config.dropout, key)
 
 
 def unstacked(params: Params) -> Params:
-  """The parameters with the layers of every stack as a tuple of trees, for `stack` to go through one by one."""
+  """The parameters with the layers of every stack as a tuple of trees."""
   if not isinstance(params, dict):
     return params
 
-  def layers(stacked):
-    return tuple(
-      jax.tree.map(lambda leaf: leaf[i], stacked) for i in range(len(jax.tree.leaves(stacked)[0]))
-    )
+  def layers(stacked: Params) -> tuple:
+    count = len(jax.tree.leaves(stacked)[0])
+    return tuple(jax.tree.map(lambda leaf: leaf[i], stacked) for i in range(count))
 
   return {
     name: layers(tree) if name == "layers" else unstacked(tree) for name, tree in params.items()
@@ -330,81 +271,89 @@ def unstacked(params: Params) -> Params:
 
 def stack(
   module: nn.Module,
-  style: Style,
-  x_BxTxD,
-  visibility,
-  bias_HxTxS,
-  memory,
-  index,
-  past,
+  facts: Facts,
+  x_BxTxD: jax.Array,
+  visibility: Visibility,
+  bias_HxTxS: jax.Array | None,
+  memory: Memory | None,
   *,
   train: bool,
-):
-  """L blocks over x -> (BxTxD, past of each). Called inside a module with a `config`, whose parameter `layers` they become.
-
-  With a past, parameters must be `unstacked`: a step of decoding reads each parameter once, and would spend most of its
-  time on cutting the layers, and their pasts, out of one array.
-  """
+) -> jax.Array:
+  """L blocks over x -> BxTxD. Called inside a module with a `config`, as its parameter `layers`."""
   config = module.config
-  if isinstance(own := module.variables.get("params", {}).get("layers"), tuple):
-    pasts = []
-    for params, one in zip(own, past or (None,) * len(own), strict=True):
-      block = Block(config, style, train, parent=None)
-      x_BxTxD, one = block.apply(
-        {"params": params}, x_BxTxD, visibility, bias_HxTxS, memory, index, one
-      )
-      pasts.append(one)
-    return x_BxTxD, tuple(pasts)
-  unroll = config.scan == "unroll" or config.scan == "auto" and jax.default_backend() == "cpu"
-  keep = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
-  block = (
-    nn.remat(Block, prevent_cse=unroll, policy=keep[config.remat])
-    if config.remat in keep
-    else Block
-  )
+  unroll = config.scan == "unroll"
+  policies = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+  block = Block
+  if config.remat in policies:
+    block = nn.remat(Block, prevent_cse=unroll, policy=policies[config.remat])
+  pattern = pattern_of(config)
   layers = nn.scan(
     block,
     variable_axes={"params": 0},
-    in_axes=(nn.broadcast,) * 3,
+    in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast if pattern is None else 0),
     split_rngs={"params": True, "dropout": True},
     length=config.num_layers,
     unroll=config.num_layers if unroll else 1,
   )
-  return layers(config, style, train, name="layers")(x_BxTxD, visibility, bias_HxTxS, memory)
+  stacked = layers(config, facts, train, name="layers")
+  return stacked(x_BxTxD, visibility, bias_HxTxS, memory, pattern)[0]
+
+
+def one_by_one(
+  module: nn.Module,
+  facts: Facts,
+  x_BxTxD: jax.Array,
+  visibility: Visibility,
+  bias_HxTxS: jax.Array | None,
+  memory: Memory | None,
+  cache: Cache | None,
+) -> tuple[jax.Array, tuple[Past, ...]]:
+  """The same of `unstacked` parameters, for writing -> (BxTxD, the past of each layer).
+
+  A token reads each parameter once, and would spend most of its time on cutting the layers, and their
+  pasts, out of one array.
+  """
+  layers = module.variables["params"]["layers"]
+  index, pasts = (None, (None,) * len(layers)) if cache is None else (cache.index, cache.past)
+  written = []
+  for params, past in zip(layers, pasts, strict=True):
+    block = Block(module.config, facts, train=False, parent=None)
+    x_BxTxD, past = block.apply(
+      {"params": params}, x_BxTxD, visibility, bias_HxTxS, memory, index=index, past=past
+    )
+    written.append(past)
+  return x_BxTxD, tuple(written)
 
 
 def trunk(
   backbone: nn.Module,
-  style: Style,
-  x_BxTxD,
-  batch,
+  facts: Facts,
+  x_BxTxD: jax.Array,
+  batch: Batch,
   *,
   train: bool,
-  bias_HxTxS=None,
+  bias_HxTxS: jax.Array | None = None,
   memory: Memory | None = None,
   cache: Cache | None = None,
-):
-  """Dropout of what is embedded, then the stack -> (BxTxD, cache). Called inside a backbone with a `config`.
+) -> tuple[jax.Array, Cache | None]:
+  """Dropout of what is embedded, then the stack. Called inside a backbone with a `config`.
 
-  Of the batch, segments and positions are read. bias: of the self-attention. memory: what each block looks at.
-  cache: what was seen before; x is written into it.
+  Of the batch, segments and positions are read. bias: of the self-attention. memory: what each block
+  looks at. cache: what was seen before; x is written into it.
   """
   config = backbone.config
   key = backbone.make_rng("dropout") if train and config.dropout else None
-  x_BxTxD = constrain(attention_lib.dropout(x_BxTxD, config.dropout, key), BATCH, "context", None)
+  x_BxTxD = attention_lib.dropout(x_BxTxD, config.dropout, key)
+  x_BxTxD = constrain(x_BxTxD, BATCH, "context", None)
   if cache is None:
-    visibility = attention_lib.self_visibility(batch, causal=style.causal)
-    return stack(backbone, style, x_BxTxD, visibility, bias_HxTxS, memory, None, None, train=train)[
-      0
-    ], None
-  seen = cache.replace(
-    segments_BxS=_written(cache.segments_BxS, batch["segments"], cache.index),
-    positions_BxS=_written(cache.positions_BxS, batch["positions"], cache.index),
-  )
-  visibility = attention_lib.Visibility(
-    batch["segments"], seen.segments_BxS, batch["positions"], seen.positions_BxS, style.causal
-  )
-  x_BxTxD, past = stack(
-    backbone, style, x_BxTxD, visibility, bias_HxTxS, memory, cache.index, cache.past, train=train
-  )
-  return x_BxTxD, seen.replace(past=past, index=cache.index + x_BxTxD.shape[1])
+    visibility = attention_lib.self_visibility(batch, causal=facts.causal)
+  else:
+    cache = cache.with_new(batch["segments"], batch["positions"])
+    visibility = attention_lib.cache_visibility(batch, cache, causal=facts.causal)
+  layers = backbone.variables.get("params", {}).get("layers")
+  if not isinstance(layers, tuple):
+    return stack(backbone, facts, x_BxTxD, visibility, bias_HxTxS, memory, train=train), None
+  x_BxTxD, past = one_by_one(backbone, facts, x_BxTxD, visibility, bias_HxTxS, memory, cache)
+  if cache is None:
+    return x_BxTxD, None
+  return x_BxTxD, cache.replace(past=past, index=cache.index + x_BxTxD.shape[1])

@@ -1,7 +1,7 @@
 """Prompt and response: next-token prediction of the assistant's turns alone, end of turn included."""
 
 import dataclasses
-from typing import Callable, Mapping
+from typing import Callable, NamedTuple
 
 import jinja2
 import jinja2.sandbox
@@ -9,7 +9,9 @@ import numpy as np
 
 from llm.core import UserError, first_line
 from llm.data import packing
-from llm.objectives import causal_lm
+from llm.data.sources import Source
+from llm.data.tokenizer import Tokenizer
+from llm.objectives import base, causal_lm
 
 ROLES = ("system", "user", "assistant")
 END = (
@@ -105,9 +107,10 @@ class Template:
     """Ids of the turns, up to where the assistant answers."""
     return self.encode(self.render(turns, answering=True), tokenizer)
 
-  def tokens(self, turns: list[dict], tokenizer) -> tuple[list[int], list[int]]:
-    """(ids, whether each is learned) of a conversation."""
-    whole, ids, learned, at = self.render(turns), [], [], 0
+  def tokens(self, turns: list[dict], tokenizer: Tokenizer) -> "Encoded":
+    """A conversation as ids. Raises UserError where the assistant's tokens cannot be told apart."""
+    whole = self.render(turns)
+    ids, learned, at = [], [], 0
 
     def add(text: str, weight: int):
       more = self.encode(text, tokenizer)
@@ -117,152 +120,146 @@ class Template:
     for number, turn in enumerate(turns):
       if not turn["weight"]:
         continue
-      start, stop = len(self.render(turns[:number], True)), len(self.render(turns[: number + 1]))
-      if not whole.startswith(self.render(turns[:number], True)) or not whole.startswith(
-        self.render(turns[: number + 1])
-      ):
+      before, after = self.render(turns[:number], True), self.render(turns[: number + 1])
+      if not whole.startswith(before) or not whole.startswith(after):
         raise UserError(
-          "config.objective.template must render the turns one after another: what comes later changes what "
-          "came before, so that the assistant's tokens cannot be told"
+          "config.objective.template must render the turns one after another: what comes later "
+          "changes what came before, so that the assistant's tokens cannot be told apart"
         )
-      reply = whole[start:stop]
-      # The turn ends with the end token: as the template's variable, or spelled out in it.
-      ends = [
-        reply.rindex(mark) + len(mark)
-        for mark in (END, tokenizer.pieces[tokenizer.eos])
-        if mark in reply
-      ]
-      end = start + max(ends, default=len(reply))
-      add(whole[at:start], 0)
-      add(whole[start:end], 1)
+      end = len(before) + _end_of_turn(whole[len(before) : len(after)], tokenizer)
+      add(whole[at : len(before)], 0)
+      add(whole[len(before) : end], 1)
       at = end
     add(whole[at:], 0)
-    return ids, learned
+    return Encoded(np.array(ids, np.int32), np.array(learned, np.float32))
+
+
+def _end_of_turn(reply: str, tokenizer: Tokenizer) -> int:
+  """Where a rendered turn ends: after its end token, the template's variable or spelled out."""
+  marks = (END, tokenizer.pieces[tokenizer.eos])
+  return max(
+    (reply.rindex(mark) + len(mark) for mark in marks if mark in reply), default=len(reply)
+  )
 
 
 def _refuse(message: str):
   raise jinja2.TemplateError(message)
 
 
-def source_of(objective: Mapping, tokenizer) -> str:
+def template_of(objective: base.Objective, tokenizer: Tokenizer) -> str:
   """The template that a checkpoint was trained with or came with; empty where it has none."""
-  return (
-    objective["template"] if objective["name"] in ("chat", "preference") else tokenizer.template
-  )
+  return objective.chat_template() or tokenizer.template
 
 
-def template_of(objective: Mapping, tokenizer) -> Template:
-  """The same, ready to render."""
-  return Template(source_of(objective, tokenizer), tokenizer.special.get("bos", ""))
+class Encoded(NamedTuple):
+  """One conversation: its ids, and whether each of them is learned."""
+
+  ids: np.ndarray
+  learned: np.ndarray
+
+  @property
+  def size(self) -> int:
+    """Tokens of a row that it takes: the last id is a target only."""
+    return len(self.ids) - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatRows:
   """Conversations packed into rows."""
 
-  encoded: list[tuple[np.ndarray, np.ndarray]]  # ids and whether each is learned
-  packed: list[np.ndarray]
+  encoded: list[Encoded]
+  packed: list[np.ndarray]  # row -> numbers of conversations
   length: int
   pad: int
-  note: str
+  others: str  # what became of the conversations that are too long
 
   @property
   def tokens(self) -> int:
-    return sum(len(ids) - 1 for ids, _ in self.encoded)
+    return sum(conversation.size for conversation in self.encoded)
 
   @property
   def examples(self) -> int:
     return len(self)
 
+  @property
+  def note(self) -> str:
+    fill = self.tokens / (len(self) * self.length)
+    return f"{len(self.encoded)} conversations in {len(self)} rows, {fill:.1%} full; {self.others}"
+
   def __len__(self) -> int:
     return len(self.packed)
 
-  def __getitem__(self, i: int):
-    return self, [self.encoded[n] for n in self.packed[i]]
+  def example(self, i, rng):
+    conversations = [self.encoded[number] for number in self.packed[i]]
+    examples = [
+      {"tokens": ids[:-1], "targets": ids[1:], "weights": learned[1:]}
+      for ids, learned in conversations
+    ]
+    return packing.lay_out(examples, self.length, self.pad)[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective(causal_lm.Objective):
   """Cross-entropy of the assistant's tokens (Ouyang et al. 2022, section 3.5: supervised fine-tuning).
 
-  template: Jinja, with `messages`, `eos_token` and `add_generation_prompt`; it is kept with the checkpoint. Empty:
-  the one of the checkpoint that the run starts from, or TEMPLATE.
+  template: Jinja, with `messages`, `eos_token` and `add_generation_prompt`; it is kept with the
+  checkpoint. Empty: that of the checkpoint that the run starts from, or TEMPLATE.
   """
 
   template: str = ""
 
   def __post_init__(self):
+    super().__post_init__()
     Template(self.template)
+
+  def chat_template(self):
+    return self.template
 
   def fit(self, sources, tokenizer):
     return dataclasses.replace(self, template=self.template or tokenizer.template or TEMPLATE)
 
-  def encoded(self, source, tokenizer, model, length: int, talks: Callable) -> tuple[list, str]:
-    """(ids, learned) of every conversation that fits a row, and what became of the others. talks(record): those that must fit
-    it together."""
+  def encoded(
+    self, source: Source, tokenizer: Tokenizer, length: int, talks: Callable
+  ) -> tuple[list[Encoded], str]:
+    """Every conversation that fits a row, and what became of the others.
+
+    talks: record -> the conversations that must fit a row together.
+    """
     tokenizer.require("eos")
-    if model.name not in ("gpt", "llama"):
-      raise UserError(f"conversations need a decoder, model.name=gpt or llama, not {model.name}")
     template = Template(self.template, tokenizer.special.get("bos", ""))
     encoded, shortened, dropped = [], 0, 0
     for record in source.records():
-      found, lost = fitted(talks(record), template, tokenizer, length)
-      encoded += found
-      shortened, dropped = shortened + (lost and bool(found)), dropped + (not found)
+      fitting, cut = fitted(talks(record), template, tokenizer, length)
+      encoded += fitting
+      shortened += cut and bool(fitting)
+      dropped += not fitting
     return encoded, f"{shortened} lost their first turns, {dropped} left out as too long"
 
   def rows(self, source, tokenizer, data, model, length):
-    encoded, others = self.encoded(
-      source, tokenizer, model, length, lambda record: [conversation(record)]
-    )
+    encoded, others = self.encoded(source, tokenizer, length, lambda r: [conversation(r)])
     if not encoded:
       raise UserError(
         f"{source.spec}: no conversation fits config.training.sequence_length={length}"
       )
-    packed = packing.best_fit_decreasing(np.array([len(ids) - 1 for ids, _ in encoded]), length)
-    fill = sum(len(ids) - 1 for ids, _ in encoded) / (len(packed) * length)
-    return ChatRows(
-      encoded,
-      packed,
-      length,
-      max(tokenizer.pad, 0),
-      f"{len(encoded)} conversations in {len(packed)} rows, {fill:.1%} full; {others}",
-    )
-
-  def example(self, row, rng):
-    rows, conversations = row
-    out = {
-      "tokens": np.full(rows.length, rows.pad, np.int32),
-      "weights": np.zeros(rows.length, np.float32),
-    }
-    out |= {k: np.zeros(rows.length, np.int32) for k in ("segments", "positions", "targets")}
-    at = 0
-    for number, (ids, learned) in enumerate(conversations, 1):
-      here = slice(at, at + len(ids) - 1)
-      out["tokens"][here], out["targets"][here], out["weights"][here] = (
-        ids[:-1],
-        ids[1:],
-        learned[1:],
-      )
-      out["segments"][here], out["positions"][here] = number, np.arange(len(ids) - 1)
-      at = here.stop
-    return out
+    packed = packing.best_fit_decreasing(np.array([c.size for c in encoded]), length)
+    return ChatRows(encoded, packed, length, max(tokenizer.pad, 0), others)
 
 
-def fitted(talks: list[list[dict]], template: Template, tokenizer, room: int) -> tuple[list, bool]:
-  """((ids, learned) of each talk, whether they lost their first turns), all of them together in `room` tokens.
+def fitted(
+  talks: list[list[dict]], template: Template, tokenizer: Tokenizer, room: int
+) -> tuple[list[Encoded], bool]:
+  """The talks encoded, all of them together in `room` tokens, and whether they lost their first turns.
 
-  Talks begin alike. As long as they are too long, each loses its first exchange; [] where nothing to learn is left.
+  Talks begin alike. As long as they are too long, each loses its first exchange; [] where nothing to
+  learn is left.
   """
-  lost = False
+  shortened = False
   while all(talks):
     encoded = [template.tokens(turns, tokenizer) for turns in talks]
-    if sum(len(ids) - 1 for ids, _ in encoded) <= room:
-      return [
-        (np.array(ids, np.int32), np.array(learned, np.float32)) for ids, learned in encoded
-      ], lost
-    talks, lost = [_later(turns) for turns in talks], True
-  return [], lost
+    if sum(conversation.size for conversation in encoded) <= room:
+      return encoded, shortened
+    talks, shortened = [_later(turns) for turns in talks], True
+  return [], shortened
 
 
 def _later(turns: list[dict]) -> list[dict]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,28 +10,42 @@ import numpy as np
 import scipy.stats
 import sklearn.metrics
 
+from llm import models
+from llm.config import key
 from llm.core import UserError
 from llm.data import packing
+from llm.data.sources import Source
+from llm.data.tokenizer import Tokenizer
 from llm.models import heads
+from llm.models.architecture import Facts
 from llm.objectives import base
 
 LEAST = 8  # tokens of a row that a text takes at least
 
 
+class Labelled(NamedTuple):
+  """One record: its ids, their types, and its label (0 where it is not known)."""
+
+  tokens: list[int]
+  types: list[int]
+  label: float
+
+
 @dataclasses.dataclass(frozen=True)
 class LabelledRows:
-  """Encoded records, (tokens, types, label) each, packed into rows, at most `slots` in one."""
+  """Encoded records packed into rows, at most `slots` in one."""
 
-  encoded: list[tuple[list[int], list[int], float]]
+  encoded: list[Labelled]
   packed: list[np.ndarray]  # row -> numbers of records
   length: int
   slots: int
   pad: int
   truncated: int
+  label_type: type
 
   @property
   def tokens(self) -> int:
-    return sum(len(tokens) for tokens, _, _ in self.encoded)
+    return sum(len(record.tokens) for record in self.encoded)
 
   @property
   def examples(self) -> int:
@@ -38,7 +53,7 @@ class LabelledRows:
 
   @property
   def labels(self) -> np.ndarray:
-    return np.array([label for _, _, label in self.encoded])
+    return np.array([record.label for record in self.encoded])
 
   @property
   def note(self) -> str:
@@ -55,29 +70,38 @@ class LabelledRows:
   def __len__(self) -> int:
     return len(self.packed)
 
-  def __getitem__(self, i: int):
-    return self, [self.encoded[n] for n in self.packed[i]]
+  def example(self, i, rng):
+    records = [self.encoded[number] for number in self.packed[i]]
+    examples = [{"tokens": record.tokens, "types": record.types} for record in records]
+    row, firsts = packing.lay_out(examples, self.length, self.pad)
+    labels = [record.label for record in records]
+    return {
+      **row,
+      "firsts": packing.in_slots(firsts, self.slots, np.int32),
+      "labels": packing.in_slots(labels, self.slots, self.label_type),
+      "label_weights": packing.slots_in_use(len(labels), self.slots),
+    }
 
 
 @dataclasses.dataclass(frozen=True)
-class Objective(base.Objective):
+class Objective(base.Labels):
   """Cross-entropy over classes, or squared error where num_classes is 1 (BERT, section 4.1).
 
   num_classes: 0 counts them in the training data; 1 is regression. classes: their names, in order;
-  found in the data where empty. pooling: see heads.ClassificationHead; auto is first for encoders
+  empty takes them from the data. pooling: see heads.ClassificationHead; auto is first for encoders
   and last for decoders.
   """
 
-  num_classes: int = 0
+  num_classes: int = key(0, at_least=0)
   classes: tuple = ()
-  pooling: str = "auto"
+  pooling: str = key("auto", choices=("auto", "first", "last", "mean"))
+
+  kinds = ("encoder", "decoder")
+  optional = ("text_pair",)
 
   def __post_init__(self):
-    if self.pooling not in ("auto", "first", "last", "mean"):
-      raise UserError(
-        f"config.objective.pooling must be auto, first, last or mean, not {self.pooling!r}"
-      )
-    if self.num_classes < 0 or self.classes and self.num_classes not in (0, len(self.classes)):
+    super().__post_init__()
+    if self.classes and self.num_classes not in (0, len(self.classes)):
       raise UserError(
         f"config.objective.num_classes={self.num_classes} does not fit the classes "
         f"{', '.join(self.classes)}"
@@ -87,14 +111,20 @@ class Objective(base.Objective):
   def regression(self) -> bool:
     return self.num_classes == 1
 
+  @property
+  def label_type(self) -> type:
+    return np.float32 if self.regression else np.int32
+
   def fit(self, sources, tokenizer):
     if self.regression or self.classes:
       return self
-    found = {_label(record, source) for source in sources for record in source.records()}
+    if not sources:  # two classes are assumed where nobody says how many
+      return dataclasses.replace(self, num_classes=self.num_classes or 2)
+    labels = {_label(record, source) for source in sources for record in source.records()}
     try:
-      classes = tuple(sorted(found, key=int))
+      classes = tuple(sorted(labels, key=int))
     except ValueError:
-      classes = tuple(sorted(found))
+      classes = tuple(sorted(labels))
     if len(classes) < 2:
       raise UserError(
         f"{sources[0].spec}: only the label {classes[0]!r} occurs; classification needs "
@@ -103,30 +133,49 @@ class Objective(base.Objective):
     return dataclasses.replace(self, classes=classes, num_classes=self.num_classes or len(classes))
 
   def rows(self, source, tokenizer, data, model, length):
-    return self.encode(list(source.records()), tokenizer, model, length, source)
+    records = list(source.records())
+    labels = [self._target(record, source) for record in records]
+    return self.encode(records, tokenizer, model, length, labels)
 
-  def encode(self, records, tokenizer, model, length, source=None) -> LabelledRows:
-    """Records -> rows. Without a source the labels are not looked at: for prediction."""
-    tokenizer.require("cls", "sep") if model.name == "bert" else tokenizer.require("eos")
-    labels = [self._target(r, source) if source else 0.0 for r in records]
+  def encode(self, records, tokenizer, model, length, labels: Sequence[float] = ()) -> LabelledRows:
+    facts = models.facts(model)
+    tokenizer.require(*filter(None, (facts.begin, facts.end)))
     for record in records:
       if not isinstance(record.get("text_pair", ""), str):
-        raise UserError(f"{_where(record, source)}: the field 'text_pair' must be a string")
-    paired = any("text_pair" in r for r in records)
-    first = tokenizer.encode([r["text"] for r in records])
-    second = (
-      tokenizer.encode([r.get("text_pair", "") for r in records]) if paired else [None] * len(first)
-    )
+        raise UserError(f"{_where(record)}: the field 'text_pair' must be a string")
+    first = tokenizer.encode([record["text"] for record in records])
+    second = [None] * len(first)
+    if any("text_pair" in record for record in records):
+      second = tokenizer.encode([record.get("text_pair", "") for record in records])
     encoded, truncated = [], 0
-    for a, b, label in zip(first, second, labels):
-      tokens, types, cut = _assemble(a, b, tokenizer, model.name == "bert", length)
-      encoded.append((tokens, types, label))
+    for a, b, label in zip(first, second, labels or [0.0] * len(records)):
+      tokens, types, cut = _assemble(a, b, tokenizer, facts, length)
+      encoded.append(Labelled(tokens, types, label))
       truncated += cut
-    packed = packing.into_rows(np.array([len(tokens) for tokens, _, _ in encoded]), length, LEAST)
-    slots = packing.slots(length, LEAST)
-    return LabelledRows(encoded, packed, length, slots, max(tokenizer.pad, 0), truncated)
+    sizes = np.array([len(record.tokens) for record in encoded])
+    return LabelledRows(
+      encoded,
+      packing.into_rows(sizes, length, LEAST),
+      length,
+      packing.slots(length, LEAST),
+      max(tokenizer.pad, 0),
+      truncated,
+      self.label_type,
+    )
 
-  def _target(self, record, source) -> float:
+  def batch_spec(self, model, length):
+    slots = packing.slots(length, LEAST)
+    return {
+      **base.row_spec(length, "types"),
+      "firsts": base.int_spec(slots),
+      "labels": jax.ShapeDtypeStruct((slots,), self.label_type),
+      "label_weights": base.float_spec(slots),
+    }
+
+  def label_name(self, label):
+    return self.classes[int(label)] if self.classes else str(float(label))
+
+  def _target(self, record: dict, source: Source) -> float:
     label = _label(record, source)
     if self.regression:
       try:
@@ -146,24 +195,11 @@ class Objective(base.Objective):
       )
     return float(self.classes.index(label))
 
-  def example(self, row, rng):
-    rows, records = row
-    examples = [(tokens, types) for tokens, types, _ in records]
-    out, firsts = packing.lay_out(examples, rows.length, rows.pad)
-    labels = [label for _, _, label in records]
-    kind = np.float32 if self.regression else np.int32
-    return {
-      **out,
-      "firsts": packing.in_slots(firsts, rows.slots, np.int32),
-      "labels": packing.in_slots(labels, rows.slots, kind),
-      "label_weights": packing.in_slots(np.ones(len(labels)), rows.slots, np.float32),
-    }
-
-  def head(self, model):
+  def head(self, config):
     pooling = self.pooling
     if pooling == "auto":
-      pooling = "first" if model.name == "bert" else "last"
-    return heads.ClassificationHead(model, self.num_classes, pooling)
+      pooling = "first" if models.facts(config).kind == "encoder" else "last"
+    return heads.ClassificationHead(config, self.num_classes, pooling)
 
   def totals(self, batch):
     return {"examples": batch["label_weights"].sum()}
@@ -228,11 +264,11 @@ class Objective(base.Objective):
     return {name: float(value) for name, value in figures.items()}
 
 
-def _where(record, source) -> str:
+def _where(record: dict, source: Source | None = None) -> str:
   return record.get("_where") or (source.spec if source else "a record")
 
 
-def _label(record, source) -> str:
+def _label(record: dict, source: Source) -> str:
   if record.get("label") is None:
     raise UserError(
       f"{_where(record, source)}: no label; the field 'label' is needed "
@@ -241,12 +277,15 @@ def _label(record, source) -> str:
   return str(record["label"])
 
 
-def _assemble(a, b, tokenizer, encoder: bool, length: int) -> tuple[list[int], list[int], bool]:
+def _assemble(
+  a: list[int], b: list[int] | None, tokenizer: Tokenizer, facts: Facts, length: int
+) -> tuple[list[int], list[int], bool]:
   """Token ids and types of one text or pair, the longer part cut first, and whether it was cut.
 
-  Encoder: [CLS] a [SEP] b [SEP]. Decoder: a end b end.
+  Of BERT: [CLS] a [SEP] b [SEP]. Of a decoder: a end b end.
   """
-  start, end = ([tokenizer.cls], tokenizer.sep) if encoder else ([], tokenizer.eos)
+  start = [tokenizer.id_of(facts.begin)] if facts.begin else []
+  end = tokenizer.id_of(facts.end)
   room = length - len(start) - (1 if b is None else 2)
   if room < (1 if b is None else 2):
     raise UserError(f"config.training.sequence_length={length} leaves no room for text")

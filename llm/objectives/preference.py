@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llm.config import key
 from llm.core import UserError
 from llm.data import cache, packing
 from llm.objectives import base, chat
@@ -48,15 +49,23 @@ def talks(record: dict) -> list[list[dict]]:
 
 @dataclasses.dataclass(frozen=True)
 class PairRows(chat.ChatRows):
-  """Conversations 2n and 2n + 1 are pair n, chosen and rejected, beside each other in a row; at most `slots` pairs a row."""
+  """Conversations 2n and 2n + 1 are pair n, chosen and rejected, beside each other in a row.
+
+  slots: pairs of a row at most. reference: log-likelihood of the reply of each conversation under the
+  reference, in nats.
+  """
 
   slots: int
-  reference: (
-    np.ndarray
-  )  # log-likelihood of the reply of each conversation under the reference, in nats
+  reference: np.ndarray
 
-  def __getitem__(self, i: int):
-    return *super().__getitem__(i), self.reference[self.packed[i]]
+  @property
+  def note(self) -> str:
+    fill = self.tokens / (len(self) * self.length)
+    return f"{len(self.encoded) // 2} pairs in {len(self)} rows, {fill:.1%} full; {self.others}"
+
+  def example(self, i, rng):
+    reference = packing.in_slots(self.reference[self.packed[i]], 2 * self.slots, np.float32)
+    return {**super().example(i, rng), "reference": reference}
 
   def digest(self) -> str:
     """A name for the conversations and their order."""
@@ -66,59 +75,45 @@ class PairRows(chat.ChatRows):
     )
 
   def of_conversations(self, values_RxN: np.ndarray) -> np.ndarray:
-    """The value of each conversation, of an array with a row for each row and a column for each place in it."""
-    out = np.zeros(len(self.encoded), np.float32)
-    for numbers, values in zip(self.packed, values_RxN):
-      out[numbers] = values[: len(numbers)]
-    return out
+    """The value of each conversation, of an array by row and place in the row."""
+    values = np.zeros(len(self.encoded), np.float32)
+    for numbers, of_row in zip(self.packed, values_RxN):
+      values[numbers] = of_row[: len(numbers)]
+    return values
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective(chat.Objective):
-  """Direct preference optimisation (Rafailov et al. 2023, equation 7): no reward model, the policy is one.
+  """Direct preference optimisation (Rafailov et al. 2023, equation 7): the policy is the reward model.
 
-  The reference is the checkpoint that the run starts from. beta: how dear it is to leave the reference.
+  The reference is the checkpoint that the run starts from. beta: weight of the penalty for leaving
+  the reference.
   """
 
-  beta: float = 0.1
-
-  def __post_init__(self):
-    super().__post_init__()
-    if self.beta <= 0:
-      raise UserError(f"config.objective.beta must be positive, not {self.beta}")
+  beta: float = key(0.1, above=0)
 
   def rows(self, source, tokenizer, data, model, length):
-    encoded, others = self.encoded(source, tokenizer, model, length, talks)
+    encoded, others = self.encoded(source, tokenizer, length, talks)
     if not encoded:
       raise UserError(
-        f"{source.spec}: no prompt with both its replies fits config.training.sequence_length={length}"
+        f"{source.spec}: no prompt with both its replies fits "
+        f"config.training.sequence_length={length}"
       )
-    sizes = np.array([len(ids) - 1 for ids, _ in encoded]).reshape(-1, 2).sum(-1)
-    slots = packing.slots(length, LEAST)
+    sizes = np.array([conversation.size for conversation in encoded]).reshape(-1, 2).sum(-1)
     packed = [
       np.stack([2 * row, 2 * row + 1], -1).ravel()
       for row in packing.into_rows(sizes, length, LEAST)
     ]
-    return PairRows(
-      encoded,
-      packed,
-      length,
-      max(tokenizer.pad, 0),
-      f"{len(sizes)} pairs in {len(packed)} rows, "
-      f"{sizes.sum() / (len(packed) * length):.1%} full; {others}",
-      slots,
-      np.zeros(len(encoded), np.float32),
-    )
+    slots = packing.slots(length, LEAST)
+    no_reference = np.zeros(len(encoded), np.float32)
+    return PairRows(encoded, packed, length, max(tokenizer.pad, 0), others, slots, no_reference)
 
   def with_reference(self, rows: PairRows, predict) -> PairRows:
     return dataclasses.replace(rows, reference=rows.of_conversations(predict(rows)["likelihoods"]))
 
-  def example(self, row, rng):
-    rows, conversations, reference = row
-    return {
-      **super().example((rows, conversations), rng),
-      "reference": np.pad(reference, (0, 2 * rows.slots - len(reference))),
-    }
+  def batch_spec(self, model, length):
+    reference = base.float_spec(2 * packing.slots(length, LEAST))
+    return {**super().batch_spec(model, length), "reference": reference}
 
   def totals(self, batch):
     return {"pairs": _pairs_BxN(batch).sum()}

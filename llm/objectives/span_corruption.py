@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from llm.config import key
 from llm.core import UserError
 from llm.data import documents as documents_lib
 from llm.data import packing, pairs
@@ -14,45 +15,61 @@ from llm.objectives import causal_lm
 class CorruptedRows(packing.PlannedRows):
   """Rows of a packing plan; how each piece is corrupted is drawn anew in every epoch."""
 
-  input_length: int
-  target_length: int
+  objective: "Objective"
   pad: int
   eos: int
   sentinels: np.ndarray
 
+  def example(self, i, rng):
+    corrupt = self._cut if self.objective.prefix else self._corrupt
+    corrupted = [corrupt(np.asarray(piece, np.int32), rng) for piece in self.pieces(i)]
+    return pairs.row(corrupted, self.length, self.objective.target_length(self.length), self.pad)
+
+  def _cut(self, piece: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    where = int(rng.integers(1, len(piece)))
+    return piece[:where], np.r_[piece[where:], self.eos]
+
+  def _corrupt(self, piece: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    cut, count = self.objective.noise(len(piece))
+    # Kept and cut spans take turns, a kept one first, all of random lengths of 1 or more.
+    kept_lengths, cut_lengths = (
+      _partition(len(piece) - cut, count, rng),
+      _partition(cut, count, rng),
+    )
+    ends = np.cumsum(np.stack([kept_lengths, cut_lengths], 1).ravel())
+    spans = np.split(piece, ends[:-1])
+    marks = self.sentinels[:count, None]
+    inputs = np.concatenate([np.r_[kept, mark] for kept, mark in zip(spans[::2], marks)])
+    targets = np.concatenate([np.r_[mark, cut] for cut, mark in zip(spans[1::2], marks)])
+    return np.r_[inputs, self.eos], np.r_[targets, self.eos]
+
 
 @dataclasses.dataclass(frozen=True)
 class Objective(causal_lm.Objective):
-  """T5's pretraining (Raffel et al. 2020, sections 3.1.4 and 3.3.4): what was cut out is written by the decoder.
+  """T5's pretraining (Raffel et al. 2020, sections 3.1.4 and 3.3.4): the decoder writes what was cut.
 
-  noise_density of the tokens go, in spans of mean_span on average; each is marked by a sentinel in the
-  input and after the same sentinel in the target; both end with the end token. prefix: instead, the text
-  is cut once and its second part is the target (section 3.2.1).
+  noise_density of the tokens are cut, in spans of mean_span on average. A sentinel marks each span in
+  the input, and stands before it in the target; both end with the end token. prefix: instead, the
+  text is cut once and its second part is the target (section 3.2.1).
   """
 
-  noise_density: float = 0.15
-  mean_span: float = 3.0
+  noise_density: float = key(0.15, above=0, below=1)
+  mean_span: float = key(3.0, at_least=1)
   prefix: bool = False
 
-  def __post_init__(self):
-    if not 0 < self.noise_density < 1:
-      raise UserError(
-        f"config.objective.noise_density must lie between 0 and 1, not {self.noise_density}"
-      )
-    if not self.mean_span >= 1:
-      raise UserError(f"config.objective.mean_span must be at least 1, not {self.mean_span}")
+  kinds = ("encoder_decoder",)
 
   def noise(self, length: int) -> tuple[int, int]:
-    """(tokens that go, spans they go in) of a piece of `length` tokens, two at least."""
-    gone = min(max(round(length * self.noise_density), 1), length - 1)
-    return gone, min(max(round(gone / self.mean_span), 1), length - gone)
+    """(tokens that are cut, spans they are cut in) of a piece of `length` tokens, two at least."""
+    cut = min(max(round(length * self.noise_density), 1), length - 1)
+    return cut, min(max(round(cut / self.mean_span), 1), length - cut)
 
   def lengths(self, piece: int) -> tuple[int, int]:
     """Tokens of input and target of a piece, at most: sentinels and end tokens included."""
     if self.prefix:
       return piece, piece
-    gone, spans = self.noise(piece)
-    return piece - gone + spans + 1, gone + spans + 1
+    cut, spans = self.noise(piece)
+    return piece - cut + spans + 1, cut + spans + 1
 
   def longest(self, input_length: int) -> int:
     """The longest piece whose input fits."""
@@ -61,12 +78,12 @@ class Objective(causal_lm.Objective):
       piece += 1
     return piece
 
+  def target_length(self, input_length: int) -> int:
+    """T, of inputs of S tokens: the longest target of a piece whose input fits."""
+    return max(self.lengths(n)[1] for n in range(2, self.longest(input_length) + 1))
+
   def rows(self, source, tokenizer, data, model, length):
     tokenizer.require("pad", "eos")
-    if model.name != "t5":
-      raise UserError(
-        f"config.objective.name=span_corruption needs an encoder and a decoder: model.name=t5, not {model.name}"
-      )
     if length < 8:
       raise UserError(
         f"config.training.sequence_length={length} is too short for span_corruption: 8 at least"
@@ -75,52 +92,25 @@ class Objective(causal_lm.Objective):
     spans = 0 if self.prefix else self.noise(longest)[1]
     if spans > len(tokenizer.sentinels):
       raise UserError(
-        f"the {tokenizer.name} vocabulary has {len(tokenizer.sentinels)} sentinels (<extra_id_0>, ..) and "
-        f"sequence_length={length} needs {spans}: set config.tokenizer.sentinels=100"
+        f"the {tokenizer.name} vocabulary has {len(tokenizer.sentinels)} sentinels "
+        f"(<extra_id_0>, ..) and sequence_length={length} needs {spans}: set "
+        "config.tokenizer.sentinels=100"
       )
     inputs, targets = np.array([self.lengths(n) for n in range(2, longest + 1)]).T
-    target_length = int(targets.max())
-    sizes = np.r_[
-      0, 0, pairs.sizes(inputs, targets, length, target_length)
-    ]  # one token cannot be cut
+    taken = pairs.sizes(inputs, targets, length, self.target_length(length))
+    sizes = np.r_[0, 0, taken]  # one token cannot be cut
     documents = documents_lib.load(source, tokenizer, "none")
     plan = packing.plan(documents, length, sizes, source.cache)
     if not len(plan):
       raise UserError(f"{source.spec}: no document has two tokens")
-    return CorruptedRows(
-      documents,
-      plan,
-      length,
-      target_length,
-      tokenizer.pad,
-      tokenizer.eos,
-      np.array(tokenizer.sentinels),
-    )
+    sentinels = np.array(tokenizer.sentinels)
+    return CorruptedRows(documents, plan, length, self, tokenizer.pad, tokenizer.eos, sentinels)
 
-  def example(self, row, rng):
-    rows, pieces = row
-    corrupt = self._cut if self.prefix else self._corrupt
-    made = [corrupt(np.asarray(piece, np.int32), rows, rng) for piece in pieces]
-    return pairs.row(made, rows.input_length, rows.target_length, rows.pad)
-
-  def _cut(self, piece, rows, rng):
-    where = int(rng.integers(1, len(piece)))
-    return piece[:where], np.r_[piece[where:], rows.eos]
-
-  def _corrupt(self, piece, rows, rng):
-    gone, count = self.noise(len(piece))
-    # Kept and cut spans take turns, a kept one first, all of random lengths of 1 or more.
-    ends = np.cumsum(
-      np.stack([_partition(len(piece) - gone, count, rng), _partition(gone, count, rng)], 1).ravel()
-    )
-    spans = np.split(piece, ends[:-1])
-    marks = rows.sentinels[:count, None]
-    inputs = np.concatenate([np.r_[kept, mark] for kept, mark in zip(spans[::2], marks)])
-    targets = np.concatenate([np.r_[mark, cut] for cut, mark in zip(spans[1::2], marks)])
-    return np.r_[inputs, rows.eos], np.r_[targets, rows.eos]
+  def batch_spec(self, model, length):
+    return pairs.row_spec(length, self.target_length(length))
 
 
-def _partition(total: int, parts: int, rng) -> np.ndarray:
+def _partition(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
   """`parts` positive lengths that sum to `total`, each such choice as likely."""
   ends = np.sort(rng.permutation(total - 1)[: parts - 1]) + 1
   return np.diff(np.r_[0, ends, total])

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llm.config import key
 from llm.core import UserError
 from llm.data import answers as answers_lib
 from llm.data import packing
@@ -42,10 +43,18 @@ class Window:
   start: int
   end: int
 
-  @property
-  def types(self) -> np.ndarray:
-    """0 of the question, 1 of the part and what ends it."""
-    return (np.arange(len(self.tokens)) >= self.offset).astype(np.int32)
+  def arrays(self) -> dict[str, np.ndarray]:
+    """What goes with each token: its type, and whether an answer may end, and start, there."""
+    places = np.arange(len(self.tokens))
+    may_end = (places >= self.offset) & (places < self.offset + len(self.own_N))
+    may_start = np.zeros(len(self.tokens), np.int32)
+    may_start[may_end] = self.own_N
+    return {
+      "tokens": self.tokens,
+      "types": places >= self.offset,  # 0 of the question, 1 of the part and what ends it
+      "may_end": may_end,
+      "may_start": may_start,
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,29 +88,36 @@ class QuestionRows:
   def __len__(self) -> int:
     return len(self.packed)
 
-  def __getitem__(self, i: int):
-    return self, [self.windows[n] for n in self.packed[i]]
+  def example(self, i, rng):
+    windows = [self.windows[number] for number in self.packed[i]]
+    examples = [window.arrays() for window in windows]
+    row, firsts = packing.lay_out(examples, self.length, self.pad)
+    slots = {
+      "firsts": firsts,
+      "starts": firsts + [window.start for window in windows],
+      "ends": firsts + [window.end for window in windows],
+    }
+    row |= {name: packing.in_slots(values, self.slots, np.int32) for name, values in slots.items()}
+    return {**row, "window_weights": packing.slots_in_use(len(windows), self.slots)}
 
 
 @dataclasses.dataclass(frozen=True)
-class Objective(base.Objective):
-  """Start and end of the answer, each a softmax over a window (Devlin et al. 2019, sections 4.2 and 4.3).
+class Objective(base.Answers):
+  """Start and end of the answer, each a softmax over a window (Devlin et al. 2019, section 4.2).
 
-  stride: tokens from one window of a long context to the next. longest: tokens of an answer. no_answer: questions
-  may have none (SQuAD 2.0): it is given where [CLS] beats the best span by more than `threshold`. candidates: starts
-  and ends that are looked at, a window.
+  stride: tokens from one window of a long context to the next. longest: tokens of an answer.
+  no_answer: questions may have none (SQuAD 2.0, section 4.3); none is given where [CLS] beats the best
+  span by more than `threshold`. candidates: starts and ends of a window that are looked at.
   """
 
-  stride: int = 128
-  longest: int = 30
+  stride: int = key(128, above=0)
+  longest: int = key(30, above=0)
   no_answer: bool = False
   threshold: float = 0.0
-  candidates: int = 20
+  candidates: int = key(20, above=0)
 
-  def __post_init__(self):
-    for name in ("stride", "longest", "candidates"):
-      if getattr(self, name) < 1:
-        raise UserError(f"config.objective.{name} must be positive, not {getattr(self, name)}")
+  kinds = ("encoder",)
+  fields = ("question", "text")
 
   def rows(self, source, tokenizer, data, model, length):
     records = list(source.records())
@@ -120,10 +136,6 @@ class Objective(base.Objective):
 
   def encode(self, records, tokenizer, model, length) -> QuestionRows:
     """Records -> packed windows. Raises UserError on an answer that is not where it is said to be."""
-    if model.name != "bert":
-      raise UserError(
-        f"config.objective.name=span_qa needs an encoder, model.name=bert, not {model.name}"
-      )
     tokenizer.require("cls", "sep")
     asked = tokenizer.encode([r["question"] for r in records])
     texts = list(dict.fromkeys(r["text"] for r in records))  # a context has many questions
@@ -168,22 +180,15 @@ class Objective(base.Objective):
       out.append(Window(number, tokens, offset, spans[part], owner[part] == at, first, last))
     return out
 
-  def example(self, row, rng):
-    rows, windows = row
-    out, firsts = packing.lay_out(((w.tokens, w.types) for w in windows), rows.length, rows.pad)
-    out |= {name: np.zeros(rows.length, np.int32) for name in ("may_end", "may_start")}
-    for first, window in zip(firsts, windows):
-      context = first + window.offset
-      out["may_end"][context : context + len(window.own_N)] = 1
-      out["may_start"][context : context + len(window.own_N)] = window.own_N
-    slots = {
-      "firsts": firsts,
-      "starts": firsts + [w.start for w in windows],
-      "ends": firsts + [w.end for w in windows],
+  def batch_spec(self, model, length):
+    slots = packing.slots(length, LEAST)
+    return {
+      **base.row_spec(length, "types", "may_end", "may_start"),
+      "firsts": base.int_spec(slots),
+      "starts": base.int_spec(slots),
+      "ends": base.int_spec(slots),
+      "window_weights": base.float_spec(slots),
     }
-    out |= {name: packing.in_slots(values, rows.slots, np.int32) for name, values in slots.items()}
-    weights = packing.in_slots(np.ones(len(windows)), rows.slots, np.float32)
-    return {**out, "window_weights": weights}
 
   def head(self, model):
     return heads.SpanHead(model)

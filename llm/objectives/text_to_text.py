@@ -7,21 +7,24 @@ import string
 import jax.numpy as jnp
 import numpy as np
 
+from llm.config import key
 from llm.core import UserError
 from llm.data import answers, packing, pairs
-from llm.objectives import causal_lm
+from llm.data.sources import Source
+from llm.data.tokenizer import Tokenizer
+from llm.objectives import base, causal_lm
 
 LEAST = 16  # tokens of a row that a pair takes at least
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-  """Ids of an input and a target. record: the one it belongs to; gold: whether this target is that record's."""
+  """Ids of an input and a target of one record. gold: whether the target is the record's own."""
 
   record: int
   gold: bool
   given: np.ndarray
-  wanted: np.ndarray
+  target: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,45 +37,56 @@ class PairRows:
   target_length: int
   slots: int
   pad: int
-  note: str
+  truncated: int
   inputs: list[str]  # of each record, as the template has it
   gold: list[tuple[str, ...]]  # what may be written for it
 
   @property
   def tokens(self) -> int:
-    return sum(len(p.given) + len(p.wanted) for p in self.pairs)
+    return sum(len(pair.given) + len(pair.target) for pair in self.pairs)
 
   @property
   def examples(self) -> int:
     return len(self)
 
+  @property
+  def note(self) -> str:
+    return (
+      f"{len(self.pairs)} pairs in {len(self)} rows; {self.truncated} inputs were cut at "
+      f"config.training.sequence_length={self.input_length}"
+    )
+
   def __len__(self) -> int:
     return len(self.packed)
 
-  def __getitem__(self, i: int):
-    return self, [self.pairs[n] for n in self.packed[i]]
+  def example(self, i, rng):
+    of_row = [self.pairs[number] for number in self.packed[i]]
+    texts = [(pair.given, pair.target) for pair in of_row]
+    row = pairs.row(texts, self.input_length, self.target_length, self.pad)
+    # Targets that are not the record's are scored, not learned.
+    gold = np.r_[0.0, [pair.gold for pair in of_row]].astype(np.float32)
+    return {**row, "weights": gold[row["decoder_segments"]]}
 
 
 @dataclasses.dataclass(frozen=True)
-class Objective(causal_lm.Objective):
+class Objective(causal_lm.Objective, base.Writes):
   """Cross-entropy of the target given the input (Raffel et al. 2020, section 2.4).
 
-  template: the input, with the fields of a record in braces. targets: "label=text", what is written for each label,
-  and the choices whose likelihoods are compared; without them the target is the record's `target`, or its first
-  answer. target_length: tokens of a row's targets.
+  template: the input, with the fields of a record in braces. targets: "label=text", what is written
+  for each label, and the choices whose likelihoods are compared; without them the target is the
+  record's `target`, or its first answer. target_length: tokens of a row's targets.
   """
 
   template: str = "{text}"
   targets: tuple = ()
-  target_length: int = 64
+  target_length: int = key(64, at_least=2)
+
+  kinds = ("encoder_decoder",)
 
   def __post_init__(self):
+    super().__post_init__()
     if bad := [t for t in self.targets if not re.fullmatch(r"[^=]+=.+", t)]:
       raise UserError(f"config.objective.targets: {bad[0]!r} is not of the form 'label=text'")
-    if self.target_length < 2:
-      raise UserError(
-        f"config.objective.target_length must be at least 2, not {self.target_length}"
-      )
     try:
       self.template.format_map(dict.fromkeys(self._fields(), ""))
     except (ValueError, KeyError, IndexError) as error:
@@ -82,59 +96,60 @@ class Objective(causal_lm.Objective):
     return [name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None]
 
   def rows(self, source, tokenizer, data, model, length):
-    return self._rows(source, tokenizer, model, length, choices=False)
+    return self._rows(source, tokenizer, length, choices=False)
 
   def eval_rows(self, source, tokenizer, data, model, length):
-    return self._rows(source, tokenizer, model, length, choices=True)
+    return self._rows(source, tokenizer, length, choices=True)
 
-  def _rows(self, source, tokenizer, model, length, choices: bool) -> PairRows:
+  def batch_spec(self, model, length):
+    return pairs.row_spec(length, self.target_length)
+
+  def _rows(self, source: Source, tokenizer: Tokenizer, length: int, choices: bool) -> PairRows:
     tokenizer.require("pad", "eos")
-    if model.name != "t5":
-      raise UserError(
-        f"config.objective.name=text_to_text needs an encoder and a decoder: model.name=t5, not {model.name}"
-      )
     records = list(source.records())
-    said = [self._input(record, source) for record in records]
-    inputs = tokenizer.encode(said)
+    inputs = [self._input(record, source) for record in records]
     texts = [self._texts(record, source, choices) for record in records]
-    wanted = iter(tokenizer.encode([text for of_record in texts for text, _ in of_record]))
-    made, cut = [], 0
-    for number, (record, given, of_record) in enumerate(zip(records, inputs, texts)):
-      cut += len(given) >= length
-      given = np.array([*given[: length - 1], tokenizer.eos], np.int32)
+    encoded, truncated = self._encoded(inputs, texts, records, source, tokenizer, length)
+    sizes = pairs.sizes(
+      np.array([len(pair.given) for pair in encoded]),
+      np.array([len(pair.target) for pair in encoded]),
+      length,
+      self.target_length,
+    )
+    return PairRows(
+      encoded,
+      packing.into_rows(sizes, length, LEAST),
+      length,
+      self.target_length,
+      packing.slots(length, LEAST),
+      tokenizer.pad,
+      truncated,
+      inputs,
+      [self._gold(record, of_record) for record, of_record in zip(records, texts)],
+    )
+
+  def _encoded(self, inputs, texts, records, source, tokenizer, length) -> tuple[list[Pair], int]:
+    """A pair for each target of each record, and how many inputs were cut."""
+    targets = iter(tokenizer.encode([text for of_record in texts for text, _ in of_record]))
+    encoded, truncated = [], 0
+    for number, (ids, of_record) in enumerate(zip(tokenizer.encode(inputs), texts)):
+      truncated += len(ids) >= length
+      given = np.array([*ids[: length - 1], tokenizer.eos], np.int32)
       for _, gold in of_record:
-        target = np.array([*next(wanted), tokenizer.eos], np.int32)
+        target = np.array([*next(targets), tokenizer.eos], np.int32)
         if len(target) > self.target_length:
           raise UserError(
-            f"{record.get('_where', source.spec)}: the target has {len(target)} tokens, more than "
-            f"config.objective.target_length={self.target_length}"
+            f"{records[number].get('_where', source.spec)}: the target has {len(target)} tokens, "
+            f"more than config.objective.target_length={self.target_length}"
           )
-        made.append(Pair(number, gold, given, target))
-    sizes = pairs.sizes(
-      np.array([len(p.given) for p in made]),
-      np.array([len(p.wanted) for p in made]),
-      length,
-      self.target_length,
-    )
-    slots = packing.slots(length, LEAST)
-    packed = packing.into_rows(sizes, length, LEAST)
-    gold = [
-      tuple(text for text, _ in answers.given(record))
-      if record.get("answers") and not self.targets
-      else tuple(text for text, right in of_record if right)
-      for record, of_record in zip(records, texts)
-    ]
-    return PairRows(
-      made,
-      packed,
-      length,
-      self.target_length,
-      slots,
-      tokenizer.pad,
-      f"{cut} inputs lost their end",
-      said,
-      gold,
-    )
+        encoded.append(Pair(number, gold, given, target))
+    return encoded, truncated
+
+  def _gold(self, record: dict, texts: list[tuple[str, bool]]) -> tuple[str, ...]:
+    """What may be written for a record."""
+    if record.get("answers") and not self.targets:
+      return tuple(text for text, _ in answers.given(record))
+    return tuple(text for text, right in texts if right)
 
   def _input(self, record, source) -> str:
     where = record.get("_where", source.spec)
@@ -163,15 +178,6 @@ class Objective(causal_lm.Objective):
       )
     return [(target, True)]
 
-  def example(self, row, rng):
-    rows, made = row
-    out = pairs.row(
-      [(p.given, p.wanted) for p in made], rows.input_length, rows.target_length, rows.pad
-    )
-    # Targets that are not the record's are scored, not learned.
-    gold = np.r_[0.0, [p.gold for p in made]].astype(np.float32)
-    return {**out, "weights": gold[out["decoder_segments"]]}
-
   def predict(self, outputs, batch):
     """BxKx2 a target: its log-likelihood in nats, and 1 where greedy decoding writes exactly it."""
     slots = packing.slots(batch["tokens"].shape[1], LEAST)
@@ -192,7 +198,7 @@ class Objective(causal_lm.Objective):
       pair = rows.pairs[n]
       best[pair.record] = max(best.get(pair.record, (-np.inf, False)), (likelihood, pair.gold))
       if pair.gold:
-        written[pair.record], length[pair.record] = exact, (-likelihood, len(pair.wanted))
+        written[pair.record], length[pair.record] = exact, (-likelihood, len(pair.target))
     records = sorted(written)
     out = {
       "exact_match": np.array([written[r] for r in records]),

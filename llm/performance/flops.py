@@ -1,29 +1,35 @@
 """The FLOPs of a model, counted in its traced program, and the peak that they are held against."""
 
 import functools
-import importlib
 import math
 import time
 
 import jax
 import numpy as np
+from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llm.core import flatten
+from llm import models
+from llm.config import ModelConfig
+from llm.core import Batch, Params, flatten
 from llm.models import precision
-from llm.models.heads import Model
+from llm.models.architecture import head_width_of, padded_vocab
 from llm.models.precision import Precision
-from llm.models.transformer import head_width_of, padded_vocab
 from llm.performance import hardware
 
 
 def dot_flops(jaxpr) -> float:
-  """2 x multiplications of every dot_general of a jaxpr: scanned bodies as often as they run, kernels as often as their grid
-  has places, what each device does for itself as often as there are devices.
+  """2 x multiplications of every dot_general of a jaxpr.
+
+  Scanned bodies count as often as they run, kernels as often as their grid has places, what each
+  device does for itself as often as there are devices. Of branches, the dearest counts.
   """
   total = 0.0
   for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "cond":
+      total += max(dot_flops(branch.jaxpr) for branch in eqn.params["branches"])
+      continue
     if eqn.primitive.name == "dot_general":
       (contracted, _), _ = eqn.params["dimension_numbers"]
       depth = np.prod([eqn.invars[0].aval.shape[i] for i in contracted])
@@ -42,29 +48,22 @@ def dot_flops(jaxpr) -> float:
   return total
 
 
-def model_flops(model: Model, params, batch, *, causal: bool) -> float:
+def model_flops(model: nn.Module, params: Params, batch: Batch, config: ModelConfig) -> float:
   """FLOPs that one training step on `batch` needs: 3 x those of the forward pass.
 
-  Forward FLOPs are 2 a multiply-add of every matrix product, counted in the traced program (heads
-  included, at the positions where they are computed, over the padded vocabulary). A causal model
-  needs half of its attention products: 4 B T^2 D L FLOPs forward, of which half are taken off
-  (PaLM, appendix B, counts without this halving); so does the decoder of an encoder-decoder. Recomputation
-  does not count.
+  Forward FLOPs are 2 a multiply-add of every matrix product, counted in the traced program: heads
+  included, at the positions where they are computed, over the padded vocabulary. A decoder needs half
+  of its attention products: of 4 B T^2 D L FLOPs forward, half are taken off (PaLM, appendix B, counts
+  without this halving). Recomputation does not count.
   """
   traced = jax.make_jaxpr(lambda p, b: model.apply({"params": p}, b, train=False))(params, batch)
   forward = dot_flops(traced.jaxpr)
-  encodes = hasattr(model.backbone, "encode")
-  if causal or encodes:
-    rows, length = batch["decoder_tokens" if encodes else "tokens"].shape
-    cfg = model.backbone.config
-    forward -= 2.0 * rows * length**2 * cfg.num_heads * head_width_of(cfg) * cfg.num_layers
+  kind = models.facts(config).kind
+  if kind != "encoder":
+    tokens = batch["tokens" if kind == "decoder" else "decoder_tokens"]
+    rows, length = tokens.shape
+    forward -= 2.0 * rows * length**2 * config.num_heads * head_width_of(config) * config.num_layers
   return 3.0 * forward
-
-
-def row_flops(experiment, params) -> float:
-  """`model_flops` of one row of an experiment's batches."""
-  causal = importlib.import_module(f"llm.models.{experiment.config.model.name}").STYLE.causal
-  return model_flops(experiment.model, params, experiment.batches.read(0, range(1)), causal=causal)
 
 
 def peak_flops(mesh: Mesh, types: Precision) -> tuple[float, str]:
@@ -97,7 +96,7 @@ def _matmul_ceiling(mesh: Mesh, types: Precision, size: int = 1024) -> float:
   return best
 
 
-def count_parameters(params, vocab_size: int) -> int:
+def count_parameters(params: Params, vocab_size: int) -> int:
   """Parameters without the rows that pad the vocabulary."""
   padding = padded_vocab(vocab_size) - vocab_size
   total = 0

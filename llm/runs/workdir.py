@@ -1,6 +1,7 @@
 """The workdir of a run: whose it is, and the records that stand in it."""
 
 import contextlib
+import dataclasses
 import fcntl
 import importlib.metadata
 import json
@@ -20,6 +21,7 @@ from llm import core, storage
 from llm.config import Config
 from llm.core import UserError
 from llm.data import cache
+from llm.objectives import base
 
 # What may differ between a run and its continuation.
 MAY_CHANGE = {
@@ -153,13 +155,21 @@ def locked(workdir: epath.Path):
     yield
 
 
+def with_new_keys(config: dict) -> dict:
+  """A config of an earlier revision, with the keys that came since at their defaults."""
+  current = config_lib.freeze(config)
+  objective = {**base.defaults(current.objective["name"]), **current.objective}
+  plain = config_lib.thaw(dataclasses.replace(current, objective=objective))
+  return json.loads(json.dumps(plain))
+
+
 def claim(workdir: epath.Path, config: Config, go_on: bool):
   """Makes the workdir, which is there, this config's. Raises UserError if it holds a run of another one."""
   path = workdir / "config.json"
   if path.exists() and not go_on:
     try:
-      old = json.loads(path.read_text())
-    except ValueError:
+      old = with_new_keys(json.loads(path.read_text()))
+    except (ValueError, UserError):
       raise UserError(f"{path} is damaged; --go_on replaces it")
     if found := _differences(old, json.loads(json.dumps(config_lib.thaw(config)))):
       raise UserError(

@@ -17,7 +17,7 @@ import tqdm
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llm.config import OptimizerConfig
+from llm.config import DataConfig, OptimizerConfig
 from llm.core import flatten
 from llm.objectives import classification
 from llm.studies import classical
@@ -60,8 +60,9 @@ class Split:
 def encode(objective: classification.Objective, source, tokenizer, model, length: int) -> Split:
   """All records of a source as one batch on the host, one a row, as draws pick single records."""
   records = list(source.records())
-  rows = objective.encode(records, tokenizer, model, length, source).apart()
-  examples = [objective.example(rows[i], None) for i in range(len(rows))]
+  rows = objective.rows(source, tokenizer, DataConfig(), model, length).apart()
+  chance = np.random.default_rng(0)  # of which none is drawn
+  examples = [rows.example(i, chance) for i in range(len(rows))]
   return Split(
     [r["text"] for r in records],
     rows.labels.astype(int),
@@ -77,7 +78,7 @@ class FineTuner:
   """
 
   def __init__(self, objective, model_config, starts: dict, batch_size: int, mesh: Mesh):
-    self.model = experiment.build(objective, model_config)
+    self.model = experiment.build(objective, model_config, trains=True)
     self.batch_size, self.mesh = batch_size, mesh
     self.by_device = NamedSharding(mesh, P(mesh.axis_names))
     self.starts = {arm: jax.tree.map(np.asarray, flatten(params)) for arm, params in starts.items()}

@@ -101,7 +101,9 @@ def reply_loss(
   rows = objective.rows(source, bundle.tokenizer, data, bundle.config.model, length)
   mesh = sharding.make_mesh(MeshConfig())
   with jax.set_mesh(mesh):
-    predictions = evaluation.of_checkpoint(bundle, objective, rows, batch_size, mesh)[1]
+    predictions = evaluation.of_checkpoint(
+      bundle, objective, rows, length, batch_size, mesh
+    ).predictions
   outcomes = objective.outcomes(predictions, rows)
   low, high = metrics.bootstrap(objective.summary, outcomes)["loss"]
   learned = [bundle.tokenizer.decode(ids[weights > 0].tolist()) for ids, weights in rows.encoded]
@@ -225,7 +227,9 @@ def run(workdir: pathlib.Path, quick: bool, cache: str, use_devices: Callable):
     models.items(), desc="held-out replies", unit=" models", disable=None
   ):
     bundle = experiment.load(manager.find(path))
-    template = chat.source_of(bundle.config.objective, bundle.tokenizer) or chat.TEMPLATE
+    template = (
+      chat.template_of(base.build(bundle.config.objective), bundle.tokenizer) or chat.TEMPLATE
+    )
     losses[name] = reply_loss(bundle, template, config.data, 4)
     said[name] = answers(bundle, template, prompts)
   text = report(losses, prompts, said, pretraining, small_steps, time.time() - began)

@@ -93,12 +93,10 @@ def _splits(data: DataConfig, tokenizer, model) -> tuple[classification.Objectiv
 
 def _fresh(objective, model, init_std: float):
   """Random parameters."""
-  one = {
-    k: jax.numpy.zeros((1, LENGTH), "int32") for k in ("tokens", "segments", "positions", "types")
-  }
-  one["firsts"] = jax.numpy.zeros((1, 1), "int32")
-  made = experiment.build(objective, dataclasses.replace(model, init_std=init_std))
-  return jax.tree.map(np.asarray, step_lib.init_params(made, one, jax.random.key(1)))
+  spec = objective.batch_spec(model, LENGTH)
+  row = {name: np.zeros((1, *array.shape), array.dtype) for name, array in spec.items()}
+  network = experiment.build(objective, dataclasses.replace(model, init_std=init_std))
+  return jax.tree.map(np.asarray, step_lib.init_params(network, row, jax.random.key(1)))
 
 
 def _started(fresh, checkpoint: pathlib.Path):

@@ -1,16 +1,26 @@
 """A model over all rows of a source, once."""
 
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from llm import sharding
-from llm.core import flatten
+from llm.core import Leaves, flatten
 from llm.data import batches as batches_lib
+from llm.objectives import base
 from llm.runs import metrics as metrics_lib
+from llm.runs.stop import Stop
 from llm.training import experiment as experiment_lib
 from llm.training import step as step_lib
+
+
+class Evaluated(NamedTuple):
+  """The means of the metrics, and what was predicted of every row."""
+
+  figures: dict[str, float]
+  predictions: base.Predictions
 
 
 def host_rows(array: jax.Array) -> np.ndarray:
@@ -24,53 +34,59 @@ def host_rows(array: jax.Array) -> np.ndarray:
 
 def evaluate(
   eval_step: Callable,
-  trained,
-  frozen,
-  objective,
-  rows,
+  trained: Leaves,
+  frozen: Leaves,
+  objective: base.Objective,
+  rows: base.Rows,
   batch_size: int,
-  mesh,
+  mesh: Mesh,
   limit: int = 0,
-  stop=None,
-) -> dict[str, float] | None:
-  """Figures over an evaluation source; None if a signal (`stop.asked()`) came meanwhile."""
-  found = run_over(eval_step, trained, frozen, objective, rows, batch_size, mesh, limit, stop)
-  return found and {**found[0], **objective.score(found[1], rows)}
+  stop: Stop | None = None,
+) -> dict[str, float]:
+  """Figures over an evaluation source; {} where a signal (`stop.asked()`) came meanwhile."""
+  evaluated = run_over(eval_step, trained, frozen, rows, batch_size, mesh, limit, stop)
+  if evaluated is None:
+    return {}
+  return {**evaluated.figures, **objective.score(evaluated.predictions, rows)}
 
 
 def of_checkpoint(
-  bundle, objective, rows, batch_size: int, mesh
-) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-  """What `run_over` gives for a checkpoint in memory (experiment.Bundle), judged by an objective."""
+  bundle: experiment_lib.Bundle,
+  objective: base.Objective,
+  rows: base.Rows,
+  length: int,
+  batch_size: int,
+  mesh: Mesh,
+) -> Evaluated:
+  """A checkpoint in memory, judged by an objective on rows of `length` tokens."""
   params = flatten(bundle.params)
   placed = jax.device_put(params, sharding.shardings(params, mesh))
-  model = experiment_lib.build(objective, bundle.config.model)
+  model = experiment_lib.build(objective, bundle.config.model, length)
   eval_step = step_lib.make_eval_step(model, objective, {path: [False] for path in params})
-  return run_over(eval_step, placed, {}, objective, rows, batch_size, mesh)
+  return run_over(eval_step, placed, {}, rows, batch_size, mesh)
 
 
 def run_over(
   eval_step: Callable,
-  trained,
-  frozen,
-  objective,
-  rows,
+  trained: Leaves,
+  frozen: Leaves,
+  rows: base.Rows,
   batch_size: int,
-  mesh,
+  mesh: Mesh,
   limit: int = 0,
-  stop=None,
-) -> tuple[dict[str, float], dict[str, np.ndarray]] | None:
-  """(means of the metrics, predictions of all rows) over an evaluation source; None if a signal came."""
+  stop: Stop | None = None,
+) -> Evaluated | None:
+  """All rows of an evaluation source, or the first `limit` batches; None if a signal came."""
   history, predictions = [], []
-  for batch in batches_lib.passes(rows, objective.example, batch_size, mesh, limit):
+  for batch in batches_lib.passes(rows, batch_size, mesh, limit):
     if stop and stop.asked():
       return None
-    found, predicted = eval_step(trained, frozen, batch)
-    history.append(found)
+    metrics, predicted = eval_step(trained, frozen, batch)
+    history.append(metrics)
     predictions.append(predicted)
-  figures = metrics_lib.means(jax.device_get(history))
   seen = min(len(rows), len(predictions) * batch_size)
   merged = {
-    k: np.concatenate([host_rows(p[k]) for p in predictions])[:seen] for k in predictions[0]
+    name: np.concatenate([host_rows(of_batch[name]) for of_batch in predictions])[:seen]
+    for name in predictions[0]
   }
-  return figures, merged
+  return Evaluated(metrics_lib.means(jax.device_get(history)), merged)

@@ -1,73 +1,237 @@
 """From a config to all that a run is made of, on the host alone: no device is touched here."""
 
 import dataclasses
-import json
+import functools
 import math
-import pathlib
 import re
-import tempfile
 from typing import Callable, NamedTuple
 
+import jax
+import numpy as np
 from etils import epath
+from flax import linen as nn
+from jax.sharding import Mesh
 
 from llm import config as config_lib
+from llm import models
 from llm.checkpoints import locate, manager
 from llm.config import Config, ModelConfig
 from llm.core import UserError
 from llm.data import cache, sources
 from llm.data import tokenizer as tokenizer_lib
 from llm.data.batches import Batches, rows_a_batch
-from llm.models import build_backbone
-from llm.models.heads import Model
+from llm.models import resolve
 from llm.objectives import base
 
 SHAPE = ("name", "num_layers", "width", "num_heads", "mlp_dim", "max_length")
 # What else follows a checkpoint whose architecture is taken.
-DETAILS = ("num_kv_heads", "head_width", "norm_epsilon", "rope_theta", "tied", "gated", "init_std")
+DETAILS = (
+  "num_kv_heads",
+  "head_width",
+  "norm_epsilon",
+  "rope_theta",
+  "local_rope_theta",
+  "global_every",
+  "window",
+  "tied",
+  "scaled_output",
+  "gated",
+  "init_std",
+)
+# What is settled anew on every machine: it changes no more than the last bits of a result.
+OF_THE_MACHINE = ("dtype", "scan", "attention")
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """A config with everything resolved: the model's shape, the tokenizer, the classes, the rows."""
+  """A config with everything resolved: the model's shape, the tokenizer, the classes, the rows.
+
+  asked: the config before `on` settled what "auto" is.
+  """
 
   config: Config
   objective: base.Objective
   tokenizer: tokenizer_lib.Tokenizer
-  model: Model
+  asked: Config
   batches: Batches | None = None
   eval_rows: base.Rows | None = None
   names: tuple[str, ...] = ()  # of the training sources
   start: epath.Path | None = None  # the verified step that the run resumes or transfers from
 
+  @functools.cached_property
+  def model(self) -> nn.Module:
+    """The network; "auto" must be settled."""
+    return self.objective.model(self.config.model)
+
+  def on(self, mesh: Mesh) -> "Experiment":
+    """The experiment with "auto" settled for the devices of a mesh. Raises UserError."""
+    platform = mesh.devices.flat[0].platform
+    return self.on_platform(platform, mesh.shape["context"])
+
+  def on_platform(self, platform: str, context: int = 1, *, trains: bool = True) -> "Experiment":
+    """The same for cpu, gpu or tpu and so many devices that share a row."""
+    length = self.config.training.sequence_length
+    model = resolve.resolved(self.config.model, length, platform, context, trains=trains)
+    return dataclasses.replace(self, config=dataclasses.replace(self.config, model=model))
+
+  def one_row(self) -> dict[str, np.ndarray]:
+    """A batch of one row of zeros: it shows the shapes."""
+    spec = self.objective.batch_spec(self.config.model, self.config.training.sequence_length)
+    return {name: np.zeros((1, *array.shape), array.dtype) for name, array in spec.items()}
+
   def description(self) -> dict:
-    """What a checkpoint says of itself."""
-    return {"config": config_lib.thaw(self.config)}
+    """What a checkpoint says of itself. settled: what "auto" became where it was trained."""
+    settled = {name: getattr(self.config.model, name) for name in OF_THE_MACHINE}
+    return {"config": config_lib.thaw(self.asked), "settled": settled}
 
 
 class Bundle(NamedTuple):
-  """A checkpoint in memory (llm.load)."""
+  """A checkpoint in memory (llm.load). config: as it was asked for, "auto" included."""
 
-  model: Model
+  model: nn.Module
   params: dict
   tokenizer: tokenizer_lib.Tokenizer
   config: Config
 
 
-def _following(model: ModelConfig, start: dict | None, vocab_size: int) -> ModelConfig:
+def prepare(config: Config, own: epath.Path | None = None, say: Callable = print) -> Experiment:
+  """Everything that a run of `config` needs. own: the run's own checkpoint, when it goes on.
+
+  Raises UserError on bad input of every kind.
+  """
+  _check(config)
+  start = _start(config, own, say)
+  description = manager.describe(start) if start else {}
+  objective = base.build(description["config"]["objective"] if own else config.objective)
+  train = sources.parse(config.data.train, config.data)
+  tokenizer = _tokenizer(config, start, train)
+  model = _following(config.model, description, tokenizer.vocab_size)
+  base.check_kind(objective, model)
+  length = config.training.sequence_length
+  if length > model.max_length:
+    raise UserError(
+      f"config.training.sequence_length={length} is longer than the model's "
+      f"{model.max_length} positions (config.model.max_length)"
+    )
+  objective = objective.fit(train, tokenizer)
+  rows = [objective.rows(source, tokenizer, config.data, model, length) for source in train]
+  batches = _batches(config, rows, [source.weight for source in train])
+  eval_rows = None
+  if config.data.eval:
+    held_out = sources.parse_one(config.data.eval, config.data)
+    eval_rows = objective.eval_rows(held_out, tokenizer, config.data, model, length)
+  asked = dataclasses.replace(
+    config,
+    model=model,
+    objective=base.to_mapping(objective),
+    training=dataclasses.replace(config.training, steps=_steps(config, batches), epochs=0.0),
+  )
+  resolved = asked
+  if own:
+    resolved = dataclasses.replace(asked, model=_as_settled(model, description))
+  names = tuple(source.spec for source in train)
+  return Experiment(resolved, objective, tokenizer, asked, batches, eval_rows, names, start)
+
+
+def without_data(config: Config, say: Callable = print) -> Experiment:
+  """The experiment of a config, for looking at its programs: no source is read, no tokenizer trained.
+
+  How many examples share a row is the data's: here each has a row, the most that a batch takes.
+  Raises UserError as `prepare`.
+  """
+  start = _start(config, None, say)
+  objective = base.build(config.objective)
+  stand_in = tokenizer_lib.ByteTokenizer(max(100, config.tokenizer.sentinels))
+  if start and not config.tokenizer.name:
+    vocab_size = manager.load_tokenizer(start).vocab_size
+  elif config.tokenizer.path or config.tokenizer.name == "bytes":
+    vocab_size = _tokenizer(config, start, ()).vocab_size
+  else:
+    trained = config.tokenizer.vocab_size + config.tokenizer.sentinels
+    vocab_size = config.model.vocab_size or trained
+  description = manager.describe(start) if start else {}
+  model = _following(config.model, description, vocab_size)
+  base.check_kind(objective, model)
+  objective = objective.fit((), stand_in)
+  steps = config.training.steps or 1000
+  resolved = dataclasses.replace(
+    config,
+    model=model,
+    objective=base.to_mapping(objective),
+    training=dataclasses.replace(config.training, steps=steps, epochs=0.0),
+  )
+  return Experiment(resolved, objective, stand_in, resolved, start=start)
+
+
+def from_checkpoint(step: epath.Path) -> Experiment:
+  """The experiment that wrote a step, without its data; "auto" is not settled."""
+  config = config_lib.freeze(manager.describe(step)["config"])
+  # The attention that computed it where it was trained may not run here.
+  config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
+  objective = base.build(config.objective)
+  return Experiment(config, objective, manager.load_tokenizer(step), config)
+
+
+def load(step: epath.Path) -> Bundle:
+  """A step in memory, on the host. The model takes texts of any length."""
+  saved = from_checkpoint(step)
+  model = build(saved.objective, saved.config.model)
+  return Bundle(model, manager.restore(step, "params"), saved.tokenizer, saved.config)
+
+
+def build(
+  objective: base.Objective, model: ModelConfig, length: int = 0, *, trains: bool = False
+) -> nn.Module:
+  """The network of an objective, with "auto" settled for this machine and the mesh in use.
+
+  length: tokens of a row; 0 is any, which the reference attention takes.
+  """
+  if not length and model.attention == "auto":
+    model = dataclasses.replace(model, attention="reference")
+  context = jax.sharding.get_abstract_mesh().shape.get("context", 1)
+  settled = resolve.resolved(model, length, jax.default_backend(), context, trains=trains)
+  return objective.model(settled)
+
+
+def _check(config: Config):
+  if not config.data.train:
+    raise UserError("config.data.train is not set: give a source, e.g. text:corpus.txt")
+  best = config.training.keep_best
+  if best and not (best.startswith(("max:", "min:")) and config.data.eval):
+    raise UserError(
+      "config.training.keep_best must be 'max:METRIC' or 'min:METRIC' and needs config.data.eval"
+    )
+
+
+def _start(config: Config, own: epath.Path | None, say: Callable) -> epath.Path | None:
+  """The step that a run starts from: its own, else that of config.transfer.checkpoint."""
+  if own or not config.transfer.checkpoint:
+    return own
+  return locate.find(config.transfer.checkpoint, say, config.data.cache)
+
+
+def _following(model: ModelConfig, start: dict, vocab_size: int) -> ModelConfig:
   """The model with what is not set taken from the checkpoint that the run starts from."""
   if start:
     same = dataclasses.asdict(config_lib.freeze(start["config"]).model)
-    unset = {k: same[k] for k in SHAPE if not getattr(model, k)}
+    unset = {name: same[name] for name in SHAPE if not getattr(model, name)}
     if not model.name:
-      unset |= {k: same[k] for k in DETAILS}
+      unset |= {name: same[name] for name in DETAILS}
     if model.dropout < 0:
       unset["dropout"] = same["dropout"]
     model = dataclasses.replace(model, **unset)
-  if missing := [k for k in SHAPE if not getattr(model, k)]:
+  if missing := [name for name in SHAPE if not getattr(model, name)]:
     raise UserError(
       f"config.model.{missing[0]} is not set: give config.transfer.checkpoint, which has "
       "a model, or set the model's keys"
     )
+  _check_model(model, vocab_size)
+  return dataclasses.replace(model, vocab_size=vocab_size, dropout=max(model.dropout, 0.0))
+
+
+def _check_model(model: ModelConfig, vocab_size: int):
+  """Raises UserError where keys of a model do not fit one another."""
+  facts = models.facts(model)
   if model.vocab_size and model.vocab_size != vocab_size:
     raise UserError(
       f"config.model.vocab_size={model.vocab_size} but the tokenizer has {vocab_size} pieces; "
@@ -79,11 +243,27 @@ def _following(model: ModelConfig, start: dict | None, vocab_size: int) -> Model
     )
   if model.num_kv_heads and model.num_heads % model.num_kv_heads:
     raise UserError(
-      f"config.model.num_heads={model.num_heads} must be a multiple of num_kv_heads={model.num_kv_heads}"
+      f"config.model.num_heads={model.num_heads} must be a multiple of "
+      f"num_kv_heads={model.num_kv_heads}"
     )
-  if not model.tied and model.name not in ("llama", "t5"):
+  if not model.tied and not facts.untied:
     raise UserError(
       f"config.model.tied=False: the output layer of {model.name} is its embedding table"
+    )
+  if model.global_every > 1 and facts.kind != "encoder":
+    raise UserError(
+      f"config.model.global_every={model.global_every}: only encoders have local layers, and "
+      f"{model.name} is none"
+    )
+  if (model.global_every > 1) != (model.window > 0):
+    raise UserError(
+      f"config.model.global_every={model.global_every} and config.model.window={model.window}: "
+      "local layers need both, a pattern and a window; 1 and 0 are no local layers"
+    )
+  if model.global_every > model.num_layers:
+    raise UserError(
+      f"config.model.global_every={model.global_every} is more than the {model.num_layers} layers "
+      "(config.model.num_layers)"
     )
   try:
     re.compile(model.lora_targets)
@@ -91,171 +271,40 @@ def _following(model: ModelConfig, start: dict | None, vocab_size: int) -> Model
     raise UserError(
       f"config.model.lora_targets={model.lora_targets!r} is no regular expression: {error}"
     )
-  if model.dropout >= 1:
-    raise UserError(f"config.model.dropout must lie in [0, 1), not {model.dropout}")
-  return dataclasses.replace(model, vocab_size=vocab_size, dropout=max(model.dropout, 0.0))
 
 
-def _own_or_transferred(config: Config, own: epath.Path | None, say) -> epath.Path | None:
-  if own:
-    return own
-  return (
-    locate.find(config.transfer.checkpoint, say, config.data.cache)
-    if config.transfer.checkpoint
-    else None
-  )
+def _as_settled(model: ModelConfig, description: dict) -> ModelConfig:
+  """A run that goes on computes in the types that it began with, where the machine's are auto."""
+  if model.dtype != "auto" or "settled" not in description:
+    return model
+  return dataclasses.replace(model, dtype=description["settled"]["dtype"])
 
 
-def _tokenizer(config: Config, start: epath.Path | None, train) -> tokenizer_lib.Tokenizer:
+def _tokenizer(
+  config: Config, start: epath.Path | None, train: tuple[sources.Source, ...]
+) -> tokenizer_lib.Tokenizer:
   if start and not config.tokenizer.name:
     return manager.load_tokenizer(start)
-  made = tokenizer_lib.make(config.tokenizer, train, cache.cache_dir(config.data.cache))
-  if (
-    start
-    and config.transfer.vocabulary == "same"
-    and made.digest() != manager.load_tokenizer(start).digest()
-  ):
+  tokenizer = tokenizer_lib.make(config.tokenizer, train, cache.cache_dir(config.data.cache))
+  if not start or config.transfer.vocabulary != "same":
+    return tokenizer
+  if tokenizer.digest() != manager.load_tokenizer(start).digest():
     raise UserError(
       "the vocabulary does not fit the checkpoint: config.tokenizer makes another one than "
       f"{start} was trained with (config.tokenizer.name='' takes the checkpoint's; "
       "config.transfer.vocabulary='match' matches the rows of another)"
     )
-  return made
+  return tokenizer
+
+
+def _batches(config: Config, rows: list[base.Rows], weights: list[float]) -> Batches:
+  accum_steps = config.optimizer.grad_accum_steps
+  count = rows_a_batch(config.training.batch_size, accum_steps, rows, weights)
+  return Batches(rows, weights, count, config.training.seed)
 
 
 def _steps(config: Config, batches: Batches) -> int:
   if bool(config.training.steps) == bool(config.training.epochs):
     raise UserError("set either config.training.steps or config.training.epochs, the other to 0")
-  return config.training.steps or max(
-    1, math.ceil(config.training.epochs * batches.steps_an_epoch())
-  )
-
-
-def prepare(config: Config, own: epath.Path | None = None, say: Callable = print) -> Experiment:
-  """Everything that a run of `config` needs. own: the run's own checkpoint, when it goes on.
-
-  Raises UserError on bad input of every kind.
-  """
-  if not config.data.train:
-    raise UserError("config.data.train is not set: give a source, e.g. text:corpus.txt")
-  if config.training.keep_best and not (
-    config.training.keep_best.startswith(("max:", "min:")) and config.data.eval
-  ):
-    raise UserError(
-      "config.training.keep_best must be 'max:METRIC' or 'min:METRIC' and needs config.data.eval"
-    )
-  start = _own_or_transferred(config, own, say)
-  description = manager.describe(start) if start else None
-  if own:
-    objective = base.build(description["config"]["objective"])
-  else:
-    objective = base.build(config.objective)
-  train = sources.parse(config.data.train, config.data)
-  tokenizer = _tokenizer(config, start, train)
-  model = _following(config.model, description, tokenizer.vocab_size)
-  length = config.training.sequence_length
-  if length > model.max_length:
-    raise UserError(
-      f"config.training.sequence_length={length} is longer than the model's "
-      f"{model.max_length} positions (config.model.max_length)"
-    )
-  objective = objective.fit(train, tokenizer)
-  rows = [objective.rows(s, tokenizer, config.data, model, length) for s in train]
-  weights = [s.weight for s in train]
-  count = rows_a_batch(config.training.batch_size, config.optimizer.grad_accum_steps, rows, weights)
-  batches = Batches(rows, weights, objective.example, count, config.training.seed)
-  eval_rows = None
-  if config.data.eval:
-    held_out = sources.parse(config.data.eval, config.data)
-    if len(held_out) > 1:
-      raise UserError("config.data.eval must be one source")
-    eval_rows = objective.eval_rows(held_out[0], tokenizer, config.data, model, length)
-  resolved = dataclasses.replace(
-    config,
-    model=model,
-    objective=base.to_mapping(objective),
-    training=dataclasses.replace(config.training, steps=_steps(config, batches), epochs=0.0),
-  )
-  return Experiment(
-    resolved,
-    objective,
-    tokenizer,
-    build(objective, model),
-    batches,
-    eval_rows,
-    tuple(s.spec for s in train),
-    start,
-  )
-
-
-# Something for every task: without data, only the shapes of a batch are asked for, which no text changes.
-MADE_UP = {
-  "text": "One two three four.\nFive six.",
-  "text_pair": "Seven eight nine.",
-  "label": "1",
-  "target": "two",
-  "question": "Which?",
-  "answers": [{"text": "two", "answer_start": 4}],
-  "id": "1",
-  "messages": [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "Two."}],
-  "chosen": "Two.",
-  "rejected": "Six.",
-}
-
-
-def without_data(config: Config, say: Callable = print) -> Experiment:
-  """The experiment of a config on made-up rows: no source is read and no tokenizer trained, for looking at its programs.
-
-  How many examples share a row is the data's: here each has a row, the most that a batch takes.
-  Raises UserError as `prepare`.
-  """
-  start = _own_or_transferred(config, None, say)
-  objective = base.build(config.objective)
-  stand_in = tokenizer_lib.ByteTokenizer(max(100, config.tokenizer.sentinels))
-  if start and not config.tokenizer.name:
-    vocab_size = manager.load_tokenizer(start).vocab_size
-  elif config.tokenizer.path or config.tokenizer.name == "bytes":
-    vocab_size = _tokenizer(config, start, ()).vocab_size
-  else:
-    vocab_size = config.model.vocab_size or config.tokenizer.vocab_size + config.tokenizer.sentinels
-  model = _following(config.model, manager.describe(start) if start else None, vocab_size)
-  labels = [target.split("=")[0] for target in getattr(objective, "targets", ())] or ["0", "1"]
-  with tempfile.TemporaryDirectory() as folder:
-    path = pathlib.Path(folder) / "made_up.jsonl"
-    path.write_text(
-      "".join(json.dumps(MADE_UP | {"label": labels[n % len(labels)]}) + "\n" for n in range(8))
-    )
-    train = sources.parse(
-      f"jsonl:{path}", dataclasses.replace(config.data, fields="", cache=folder)
-    )
-    objective = objective.fit(train, stand_in)
-    rows = objective.rows(train[0], stand_in, config.data, model, config.training.sequence_length)
-    batches = Batches([rows], [1.0], objective.example, config.training.batch_size, 0)
-    batches.read(0, range(1))  # while the files are there
-  resolved = dataclasses.replace(
-    config,
-    model=model,
-    objective=base.to_mapping(objective),
-    training=dataclasses.replace(config.training, steps=config.training.steps or 1000, epochs=0.0),
-  )
-  return Experiment(resolved, objective, stand_in, build(objective, model), batches, start=start)
-
-
-def build(objective: base.Objective, model: ModelConfig) -> Model:
-  """Backbone and head."""
-  return Model(build_backbone(model), objective.head(model))
-
-
-def from_checkpoint(step: epath.Path) -> Experiment:
-  """The experiment that wrote a step, without its data."""
-  config = config_lib.freeze(manager.describe(step)["config"])
-  # What computed attention where it was trained may not be had here.
-  config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
-  objective = base.build(config.objective)
-  return Experiment(config, objective, manager.load_tokenizer(step), build(objective, config.model))
-
-
-def load(step: epath.Path) -> Bundle:
-  """A step in memory, on the host."""
-  saved = from_checkpoint(step)
-  return Bundle(saved.model, manager.restore(step, "params"), saved.tokenizer, saved.config)
+  epochs = config.training.epochs
+  return config.training.steps or max(1, math.ceil(epochs * batches.steps_an_epoch()))

@@ -2,69 +2,32 @@
 
 import contextlib
 import json
-import os
 import pathlib
 import time
-from typing import Callable
+from typing import Any, Callable
 
 import jax
 import numpy as np
+from etils import epath
+from jax.sharding import Mesh
 
 from llm import sharding, storage
 from llm.checkpoints import manager
 from llm.config import Config
 from llm.core import UserError
 from llm.data import batches as batches_lib
-from llm.models import precision, transformer
+from llm.models import precision
 from llm.performance import flops
 from llm.runs import workdir as workdir_lib
 from llm.runs.log import Log, duration
 from llm.runs.meter import Meter
+from llm.runs.profiler import profiling
 from llm.runs.stop import Stop, Stopped
-from llm.training import evaluation, partition, reference
+from llm.training import evaluation, header, partition, reference
 from llm.training import experiment as experiment_lib
 from llm.training import state as state_lib
 from llm.training import step as step_lib
-
-
-def _header(experiment, mesh, params: int, origin: str, start: int, say):
-  config = experiment.config
-  batches = experiment.batches
-  length, examples = config.training.sequence_length, batches.examples()
-  tokens = batches.batch_size * length
-  shared = "" if examples == batches.batch_size else f", about {examples:,.0f} examples"
-  steps = config.training.steps
-  shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-  say(f"devices     {mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {shape}")
-  say(f"dtype       {precision.explained(config.model.dtype)}")
-  say(
-    f"model       {config.model.name}, {params:,} parameters, objective {config.objective['name']}"
-  )
-  say(
-    f"batch       {batches.batch_size} rows x {length} = {tokens:,} tokens a "
-    f"step{shared}, {steps:,} steps, "
-    f"{batches.tokens() * steps / params:.3g} tokens a parameter"
-  )
-  for name, (epochs, seen) in zip(experiment.names, batches.usage(steps)):
-    say(f"data        {name}: {seen:,.0f} tokens, {epochs:.3g} epochs")
-  for name, rows in zip(experiment.names, batches.rows):
-    if note := getattr(rows, "note", ""):
-      say(f"            {name}: {note}")
-  if config.data.workers > (os.cpu_count() or 1):
-    say(
-      f"hint        config.data.workers={config.data.workers} are more than this machine's {os.cpu_count()} "
-      "cores: they will wait for each other"
-    )
-  if mesh.devices.flat[0].platform == "tpu":
-    why_not = transformer.cannot(
-      "splash", config.model, config.training.sequence_length, mesh.shape["context"], True
-    )
-    say(
-      "attention   splash"
-      if not why_not and config.model.attention != "reference"
-      else f"attention   reference, a T x T array in memory ({why_not or 'as the config says'})"
-    )
-  say(f"parameters  {origin}" + (f", step {start}" if start else ""))
+from llm.training.experiment import Experiment
 
 
 def train(
@@ -72,7 +35,7 @@ def train(
   workdir: str | pathlib.PurePath,
   *,
   go_on: bool = False,
-  say=print,
+  say: Callable = print,
   use_devices: Callable | None = None,
 ) -> dict:
   """Runs a config to its end in `workdir` and returns what result.json holds.
@@ -83,177 +46,192 @@ def train(
   workdir = storage.folder(workdir)
   stop = Stop()
   with stop.listening():
-    seen = manager.steps(workdir / "checkpoints")
+    steps_before = manager.steps(workdir / "checkpoints")
     own = manager.newest_valid(workdir / "checkpoints", say)
     experiment = experiment_lib.prepare(config, own, say)
     if use_devices:
       use_devices(config.mesh)
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch(
-      config.training.batch_size,
-      experiment.batches.batch_size,
-      config.optimizer.grad_accum_steps,
-      mesh,
-    )
-    transformer.check_platform(config.model, mesh.devices.flat[0].platform)
+    experiment = experiment.on(mesh)
+    rows, accum_steps = experiment.batches.batch_size, config.optimizer.grad_accum_steps
+    sharding.check_batch(config.training.batch_size, rows, accum_steps, mesh)
     if jax.process_index():
-      say = lambda *_: None
+      say = _silent
     with jax.set_mesh(mesh):
       workdir_lib.agree(config, workdir)
       with workdir_lib.locked(workdir):
-        if seen != manager.steps(workdir / "checkpoints"):
+        if steps_before != manager.steps(workdir / "checkpoints"):
           raise UserError(
             f"another run went on in {workdir} meanwhile: start again, from where it is now"
           )
         experiment = reference.attached(experiment, mesh, say)
         workdir_lib.claim(workdir, config, go_on)
-        return _train(experiment, own, workdir, mesh, stop, say)
+        return _Run(experiment, own, workdir, mesh, stop, say).to_its_end()
 
 
-@contextlib.contextmanager
-def _profiler(text: str, folder: pathlib.Path):
-  """Gives a function to call before every step, which profiles those of `text`, e.g. "10:15"."""
-  first, last = _profile_range(text)
-  running = False
-
-  def at(step: int, state):
-    nonlocal running
-    if step == first:
-      jax.profiler.start_trace(str(folder / "profile"))
-      running = True
-    elif running and step == last:
-      jax.block_until_ready(state)
-      jax.profiler.stop_trace()
-      running = False
-
-  try:
-    yield at
-  finally:
-    if running:
-      jax.profiler.stop_trace()
+def _silent(*_: Any):
+  """What processes other than the first say."""
 
 
-def _train(experiment, own, workdir, mesh, stop: Stop, say) -> dict:
-  config, objective = experiment.config, experiment.objective
-  training, steps = config.training, config.training.steps
-  began = time.time()
-  state, optimizer, marks, origin = state_lib.first_state(experiment, own, workdir, mesh, say)
-  start = int(state.step)
-  _say_extension(own, config, start, say)
-  train_step = step_lib.make_train_step(
-    experiment.model,
-    objective,
-    optimizer,
-    marks,
-    config.optimizer.grad_accum_steps,
-    jax.tree.map(lambda x: x.sharding, state),
-  )
-  eval_step = step_lib.make_eval_step(experiment.model, objective, marks)
-  params = jax.eval_shape(lambda: partition.merge(state.trained, state.frozen, marks))
-  count = flops.count_parameters(params, config.model.vocab_size)
-  workdir_lib.write_json(workdir / "run.json", workdir_lib.run_record())
-  _header(experiment, mesh, count, origin, start, say)
-  mfu_of_pace = _mfu(experiment, params, mesh, say)
-  saver = manager.Manager(workdir, training.keep, training.keep_best, experiment.tokenizer)
-  growing = workdir_lib.Growing(workdir)
-  log = Log(growing, start, steps)
-  stream = batches_lib.stream(
-    experiment.batches, start, steps, mesh, config.data.prefetch, config.data.workers
-  )
-  batch_size = experiment.batches.batch_size
-  meter = Meter(start, experiment.batches.tokens())
-  figures, done, asked = {}, start, 0
+class _Run:
+  """One run at work: its state, its compiled steps, and what it leaves behind."""
 
-  def evaluated() -> dict:
-    return (
-      evaluation.evaluate(
-        eval_step,
-        state.trained,
-        state.frozen,
-        objective,
-        experiment.eval_rows,
-        batch_size,
-        mesh,
-        training.eval_batches,
-        stop,
-      )
-      or {}
+  def __init__(
+    self,
+    experiment: Experiment,
+    own: epath.Path | None,
+    workdir: epath.Path,
+    mesh: Mesh,
+    stop: Stop,
+    say: Callable,
+  ):
+    config = experiment.config
+    self.experiment, self.config, self.objective = experiment, config, experiment.objective
+    self.workdir, self.mesh, self.stop, self.say = workdir, mesh, stop, say
+    self.began = time.time()
+    self.figures: dict[str, float] = {}  # of the last evaluation
+    self.state, optimizer, self.marks, self.origin = state_lib.first_state(
+      experiment, own, workdir, mesh, say
+    )
+    self.start, self.steps = int(self.state.step), config.training.steps
+    self.train_step = step_lib.make_train_step(
+      experiment.model,
+      self.objective,
+      optimizer,
+      self.marks,
+      config.optimizer.grad_accum_steps,
+      jax.tree.map(lambda x: x.sharding, self.state),
+    )
+    self.eval_step = step_lib.make_eval_step(experiment.model, self.objective, self.marks)
+    params = jax.eval_shape(self.params)
+    self.parameters = flops.count_parameters(params, config.model.vocab_size)
+    workdir_lib.write_json(workdir / "run.json", workdir_lib.run_record())
+    _say_extension(own, config, self.start, say)
+    header.show(experiment, mesh, self.parameters, self.origin, self.start, say)
+    self.mfu = _mfu(experiment, params, mesh, say)
+    self.saver = manager.Manager(
+      workdir, config.training.keep, config.training.keep_best, experiment.tokenizer
+    )
+    self.growing = workdir_lib.Growing(workdir)
+    self.log = Log(self.growing, self.start, self.steps)
+    self.meter = Meter(self.start, experiment.batches.tokens())
+    self.stream = batches_lib.stream(
+      experiment.batches, self.start, self.steps, mesh, config.data.prefetch, config.data.workers
     )
 
-  try:
-    with _profiler(training.profile, growing.folder) as profile:
-      for number in range(start, steps):
-        profile(number, state)
-        with meter.spending("input"):
-          batch = next(stream)
-        with meter.spending("compile") if number == start else contextlib.nullcontext():
-          state, found = train_step(state, batch, training.seed)
-        meter.waiting.append(found)
-        done, last = number + 1, number + 1 == steps
-        log.advance()
-        if _due(done, training.log_every, last):
-          shown = meter.figures(done)
-          log.metrics(done, {**shown, "mfu": mfu_of_pace(shown["tokens_per_second"])})
-        results = {}
-        if experiment.eval_rows is not None and _due(done, training.eval_every, last):
-          meter.settle(done)  # what trains still is not evaluation
-          with meter.spending("evaluation"):
-            results = evaluated()
-          if results:
-            figures = results
-            log.metrics(done, results, "eval")
-        asked = stop.asked()
-        if _due(done, training.save_every, last) or asked or training.keep_best and results:
-          meter.settle(done)
-          log.flush()
-          with meter.spending("checkpoint"):
-            saver.save(
-              done,
-              partition.merge(state.trained, state.frozen, marks),
-              state.opt_state,
-              {**experiment.description(), "metrics": results},
-            )
-        if asked:
-          break
-  finally:
+  def to_its_end(self) -> dict:
+    """Every step that is left; then the result. Raises Stopped after a signal."""
+    training = self.config.training
+    done, asked = self.start, 0
     try:
-      saver.close()
+      with profiling(training.profile, self.growing.folder) as before_step:
+        for number in range(self.start, self.steps):
+          before_step(number, self.state)
+          self.take_step(number)
+          done, last = number + 1, number + 1 == self.steps
+          if _due(done, training.log_every, last):
+            self.report(done)
+          results = {}
+          if self.experiment.eval_rows is not None and _due(done, training.eval_every, last):
+            results = self.evaluate(done)
+          asked = self.stop.asked()
+          if _due(done, training.save_every, last) or asked or training.keep_best and results:
+            self.save(done, results)
+          if asked:
+            break
     finally:
-      stream.close()
-      log.close()
-      growing.copy()
-  if asked:
-    say(f"saved step {done}; the same command goes on from there")
-    raise Stopped(128 + asked)
-  finished = workdir / "result.json"
-  if start >= steps and finished.exists():
-    say(f"already done: step {start} in {workdir}")
-    return json.loads(finished.read_text())
-  if (
-    start >= steps and experiment.eval_rows is not None
-  ):  # stopped between its last save and its result
-    figures = evaluated()
-    if asked := stop.asked():
+      self.close()
+    if asked:
+      self.say(f"saved step {done}; the same command goes on from there")
       raise Stopped(128 + asked)
-  pace = float(np.median(meter.paces)) if meter.paces else None
-  seconds = time.time() - began
-  result = {
-    "step": done,
-    "parameters": count,
-    "origin": origin,
-    "seconds": seconds,
-    "shares": meter.shares(seconds),
-    "tokens_per_second": pace,
-    "mfu": pace and mfu_of_pace(pace),
-    "data": {
-      name: {"epochs": epochs, "tokens": seen}
-      for name, (epochs, seen) in zip(experiment.names, experiment.batches.usage(done))
-    },
-    "eval": figures,
-  }
-  workdir_lib.write_json(finished, result)
-  say(f"done: step {done} in {workdir}, {duration(result['seconds'])}")
-  return result
+    return self.finish(done)
+
+  def take_step(self, number: int):
+    """One update by batch `number`."""
+    with self.meter.spending("input"):
+      batch = next(self.stream)
+    first = number == self.start
+    with self.meter.spending("compile") if first else contextlib.nullcontext():
+      self.state, metrics = self.train_step(self.state, batch, self.config.training.seed)
+    self.meter.waiting.append(metrics)
+    self.log.advance()
+
+  def report(self, done: int):
+    """The means since the last report, to the console and the logs."""
+    figures = self.meter.figures(done)
+    self.log.metrics(done, {**figures, "mfu": self.mfu(figures["tokens_per_second"])})
+
+  def evaluate(self, done: int) -> dict[str, float]:
+    """Figures over the evaluation source; {} where a signal came meanwhile."""
+    self.meter.settle(done)  # what still trains is not evaluation
+    with self.meter.spending("evaluation"):
+      results = self.evaluated()
+    if results:
+      self.figures = results
+      self.log.metrics(done, results, "eval")
+    return results
+
+  def evaluated(self) -> dict[str, float]:
+    return evaluation.evaluate(
+      self.eval_step,
+      self.state.trained,
+      self.state.frozen,
+      self.objective,
+      self.experiment.eval_rows,
+      self.experiment.batches.batch_size,
+      self.mesh,
+      self.config.training.eval_batches,
+      self.stop,
+    )
+
+  def save(self, done: int, results: dict[str, float]):
+    """Starts a checkpoint; training goes on while it is written."""
+    self.meter.settle(done)
+    self.log.flush()
+    description = {**self.experiment.description(), "metrics": results}
+    with self.meter.spending("checkpoint"):
+      self.saver.save(done, self.params(), self.state.opt_state, description)
+
+  def params(self) -> dict:
+    """Trained and frozen parameters as one tree."""
+    return partition.merge(self.state.trained, self.state.frozen, self.marks)
+
+  def close(self):
+    """Waits for the last checkpoint and closes what is open, whatever fails."""
+    try:
+      self.saver.close()
+    finally:
+      self.stream.close()
+      self.log.close()
+      self.growing.copy()
+
+  def finish(self, done: int) -> dict:
+    """Writes result.json, unless an earlier run of the same command did."""
+    path = self.workdir / "result.json"
+    if self.start >= self.steps and path.exists():
+      self.say(f"already done: step {self.start} in {self.workdir}")
+      return json.loads(path.read_text())
+    if self.start >= self.steps and self.experiment.eval_rows is not None:
+      self.figures = self.evaluated()  # stopped between its last save and its result
+      if asked := self.stop.asked():
+        raise Stopped(128 + asked)
+    pace = float(np.median(self.meter.paces)) if self.meter.paces else None
+    seconds = time.time() - self.began
+    usage = zip(self.experiment.names, self.experiment.batches.usage(done))
+    result = {
+      "step": done,
+      "parameters": self.parameters,
+      "origin": self.origin,
+      "seconds": seconds,
+      "shares": self.meter.shares(seconds),
+      "tokens_per_second": pace,
+      "mfu": pace and self.mfu(pace),
+      "data": {name: {"epochs": epochs, "tokens": tokens} for name, (epochs, tokens) in usage},
+      "eval": self.figures,
+    }
+    workdir_lib.write_json(path, result)
+    self.say(f"done: step {done} in {self.workdir}, {duration(seconds)}")
+    return result
 
 
 def _due(step: int, every: int, last: bool) -> bool:
@@ -261,32 +239,25 @@ def _due(step: int, every: int, last: bool) -> bool:
   return last or bool(every) and step % every == 0
 
 
-def _mfu(experiment, params, mesh, say) -> Callable[[float], float]:
+def _mfu(experiment: Experiment, params: dict, mesh: Mesh, say: Callable) -> Callable:
   """A function from (real) tokens a second to the share of the peak that the model's FLOPs are."""
-  peak, source = flops.peak_flops(mesh, precision.of(experiment.config.model))
-  a_row = flops.row_flops(experiment, params)
-  a_step = a_row * experiment.batches.batch_size
-  say(f"peak        {peak / 1e9:,.0f} GFLOP/s ({source}), {a_step / 1e9:,.1f} GFLOP a step")
-  return lambda pace: a_step / experiment.batches.tokens() * pace / peak
+  config, batches = experiment.config, experiment.batches
+  peak, source = flops.peak_flops(mesh, precision.of(config.model))
+  of_row = flops.model_flops(experiment.model, params, experiment.one_row(), config.model)
+  of_step = of_row * batches.batch_size
+  say(f"peak        {peak / 1e9:,.0f} GFLOP/s ({source}), {of_step / 1e9:,.1f} GFLOP a step")
+  of_token = of_step / batches.tokens()
+  return lambda tokens_per_second: of_token * tokens_per_second / peak
 
 
-def _say_extension(own, config: Config, start: int, say):
+def _say_extension(own: epath.Path | None, config: Config, start: int, say: Callable):
   """Says what more steps than the checkpoint was made for do to the schedule."""
   if not own:
     return
-  old = manager.describe(own)["config"]["training"]["steps"]
-  if old != config.training.steps:
+  planned = manager.describe(own)["config"]["training"]["steps"]
+  if planned != config.training.steps:
     say(
-      f"the run was planned for {old} steps and now for {config.training.steps}: the "
-      f"{config.optimizer.schedule} schedule is that of the new length from step {start} on, so the learning "
-      "rate jumps to where a run of that length would have it"
+      f"the run was planned for {planned} steps and now for {config.training.steps}: the "
+      f"{config.optimizer.schedule} schedule is that of the new length from step {start} on, so "
+      "the learning rate jumps to where a run of that length would have it"
     )
-
-
-def _profile_range(text: str) -> tuple[int, int]:
-  if not text:
-    return -1, -1
-  first, _, last = text.partition(":")
-  if not (first.isdigit() and last.isdigit() and int(first) < int(last)):
-    raise UserError(f"config.training.profile={text!r} is not of the form '10:15'")
-  return int(first), int(last)

@@ -1,52 +1,39 @@
 """The training step as a compiled program for devices that need not be here: memory, FLOPs, traffic, bounds."""
 
 import collections
-import dataclasses
 import re
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from llm import sharding
 from llm.config import Config
 from llm.core import first_line
-from llm.models import transformer
 from llm.performance import flops, hardware, hlo
-from llm.training import experiment as experiment_lib
 from llm.training import state as state_lib
 from llm.training import step as step_lib
 from llm.training.experiment import Experiment
 
 
 def explicit(experiment: Experiment, topology: hardware.Topology) -> Experiment:
-  """The experiment with what follows the platform set to what it is on that one, not on this machine. Raises UserError."""
-  config, there = experiment.config, topology.chip is not None
-  transformer.check_platform(config.model, "tpu" if there else "cpu")
-  cannot = transformer.cannot(
-    "splash", config.model, config.training.sequence_length, config.mesh.context, True
-  )
-  choices = {
-    "dtype": "bfloat16" if there else "float32",
-    "scan": "scan" if there else "unroll",
-    "attention": "splash" if there and not cannot else "reference",
-  }
-  unset = {key: value for key, value in choices.items() if getattr(config.model, key) == "auto"}
-  model = dataclasses.replace(config.model, **unset)
-  return dataclasses.replace(
-    experiment,
-    config=dataclasses.replace(config, model=model),
-    model=experiment_lib.build(experiment.objective, model),
-  )
+  """The experiment with "auto" settled for a topology, not for this machine. Raises UserError."""
+  platform = "cpu" if topology.chip is None else "tpu"
+  return experiment.on_platform(platform, experiment.config.mesh.context)
 
 
-def lowered(experiment: Experiment, mesh) -> jax.stages.Lowered:
+def rows_of(experiment: Experiment) -> int:
+  """Rows of a batch. Without data, each example has a row, the most that a batch takes."""
+  return experiment.config.training.batch_size
+
+
+def lowered(experiment: Experiment, mesh: Mesh) -> jax.stages.Lowered:
   """The step, traced for a mesh; nothing is allocated."""
   planned = state_lib.plan(experiment, mesh)
-  one = experiment.batches.read(0, range(1))
-  rows, split = experiment.batches.batch_size, sharding.batch_sharding(mesh)
+  rows, split = rows_of(experiment), sharding.batch_sharding(mesh)
   batch = {
-    key: jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype, sharding=split)
-    for key, array in one.items()
+    name: jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype, sharding=split)
+    for name, array in experiment.one_row().items()
   }
   step = step_lib.jitted_train_step(
     experiment.model,
@@ -109,7 +96,7 @@ def _link_seconds(exchange: hlo.Collective, topology: hardware.Topology, mesh) -
 
 def report(experiment: Experiment, topology: hardware.Topology) -> dict:
   """All that is known of the step on a topology, as plain numbers (bytes, seconds, FLOPs), for JSON."""
-  config, batch_size = experiment.config, experiment.batches.batch_size
+  config, batch_size = experiment.config, rows_of(experiment)
   mesh = hardware.mesh(config.mesh, topology)
   sharding.check_batch(
     config.training.batch_size, batch_size, config.optimizer.grad_accum_steps, mesh
@@ -123,7 +110,9 @@ def report(experiment: Experiment, topology: hardware.Topology) -> dict:
     "tokens": batch_size * config.training.sequence_length,
   }
   traced = lowered(experiment, mesh)
-  out["model_flops"] = flops.row_flops(experiment, planned.params) * batch_size
+  row = experiment.one_row()
+  of_row = flops.model_flops(experiment.model, planned.params, row, config.model)
+  out["model_flops"] = of_row * batch_size
   out["executed_flops"] = flops.dot_flops(traced.jaxpr.jaxpr)
   try:
     compiled = traced.lower().compile()

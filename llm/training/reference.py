@@ -61,8 +61,11 @@ def predictor(
     if not multihost_utils.process_allgather(np.array(folder.exists())).all():
       say(f"reference   {len(rows)} rows under {step}")
       bundle = experiment_lib.load(step)
-      found = evaluation.of_checkpoint(bundle, objective, rows, batch_size, mesh)[1]
-      cache.made_once(folder, lambda scratch: np.savez(scratch / "predictions.npz", **found))
+      length = config.training.sequence_length
+      evaluated = evaluation.of_checkpoint(bundle, objective, rows, length, batch_size, mesh)
+      cache.made_once(
+        folder, lambda scratch: np.savez(scratch / "predictions.npz", **evaluated.predictions)
+      )
     with np.load(folder / "predictions.npz") as saved:
       return dict(saved)
 

@@ -7,26 +7,30 @@ import jax
 import numpy as np
 import optax
 from etils import epath
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llm import config as config_lib
 from llm import sharding
 from llm.checkpoints import adapters, manager, transfer, vocabulary
-from llm.core import TrainState, UserError, flatten
+from llm.core import Params, TrainState, UserError, flatten
 from llm.runs import workdir as workdir_lib
 from llm.training import optimizer as optimizer_lib
 from llm.training import partition
 from llm.training import step as step_lib
+from llm.training.experiment import Experiment
 
 # What adapters leave frozen where config.optimizer.freeze does not say: the backbone, not the head.
 ALL_BUT_ADAPTERS = r"^backbone/(?!.*/lora_[ab]$)"
 
 
-def _fresh_params(experiment, mesh, seed: int):
+def _fresh_params(experiment: Experiment, mesh: Mesh, seed: int) -> Params:
   """Fresh parameters, made in place on the mesh: values do not depend on its shape."""
-  batch = experiment.batches.read(0, range(1))
-  init = lambda: step_lib.init_params(experiment.model, batch, jax.random.key(seed))
+  row = experiment.one_row()
+
+  def init() -> Params:
+    return step_lib.init_params(experiment.model, row, jax.random.key(seed))
+
   placed = sharding.shardings(jax.eval_shape(init), mesh)
   return jax.jit(init, out_shardings=placed)()
 
@@ -78,8 +82,8 @@ def _placed(tree, mesh):
 def plan(experiment, mesh) -> Plan:
   """Allocates nothing. Raises UserError where a rule of the config matches nothing, or an axis divides no dimension."""
   config = experiment.config
-  one = jax.tree.map(lambda x: np.asarray(x), experiment.batches.read(0, range(1)))
-  params = jax.eval_shape(lambda: step_lib.init_params(experiment.model, one, jax.random.key(0)))
+  row = experiment.one_row()
+  params = jax.eval_shape(lambda: step_lib.init_params(experiment.model, row, jax.random.key(0)))
   if config.model.lora_rank and not any(adapters.is_adapter(path) for path in flatten(params)):
     raise UserError(
       f"config.model.lora_targets={config.model.lora_targets!r} matches no linear layer; they are called "

@@ -5,14 +5,14 @@ from typing import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
 
 from llm.core import Batch, TrainState
-from llm.models.heads import Model
 from llm.sharding import BATCH, constrain
 from llm.training import partition
 
 
-def init_params(model: Model, batch: Batch, rng: jax.Array):
+def init_params(model: nn.Module, batch: Batch, rng: jax.Array):
   """Fresh parameters {"backbone": ..., "head": ...}, no head where it has no parameters of its own.
 
   Pure: under jax.eval_shape it allocates nothing.
@@ -34,7 +34,14 @@ def _slices(batch: Batch, count: int) -> Batch:
 
 
 def train_step(
-  model: Model, objective, optimizer, marks, accum_steps: int, state: TrainState, batch: Batch, seed
+  model: nn.Module,
+  objective,
+  optimizer,
+  marks,
+  accum_steps: int,
+  state: TrainState,
+  batch: Batch,
+  seed,
 ) -> tuple[TrainState, dict]:
   """One update. Gradients are taken of the trained parameters alone.
 
@@ -80,7 +87,7 @@ def one_at_a_time(compiled: Callable) -> Callable:
   return lambda *args: jax.block_until_ready(compiled(*args))
 
 
-def jitted_train_step(model: Model, objective, optimizer, marks, accum_steps: int, placed):
+def jitted_train_step(model: nn.Module, objective, optimizer, marks, accum_steps: int, placed):
   """jitted (state, batch, seed) -> (state, metrics). The old state's memory is given to the new, which lies as `placed` says."""
   return jax.jit(
     lambda state, batch, seed: train_step(
@@ -92,13 +99,13 @@ def jitted_train_step(model: Model, objective, optimizer, marks, accum_steps: in
 
 
 def make_train_step(
-  model: Model, objective, optimizer, marks, accum_steps: int, placed
+  model: nn.Module, objective, optimizer, marks, accum_steps: int, placed
 ) -> Callable:
   """The same, on CPU one at a time."""
   return one_at_a_time(jitted_train_step(model, objective, optimizer, marks, accum_steps, placed))
 
 
-def make_eval_step(model: Model, objective, marks) -> Callable:
+def make_eval_step(model: nn.Module, objective, marks) -> Callable:
   """jitted (trained, frozen, batch) -> (metrics, predictions), without dropout."""
 
   def evaluate(trained, frozen, batch):
