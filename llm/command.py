@@ -1,22 +1,16 @@
 """What every command shares: flags, devices, the compilation cache, and how errors end."""
 
-import contextlib
 import ctypes
-import functools
 import os
 import sys
-import threading
-import traceback
 from typing import Callable
-from unittest import mock
 
 import jax
 import psutil
 from absl import flags, logging
-from jax._src import distributed  # for what jax.distributed has no argument for
 
 from llm import config as config_lib
-from llm import core, sharding
+from llm import core, processes, sharding
 from llm.config import MeshConfig
 from llm.core import UserError
 from llm.data import cache
@@ -59,19 +53,14 @@ def run_verb(name: str, verbs: dict[str, Callable], argv: list[str]):
   run(chosen, argv)
 
 
-def _guarded(main, argv):
+def _guarded(main: Callable[[], int | None], argv: list[str]) -> int | None:
+  """Calls main, with what a user can do wrong turned into a UserError."""
+  _parse(argv)
+  use_compilation_cache()
   try:
-    rest = flags.FLAGS(_checked_overrides(argv))
-    if len(rest) > 1:
-      raise UserError(
-        f"unexpected argument {rest[1]!r}; flags are --NAME=VALUE (--help lists them)"
-      )
-    use_compilation_cache()
     return main()
-  except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-    if isinstance(error, flags.Error) or _from_config_file(error):
-      raise UserError(_first_line(error))
-    if isinstance(error, OSError) and error.filename and not _is_ours(error):
+  except OSError as error:
+    if error.filename:
       raise UserError(f"{error.filename}: {error.strerror}")
     raise
   except jax.errors.JaxRuntimeError as error:
@@ -79,28 +68,26 @@ def _guarded(main, argv):
       raise UserError(OUT_OF_MEMORY)
     if jax.distributed.is_initialized() and "Gloo" in str(error):
       print(
-        f"error: an exchange with the other processes failed; JAX says next which of them is gone ({_first_line(error)})",
+        "error: an exchange with the other processes failed; JAX says next which of them is gone "
+        f"({core.first_line(error)})",
         file=sys.stderr,
       )
       return 1
     raise
 
 
-def _first_line(error: BaseException) -> str:
-  lines = str(error).strip().splitlines()
-  return (
-    lines[-1].strip() if lines and "parsing config file" in lines[0] else core.first_line(error)
-  )
-
-
-def _from_config_file(error: BaseException) -> bool:
-  """Whether an exception was raised while flags and config files were read."""
-  frames = traceback.extract_tb(error.__traceback__)
-  return any("ml_collections" in f.filename for f in frames)
-
-
-def _is_ours(error: BaseException) -> bool:
-  return traceback.extract_tb(error.__traceback__)[-1].filename.endswith("cache.py")
+def _parse(argv: list[str]):
+  """Reads flags and the config file. Raises UserError on what is wrong in either."""
+  try:
+    rest = flags.FLAGS(_checked_overrides(argv))
+  except UserError:
+    raise
+  except Exception as error:  # ml_collections runs the config file, which may raise anything
+    lines = str(error).strip().splitlines()
+    in_config = lines and "parsing config file" in lines[0]
+    raise UserError(lines[-1].strip() if in_config else core.first_line(error))
+  if len(rest) > 1:
+    raise UserError(f"unexpected argument {rest[1]!r}; flags are --NAME=VALUE (--help lists them)")
 
 
 def _checked_overrides(argv: list[str]) -> list[str]:
@@ -135,73 +122,6 @@ def use_compilation_cache():
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def join_processes():
-  """Makes this process one of many: as JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say, else as the TPU pod
-  or the Slurm job does. Must come before JAX is first used.
-
-  PRETUNE_START_SECONDS (300) and PRETUNE_HEARTBEAT_SECONDS (60) say how long the others are waited for. Raises UserError.
-  """
-  told = {
-    name: os.environ.get(f"JAX_{name}")
-    for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
-  }
-  if any(told.values()) and not all(told.values()):
-    raise UserError(
-      f"--distributed: JAX_{next(n for n, v in told.items() if not v)} is not set, though "
-      f"JAX_{next(n for n, v in told.items() if v)} is: set all three of {', '.join(f'JAX_{n}' for n in told)}"
-    )
-  try:
-    explicit = (
-      (told["COORDINATOR_ADDRESS"], int(told["NUM_PROCESSES"]), int(told["PROCESS_ID"]))
-      if all(told.values())
-      else ()
-    )
-    start, heartbeat = (
-      int(os.environ.get(f"PRETUNE_{name}_SECONDS", seconds))
-      for name, seconds in (("START", 300), ("HEARTBEAT", 60))
-    )
-    with _meeting_within(start):
-      jax.distributed.initialize(
-        *explicit, initialization_timeout=start + 30, heartbeat_timeout_seconds=heartbeat
-      )
-  except (RuntimeError, ValueError) as error:
-    raise UserError(f"--distributed: the processes did not meet: {_first_line(error)}")
-
-
-@contextlib.contextmanager
-def _meeting_within(seconds: int):
-  """Has JAX's service, which waits for an hour, give up before the processes do, which do not know whom they miss: it names them.
-
-  JAX then ends all processes by force: the line before says what happened.
-  """
-  service = getattr(distributed, "_jax", None)
-  make = getattr(service, "get_distributed_runtime_service", None)
-  late = threading.Timer(
-    max(seconds - 1, 0),
-    lambda: print(
-      f"error: --distributed: not all processes came within {seconds} s (PRETUNE_START_SECONDS); those that JAX names next as "
-      '"timed out task names", in the log of process 0, are missing; if it has none, 0 itself is',
-      file=sys.stderr,
-      flush=True,
-    ),
-  )
-  late.daemon = True
-  late.start()
-  try:
-    with (
-      mock.patch.object(
-        service,
-        "get_distributed_runtime_service",
-        functools.partial(make, cluster_register_timeout=seconds),
-      )
-      if make
-      else contextlib.nullcontext()
-    ):
-      yield
-  finally:
-    late.cancel()
-
-
 def start_cpu(mesh: MeshConfig = MeshConfig()):
   """Settles how JAX uses the CPU and its memory; must come before JAX is first used.
 
@@ -211,8 +131,8 @@ def start_cpu(mesh: MeshConfig = MeshConfig()):
   _keep_freed_memory()
   try:
     if jax.config.jax_num_cpu_devices <= 0:  # not set by the user
-      processes = distributed.global_state.num_processes or 1  # which share the mesh
-      jax.config.update("jax_num_cpu_devices", max(1, sharding.cpu_devices(mesh) // processes))
+      devices = max(1, sharding.cpu_devices(mesh) // processes.count())
+      jax.config.update("jax_num_cpu_devices", devices)
   except RuntimeError:
     pass  # JAX runs already: a command of several phases keeps its devices
 

@@ -22,15 +22,15 @@ A `Batch` is a dict of fixed-shape arrays, B rows each:
                                `targets`, T of them; segments of one number belong together
 """
 
-from typing import Any
+from typing import Any, Mapping
 
 import flax.struct
 import jax
 from flax import traverse_util
 
-Batch = dict[str, jax.Array]
+Batch = Mapping[str, Any]  # of arrays: of NumPy on the host, of JAX on devices
 Params = dict[str, Any]
-Leaves = dict[str, jax.Array]  # parameters by their path
+Leaves = dict[str, Any]  # parameters by their path
 
 STACKED = "/layers/"  # in the path of a leaf that holds all layers of a stack, along its first axis
 

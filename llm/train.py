@@ -6,7 +6,7 @@ python -m llm.train --config=configs/pretrain_bert.py:tiny --workdir=DIR [--conf
 from absl import flags
 from ml_collections import config_flags
 
-from llm import command
+from llm import command, processes
 from llm import config as config_lib
 from llm.core import UserError
 from llm.training import loop
@@ -35,7 +35,7 @@ def main():
     raise UserError("--workdir is missing: the folder where the run is kept")
   config = read_config()
   if _DISTRIBUTED.value:
-    command.join_processes()
+    processes.join()
   loop.train(config, _WORKDIR.value, go_on=_GO_ON.value, use_devices=command.start_cpu)
 
 

@@ -109,9 +109,7 @@ def test_conversations_are_packed_whole_and_cut_by_turns_from_the_left(tmp_path)
     "messages": [{"role": "user", "content": "x" * 300}, {"role": "assistant", "content": "y"}]
   }
   rows = rows_of(source_of(tmp_path / "a.jsonl", *short, endless, never), 200)
-  said = [
-    text for i in range(len(rows)) for text in learned(rows.example(i, None))
-  ]
+  said = [text for i in range(len(rows)) for text in learned(rows.example(i, None))]
   kept = [t for t in said if t.startswith("tell")]
   assert sorted(t for t in said if not t.startswith("tell")) == sorted(
     str(n) * 3 + "|" for n in range(9)

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from llm import config as config_lib
-from llm.training import loop
+from llm.training import experiment, loop
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 EXPECTED = json.loads((GOLDEN / "runs" / "expected.json").read_text())
@@ -40,3 +40,18 @@ def test_an_old_run_goes_on(name, runs):
 
 def test_batches_are_those_of_before(runs):
   assert _maker().batch_digests() == EXPECTED["batches"]
+
+
+@pytest.mark.parametrize("name", list(_maker().OBJECTIVES))
+def test_the_spec_of_a_batch_is_what_rows_make(name, runs):
+  maker = _maker()
+  objective, model, source, fields = maker.OBJECTIVES[name]
+  config = maker.tiny(objective, model, source, fields)
+  config.training.sequence_length = 128 if objective != "preference" else 256
+  made = experiment.prepare(config_lib.freeze(config), say=lambda text: None)
+  batch = made.batches[0]
+  length = config.training.sequence_length
+  spec = made.objective.batch_spec(made.config.model, length)
+  assert {k: (v.shape[1:], v.dtype) for k, v in batch.items()} == {
+    k: (v.shape, v.dtype) for k, v in spec.items()
+  }

@@ -285,7 +285,10 @@ def test_the_real_decoders_chat_template_gives_transformers_ids(smollm, library,
 
   _, config, tokenizer = gguf.read(smollm)
   huggingface.write_tokenizer(
-    tokenizer, tmp_path, 2048, chat_template=chat.template_of(base.build(config.objective), tokenizer)
+    tokenizer,
+    tmp_path,
+    2048,
+    chat_template=chat.template_of(base.build(config.objective), tokenizer),
   )
   theirs = library.AutoTokenizer.from_pretrained(tmp_path)
   source = chat.template_of(base.build(config.objective), tokenizer)

@@ -6,6 +6,7 @@ import pathlib
 import re
 
 from llm import config as config_lib
+from llm import models
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FLOORS = [
@@ -60,6 +61,67 @@ def test_models_and_data_do_not_know_each_other():
   for folder, other in (("models", "llm.data"), ("data", "llm.models")):
     for path in (ROOT / "llm" / folder).glob("*.py"):
       assert not [n for n in imports(path) if n.startswith(other)], path
+
+
+# The import tables name architectures; so do the files of models/.
+TABLES = {"checkpoints/families.py", "checkpoints/gguf.py"}
+
+
+def sources_outside_models():
+  for path in sorted((ROOT / "llm").rglob("*.py")):
+    name = path.relative_to(ROOT / "llm").as_posix()
+    if not name.startswith("models/") and name not in TABLES:
+      yield name, ast.parse(path.read_text())
+
+
+def test_no_architecture_is_told_by_its_name():
+  """No comparison, and no match, with the name of an architecture: facts are asked instead."""
+  compared = [
+    (name, node.lineno)
+    for name, tree in sources_outside_models()
+    for node in ast.walk(tree)
+    if isinstance(node, ast.Compare | ast.MatchValue)
+    and any(isinstance(n, ast.Constant) and n.value in models.NAMES for n in ast.walk(node))
+  ]
+  assert compared == []
+
+
+def test_no_objective_is_asked_what_it_can_do():
+  """No hasattr or getattr on an objective or its rows: what they can do is declared."""
+  asked = [
+    (name, node.lineno)
+    for name, tree in sources_outside_models()
+    for node in ast.walk(tree)
+    if isinstance(node, ast.Call)
+    and isinstance(node.func, ast.Name)
+    and node.func.id in ("hasattr", "getattr")
+    and {"objective", "rows", "saved"} & set(ast.unparse(node.args[0]).split("."))
+  ]
+  assert asked == []
+
+
+def test_no_batch_is_read_to_learn_shapes():
+  """`batches.read(0, ..)` is for training: shapes are those of batch_spec."""
+  reads = [
+    (name, node.lineno)
+    for name, tree in sources_outside_models()
+    for node in ast.walk(tree)
+    if isinstance(node, ast.Call)
+    and isinstance(node.func, ast.Attribute)
+    and node.func.attr == "read"
+    and any(isinstance(arg, ast.Constant) for arg in node.args)
+  ]
+  assert reads == []
+
+
+def test_one_file_holds_the_private_names_of_jax():
+  private = [
+    (path.name, name)
+    for path in sorted((ROOT / "llm").rglob("*.py"))
+    for name in imports(path)
+    if name.startswith("jax._")
+  ]
+  assert {path for path, _ in private} <= {"processes.py"}
 
 
 def test_every_config_key_is_read():

@@ -199,9 +199,7 @@ def test_text_to_text_reads_what_it_was_given(tmp_path):
     for number, (given, wanted) in zip(training.packed[row], pieces_of(example)):
       said.append((training.pairs[number].record, BYTES.decode(given[:-1]), BYTES.decode(wanted)))
   assert sorted(said) == [(n, f"rate: film {n} and b", "yes" if n % 2 else "no") for n in range(9)]
-  learned = sum(
-    evaluation.example(i, None)["weights"].sum() for i in range(len(evaluation))
-  )
+  learned = sum(evaluation.example(i, None)["weights"].sum() for i in range(len(evaluation)))
   assert len(evaluation.pairs) == 18 and learned == sum(len(p.wanted) for p in training.pairs)
 
 

@@ -49,9 +49,9 @@ def made_once(folder: pathlib.Path, make: Callable[[pathlib.Path], None]) -> pat
       make(scratch)
       try:
         scratch.rename(folder)
-      except OSError:  # another process was first: what it made is the same
+      except OSError as error:  # another process was first: what it made is the same
         if not folder.exists():
-          raise
+          raise RuntimeError(f"{scratch} could not be renamed to {folder}") from error
     finally:
       shutil.rmtree(scratch, ignore_errors=True)
   return folder
