@@ -347,7 +347,7 @@ def thaw(config: Config) -> dict[str, Any]:
   }
 
 
-def defaults(objective: Mapping[str, Any]) -> ml_collections.ConfigDict:
-  """A ConfigDict with every key at its default: the start of each file in configs/."""
+def defaults(objective: Mapping[str, Any]) -> Any:
+  """An ml_collections.ConfigDict with every key at its default: the start of each file in configs/."""
   groups = {name: dataclasses.asdict(cls()) for name, cls in GROUPS.items()}
   return ml_collections.ConfigDict({**groups, "objective": dict(objective)})

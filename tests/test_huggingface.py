@@ -70,7 +70,7 @@ def _log_probs(made, params, batch, vocab):
 def _loaded(name):
   params, config, tokenizer = huggingface.read(GOLDEN / name)
   objective = base.build(config.objective)
-  made = experiment.Experiment(config, objective, tokenizer, config).on_platform("cpu")
+  made = experiment.Experiment(config, objective, tokenizer, config, None).on_platform("cpu")
   return made, params, dict(np.load(GOLDEN / name / "expected.npz"))
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import re
-from typing import Callable, NamedTuple
+from typing import Callable, NamedTuple, Self
 
 import jax
 import numpy as np
@@ -44,31 +44,29 @@ OF_THE_MACHINE = ("dtype", "scan", "attention")
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """A config with everything resolved: the model's shape, the tokenizer, the classes, the rows.
+  """A config with everything resolved but its data: the model's shape, the tokenizer, the classes.
 
-  asked: the config before `on` settled what "auto" is.
+  asked: the config before `on` settled what "auto" is. start: the verified step that the run resumes
+  or transfers from.
   """
 
   config: Config
   objective: base.Objective
   tokenizer: tokenizer_lib.Tokenizer
   asked: Config
-  batches: Batches | None = None
-  eval_rows: base.Rows | None = None
-  names: tuple[str, ...] = ()  # of the training sources
-  start: epath.Path | None = None  # the verified step that the run resumes or transfers from
+  start: epath.Path | None
 
   @functools.cached_property
   def model(self) -> nn.Module:
     """The network; "auto" must be settled."""
     return self.objective.model(self.config.model)
 
-  def on(self, mesh: Mesh) -> "Experiment":
+  def on(self, mesh: Mesh) -> Self:
     """The experiment with "auto" settled for the devices of a mesh. Raises UserError."""
     platform = mesh.devices.flat[0].platform
     return self.on_platform(platform, mesh.shape["context"])
 
-  def on_platform(self, platform: str, context: int = 1, *, trains: bool = True) -> "Experiment":
+  def on_platform(self, platform: str, context: int = 1, *, trains: bool = True) -> Self:
     """The same for cpu, gpu or tpu and so many devices that share a row."""
     length = self.config.training.sequence_length
     model = resolve.resolved(self.config.model, length, platform, context, trains=trains)
@@ -85,6 +83,15 @@ class Experiment:
     return {"config": config_lib.thaw(self.asked), "settled": settled}
 
 
+@dataclasses.dataclass(frozen=True)
+class Training(Experiment):
+  """An experiment with its data. names: of the training sources."""
+
+  batches: Batches
+  eval_rows: base.Rows | None
+  names: tuple[str, ...]
+
+
 class Bundle(NamedTuple):
   """A checkpoint in memory (llm.load). config: as it was asked for, "auto" included."""
 
@@ -94,7 +101,7 @@ class Bundle(NamedTuple):
   config: Config
 
 
-def prepare(config: Config, own: epath.Path | None = None, say: Callable = print) -> Experiment:
+def prepare(config: Config, own: epath.Path | None = None, say: Callable = print) -> Training:
   """Everything that a run of `config` needs. own: the run's own checkpoint, when it goes on.
 
   Raises UserError on bad input of every kind.
@@ -130,7 +137,7 @@ def prepare(config: Config, own: epath.Path | None = None, say: Callable = print
   if own:
     resolved = dataclasses.replace(asked, model=_as_settled(model, description))
   names = tuple(source.spec for source in train)
-  return Experiment(resolved, objective, tokenizer, asked, batches, eval_rows, names, start)
+  return Training(resolved, objective, tokenizer, asked, start, batches, eval_rows, names)
 
 
 def without_data(config: Config, say: Callable = print) -> Experiment:
@@ -160,7 +167,7 @@ def without_data(config: Config, say: Callable = print) -> Experiment:
     objective=base.to_mapping(objective),
     training=dataclasses.replace(config.training, steps=steps, epochs=0.0),
   )
-  return Experiment(resolved, objective, stand_in, resolved, start=start)
+  return Experiment(resolved, objective, stand_in, resolved, start)
 
 
 def from_checkpoint(step: epath.Path) -> Experiment:
@@ -169,7 +176,7 @@ def from_checkpoint(step: epath.Path) -> Experiment:
   # The attention that computed it where it was trained may not run here.
   config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
   objective = base.build(config.objective)
-  return Experiment(config, objective, manager.load_tokenizer(step), config)
+  return Experiment(config, objective, manager.load_tokenizer(step), config, None)
 
 
 def load(step: epath.Path) -> Bundle:

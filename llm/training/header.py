@@ -6,11 +6,11 @@ from typing import Callable
 from jax.sharding import Mesh
 
 from llm.models import precision, resolve
-from llm.training.experiment import Experiment
+from llm.training.experiment import Training
 
 
 def show(
-  experiment: Experiment, mesh: Mesh, parameters: int, origin: str, start: int, say: Callable
+  experiment: Training, mesh: Mesh, parameters: int, origin: str, start: int, say: Callable
 ):
   """Devices, types, model, batch, data, attention, and where the parameters came from."""
   config = experiment.config
@@ -34,7 +34,7 @@ def show(
   say(f"parameters  {origin}" + (f", step {start}" if start else ""))
 
 
-def _attention(experiment: Experiment, platform: str, mesh: Mesh) -> str:
+def _attention(experiment: Training, platform: str, mesh: Mesh) -> str:
   """The backend, and on a TPU why it is not the fast one."""
   model = experiment.config.model
   if platform != "tpu" or model.attention != "reference":
@@ -44,7 +44,7 @@ def _attention(experiment: Experiment, platform: str, mesh: Mesh) -> str:
   return f"reference, a T x T array in memory ({reason})"
 
 
-def _show_batches(experiment: Experiment, parameters: int, say: Callable):
+def _show_batches(experiment: Training, parameters: int, say: Callable):
   batches, steps = experiment.batches, experiment.config.training.steps
   length, examples = experiment.config.training.sequence_length, batches.examples()
   shared = "" if examples == batches.batch_size else f", about {examples:,.0f} examples"

@@ -27,7 +27,7 @@ from llm.training import evaluation, header, partition, reference
 from llm.training import experiment as experiment_lib
 from llm.training import state as state_lib
 from llm.training import step as step_lib
-from llm.training.experiment import Experiment
+from llm.training.experiment import Training
 
 
 def train(
@@ -78,7 +78,7 @@ class _Run:
 
   def __init__(
     self,
-    experiment: Experiment,
+    experiment: Training,
     own: epath.Path | None,
     workdir: epath.Path,
     mesh: Mesh,
@@ -239,7 +239,7 @@ def _due(step: int, every: int, last: bool) -> bool:
   return last or bool(every) and step % every == 0
 
 
-def _mfu(experiment: Experiment, params: dict, mesh: Mesh, say: Callable) -> Callable:
+def _mfu(experiment: Training, params: dict, mesh: Mesh, say: Callable) -> Callable:
   """A function from (real) tokens a second to the share of the peak that the model's FLOPs are."""
   config, batches = experiment.config, experiment.batches
   peak, source = flops.peak_flops(mesh, precision.of(config.model))

@@ -27,7 +27,7 @@ def rows_of(experiment: Experiment) -> int:
   return experiment.config.training.batch_size
 
 
-def lowered(experiment: Experiment, mesh: Mesh) -> jax.stages.Lowered:
+def lowered(experiment: Experiment, mesh: Mesh) -> jax.stages.Traced:
   """The step, traced for a mesh; nothing is allocated."""
   planned = state_lib.plan(experiment, mesh)
   rows, split = rows_of(experiment), sharding.batch_sharding(mesh)

@@ -15,7 +15,7 @@ from llm.training import evaluation
 from llm.training import experiment as experiment_lib
 
 
-def attached(experiment: experiment_lib.Experiment, mesh, say) -> experiment_lib.Experiment:
+def attached(experiment: experiment_lib.Training, mesh, say) -> experiment_lib.Training:
   """The experiment, its rows with what its objective wants to know of the reference, if it wants any."""
   predict = predictor(
     experiment.config,
