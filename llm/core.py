@@ -43,8 +43,8 @@ class TrainState(flax.struct.PyTreeNode):
   """All that a training step changes. `trained` and `frozen` are path -> array dicts."""
 
   step: jax.Array
-  trained: dict[str, jax.Array]
-  frozen: dict[str, jax.Array]
+  trained: Leaves
+  frozen: Leaves
   opt_state: Any
 
 

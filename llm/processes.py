@@ -28,7 +28,7 @@ def join():
     heartbeat = int(os.environ.get("PRETUNE_HEARTBEAT_SECONDS", 60))
     with _meeting_within(start):
       jax.distributed.initialize(
-        *_address(), initialization_timeout=start + 30, heartbeat_timeout_seconds=heartbeat
+        **_address(), initialization_timeout=start + 30, heartbeat_timeout_seconds=heartbeat
       )
   except (RuntimeError, ValueError) as error:
     raise UserError(f"--distributed: the processes did not meet: {first_line(error)}")
@@ -39,11 +39,11 @@ def count() -> int:
   return distributed.global_state.num_processes or 1
 
 
-def _address() -> tuple[str, int, int] | tuple[()]:
-  """(coordinator, number of processes, number of this one) where the variables say so."""
-  values = {name: os.environ.get(name) for name in VARIABLES}
+def _address() -> dict[str, Any]:
+  """Coordinator, number of processes and number of this one, where the variables say so."""
+  values = {name: os.environ.get(name, "") for name in VARIABLES}
   if not any(values.values()):
-    return ()
+    return {}
   if missing := [name for name, value in values.items() if not value]:
     given = next(name for name, value in values.items() if value)
     raise UserError(
@@ -51,7 +51,11 @@ def _address() -> tuple[str, int, int] | tuple[()]:
       f"{', '.join(VARIABLES)}"
     )
   coordinator, processes, number = values.values()
-  return coordinator, int(processes), int(number)
+  return {
+    "coordinator_address": coordinator,
+    "num_processes": int(processes),
+    "process_id": int(number),
+  }
 
 
 @contextlib.contextmanager

@@ -142,7 +142,7 @@ def _of_the_run(worker: int, workers: int):
 
 def stream(
   batches: Batches, start: int, stop: int, mesh: Mesh, prefetch: int, workers: int = 0
-) -> Iterator[Batch]:
+) -> Any:
   """The batches of steps start .. stop-1 on the mesh, made and placed ahead by Grain: by a thread, or by processes for it."""
   if (
     not flags.FLAGS.is_parsed()

@@ -138,7 +138,7 @@ def lay_out(
   return row, np.array(firsts, np.int32)
 
 
-def in_slots(values: Sequence, count: int, dtype) -> np.ndarray:
+def in_slots(values: Sequence | np.ndarray, count: int, dtype: type) -> np.ndarray:
   """A value for each example of a row -> one for each of `count` slots, 0 in those left empty."""
   return np.pad(np.asarray(values, dtype), (0, count - len(values)))
 

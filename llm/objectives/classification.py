@@ -228,7 +228,7 @@ class Objective(base.Labels):
       return {"score": outputs["logits"][..., 0]}
     return {"probabilities": jax.nn.softmax(outputs["logits"])}
 
-  def results(self, predictions, rows):
+  def results(self, predictions, rows: LabelledRows):
     if self.regression:
       return [{"score": float(s)} for s in packing.by_example(rows.packed, predictions["score"])[1]]
     return [
@@ -239,7 +239,7 @@ class Objective(base.Labels):
       for p in packing.by_example(rows.packed, predictions["probabilities"])[1]
     ]
 
-  def outcomes(self, predictions, rows):
+  def outcomes(self, predictions, rows: LabelledRows):
     found_RxN = predictions["score"] if self.regression else predictions["probabilities"].argmax(-1)
     numbers, found = packing.by_example(rows.packed, found_RxN)
     return {"labels": rows.labels[numbers], "found": found}

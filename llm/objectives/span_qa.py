@@ -262,7 +262,7 @@ class Objective(base.Answers):
       return ""
     return found["best"][0][0]
 
-  def outcomes(self, predictions, rows):
+  def outcomes(self, predictions, rows: QuestionRows):
     found = self.answers(predictions, rows)
     asked = [rows.questions[n] for n in found]
     said = [self.chosen(one) for one in found.values()]
@@ -290,7 +290,7 @@ class Objective(base.Answers):
         figures |= {f"best_{name}": best, f"best_{name}_threshold": threshold}
     return figures
 
-  def results(self, predictions, rows):
+  def results(self, predictions, rows: QuestionRows):
     found = self.answers(predictions, rows)
     return [
       {
@@ -300,7 +300,7 @@ class Objective(base.Answers):
       for n in range(len(rows.questions))
     ]
 
-  def write(self, predictions, rows, path: pathlib.Path):
+  def write(self, predictions, rows: QuestionRows, path: pathlib.Path):
     """id -> answer as the official scorer reads it; beside it the n best and, with no_answer, the odds of none."""
     found = self.answers(predictions, rows)
     asked = {n: rows.questions[n].id for n in found}

@@ -187,7 +187,7 @@ class Objective(causal_lm.Objective, base.Writes):
     written = jnp.where(of_pair_BxKxT, outputs["correct"][:, None] > 0, True).all(-1)
     return {"pairs": jnp.stack([likelihood, written], -1)}
 
-  def outcomes(self, predictions, rows):
+  def outcomes(self, predictions, rows: PairRows):
     scores = {
       n: predictions["pairs"][row, slot]
       for row, numbers in enumerate(rows.packed[: len(predictions["pairs"])])
@@ -208,7 +208,7 @@ class Objective(causal_lm.Objective, base.Writes):
       out["choice_accuracy"] = np.array([best[r][1] for r in records], float)
     return out
 
-  def written(self, write, rows):
+  def written(self, write, rows: PairRows):
     """Outcomes of the texts that the model writes itself: exact match and F1 as SQuAD has them, the best of several
     gold targets. write: inputs -> texts, of at most target_length tokens."""
     texts = write(rows.inputs, self.target_length)

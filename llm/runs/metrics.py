@@ -33,9 +33,13 @@ def bootstrap(
   if not outcomes:
     return {}
   count, rng = len(next(iter(outcomes.values()))), np.random.default_rng(0)
-  found = []
+  figures = []
   for _ in tqdm.tqdm(range(draws), desc="bootstrap", unit=" draws", disable=None, leave=False):
     drawn = rng.integers(count, size=count)
-    found.append(summary({name: values[drawn] for name, values in outcomes.items()}))
-  bounds = lambda name: np.nanpercentile([f[name] for f in found], [2.5, 97.5])
-  return {name: tuple(float(b) for b in bounds(name)) for name in found[0]}
+    figures.append(summary({name: values[drawn] for name, values in outcomes.items()}))
+  return {name: _interval([f[name] for f in figures]) for name in figures[0]}
+
+
+def _interval(values: list[float]) -> tuple[float, float]:
+  low, high = np.nanpercentile(values, [2.5, 97.5])
+  return float(low), float(high)

@@ -16,6 +16,10 @@ from llm.training import experiment as experiment_lib
 from llm.training import step as step_lib
 
 
+class Interrupted(Exception):
+  """A signal asked the run to stop in the middle of an evaluation."""
+
+
 class Evaluated(NamedTuple):
   """The means of the metrics, and what was predicted of every row."""
 
@@ -44,8 +48,9 @@ def evaluate(
   stop: Stop | None = None,
 ) -> dict[str, float]:
   """Figures over an evaluation source; {} where a signal (`stop.asked()`) came meanwhile."""
-  evaluated = run_over(eval_step, trained, frozen, rows, batch_size, mesh, limit, stop)
-  if evaluated is None:
+  try:
+    evaluated = run_over(eval_step, trained, frozen, rows, batch_size, mesh, limit, stop)
+  except Interrupted:
     return {}
   return {**evaluated.figures, **objective.score(evaluated.predictions, rows)}
 
@@ -75,12 +80,12 @@ def run_over(
   mesh: Mesh,
   limit: int = 0,
   stop: Stop | None = None,
-) -> Evaluated | None:
-  """All rows of an evaluation source, or the first `limit` batches; None if a signal came."""
+) -> Evaluated:
+  """All rows of an evaluation source, or the first `limit` batches; Interrupted where a signal comes."""
   history, predictions = [], []
   for batch in batches_lib.passes(rows, batch_size, mesh, limit):
     if stop and stop.asked():
-      return None
+      raise Interrupted
     metrics, predicted = eval_step(trained, frozen, batch)
     history.append(metrics)
     predictions.append(predicted)

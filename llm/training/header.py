@@ -9,9 +9,7 @@ from llm.models import precision, resolve
 from llm.training.experiment import Training
 
 
-def show(
-  experiment: Training, mesh: Mesh, parameters: int, origin: str, start: int, say: Callable
-):
+def show(experiment: Training, mesh: Mesh, parameters: int, origin: str, start: int, say: Callable):
   """Devices, types, model, batch, data, attention, and where the parameters came from."""
   config = experiment.config
   platform = mesh.devices.flat[0].platform

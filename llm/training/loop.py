@@ -90,6 +90,7 @@ class _Run:
     self.workdir, self.mesh, self.stop, self.say = workdir, mesh, stop, say
     self.began = time.time()
     self.figures: dict[str, float] = {}  # of the last evaluation
+    self.eval_rows = experiment.eval_rows
     self.state, optimizer, self.marks, self.origin = state_lib.first_state(
       experiment, own, workdir, mesh, say
     )
@@ -132,7 +133,7 @@ class _Run:
           if _due(done, training.log_every, last):
             self.report(done)
           results = {}
-          if self.experiment.eval_rows is not None and _due(done, training.eval_every, last):
+          if self.eval_rows is not None and _due(done, training.eval_every, last):
             results = self.evaluate(done)
           asked = self.stop.asked()
           if _due(done, training.save_every, last) or asked or training.keep_best and results:
@@ -172,12 +173,13 @@ class _Run:
     return results
 
   def evaluated(self) -> dict[str, float]:
+    assert self.eval_rows is not None
     return evaluation.evaluate(
       self.eval_step,
       self.state.trained,
       self.state.frozen,
       self.objective,
-      self.experiment.eval_rows,
+      self.eval_rows,
       self.experiment.batches.batch_size,
       self.mesh,
       self.config.training.eval_batches,
@@ -211,7 +213,7 @@ class _Run:
     if self.start >= self.steps and path.exists():
       self.say(f"already done: step {self.start} in {self.workdir}")
       return json.loads(path.read_text())
-    if self.start >= self.steps and self.experiment.eval_rows is not None:
+    if self.start >= self.steps and self.eval_rows is not None:
       self.figures = self.evaluated()  # stopped between its last save and its result
       if asked := self.stop.asked():
         raise Stopped(128 + asked)
