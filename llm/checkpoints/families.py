@@ -61,7 +61,7 @@ class Family:
   buffers: a regex of tensors that carry nothing. tied: their name of a copy -> of what it copies.
   special: their key of a special token -> our name of it. padded: their vocab_size counts rows that
   pad the vocabulary, as ours are padded. gated: serves models of this `gated` alone. kept: leaves that
-  come along without their head.
+  come along without their head. sentinels: ids after the pieces of a SentencePiece file.
   """
 
   model_type: str
@@ -77,6 +77,7 @@ class Family:
   padded: bool = False
   gated: bool | None = None
   kept: tuple[str, ...] = ()
+  sentinels: int = 0
 
   def serves(self, model: ModelConfig) -> bool:
     """Whether a model of ours is of this family."""
@@ -476,6 +477,7 @@ def _t5(gated: bool) -> Family:
     special={"pad": "pad", "eos": "eos"},
     padded=True,
     gated=gated,
+    sentinels=100,
   )
 
 
