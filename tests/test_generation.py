@@ -36,7 +36,8 @@ def writer_of(name):
     return x * next((g for part, g in growth.items() if part in jax.tree_util.keystr(path)), 1.0)
 
   params = jax.tree_util.tree_map_with_path(grown, params_of(model, seed=2))
-  config = dataclasses.make_dataclass("Config", ["model"])(model.backbone.config)
+  asked = dataclasses.replace(model.backbone.config, dtype="auto")
+  config = dataclasses.make_dataclass("Config", ["model"])(asked)
   return writer.Writer(experiment.Bundle(model, params, BYTES, config)), model, params
 
 
