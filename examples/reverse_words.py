@@ -20,7 +20,7 @@ from llm.objectives import base
 
 @dataclasses.dataclass(frozen=True)
 class ReversedRows(base.Rows):
-  """A row for each text: its first words, the end token, the words in reverse, the end token."""
+  """A row for each text: its first words, a sign, the words in reverse, the end token."""
 
   pairs: list[tuple[list[int], list[int]]]  # ids that are read, ids that are written
   length: int
@@ -36,11 +36,11 @@ class ReversedRows(base.Rows):
 
   @property
   def tokens(self) -> int:
-    return sum(len(read) + len(written) + 2 for read, written in self.pairs)
+    return sum(len(read) + len(written) + 1 for read, written in self.pairs)
 
   def example(self, i: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
     read, written = self.pairs[i]
-    ids = np.array([*read, self.end, *written, self.end], np.int32)
+    ids = np.array([*read, *written, self.end], np.int32)
     used = len(ids) - 1
     padding = (0, self.length - used)
     at_T = np.arange(self.length)
@@ -49,7 +49,7 @@ class ReversedRows(base.Rows):
       "targets": np.pad(ids[1:], padding),
       "segments": (at_T < used).astype(np.int32),
       "positions": np.where(at_T < used, at_T, 0).astype(np.int32),
-      "weights": ((at_T >= len(read)) & (at_T < used)).astype(np.float32),
+      "weights": ((at_T >= len(read) - 1) & (at_T < used)).astype(np.float32),
     }
 
 
@@ -62,9 +62,9 @@ class Objective(base.Objective):
 
   def rows(self, source, tokenizer, data, model, length):
     runs = [record["text"].split()[: self.words] for record in source.records()]
-    read = tokenizer.encode([" ".join(run) for run in runs])
-    written = tokenizer.encode([" ".join(reversed(run)) for run in runs])
-    pairs = [(r, w) for r, w in zip(read, written) if len(r) + len(w) < length]
+    read = tokenizer.encode([" ".join(run) + " >" for run in runs])
+    written = tokenizer.encode([" " + " ".join(reversed(run)) for run in runs])
+    pairs = [(r, w) for r, w in zip(read, written) if len(r) + len(w) <= length]
     if not pairs:
       raise UserError(f"{source.spec}: no {self.words} words fit config.training.sequence_length")
     return ReversedRows(pairs, length, tokenizer.eos)
