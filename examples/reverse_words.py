@@ -19,7 +19,7 @@ from llm.objectives import base
 
 
 @dataclasses.dataclass(frozen=True)
-class ReversedRows(base.Rows):
+class ReversedRows:
   """A row for each text: its first words, a sign, the words in reverse, the end token."""
 
   pairs: list[tuple[list[int], list[int]]]  # ids that are read, ids that are written
