@@ -10,11 +10,13 @@ import tomllib
 
 import pytest
 
+from llm.data.cache import cache_dir
 from tests import documented
 from tests.conftest import sentences
 
 ROOT = documented.ROOT
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+CACHE = cache_dir()  # the user's own: taken before conftest gives the tests another
 PLAIN = {k: v for k, v in ENVIRONMENT.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
 
 
@@ -229,6 +231,7 @@ def test_the_notebook_of_two_phases(tmp_path):
   assert not any(cell.get("outputs") for cell in notebook.cells)
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("PYTHONPATH", str(ROOT))
+    patch.setenv("PRETUNE_CACHE", str(CACHE))
     for name in ENVIRONMENT.keys() - PLAIN.keys():
       patch.delenv(name)
     client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3")
