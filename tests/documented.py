@@ -1,4 +1,4 @@
-"""The commands and links of README.md and docs/*.md, and what checks a command without running it."""
+"""Commands and links of README.md and docs/*.md, and what checks a command without running it."""
 
 import importlib
 import json
@@ -7,6 +7,7 @@ import pathlib
 import re
 import shlex
 import sys
+import traceback
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -78,7 +79,16 @@ def main():
     child = os.fork()
     if child == 0:
       os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # standard output is the answer's
-      check(module_name, arguments)
+      try:
+        check(module_name, arguments)
+      except SystemExit as ended:
+        sys.stderr.flush()
+        if isinstance(ended.code, str):
+          print(ended.code, file=sys.stderr, flush=True)
+        os._exit(1 if isinstance(ended.code, str) else ended.code)  # without JAX's own ending
+      except BaseException:
+        traceback.print_exc()
+        os._exit(1)
     _, status = os.waitpid(child, 0)
     statuses.append(os.waitstatus_to_exitcode(status))
   print(json.dumps(statuses))
