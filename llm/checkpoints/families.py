@@ -64,7 +64,7 @@ class Family:
   special: their key of a special token -> our name of it. padded: their vocab_size counts rows that
   pad the vocabulary, as ours are padded. gated: serves models of this `gated` alone. tied_unscaled: a
   folder without lm_head.weight is tied, whatever config.json says, and then its output is not scaled.
-  kept: leaves that come along without their head.
+  kept: leaves that come along without their head. tokenizer_json: its tokenizer must be a tokenizer.json.
   """
 
   model_type: str
@@ -81,6 +81,7 @@ class Family:
   gated: bool | None = None
   tied_unscaled: bool = False
   kept: tuple[str, ...] = ()
+  tokenizer_json: bool = False
 
   def serves(self, model: ModelConfig) -> bool:
     """Whether a model of ours is of this family."""
@@ -354,6 +355,7 @@ MODERNBERT = Family(
   model=_modernbert_model,
   config=_modernbert_config,
   special={"pad": "pad", "cls": "cls", "sep": "sep", "bos": "cls", "eos": "sep"},
+  tokenizer_json=True,
 )
 
 

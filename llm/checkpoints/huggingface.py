@@ -350,8 +350,9 @@ def export(step: pathlib.Path, folder: pathlib.Path):
   _save(folder / WEIGHTS, lambda: _tensors(family, leaves, model))
   (folder / "config.json").write_text(json.dumps(theirs, indent=2))
   template = chat.template_of(base.build(config.objective), tokenizer)
+  more = {"chat_template": template} if template else {}
   write_tokenizer(
-    tokenizer, folder, model.max_length, **({"chat_template": template} if template else {})
+    tokenizer, folder, model.max_length, as_definition=family.tokenizer_json, **more
   )
 
 
@@ -482,9 +483,18 @@ def unigram_definition(tokenizer: tokenizer_lib.SentencePieceTokenizer) -> bytes
 
 
 def write_tokenizer(
-  tokenizer: tokenizer_lib.Tokenizer, folder: pathlib.Path, max_length: int, **more: str
+  tokenizer: tokenizer_lib.Tokenizer,
+  folder: pathlib.Path,
+  max_length: int,
+  *,
+  as_definition: bool = False,
+  **more: str,
 ):
-  """The tokenizer's files, as AutoTokenizer reads them. more: other keys of tokenizer_config.json."""
+  """The tokenizer's files, as AutoTokenizer reads them.
+
+  as_definition: a WordPiece vocabulary becomes a tokenizer.json. more: other keys of
+  tokenizer_config.json.
+  """
   files, kind = (
     tokenizer.files,
     {"wordpiece": "BertTokenizer"}.get(tokenizer.name, "PreTrainedTokenizerFast"),
@@ -494,6 +504,8 @@ def write_tokenizer(
       "T5Tokenizer" if tokenizer.pieces[0] == "<pad>" else kind
     )  # theirs knows T5's own special pieces alone
     files = files if kind == "T5Tokenizer" else {"tokenizer.json": unigram_definition(tokenizer)}
+  elif as_definition and tokenizer.name == "wordpiece":
+    files, kind = {"tokenizer.json": tokenizer.definition()}, "PreTrainedTokenizerFast"
   for name, data in files.items():
     (folder / name).write_bytes(data)
   special = {
