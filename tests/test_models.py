@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from llm.config import ModelConfig
+from llm.core import UserError
 from llm.models import bert, build_backbone, gpt, llama, t5
 from llm.objectives import base
 from llm.performance import flops
@@ -222,3 +223,17 @@ def test_padding_of_the_vocabulary_takes_no_probability():
     - np.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
   )
   np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "objective, name, fitting",
+  [
+    ("span_corruption", "bert", "encoder-decoder models, not config.model.name=bert: .* t5"),
+    ("causal_lm", "t5", "decoder models, not config.model.name=t5: .* gpt, llama"),
+    ("masked_lm", "gpt", "encoder models, not config.model.name=gpt: .* bert"),
+    ("classification", "t5", "encoder or decoder models, not config.model.name=t5"),
+  ],
+)
+def test_an_objective_trains_its_kinds_of_architecture(objective, name, fitting):
+  with pytest.raises(UserError, match=fitting):
+    base.check_kind(base.build(base.defaults(objective)), ModelConfig(name=name))

@@ -63,8 +63,9 @@ class Family:
   buffers: a regex of tensors that carry nothing. tied: their name of a copy -> of what it copies.
   special: their key of a special token -> our name of it. padded: their vocab_size counts rows that
   pad the vocabulary, as ours are padded. gated: serves models of this `gated` alone. tied_unscaled: a
-  folder without lm_head.weight is tied, whatever config.json says, and then its output is not scaled.
-  kept: leaves that come along without their head. tokenizer_json: its tokenizer must be a tokenizer.json.
+  folder without lm_head.weight is tied, whatever config.json says, and its output is not scaled.
+  kept: leaves that come along without their head. sentinels: ids after the pieces of a SentencePiece
+  file. tokenizer_json: its tokenizer must be a tokenizer.json.
   """
 
   model_type: str
@@ -82,6 +83,7 @@ class Family:
   tied_unscaled: bool = False
   kept: tuple[str, ...] = ()
   tokenizer_json: bool = False
+  sentinels: int = 0
 
   def serves(self, model: ModelConfig) -> bool:
     """Whether a model of ours is of this family."""
@@ -658,6 +660,7 @@ def _t5(gated: bool) -> Family:
     padded=True,
     gated=gated,
     tied_unscaled=True,
+    sentinels=100,
   )
 
 

@@ -246,9 +246,8 @@ def _pieces(folder: pathlib.Path, said: Mapping[str, Any]) -> tokenizer_lib.Toke
     fast.add_special_tokens([t for t in ("<|endoftext|>",) if fast.token_to_id(t) is not None])
     return tokenizer_lib.HuggingFaceTokenizer(fast.to_str().encode())
   if has("spiece.model"):
-    extra = said.get(
-      "extra_ids", 100 if _json(folder / "config.json").get("model_type") == "t5" else 0
-    )
+    family = families.find(_json(folder / "config.json"))
+    extra = said.get("extra_ids", family.sentinels if family else 0)
     return tokenizer_lib.SentencePieceTokenizer((folder / "spiece.model").read_bytes(), extra=extra)
   raise UserError(
     f"{folder} has no tokenizer: tokenizer.json, vocab.txt, vocab.json with merges.txt, or spiece.model"
