@@ -3,9 +3,9 @@
   python -m llm.train --config=configs/pretrain_qwen3.py:tiny --workdir=DIR \\
       --config.data.train=text:corpus.txt --config.data.eval=text:held_out.txt
 
-0.6b, 1.7b, 4b, 8b, 14b and 32b are the published dense models; tiny is a laptop's. Of the recipe their
-report has 36 trillion tokens, most of them at length 4096 (section 3), and no rates: those here are
-Llama's (configs/pretrain_llama.py).
+0.6b, 1.7b, 4b, 8b, 14b and 32b are the published dense models; tiny is a laptop's. Of the recipe
+their report has 36 trillion tokens, most of them at length 4096 (section 3), and no rates: those
+here are Llama's (configs/pretrain_llama.py).
 """
 
 from llm import config as config_lib

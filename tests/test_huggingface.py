@@ -305,7 +305,10 @@ BAD = {
   "outside": (_index("../x.safetensors"), "same folder"),
   "absolute": (_index("/x.safetensors"), "same folder"),
   "link": (_link, "outside its folder"),
-  "family": (lambda f: _edit_config(f, model_type="mamba"), "supported: bert, modernbert, gpt2, llama"),
+  "family": (
+    lambda f: _edit_config(f, model_type="mamba"),
+    "supported: bert, modernbert, gpt2, llama",
+  ),
   "shape": (lambda f: _edit_config(f, intermediate_size=32), "does not fit config.json"),
   "layers": (lambda f: _edit_config(f, num_hidden_layers=3), "is missing"),
   "fewer layers": (lambda f: _edit_config(f, num_hidden_layers=1), "no place for"),

@@ -14,7 +14,7 @@ import safetensors.numpy
 
 from llm import config as config_lib
 from llm import sharding
-from llm.checkpoints import families, huggingface
+from llm.checkpoints import families, huggingface, manager
 from llm.config import MeshConfig, ModelConfig
 from llm.core import UserError
 from llm.models import attention, build_backbone, cudnn, modernbert, qwen3, splash, transformer
@@ -62,8 +62,9 @@ def params():
   """Of the backbone. Norms are no ones, so that one which is left out shows."""
   fresh = jax.jit(lambda: build_backbone(CONFIG).init(jax.random.key(0), BATCH, train=False))()
   rng = np.random.default_rng(1)
-  noisy = lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32)
-  return jax.tree.map(noisy, fresh["params"])
+  return jax.tree.map(
+    lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32), fresh["params"]
+  )
 
 
 @functools.cache
@@ -112,9 +113,6 @@ def test_how_it_is_computed_does_not_matter(changes):
   """Hidden states of what is no padding, and all gradients."""
   expected, found = (run(params(), BATCH) for run in (program(), program(**changes)))
   np.testing.assert_allclose(found[0][0, :230], expected[0][0, :230], atol=2e-5)
-  weighted = lambda gradients: jax.tree.map(lambda leaf: leaf / jnp.abs(leaf).max(), gradients)
-  zero = gradients_of_norms(expected[1])[0] == 0
-  assert zero.all()
   for ours, theirs in zip(jax.tree.leaves(found[1]), jax.tree.leaves(expected[1])):
     np.testing.assert_allclose(ours, theirs, atol=2e-4 * float(jnp.abs(theirs).max()))
 
@@ -143,7 +141,9 @@ def test_a_local_layer_sees_its_window_and_a_global_one_all():
 
   @jax.jit
   def slopes(layer):
-    run = lambda x: block.apply({"params": of_layer}, x, seen, layer=layer)[0][0] @ weights
+    def run(x):
+      return block.apply({"params": of_layer}, x, seen, layer=layer)[0][0] @ weights
+
     return jax.jacrev(run)(x)[:, 0]
 
   pattern = transformer.pattern_of(config, modernbert.FACTS)
@@ -172,7 +172,9 @@ def test_every_backend_has_windows(reach):
   weights = jnp.cos(jnp.arange(q.size)).reshape(q.shape)
 
   def both(attend):
-    loss = lambda *qkv: ((mixed := attend(*qkv)) * weights).sum()
+    def loss(*qkv):
+      return (attend(*qkv) * weights).sum()
+
     return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(q, k, v)
 
   def by_splash(q, k, v):
@@ -182,15 +184,13 @@ def test_every_backend_has_windows(reach):
   expected = both(lambda *qkv: attention.attend(*qkv, seen, scale=0.2))
   with jax.set_mesh(sharding.make_mesh(MeshConfig(data=2, tensor=2, context=2))):
     apart = both(by_splash)
-  asked = lambda *qkv: cudnn.attend(*qkv, seen, scale=0.2, implementation="xla")
-  for found in (both(by_splash), apart, both(asked)):
+  asked = both(lambda *qkv: cudnn.attend(*qkv, seen, scale=0.2, implementation="xla"))
+  for found in (both(by_splash), apart, asked):
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
       np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=1e-5)
 
 
-LOCAL = dict(
-  model__name="modernbert", model__num_layers=4, model__global_every=3, model__window=8
-)
+LOCAL = dict(model__name="modernbert", model__num_layers=4, model__global_every=3, model__window=8)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,11 @@ LOCAL = dict(
     ("bert", {**LOCAL, "model__global_every": 1}, "local layers need both"),
     ("bert", {**LOCAL, "model__num_layers": 2}, "global_every=3 is more than the 2 layers"),
     ("bert", {**LOCAL, "model__tied": False}, "the output layer of modernbert is its embedding"),
-    ("gpt", {**LOCAL, "model__name": "qwen3"}, "only encoders have local layers, and qwen3 is none"),
+    (
+      "gpt",
+      {**LOCAL, "model__name": "qwen3"},
+      "only encoders have local layers, and qwen3 is none",
+    ),
     ("gpt", {**LOCAL, "model__name": "qwen3", "model__global_every": 1}, "local layers need both"),
     ("gpt", {"model__name": "qwen3", "model__num_kv_heads": 4}, "a multiple of num_kv_heads=4"),
   ],
@@ -226,8 +230,8 @@ def test_it_learns_and_is_fine_tuned(corpus, reviews, tmp_path):
     training__steps=1,
   )
   loop.train(tuning, tmp_path / "tuned", say=lambda *_: None)
-  tuned = json.loads((tmp_path / "tuned/config.json").read_text())
-  assert (tuned["model"]["window"], tuned["model"]["global_every"]) == (8, 3)
+  tuned = experiment.from_checkpoint(manager.find(tmp_path / "tuned")).config.model
+  assert (tuned.name, tuned.window, tuned.global_every) == ("modernbert", 8, 3)
 
 
 # As transformers' classes count them, with their heads. Ours have the first layer's unused scale too.
@@ -246,9 +250,7 @@ def test_parameter_counts_are_the_published_ones(size):
   assert flops.count_parameters(shapes, 50_368) == PUBLISHED[size] + shape["width"]
 
 
-@pytest.mark.parametrize(
-  "name, sizes", [("modernbert", modernbert.SIZES), ("qwen3", qwen3.SIZES)]
-)
+@pytest.mark.parametrize("name, sizes", [("modernbert", modernbert.SIZES), ("qwen3", qwen3.SIZES)])
 def test_every_size_has_a_config(name, sizes):
   module = importlib.import_module(f"configs.pretrain_{name}")
   for size in sizes:
@@ -316,7 +318,10 @@ def test_layer_patterns_of_theirs_are_ours_and_theirs_again(changes, every, thet
 @pytest.mark.parametrize(
   "changes, words",
   [
-    ({"layer_types": [FULL, LOCAL_KIND, FULL, FULL] + [LOCAL_KIND] * 3}, "layer_types=.*first and every n-th"),
+    (
+      {"layer_types": [FULL, LOCAL_KIND, FULL, FULL] + [LOCAL_KIND] * 3},
+      "layer_types=.*first and every n-th",
+    ),
     ({"layer_types": [LOCAL_KIND] * 7}, "layer_types=.*the first"),
     ({"layer_types": [FULL] * 6}, "layer_types=.*only 7 layers"),
     ({"norm_bias": True}, "norm_bias=True"),
@@ -375,8 +380,6 @@ def test_what_begins_here_is_theirs(name, changes, tmp_path):
   import torch
   import transformers
 
-  from llm.checkpoints import manager
-
   _, config, tokenizer = huggingface.read(GOLDEN / name)
   config = dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
   objective = base.build(config.objective)
@@ -391,7 +394,9 @@ def test_what_begins_here_is_theirs(name, changes, tmp_path):
   huggingface.write(fresh, config, tokenizer, tmp_path / "ours", "")
   (tmp_path / "theirs").mkdir()
   huggingface.export(manager.find(tmp_path / "ours"), tmp_path / "theirs")
-  kind = transformers.AutoModelForMaskedLM if name == "modernbert" else transformers.AutoModelForCausalLM
+  kind = (
+    transformers.AutoModelForMaskedLM if name == "modernbert" else transformers.AutoModelForCausalLM
+  )
   model, info = kind.from_pretrained(tmp_path / "theirs", output_loading_info=True)
   assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
   vocab, lengths = config.model.vocab_size, (13, 5, 2)

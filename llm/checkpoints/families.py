@@ -22,8 +22,8 @@ class Tensor:
 
   ours: one path, or several where theirs is fused along its outputs. transposed: theirs is outputs x
   inputs, as torch.nn.Linear keeps it. inputs: how many leading dimensions of our kernel are contracted.
-  reverse: their classes come in the other order. first: the first layer that has it in theirs; in ours
-  the layers before have it too, unused, as ones.
+  reverse: their classes come in the other order. first: the first layer that has it in theirs; ours
+  have it in the layers before too, unused, as ones.
   """
 
   theirs: str
@@ -62,8 +62,8 @@ class Family:
   that a checkpoint without another head is for. prefix: what its names may begin with or not.
   buffers: a regex of tensors that carry nothing. tied: their name of a copy -> of what it copies.
   special: their key of a special token -> our name of it. padded: their vocab_size counts rows that
-  pad the vocabulary, as ours are padded. gated: serves models of this `gated` alone. tied_unscaled: a
-  folder without lm_head.weight is tied, whatever config.json says, and its output is not scaled.
+  pad the vocabulary, as ours are padded. gated: serves models of this `gated` alone. tied_unscaled:
+  an untied config.json without lm_head.weight is tied after all, and its output is not scaled.
   kept: leaves that come along without their head. sentinels: ids after the pieces of a SentencePiece
   file. tokenizer_json: its tokenizer must be a tokenizer.json.
   """
@@ -601,7 +601,7 @@ def _t5_config(model: ModelConfig) -> dict[str, Any]:
     "is_encoder_decoder": True,
     "decoder_start_token_id": 0,
     "feed_forward_proj": "gated-gelu" if model.gated else "relu",
-    # transformers 5 reads this key as whether the output is scaled, where the other one is not there.
+    # transformers 5 ties always. Without the second key, the first says whether outputs are scaled.
     "tie_word_embeddings": model.tied,
     **({} if model.scaled_output or not model.tied else {"scale_decoder_outputs": False}),
   }

@@ -350,9 +350,7 @@ def export(step: pathlib.Path, folder: pathlib.Path):
   (folder / "config.json").write_text(json.dumps(theirs, indent=2))
   template = chat.template_of(base.build(config.objective), tokenizer)
   more = {"chat_template": template} if template else {}
-  write_tokenizer(
-    tokenizer, folder, model.max_length, as_definition=family.tokenizer_json, **more
-  )
+  write_tokenizer(tokenizer, folder, model.max_length, as_definition=family.tokenizer_json, **more)
 
 
 def export_adapters(step: pathlib.Path, folder: pathlib.Path):

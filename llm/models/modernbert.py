@@ -1,7 +1,7 @@
 """ModernBERT (Warner et al. 2024): encoder, pre-norm, rotary positions, gated GELU, no biases.
 
-Every third layer sees the whole text, from the first on, and the others a window. A norm follows the
-embedding, so that the first layer's attention has none: its scale lies in the stack, unused.
+Every third layer sees the whole text, from the first on, and the others a window. A norm follows
+the embedding, so the first layer's attention has none: its scale lies in the stack, unused.
 """
 
 import jax
@@ -28,8 +28,8 @@ FACTS = Facts(
   scaled_residual_init=True,
 )
 
-# base and large are the published shapes (149M and 395M), 17m is Ettin's (Weller et al. 2025), tiny is
-# for a laptop. The number of layers need not be a multiple of three: the last one of base is global.
+# base and large are the published shapes (149M and 395M), 17m is Ettin's (Weller et al. 2025), tiny
+# is for a laptop. Three need not divide the layers: the last of base, the 22nd, is global.
 SIZES = {
   name: dict(
     num_layers=layers,
