@@ -75,7 +75,7 @@ def uncached(model, params, prompt, new):
   return wrote[1:] if t5 else wrote
 
 
-@pytest.mark.parametrize("name", ["gpt", "llama", "t5"])
+@pytest.mark.parametrize("name", ["gpt", "llama", "qwen3", "t5"])
 def test_one_row_on_one_device_is_written_as_in_a_batch(name, monkeypatch):
   together = writer_of(name)[0].write(PROMPTS, NEW)
   one_device = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
@@ -100,7 +100,7 @@ def test_one_row_on_one_device_is_written_as_in_a_batch(name, monkeypatch):
   assert rounded[likeliest] == pytest.approx(exact[likeliest], abs=0.1) and rounded != exact
 
 
-@pytest.mark.parametrize("name", ["gpt", "llama", "t5"])
+@pytest.mark.parametrize("name", ["gpt", "llama", "qwen3", "t5"])
 def test_the_cache_and_the_batch_change_no_token(name, monkeypatch):
   traced, step = [], decoding._step  # once for a program
   monkeypatch.setattr(decoding, "_step", lambda *args: (traced.append(1), step(*args))[1])
