@@ -13,7 +13,7 @@ import numpy as np
 from llm.config import ModelConfig
 from llm.core import UserError
 from llm.models import bert, gpt, llama, t5
-from llm.models.architecture import padded_vocab
+from llm.models.architecture import embedding_width_of, padded_vocab
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Family:
   buffers: a regex of tensors that carry nothing. tied: their name of a copy -> of what it copies.
   special: their key of a special token -> our name of it. padded: their vocab_size counts rows that
   pad the vocabulary, as ours are padded. gated: serves models of this `gated` alone. kept: leaves that
-  come along without their head.
+  come along without their head. dropped: a regex of leaves that their checkpoints do not hold.
   """
 
   model_type: str
@@ -77,6 +77,7 @@ class Family:
   padded: bool = False
   gated: bool | None = None
   kept: tuple[str, ...] = ()
+  dropped: str = r"^$"
 
   def serves(self, model: ModelConfig) -> bool:
     """Whether a model of ours is of this family."""
@@ -159,7 +160,27 @@ def _bert_config(model: ModelConfig) -> dict[str, Any]:
   }
 
 
-_LAYER, _OURS = "bert.encoder.layer.{}.", "backbone/layers/"
+_OURS = "backbone/layers/"
+
+
+def _bert_encoder(theirs: str) -> tuple[Tensor, ...]:
+  """Embeddings and layers, named as in BERT, with `theirs` in front."""
+  embeddings, layer = f"{theirs}.embeddings", f"{theirs}.encoder.layer.{{}}"
+  return (
+    Tensor(f"{embeddings}.word_embeddings.weight", ("backbone/token/embedding",)),
+    Tensor(f"{embeddings}.position_embeddings.weight", ("backbone/position/embedding",)),
+    Tensor(f"{embeddings}.token_type_embeddings.weight", ("backbone/type/embedding",)),
+    *_norm(f"{embeddings}.LayerNorm", "backbone/embedding_norm"),
+    *_linear(f"{layer}.attention.self.query", f"{_OURS}attention/query"),
+    *_linear(f"{layer}.attention.self.key", f"{_OURS}attention/key"),
+    *_linear(f"{layer}.attention.self.value", f"{_OURS}attention/value"),
+    *_linear(f"{layer}.attention.output.dense", f"{_OURS}attention/out", inputs=2),
+    *_norm(f"{layer}.attention.output.LayerNorm", f"{_OURS}attention_norm"),
+    *_linear(f"{layer}.intermediate.dense", f"{_OURS}mlp/up"),
+    *_linear(f"{layer}.output.dense", f"{_OURS}mlp/down"),
+    *_norm(f"{layer}.output.LayerNorm", f"{_OURS}mlp_norm"),
+  )
+
 
 PAIRS = "masked_lm with next_sentence"  # what BertForPreTraining is for
 
@@ -174,18 +195,7 @@ BERT = Family(
   },
   "bert.",
   (
-    Tensor("bert.embeddings.word_embeddings.weight", ("backbone/token/embedding",)),
-    Tensor("bert.embeddings.position_embeddings.weight", ("backbone/position/embedding",)),
-    Tensor("bert.embeddings.token_type_embeddings.weight", ("backbone/type/embedding",)),
-    *_norm("bert.embeddings.LayerNorm", "backbone/embedding_norm"),
-    *_linear(f"{_LAYER}attention.self.query", f"{_OURS}attention/query"),
-    *_linear(f"{_LAYER}attention.self.key", f"{_OURS}attention/key"),
-    *_linear(f"{_LAYER}attention.self.value", f"{_OURS}attention/value"),
-    *_linear(f"{_LAYER}attention.output.dense", f"{_OURS}attention/out", inputs=2),
-    *_norm(f"{_LAYER}attention.output.LayerNorm", f"{_OURS}attention_norm"),
-    *_linear(f"{_LAYER}intermediate.dense", f"{_OURS}mlp/up"),
-    *_linear(f"{_LAYER}output.dense", f"{_OURS}mlp/down"),
-    *_norm(f"{_LAYER}output.LayerNorm", f"{_OURS}mlp_norm"),
+    *_bert_encoder("bert"),
     *_linear("bert.pooler.dense", "head/pooler"),
     *_linear("cls.predictions.transform.dense", "head/transform"),
     *_norm("cls.predictions.transform.LayerNorm", "head/transform_norm"),
@@ -204,6 +214,43 @@ BERT = Family(
   config=_bert_config,
   special={"pad": "pad"},
   kept=("head/pooler/kernel", "head/pooler/bias"),
+)
+
+
+def _electra_model(config) -> ModelConfig:
+  return dataclasses.replace(
+    _bert_model(config), name="electra", embedding_width=_number(config, "embedding_size")
+  )
+
+
+def _electra_config(model: ModelConfig) -> dict[str, Any]:
+  return _bert_config(model) | {
+    "model_type": "electra",
+    "embedding_size": embedding_width_of(model),
+  }
+
+
+ELECTRA = Family(
+  "electra",
+  "electra",
+  {
+    "replaced_token": "ElectraForPreTraining",
+    "span_qa": "ElectraForQuestionAnswering",
+  },
+  "electra.",
+  (
+    *_bert_encoder("electra"),
+    *_linear("electra.embeddings_project", "backbone/embedding_project"),
+    *_linear("discriminator_predictions.dense", "head/detection_transform"),
+    *_linear("discriminator_predictions.dense_prediction", "head/detection"),
+    *_linear("qa_outputs", "head/span"),
+  ),
+  buffers=r"embeddings\.position_ids$",
+  tied={},
+  model=_electra_model,
+  config=_electra_config,
+  special={"pad": "pad"},
+  dropped=r"^generator/",
 )
 
 
@@ -479,7 +526,7 @@ def _t5(gated: bool) -> Family:
   )
 
 
-FAMILIES = (BERT, GPT2, LLAMA, _t5(gated=False), _t5(gated=True))
+FAMILIES = (BERT, ELECTRA, GPT2, LLAMA, _t5(gated=False), _t5(gated=True))
 MODEL_TYPES = tuple(dict.fromkeys(family.model_type for family in FAMILIES))
 
 
