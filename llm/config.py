@@ -67,6 +67,8 @@ class ModelConfig:
   name: str = ""
   num_layers: int = key(0, at_least=0)
   width: int = key(0, at_least=0)
+  # Columns of the embedding table, where ELECTRA projects it to the width of its layers; 0: width.
+  embedding_width: int = key(0, at_least=0)
   num_heads: int = key(0, at_least=0)
   # Heads of keys and values; 0: num_heads.
   num_kv_heads: int = key(0, at_least=0)

@@ -39,8 +39,9 @@ RULES = (
   (r"lora_a$", ("fsdp", None)),
   (r"lora_b$", (None, "tensor")),
   (r"(pooler|transform)/kernel$", ("fsdp", "tensor")),
-  (r"(next_sentence|classifier|span)/kernel$", ("fsdp", None)),
+  (r"(next_sentence|classifier|span|detection|embedding_project)/kernel$", ("fsdp", None)),
   (r"(out|down|pooler|transform|next_sentence|classifier|span)/bias$", (None,)),
+  (r"(detection|embedding_project)/bias$", (None,)),
   (r"norm[a-z_]*/(scale|bias)$", (None,)),
 )
 

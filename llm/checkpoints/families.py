@@ -13,7 +13,7 @@ import numpy as np
 from llm.config import ModelConfig
 from llm.core import UserError
 from llm.models import bert, gpt, llama, modernbert, qwen3, t5
-from llm.models.architecture import head_width_of, padded_vocab
+from llm.models.architecture import embedding_width_of, head_width_of, padded_vocab
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,8 @@ class Family:
   pad the vocabulary, as ours are padded. gated: serves models of this `gated` alone. tied_unscaled:
   an untied config.json without lm_head.weight is tied after all, and its output is not scaled.
   kept: leaves that come along without their head. sentinels: ids after the pieces of a SentencePiece
-  file. tokenizer_json: its tokenizer must be a tokenizer.json.
+  file. tokenizer_json: its tokenizer must be a tokenizer.json. dropped: a regex of
+  leaves that their checkpoints do not hold.
   """
 
   model_type: str
@@ -82,6 +83,7 @@ class Family:
   gated: bool | None = None
   tied_unscaled: bool = False
   kept: tuple[str, ...] = ()
+  dropped: str = r"^$"
   tokenizer_json: bool = False
   sentinels: int = 0
 
@@ -166,7 +168,27 @@ def _bert_config(model: ModelConfig) -> dict[str, Any]:
   }
 
 
-_LAYER, _OURS = "bert.encoder.layer.{}.", "backbone/layers/"
+_OURS = "backbone/layers/"
+
+
+def _bert_encoder(theirs: str) -> tuple[Tensor, ...]:
+  """Embeddings and layers, named as in BERT, with `theirs` in front."""
+  embeddings, layer = f"{theirs}.embeddings", f"{theirs}.encoder.layer.{{}}"
+  return (
+    Tensor(f"{embeddings}.word_embeddings.weight", ("backbone/token/embedding",)),
+    Tensor(f"{embeddings}.position_embeddings.weight", ("backbone/position/embedding",)),
+    Tensor(f"{embeddings}.token_type_embeddings.weight", ("backbone/type/embedding",)),
+    *_norm(f"{embeddings}.LayerNorm", "backbone/embedding_norm"),
+    *_linear(f"{layer}.attention.self.query", f"{_OURS}attention/query"),
+    *_linear(f"{layer}.attention.self.key", f"{_OURS}attention/key"),
+    *_linear(f"{layer}.attention.self.value", f"{_OURS}attention/value"),
+    *_linear(f"{layer}.attention.output.dense", f"{_OURS}attention/out", inputs=2),
+    *_norm(f"{layer}.attention.output.LayerNorm", f"{_OURS}attention_norm"),
+    *_linear(f"{layer}.intermediate.dense", f"{_OURS}mlp/up"),
+    *_linear(f"{layer}.output.dense", f"{_OURS}mlp/down"),
+    *_norm(f"{layer}.output.LayerNorm", f"{_OURS}mlp_norm"),
+  )
+
 
 PAIRS = "masked_lm with next_sentence"  # what BertForPreTraining is for
 
@@ -181,18 +203,7 @@ BERT = Family(
   },
   "bert.",
   (
-    Tensor("bert.embeddings.word_embeddings.weight", ("backbone/token/embedding",)),
-    Tensor("bert.embeddings.position_embeddings.weight", ("backbone/position/embedding",)),
-    Tensor("bert.embeddings.token_type_embeddings.weight", ("backbone/type/embedding",)),
-    *_norm("bert.embeddings.LayerNorm", "backbone/embedding_norm"),
-    *_linear(f"{_LAYER}attention.self.query", f"{_OURS}attention/query"),
-    *_linear(f"{_LAYER}attention.self.key", f"{_OURS}attention/key"),
-    *_linear(f"{_LAYER}attention.self.value", f"{_OURS}attention/value"),
-    *_linear(f"{_LAYER}attention.output.dense", f"{_OURS}attention/out", inputs=2),
-    *_norm(f"{_LAYER}attention.output.LayerNorm", f"{_OURS}attention_norm"),
-    *_linear(f"{_LAYER}intermediate.dense", f"{_OURS}mlp/up"),
-    *_linear(f"{_LAYER}output.dense", f"{_OURS}mlp/down"),
-    *_norm(f"{_LAYER}output.LayerNorm", f"{_OURS}mlp_norm"),
+    *_bert_encoder("bert"),
     *_linear("bert.pooler.dense", "head/pooler"),
     *_linear("cls.predictions.transform.dense", "head/transform"),
     *_norm("cls.predictions.transform.LayerNorm", "head/transform_norm"),
@@ -358,6 +369,43 @@ MODERNBERT = Family(
   config=_modernbert_config,
   special={"pad": "pad", "cls": "cls", "sep": "sep", "bos": "cls", "eos": "sep"},
   tokenizer_json=True,
+)
+
+
+def _electra_model(config) -> ModelConfig:
+  return dataclasses.replace(
+    _bert_model(config), name="electra", embedding_width=_number(config, "embedding_size")
+  )
+
+
+def _electra_config(model: ModelConfig) -> dict[str, Any]:
+  return _bert_config(model) | {
+    "model_type": "electra",
+    "embedding_size": embedding_width_of(model),
+  }
+
+
+ELECTRA = Family(
+  "electra",
+  "electra",
+  {
+    "replaced_token": "ElectraForPreTraining",
+    "span_qa": "ElectraForQuestionAnswering",
+  },
+  "electra.",
+  (
+    *_bert_encoder("electra"),
+    *_linear("electra.embeddings_project", "backbone/embedding_project"),
+    *_linear("discriminator_predictions.dense", "head/detection_transform"),
+    *_linear("discriminator_predictions.dense_prediction", "head/detection"),
+    *_linear("qa_outputs", "head/span"),
+  ),
+  buffers=r"embeddings\.position_ids$",
+  tied={},
+  model=_electra_model,
+  config=_electra_config,
+  special={"pad": "pad"},
+  dropped=r"^generator/",
 )
 
 
@@ -664,7 +712,7 @@ def _t5(gated: bool) -> Family:
   )
 
 
-FAMILIES = (BERT, MODERNBERT, GPT2, LLAMA, QWEN3, _t5(gated=False), _t5(gated=True))
+FAMILIES = (BERT, ELECTRA, MODERNBERT, GPT2, LLAMA, QWEN3, _t5(gated=False), _t5(gated=True))
 MODEL_TYPES = tuple(dict.fromkeys(family.model_type for family in FAMILIES))
 
 

@@ -343,6 +343,7 @@ def export(step: pathlib.Path, folder: pathlib.Path):
       "problem_type": "single_label_classification" if len(classes) > 1 else "regression",
     }
   leaves = flatten(adapters.merge(manager.restore(step, "params"), model.lora_alpha))
+  leaves = {path: leaf for path, leaf in leaves.items() if not re.search(family.dropped, path)}
   held = {path for tensor in family.tensors for path in tensor.ours}
   if strange := sorted(set(leaves) - held):
     raise UserError(f"{step}: transformers has no place for {', '.join(strange)}")

@@ -26,6 +26,7 @@ from llm.objectives import base
 SHAPE = ("name", "num_layers", "width", "num_heads", "mlp_dim", "max_length")
 # What else follows a checkpoint whose architecture is taken.
 DETAILS = (
+  "embedding_width",
   "num_kv_heads",
   "head_width",
   "norm_epsilon",
@@ -252,6 +253,11 @@ def _check_model(model: ModelConfig, vocab_size: int):
     raise UserError(
       f"config.model.num_heads={model.num_heads} must be a multiple of "
       f"num_kv_heads={model.num_kv_heads}"
+    )
+  if model.embedding_width not in (0, model.width) and not facts.embedding_project:
+    raise UserError(
+      f"config.model.embedding_width={model.embedding_width}: the embedding of {model.name} is as "
+      f"wide as its layers, {model.width}; 0 is that width"
     )
   if not model.tied and not facts.untied:
     raise UserError(
