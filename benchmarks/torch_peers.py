@@ -79,7 +79,7 @@ class PlainBERT(nn.Module):
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten()) + F.cross_entropy(pair, pairs)
 
 
-def _init(model):
+def initialized(model):
   for parameter in model.parameters():
     if parameter.ndim > 1:
       nn.init.normal_(parameter, std=0.02)
@@ -129,7 +129,7 @@ def peers(
       logits = model(t["tokens"], use_cache=False).logits
       return F.cross_entropy(logits.flatten(0, 1), t["targets"].flatten())
 
-    make_plain = lambda: _init(PlainGPT(layers, width, heads, vocab, length))
+    make_plain = lambda: initialized(PlainGPT(layers, width, heads, vocab, length))
     plain_loss = lambda model: model(t["tokens"], t["targets"])
   elif kind == "t5":
     config = transformers.T5Config(
@@ -171,7 +171,7 @@ def peers(
         next_sentence_label=t["next_sentence"],
       ).loss
     )
-    make_plain = lambda: _init(PlainBERT(layers, width, heads, vocab, 512))
+    make_plain = lambda: initialized(PlainBERT(layers, width, heads, vocab, 512))
     plain_loss = lambda model: model(
       t["tokens"], t["types"], t["masked_positions"], t["masked_targets"], t["next_sentence"][:, 0]
     )

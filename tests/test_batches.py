@@ -14,19 +14,23 @@ from tests.conftest import tiny
 class Numbers:
   """Rows that are their own numbers."""
 
-  def __init__(self, count):
+  def __init__(self, count, first=0):
     self.count, self.tokens, self.examples = count, 10 * count, count
+    self.first = first
 
   def __len__(self):
     return self.count
 
-  def __getitem__(self, i):
-    return i
+  def example(self, i, rng):
+    return {
+      "row": np.int32(self.first + i),
+      "weight": np.float32(1),
+      "chance": np.float32(rng.random()),
+    }
 
 
 def numbered(count, batch_size, seed=0, weights=(1.0,)):
-  example = lambda row, rng: {"row": np.int32(row), "chance": np.float32(rng.random())}
-  return batches_lib.Batches([Numbers(count)] * len(weights), weights, example, batch_size, seed)
+  return batches_lib.Batches([Numbers(count)] * len(weights), weights, batch_size, seed)
 
 
 def test_every_row_once_an_epoch_and_drawn_anew():
@@ -92,24 +96,17 @@ def test_mixture_keeps_its_weights():
 
 
 def numbered_mixture():
-  class Other(Numbers):
-    def __getitem__(self, i):
-      return 1000 + i
-
-  example = lambda row, rng: {"row": np.int32(row)}
-  return batches_lib.Batches([Numbers(100), Other(100)], (0.7, 0.3), example, 10, 0)
+  return batches_lib.Batches([Numbers(100), Numbers(100, first=1000)], (0.7, 0.3), 10, 0)
 
 
 def test_evaluation_sees_every_row_once_the_rest_without_weight():
   mesh = sharding.make_mesh(MeshConfig())
-  example = lambda row, rng: {"row": np.int32(row), "weight": np.float32(1), "chance": rng.random()}
   seen = [
-    {k: np.asarray(v) for k, v in b.items()}
-    for b in batches_lib.passes(Numbers(21), example, 8, mesh)
+    {k: np.asarray(v) for k, v in b.items()} for b in batches_lib.passes(Numbers(21), 8, mesh)
   ]
   assert np.concatenate([b["row"] for b in seen])[:21].tolist() == list(range(21))
   assert np.concatenate([b["weight"] for b in seen]).tolist() == [1.0] * 21 + [0.0] * 3
-  again = [np.asarray(b["chance"]) for b in batches_lib.passes(Numbers(21), example, 8, mesh)]
+  again = [np.asarray(b["chance"]) for b in batches_lib.passes(Numbers(21), 8, mesh)]
   assert all((a == b["chance"]).all() for a, b in zip(again, seen))
 
 

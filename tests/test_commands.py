@@ -289,7 +289,7 @@ BAD_CONFIGS = [
   (dict(optimizer__schedule="step"), "'linear', 'cosine', 'constant'"),
   (dict(tokenizer__name="wordpiece"), "needs config.tokenizer.path"),
   (dict(transfer__checkpoint="no/such"), "no such checkpoint folder"),
-  (dict(objective__mask_rate=1.5), r"must lie in \[0, 1\]"),
+  (dict(objective__mask_rate=1.5), "must be above 0 and at most 1, not 1.5"),
 ]
 
 

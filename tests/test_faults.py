@@ -43,9 +43,7 @@ def test_a_text_alone_is_no_question(tmp_path):
   """It ended in a traceback."""
   answers = labeller(tmp_path, span_qa.Objective())
   answers.check({"question": "Who?", "text": "Nobody did."})
-  with pytest.raises(
-    UserError, match="has no question: a checkpoint of span_qa takes"
-  ):
+  with pytest.raises(UserError, match="has no question: a checkpoint of span_qa takes"):
     answers.check({"text": "Nobody did."})
   with pytest.raises(UserError, match="has a text_pair, which would be ignored"):
     answers.check({"question": "Who?", "text": "Nobody did.", "text_pair": "Nor did she."})

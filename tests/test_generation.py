@@ -13,7 +13,7 @@ from llm import sharding
 from llm.config import MeshConfig
 from llm.core import UserError
 from llm.data import tokenizer as tokenizer_lib
-from llm.inference import writer
+from llm.inference import filling, writer
 from llm.models import decoding, precision
 from llm.models.decoding import Sampling
 from llm.training import experiment
@@ -36,7 +36,8 @@ def writer_of(name):
     return x * next((g for part, g in growth.items() if part in jax.tree_util.keystr(path)), 1.0)
 
   params = jax.tree_util.tree_map_with_path(grown, params_of(model, seed=2))
-  config = dataclasses.make_dataclass("Config", ["model"])(model.backbone.config)
+  asked = dataclasses.replace(model.backbone.config, dtype="auto")
+  config = dataclasses.make_dataclass("Config", ["model"])(asked)
   return writer.Writer(experiment.Bundle(model, params, BYTES, config)), model, params
 
 
@@ -74,7 +75,7 @@ def uncached(model, params, prompt, new):
   return wrote[1:] if t5 else wrote
 
 
-@pytest.mark.parametrize("name", ["gpt", "llama", "t5"])
+@pytest.mark.parametrize("name", ["gpt", "llama", "qwen3", "t5"])
 def test_one_row_on_one_device_is_written_as_in_a_batch(name, monkeypatch):
   together = writer_of(name)[0].write(PROMPTS, NEW)
   one_device = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
@@ -99,7 +100,7 @@ def test_one_row_on_one_device_is_written_as_in_a_batch(name, monkeypatch):
   assert rounded[likeliest] == pytest.approx(exact[likeliest], abs=0.1) and rounded != exact
 
 
-@pytest.mark.parametrize("name", ["gpt", "llama", "t5"])
+@pytest.mark.parametrize("name", ["gpt", "llama", "qwen3", "t5"])
 def test_the_cache_and_the_batch_change_no_token(name, monkeypatch):
   traced, step = [], decoding._step  # once for a program
   monkeypatch.setattr(decoding, "_step", lambda *args: (traced.append(1), step(*args))[1])
@@ -161,7 +162,7 @@ def test_writing_ends_at_the_end_token_a_stop_string_or_the_length():
 
 def test_a_bert_fills_masks_by_its_own_odds():
   bundle = llm.load(GOLDEN / "bert_pretraining")
-  (found,) = writer.fill(bundle, "the [MASK] sat", count=3)
+  (found,) = filling.fill(bundle, "the [MASK] sat", count=3)
   ids = bundle.tokenizer.encode(["the", "sat"])
   row = [bundle.tokenizer.cls, *ids[0], bundle.tokenizer.mask, *ids[1], bundle.tokenizer.sep]
   assert (
@@ -188,12 +189,15 @@ def test_a_bert_fills_masks_by_its_own_odds():
       lambda: writer_of("gpt")[0].write(["a" * 60], 40),
       "60 tokens and --max_tokens=40 more do not fit the model's 64 positions",
     ),
-    (lambda: writer.Writer(llm.load(GOLDEN / "bert_classifier")), "a BERT does not write"),
     (
-      lambda: writer.fill(llm.load(GOLDEN / "bert_classifier"), "a [MASK]"),
+      lambda: writer.Writer(llm.load(GOLDEN / "bert_classifier")),
+      "bert is an encoder and does not write",
+    ),
+    (
+      lambda: filling.fill(llm.load(GOLDEN / "bert_classifier"), "a [MASK]"),
       "no masked-language-model head",
     ),
-    (lambda: writer.fill(llm.load(GOLDEN / "bert_pretraining"), "a cat"), "no .MASK. to fill"),
+    (lambda: filling.fill(llm.load(GOLDEN / "bert_pretraining"), "a cat"), "no .MASK. to fill"),
   ],
 )
 def test_what_cannot_be_written_is_said(call, message):

@@ -15,7 +15,7 @@ import pytest
 
 from llm import environment
 from llm.config import ModelConfig, OptimizerConfig
-from llm.models import attention, layers, precision
+from llm.models import attention, layers, precision, resolve
 from llm.objectives import base
 from llm.training import experiment, optimizer, partition
 from llm.training import step as step_lib
@@ -194,15 +194,20 @@ def test_auto_takes_bfloat16_operands_only_where_they_are_faster(monkeypatch):
   speeds = {"float32": 200e9, "bfloat16_operands": 400e9}
   monkeypatch.setattr(precision, "product_speeds", lambda: speeds)
   monkeypatch.setattr(precision, "native_bfloat16", lambda: True)
-  assert precision.of(ModelConfig()) == precision.TYPES["bfloat16_operands"]
-  assert "200 GFLOP/s here, of bfloat16 operands at 400" in precision.explained("auto")
+
+  def taken(platform="cpu"):
+    return resolve.resolved(ModelConfig(name="gpt"), 64, platform).dtype
+
+  assert taken() == "bfloat16_operands" and taken("tpu") == "bfloat16"
+  line = precision.explained("auto", "bfloat16_operands", "cpu")
+  assert "200 GFLOP/s here, of bfloat16 operands at 400" in line
   speeds["bfloat16_operands"] = 210e9
-  assert precision.of(ModelConfig()) == precision.TYPES["float32"]
+  assert taken() == "float32"
   speeds["bfloat16_operands"] = 400e9
   monkeypatch.setattr(precision, "native_bfloat16", lambda: False)
-  assert precision.of(ModelConfig()) == precision.TYPES["float32"]
-  assert "no bfloat16 products" in precision.explained("auto")
-  assert "emulates" in precision.explained("bfloat16_operands")
+  assert taken() == "float32"
+  assert "no bfloat16 products" in precision.explained("auto", "float32", "cpu")
+  assert "emulates" in precision.explained("bfloat16_operands", "bfloat16_operands", "cpu")
 
 
 def test_speeds_are_measured_inside_a_trace_too():

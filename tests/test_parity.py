@@ -97,7 +97,9 @@ def test_what_we_export_loads_with_nothing_missing(name, library, tmp_path):
     assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode([text])[0], text
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "llama_tied", "t5", "t5_gated"])
+@pytest.mark.parametrize(
+  "name", ["gpt2", "llama", "llama_tied", "qwen3", "t5", "t5_gated", "t5_gated_tied"]
+)
 def test_greedy_continuations_are_theirs(name, library):
   """Two prompts of different lengths in one batch, eight tokens each, here through our cache and there through theirs."""
   import torch

@@ -224,9 +224,9 @@ def test_frozen_parameters_stay_and_cost_no_moments(freeze, corpus, tmp_path):
   )
   if freeze == r"^backbone/":
     config = tiny("bert", f"text:{corpus}", optimizer__freeze=freeze, training__steps=2)
-  made = experiment.prepare(config)
-  with jax.set_mesh(sharding.make_mesh(config.mesh)) as mesh:
-    mesh = sharding.make_mesh(config.mesh)
+  mesh = sharding.make_mesh(config.mesh)
+  made = experiment.prepare(config).on(mesh)
+  with jax.set_mesh(mesh):
     state, *_ = state_lib.first_state(made, None, tmp_path, mesh, print)
     before = jax.device_get(state)
   loop.train(config, tmp_path)

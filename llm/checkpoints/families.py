@@ -12,8 +12,8 @@ import numpy as np
 
 from llm.config import ModelConfig
 from llm.core import UserError
-from llm.models import bert, gpt, llama, t5
-from llm.models.architecture import padded_vocab
+from llm.models import bert, gpt, llama, modernbert, qwen3, t5
+from llm.models.architecture import head_width_of, padded_vocab
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Tensor:
 
   ours: one path, or several where theirs is fused along its outputs. transposed: theirs is outputs x
   inputs, as torch.nn.Linear keeps it. inputs: how many leading dimensions of our kernel are contracted.
-  reverse: their classes come in the other order.
+  reverse: their classes come in the other order. first: the first layer that has it in theirs; ours
+  have it in the layers before too, unused, as ones.
   """
 
   theirs: str
@@ -30,6 +31,7 @@ class Tensor:
   transposed: bool = False
   inputs: int = 1
   reverse: bool = False
+  first: int = 0
 
   def to_ours(self, tensor: np.ndarray, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
     """Their tensor of one layer -> our leaves of one layer. Raises ValueError if the sizes differ."""
@@ -60,8 +62,10 @@ class Family:
   that a checkpoint without another head is for. prefix: what its names may begin with or not.
   buffers: a regex of tensors that carry nothing. tied: their name of a copy -> of what it copies.
   special: their key of a special token -> our name of it. padded: their vocab_size counts rows that
-  pad the vocabulary, as ours are padded. gated: serves models of this `gated` alone. kept: leaves that
-  come along without their head. sentinels: ids after the pieces of a SentencePiece file.
+  pad the vocabulary, as ours are padded. gated: serves models of this `gated` alone. tied_unscaled:
+  an untied config.json without lm_head.weight is tied after all, and its output is not scaled.
+  kept: leaves that come along without their head. sentinels: ids after the pieces of a SentencePiece
+  file. tokenizer_json: its tokenizer must be a tokenizer.json.
   """
 
   model_type: str
@@ -76,7 +80,9 @@ class Family:
   special: Mapping[str, str]
   padded: bool = False
   gated: bool | None = None
+  tied_unscaled: bool = False
   kept: tuple[str, ...] = ()
+  tokenizer_json: bool = False
   sentinels: int = 0
 
   def serves(self, model: ModelConfig) -> bool:
@@ -208,6 +214,153 @@ BERT = Family(
 )
 
 
+def _modernbert_model(config) -> ModelConfig:
+  n = lambda key: _number(config, key)
+  _expect(
+    config,
+    {
+      "hidden_activation": "gelu",
+      "classifier_activation": "gelu",
+      "norm_bias": False,
+      "attention_bias": False,
+      "mlp_bias": False,
+      "classifier_bias": False,
+      "decoder_bias": True,
+      "tie_word_embeddings": True,
+    },
+  )
+  every = _global_every(config, n("num_hidden_layers"))
+  theta, local_theta = (_modernbert_theta(config, kind) for kind in ("full", "sliding"))
+  return ModelConfig(
+    name="modernbert",
+    num_layers=n("num_hidden_layers"),
+    width=n("hidden_size"),
+    num_heads=n("num_attention_heads"),
+    mlp_dim=n("intermediate_size"),
+    vocab_size=n("vocab_size"),
+    max_length=n("max_position_embeddings"),
+    dropout=float(config.get("embedding_dropout", 0.0)),
+    norm_epsilon=float(config.get("norm_eps", 1e-5)),
+    rope_theta=theta,
+    local_rope_theta=local_theta,
+    global_every=every,
+    window=n("local_attention") if every > 1 else 0,
+  )
+
+
+GLOBAL, LOCAL = "full_attention", "sliding_attention"
+
+
+def _global_every(config: Mapping[str, Any], num_layers: int) -> int:
+  """Every so many layers is global: by their list of layers, in old releases by a number."""
+  kinds = config.get("layer_types")
+  if kinds is None:
+    return min(config.get("global_attn_every_n_layers", 3), num_layers)
+  every = next((i for i, kind in enumerate(kinds) if i and kind == GLOBAL), num_layers)
+  if kinds != _layer_types(every, num_layers):
+    raise UserError(
+      f"config.json: layer_types={kinds} is not supported, only {num_layers} layers of which the "
+      f"first and every n-th after it are {GLOBAL}, the others {LOCAL}"
+    )
+  return every
+
+
+def _layer_types(every: int, num_layers: int) -> list[str]:
+  return [LOCAL if number % every else GLOBAL for number in range(num_layers)]
+
+
+def _modernbert_theta(config: Mapping[str, Any], kind: str) -> float:
+  """Base of the rotary wavelengths of layers with full or sliding attention."""
+  rope = (config.get("rope_parameters") or {}).get(f"{kind}_attention") or {}
+  _plain_rope(rope)
+  old = {"full": ("global_rope_theta", 160_000.0), "sliding": ("local_rope_theta", 10_000.0)}
+  return float(rope.get("rope_theta", config.get(*old[kind])))
+
+
+def _plain_rope(rope: Mapping[str, Any]):
+  """Raises UserError where rotary positions are stretched."""
+  kind = rope.get("rope_type", rope.get("type", "default"))
+  if kind != "default":
+    raise UserError(
+      f"config.json: rotary positions of type {kind!r} are not supported, only 'default'"
+    )
+
+
+def _modernbert_config(model: ModelConfig) -> dict[str, Any]:
+  thetas = {GLOBAL: model.rope_theta, LOCAL: model.local_rope_theta}
+  return {
+    "model_type": "modernbert",
+    "hidden_activation": "gelu",
+    "classifier_activation": "gelu",
+    "norm_bias": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "classifier_bias": False,
+    "decoder_bias": True,
+    "norm_eps": model.norm_epsilon or modernbert.FACTS.norm_epsilon,
+    "num_hidden_layers": model.num_layers,
+    "hidden_size": model.width,
+    "num_attention_heads": model.num_heads,
+    "intermediate_size": model.mlp_dim,
+    "vocab_size": model.vocab_size,
+    "max_position_embeddings": model.max_length,
+    "embedding_dropout": model.dropout,
+    "attention_dropout": model.dropout,
+    "local_attention": model.window or model.max_length,
+    "layer_types": _layer_types(model.global_every, model.num_layers),
+    # As transformers 4 and 5 want them.
+    "global_attn_every_n_layers": model.global_every,
+    "global_rope_theta": model.rope_theta,
+    "local_rope_theta": model.local_rope_theta,
+    "rope_parameters": {
+      kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in thetas.items()
+    },
+    "tie_word_embeddings": True,
+  }
+
+
+def _plain(theirs: str, *ours: str, **how) -> Tensor:
+  """A linear layer without bias."""
+  return Tensor(f"{theirs}.weight", tuple(f"{o}/kernel" for o in ours), transposed=True, **how)
+
+
+def _scale(theirs: str, ours: str, **how) -> Tensor:
+  """A norm without bias."""
+  return Tensor(f"{theirs}.weight", (f"{ours}/scale",), **how)
+
+
+_MODEL = "model.layers.{}."  # of ModernBERT and the decoders
+
+MODERNBERT = Family(
+  "modernbert",
+  "modernbert",
+  {"masked_lm": "ModernBertForMaskedLM"},
+  "model.",
+  (
+    Tensor("model.embeddings.tok_embeddings.weight", ("backbone/token/embedding",)),
+    _scale("model.embeddings.norm", "backbone/embedding_norm"),
+    _scale(f"{_MODEL}attn_norm", f"{_OURS}attention_norm", first=1),
+    _plain(
+      f"{_MODEL}attn.Wqkv", *(f"{_OURS}attention/{part}" for part in ("query", "key", "value"))
+    ),
+    _plain(f"{_MODEL}attn.Wo", f"{_OURS}attention/out", inputs=2),
+    _scale(f"{_MODEL}mlp_norm", f"{_OURS}mlp_norm"),
+    _plain(f"{_MODEL}mlp.Wi", f"{_OURS}mlp/gate", f"{_OURS}mlp/up"),
+    _plain(f"{_MODEL}mlp.Wo", f"{_OURS}mlp/down"),
+    _scale("model.final_norm", "backbone/final_norm"),
+    _plain("head.dense", "head/transform"),
+    _scale("head.norm", "head/transform_norm"),
+    Tensor("decoder.bias", ("head/lm/bias",)),
+  ),
+  buffers=r"rotary_emb\.",
+  tied={"decoder.weight": "model.embeddings.tok_embeddings.weight"},
+  model=_modernbert_model,
+  config=_modernbert_config,
+  special={"pad": "pad", "cls": "cls", "sep": "sep", "bos": "cls", "eos": "sep"},
+  tokenizer_json=True,
+)
+
+
 def _gpt_model(config) -> ModelConfig:
   _expect(
     config,
@@ -290,11 +443,7 @@ GPT2 = Family(
 def _llama_model(config) -> ModelConfig:
   _expect(config, {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False})
   rope = {**(config.get("rope_parameters") or {}), **(config.get("rope_scaling") or {})}
-  kind = rope.get("rope_type", rope.get("type", "default"))
-  if kind != "default":
-    raise UserError(
-      f"config.json: rotary positions of type {kind!r} are not supported, only 'default'"
-    )
+  _plain_rope(rope)
   n = lambda key: _number(config, key)
   if config.get("head_dim") not in (None, n("hidden_size") // n("num_attention_heads")):
     raise UserError(
@@ -336,36 +485,67 @@ def _llama_config(model: ModelConfig) -> dict[str, Any]:
   }
 
 
-def _plain(theirs: str, ours: str, **how) -> Tensor:
-  return Tensor(f"{theirs}.weight", (f"{ours}/kernel",), transposed=True, **how)
-
-
-_DECODER = "model.layers.{}."
+_LLAMA_TENSORS = (
+  Tensor("model.embed_tokens.weight", ("backbone/token/embedding",)),
+  _scale(f"{_MODEL}input_layernorm", f"{_OURS}attention_norm"),
+  _plain(f"{_MODEL}self_attn.q_proj", f"{_OURS}attention/query"),
+  _plain(f"{_MODEL}self_attn.k_proj", f"{_OURS}attention/key"),
+  _plain(f"{_MODEL}self_attn.v_proj", f"{_OURS}attention/value"),
+  _plain(f"{_MODEL}self_attn.o_proj", f"{_OURS}attention/out", inputs=2),
+  _scale(f"{_MODEL}post_attention_layernorm", f"{_OURS}mlp_norm"),
+  _plain(f"{_MODEL}mlp.gate_proj", f"{_OURS}mlp/gate"),
+  _plain(f"{_MODEL}mlp.up_proj", f"{_OURS}mlp/up"),
+  _plain(f"{_MODEL}mlp.down_proj", f"{_OURS}mlp/down"),
+  _scale("model.norm", "backbone/final_norm"),
+  Tensor("lm_head.weight", ("backbone/output/embedding",)),
+)
 
 LLAMA = Family(
   "llama",
   "llama",
   dict.fromkeys(WRITERS, "LlamaForCausalLM"),
   "model.",
-  (
-    Tensor("model.embed_tokens.weight", ("backbone/token/embedding",)),
-    Tensor(f"{_DECODER}input_layernorm.weight", (f"{_OURS}attention_norm/scale",)),
-    _plain(f"{_DECODER}self_attn.q_proj", f"{_OURS}attention/query"),
-    _plain(f"{_DECODER}self_attn.k_proj", f"{_OURS}attention/key"),
-    _plain(f"{_DECODER}self_attn.v_proj", f"{_OURS}attention/value"),
-    _plain(f"{_DECODER}self_attn.o_proj", f"{_OURS}attention/out", inputs=2),
-    Tensor(f"{_DECODER}post_attention_layernorm.weight", (f"{_OURS}mlp_norm/scale",)),
-    _plain(f"{_DECODER}mlp.gate_proj", f"{_OURS}mlp/gate"),
-    _plain(f"{_DECODER}mlp.up_proj", f"{_OURS}mlp/up"),
-    _plain(f"{_DECODER}mlp.down_proj", f"{_OURS}mlp/down"),
-    Tensor("model.norm.weight", ("backbone/final_norm/scale",)),
-    Tensor("lm_head.weight", ("backbone/output/embedding",)),
-  ),
+  _LLAMA_TENSORS,
   buffers=r"rotary_emb\.inv_freq$",
   tied={"lm_head.weight": "model.embed_tokens.weight"},
   model=_llama_model,
   config=_llama_config,
   special=ENDS,
+)
+
+
+def _qwen3_model(config) -> ModelConfig:
+  _expect(config, {"use_sliding_window": False})
+  model = _llama_model({**config, "head_dim": None})
+  return dataclasses.replace(model, name="qwen3", head_width=_number(config, "head_dim"))
+
+
+def _qwen3_config(model: ModelConfig) -> dict[str, Any]:
+  return _llama_config(model) | {
+    "model_type": "qwen3",
+    "head_dim": head_width_of(model),
+    "vocab_size": padded_vocab(model.vocab_size),
+    "rms_norm_eps": model.norm_epsilon or qwen3.FACTS.norm_epsilon,
+    "use_sliding_window": False,
+  }
+
+
+QWEN3 = Family(
+  "qwen3",
+  "qwen3",
+  dict.fromkeys(WRITERS, "Qwen3ForCausalLM"),
+  "model.",
+  (
+    *_LLAMA_TENSORS,
+    _scale(f"{_MODEL}self_attn.q_norm", f"{_OURS}attention/query_norm"),
+    _scale(f"{_MODEL}self_attn.k_norm", f"{_OURS}attention/key_norm"),
+  ),
+  buffers=LLAMA.buffers,
+  tied=LLAMA.tied,
+  model=_qwen3_model,
+  config=_qwen3_config,
+  special=ENDS,
+  padded=True,
 )
 
 
@@ -421,7 +601,9 @@ def _t5_config(model: ModelConfig) -> dict[str, Any]:
     "is_encoder_decoder": True,
     "decoder_start_token_id": 0,
     "feed_forward_proj": "gated-gelu" if model.gated else "relu",
+    # transformers 5 ties always. Without the second key, the first says whether outputs are scaled.
     "tie_word_embeddings": model.tied,
+    **({} if model.scaled_output or not model.tied else {"scale_decoder_outputs": False}),
   }
 
 
@@ -477,11 +659,12 @@ def _t5(gated: bool) -> Family:
     special={"pad": "pad", "eos": "eos"},
     padded=True,
     gated=gated,
+    tied_unscaled=True,
     sentinels=100,
   )
 
 
-FAMILIES = (BERT, GPT2, LLAMA, _t5(gated=False), _t5(gated=True))
+FAMILIES = (BERT, MODERNBERT, GPT2, LLAMA, QWEN3, _t5(gated=False), _t5(gated=True))
 MODEL_TYPES = tuple(dict.fromkeys(family.model_type for family in FAMILIES))
 
 

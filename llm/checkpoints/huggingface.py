@@ -28,6 +28,8 @@ from llm.objectives import base, chat
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 
+MOST_PADDING = 1024  # rows of an embedding without a piece: Qwen3 has 267 of them
+
 
 def is_layout(folder: pathlib.Path) -> bool:
   """Whether a folder is one of transformers: its config.json says what model it is."""
@@ -169,19 +171,17 @@ def _stack(
     if not all(path in wanted for path in tensor.ours):
       continue
     stacked = STACKED in tensor.ours[0]
-    found = [
-      theirs.pop(tensor.theirs.format(i), None) for i in range(model.num_layers if stacked else 1)
-    ]
+    numbers = range(tensor.first, model.num_layers) if stacked else range(1)
+    found = [theirs.pop(tensor.theirs.format(i), None) for i in numbers]
     if None in found:
       if tensor.ours[0].startswith("head/"):
         continue  # a checkpoint without this head; transfer says what then stays fresh
-      raise UserError(
-        f"{weights.folder}: the tensor {tensor.theirs.format(found.index(None))} is missing"
-      )
+      missing = tensor.theirs.format(numbers[found.index(None)])
+      raise UserError(f"{weights.folder}: the tensor {missing} is missing")
     one = [wanted[path][1:] if stacked else wanted[path] for path in tensor.ours]
-    for path, parts in zip(
-      tensor.ours, zip(*(_parts(tensor, weights, name, one, model) for name in found))
-    ):
+    layers = [[np.ones(shape, np.float32) for shape in one]] * tensor.first
+    layers += [_parts(family, tensor, weights, name, one, model) for name in found]
+    for path, parts in zip(tensor.ours, zip(*layers)):
       leaves[path] = np.stack(parts) if stacked else parts[0]
   if theirs:
     raise UserError(
@@ -192,13 +192,15 @@ def _stack(
 
 
 def _parts(
-  tensor: families.Tensor, weights: Weights, name: str, one, model: ModelConfig
+  family: Family, tensor: families.Tensor, weights: Weights, name: str, one, model: ModelConfig
 ) -> list[np.ndarray]:
   found = weights[name]
-  if tensor.ours[0] in vocabulary.PATHS and len(found) == model.vocab_size:
-    found = np.pad(
-      found, [(0, padded_vocab(model.vocab_size) - len(found))] + [(0, 0)] * (found.ndim - 1)
-    )
+  if tensor.ours[0] in vocabulary.PATHS:
+    rows = padded_vocab(model.vocab_size)
+    if family.padded:
+      found = found[:rows]
+    if len(found) == model.vocab_size:
+      found = np.pad(found, [(0, rows - len(found))] + [(0, 0)] * (found.ndim - 1))
   try:
     return tensor.to_ours(found, one)
   except ValueError:
@@ -274,8 +276,10 @@ def assemble(theirs: Mapping[str, Any], tokenizer: tokenizer_lib.Tokenizer, weig
       f"{', '.join(families.MODEL_TYPES)}"
     )
   model = family.model(theirs)
-  if family.padded and padded_vocab(tokenizer.vocab_size) == model.vocab_size:
+  if family.padded and 0 <= model.vocab_size - tokenizer.vocab_size < MOST_PADDING:
     model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
+  if family.tied_unscaled and not model.tied and "lm_head.weight" not in set(weights):
+    model = dataclasses.replace(model, tied=True, scaled_output=False)
   if tokenizer.vocab_size != model.vocab_size:
     raise UserError(
       f"{folder}: the tokenizer has {tokenizer.vocab_size} pieces and the embedding {model.vocab_size} rows"
@@ -345,9 +349,8 @@ def export(step: pathlib.Path, folder: pathlib.Path):
   _save(folder / WEIGHTS, lambda: _tensors(family, leaves, model))
   (folder / "config.json").write_text(json.dumps(theirs, indent=2))
   template = chat.template_of(base.build(config.objective), tokenizer)
-  write_tokenizer(
-    tokenizer, folder, model.max_length, **({"chat_template": template} if template else {})
-  )
+  more = {"chat_template": template} if template else {}
+  write_tokenizer(tokenizer, folder, model.max_length, as_definition=family.tokenizer_json, **more)
 
 
 def export_adapters(step: pathlib.Path, folder: pathlib.Path):
@@ -411,7 +414,7 @@ def _tensors(
     if tensor.ours[0] in vocabulary.PATHS:
       parts = [parts[0] if family.padded else parts[0][: model.vocab_size]]
     if STACKED in tensor.ours[0]:
-      for layer in range(model.num_layers):
+      for layer in range(tensor.first, model.num_layers):
         yield tensor.theirs.format(layer), tensor.to_theirs([part[layer] for part in parts])
     else:
       yield tensor.theirs, tensor.to_theirs(parts)
@@ -477,9 +480,18 @@ def unigram_definition(tokenizer: tokenizer_lib.SentencePieceTokenizer) -> bytes
 
 
 def write_tokenizer(
-  tokenizer: tokenizer_lib.Tokenizer, folder: pathlib.Path, max_length: int, **more: str
+  tokenizer: tokenizer_lib.Tokenizer,
+  folder: pathlib.Path,
+  max_length: int,
+  *,
+  as_definition: bool = False,
+  **more: str,
 ):
-  """The tokenizer's files, as AutoTokenizer reads them. more: other keys of tokenizer_config.json."""
+  """The tokenizer's files, as AutoTokenizer reads them.
+
+  as_definition: a WordPiece vocabulary becomes a tokenizer.json. more: other keys of
+  tokenizer_config.json.
+  """
   files, kind = (
     tokenizer.files,
     {"wordpiece": "BertTokenizer"}.get(tokenizer.name, "PreTrainedTokenizerFast"),
@@ -489,6 +501,8 @@ def write_tokenizer(
       "T5Tokenizer" if tokenizer.pieces[0] == "<pad>" else kind
     )  # theirs knows T5's own special pieces alone
     files = files if kind == "T5Tokenizer" else {"tokenizer.json": unigram_definition(tokenizer)}
+  elif as_definition and tokenizer.name == "wordpiece":
+    files, kind = {"tokenizer.json": tokenizer.definition()}, "PreTrainedTokenizerFast"
   for name, data in files.items():
     (folder / name).write_bytes(data)
   special = {

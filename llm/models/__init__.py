@@ -9,7 +9,7 @@ from llm.config import ModelConfig
 from llm.core import UserError
 from llm.models.transformer import Facts
 
-NAMES = ("bert", "gpt", "llama", "t5")
+NAMES = ("bert", "gpt", "llama", "modernbert", "qwen3", "t5")
 
 
 def _module(name: str) -> ModuleType:

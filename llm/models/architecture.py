@@ -21,6 +21,8 @@ class Facts:
   norm: str = "layer"  # layer or rms
   norm_bias: bool = True  # of layer norms
   post_norm: bool = False  # normalises after the residual sum, not before the layer
+  # The first layer's attention takes what is embedded as it is, where a norm went before.
+  first_norm: bool = True
   bias: bool = True  # of the linear layers
   gated: bool = False  # the feed-forward layer
   rotary: bool = False  # positions turn queries and keys; none is added to the embedding

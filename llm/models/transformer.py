@@ -29,24 +29,31 @@ class Memory(NamedTuple):
 
 
 class Pattern(NamedTuple):
-  """How the layers of a stack differ, an entry a layer."""
+  """How the layers of a stack differ, an entry a layer; None where they do not."""
 
-  reach: jax.Array  # tokens between a query and the farthest key that it sees
-  theta: jax.Array  # base of the rotary wavelengths
+  reach: jax.Array | None = None  # tokens between a query and the farthest key that it sees
+  theta: jax.Array | None = None  # base of the rotary wavelengths
+  normed: jax.Array | None = None  # whether a norm precedes attention
 
 
 EVERYWHERE = 2**30  # the reach of a layer that sees the whole text
 
 
-def pattern_of(config: ModelConfig) -> Pattern | None:
-  """Every `global_every`-th layer sees everything, from the first on; None where all layers do."""
-  if config.global_every == 1:
+def pattern_of(config: ModelConfig, facts: Facts) -> Pattern | None:
+  """Every `global_every`-th layer sees everything, from the first on; None where all are alike."""
+  if config.global_every == 1 and facts.first_norm:
     return None
-  sees_all_L = jnp.arange(config.num_layers) % config.global_every == 0
-  return Pattern(
-    jnp.where(sees_all_L, EVERYWHERE, config.window // 2),
-    jnp.where(sees_all_L, config.rope_theta, config.local_rope_theta),
-  )
+  pattern = Pattern()
+  layers_L = jnp.arange(config.num_layers)
+  if config.global_every > 1:
+    sees_all_L = layers_L % config.global_every == 0
+    pattern = pattern._replace(
+      reach=jnp.where(sees_all_L, EVERYWHERE, config.window // 2),
+      theta=jnp.where(sees_all_L, config.rope_theta, config.local_rope_theta),
+    )
+  if not facts.first_norm:
+    pattern = pattern._replace(normed=layers_L > 0)
+  return pattern
 
 
 class Attention(nn.Module):
@@ -82,7 +89,7 @@ class Attention(nn.Module):
       q_BxTxHxK = norm(cfg, facts, "query_norm")(q_BxTxHxK)
       k_BxSxGxK = norm(cfg, facts, "key_norm")(k_BxSxGxK)
     if facts.rotary:
-      theta = cfg.rope_theta if layer is None else layer.theta
+      theta = cfg.rope_theta if layer is None or layer.theta is None else layer.theta
       new_keys = visibility.kv_positions_BxS if past is None else visibility.q_positions_BxT
       q_BxTxHxK = attention_lib.rotary(q_BxTxHxK, visibility.q_positions_BxT, theta)
       k_BxSxGxK = attention_lib.rotary(k_BxSxGxK, new_keys, theta)
@@ -213,6 +220,8 @@ class Block(nn.Module):
     cfg, facts = self.config, self.facts
     attention = Attention(cfg, facts, self.train, name="attention")
     entered, leave = self.residual("attention", x_BxTxD)
+    if layer is not None and layer.normed is not None:
+      entered = jnp.where(layer.normed, entered, x_BxTxD)
     y_BxTxD, past = attention(entered, visibility, bias_HxTxS, past=past, index=index, layer=layer)
     x_BxTxD = leave(y_BxTxD)
     if memory is not None:
@@ -286,7 +295,7 @@ def stack(
   block = Block
   if config.remat in policies:
     block = nn.remat(Block, prevent_cse=unroll, policy=policies[config.remat])
-  pattern = pattern_of(config)
+  pattern = pattern_of(config, facts)
   layers = nn.scan(
     block,
     variable_axes={"params": 0},

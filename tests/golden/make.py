@@ -93,19 +93,35 @@ def bert(name, cls, **more):
          torch.nn.functional.cross_entropy(out.logits, torch.tensor([0, 1, 2])))
 
 
-def decoder(name, cls, config, **shape):
+def modernbert(name):
+  """Seven layers, which three do not divide: the last one is global. A window of 4 is less than a text."""
+  folder = HERE / name
+  folder.mkdir(exist_ok=True)
+  vocab = bert_tokenizer(folder)
+  config = transformers.ModernBertConfig(
+      vocab_size=vocab, hidden_size=16, num_hidden_layers=7, num_attention_heads=2, intermediate_size=24,
+      max_position_embeddings=20, local_attention=4, pad_token_id=0, cls_token_id=2, bos_token_id=2, sep_token_id=3,
+      eos_token_id=3)
+  model = randomized(transformers.ModernBertForMaskedLM(config))
+  tokens, mask, _ = ids(vocab)
+  logp = torch.log_softmax(model(input_ids=torch.tensor(tokens), attention_mask=torch.tensor(mask)).logits, -1)
+  save(folder, model, {"tokens": tokens, "segments": mask}, {"log_probs": logp}, -logp[:, 1, 3].mean())
+
+
+def decoder(name, cls, config, rows=None, **shape):
+  """rows: of the embedding, where they are more than the tokenizer has pieces."""
   folder = HERE / name
   folder.mkdir(exist_ok=True)
   vocab = gpt_tokenizer(folder)
-  model = randomized(cls(config(vocab_size=vocab, bos_token_id=0, eos_token_id=0, **shape)))
+  model = randomized(cls(config(vocab_size=rows or vocab, bos_token_id=0, eos_token_id=0, **shape)))
   tokens, mask, _ = ids(vocab)
-  logp = torch.log_softmax(model(input_ids=torch.tensor(tokens), attention_mask=torch.tensor(mask)).logits, -1)
+  logp = torch.log_softmax(model(input_ids=torch.tensor(tokens), attention_mask=torch.tensor(mask)).logits[..., :vocab], -1)
   targets, weights = torch.tensor(np.roll(tokens, -1, 1)), torch.tensor(mask, dtype=torch.float32)
   losses = -logp.gather(-1, targets[..., None])[..., 0]
   save(folder, model, {"tokens": tokens, "segments": mask}, {"log_probs": logp}, (losses * weights).sum() / weights.sum())
 
 
-def t5(name, **shape):
+def t5(name, own_output=False, **shape):
   """The embedding has 128 rows, more than the tokenizer has pieces, as in the published checkpoints."""
   folder = HERE / name
   folder.mkdir(exist_ok=True)
@@ -113,7 +129,7 @@ def t5(name, **shape):
   config = transformers.T5Config(vocab_size=128, d_model=16, d_kv=6, d_ff=24, num_layers=2, num_decoder_layers=2, num_heads=3,
                                  decoder_start_token_id=0, **shape)
   model = transformers.T5ForConditionalGeneration(config)
-  if not config.scale_decoder_outputs:   # v1.1: transformers 5 ties nevertheless, unless a checkpoint has both
+  if own_output:   # v1.1: transformers 5 ties nevertheless, unless a checkpoint has both
     model.lm_head.weight = torch.nn.Parameter(torch.zeros(128, 16))
   model = randomized(model)
   tokens, mask, _ = ids(vocab, length=40)   # far enough for relative positions to share buckets
@@ -139,5 +155,9 @@ if __name__ == "__main__":
   for name, tied in (("llama", False), ("llama_tied", True)):
     decoder(name, transformers.LlamaForCausalLM, transformers.LlamaConfig, tie_word_embeddings=tied, **llama)
   t5("t5", feed_forward_proj="relu", tie_word_embeddings=True)
-  t5("t5_gated", feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+  t5("t5_gated", own_output=True, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+  t5("t5_gated_tied", feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+  modernbert("modernbert")
+  decoder("qwen3", transformers.Qwen3ForCausalLM, transformers.Qwen3Config, rows=384, head_dim=6, tie_word_embeddings=True,
+          **llama)
   print(json.dumps({p.name: sum(f.stat().st_size for f in p.iterdir()) for p in HERE.iterdir() if p.is_dir()}))
