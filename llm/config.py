@@ -173,6 +173,7 @@ class TransferConfig:
 class OptimizerConfig:
   """The optimizer and its schedule."""
 
+  # muon trains the matrices of layers, and adamw at the same rate the rest.
   name: str = key("adamw", choices=("adamw", "adafactor", "muon"))
   learning_rate: float = key(1e-4, at_least=0)
   # After the warm-up: linear falls to 0, cosine to a tenth; wsd is constant and falls to 0 in the
@@ -183,7 +184,7 @@ class OptimizerConfig:
   warmup_steps: int = key(-1, at_least=-1)
   # Of the schedule wsd: the share of the steps in which the rate falls.
   decay_share: float = key(0.1, above=0, at_most=1)
-  # Of adamw: beta1, beta2, epsilon and the type of the first moment.
+  # Of adamw: beta1, beta2, epsilon and the type of the first moment (that of muon's momentum too).
   beta1: float = 0.9
   beta2: float = 0.999
   epsilon: float = key(1e-6, above=0)

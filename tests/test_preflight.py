@@ -104,6 +104,7 @@ def test_no_whole_stack_no_logits_and_no_batch_is_gathered():
     ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}, x", [0, 4]),
     ("source_target_pairs={{0,1},{1,2}}", [0, 1]),
     ("replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([4,2]T(1,0)) {'b'}, x", [0, 1, 4, 5]),
+    ("replica_groups=mesh['a'=2,'b'=1,'c'=4], device_ids=(0,4,1,5,2,6,3,7) {'a'}, x", [0, 2]),
   ],
 )
 def test_groups_are_read_in_every_way_that_they_are_written(text, group):

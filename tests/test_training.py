@@ -144,16 +144,18 @@ def test_first_moments_may_be_kept_in_bfloat16():
 
 
 def test_schedules():
-  rate = lambda schedule: np.array(
-    [
-      float(optimizer.schedule(OptimizerConfig(schedule=schedule), 2.0, 10, 4)(s))
-      for s in range(11)
-    ]
-  )
+  def rate(schedule, **keys):
+    config = OptimizerConfig(schedule=schedule, **keys)
+    return np.array([float(optimizer.schedule(config, 2.0, 10, 4)(s)) for s in range(11)])
+
   assert rate("linear") == pytest.approx([0.5, 1, 1.5, 2, 2, 5 / 3, 4 / 3, 1, 2 / 3, 1 / 3, 0])
   assert rate("cosine")[[3, 4, 7, 10]] == pytest.approx([2, 2, 1.1, 0.2])
   assert rate("constant")[[0, 4, 10]] == pytest.approx([0.5, 2, 2])
   assert rate("rsqrt")[[0, 4, 9]] == pytest.approx([2, 2, 4 / 3])
+  # The last tenth of 10 steps is one of them; a share of 1 is all after the warm-up.
+  assert rate("wsd") == pytest.approx([0.5, 1, 1.5, 2, 2, 2, 2, 2, 2, 2, 0])
+  assert rate("wsd", decay_share=0.4) == pytest.approx([0.5, 1, 1.5, 2, 2, 2, 2, 1.5, 1, 0.5, 0])
+  assert rate("wsd", decay_share=1.0) == pytest.approx(rate("linear"))
   t5 = optimizer.schedule(OptimizerConfig(schedule="rsqrt"), 0.01, 10**6, 10_000)
   assert [float(t5(s)) for s in (0, 40_000)] == pytest.approx(
     [0.01, 0.005]

@@ -1,8 +1,12 @@
 """Where text comes from: one string names a source or a weighted mixture of them.
 
-  embedded:reviews[test]   text:PATH-OR-GLOB   jsonl:PATH-OR-GLOB   csv:PATH-OR-GLOB
-  squad:PATH-OR-GLOB   tfds:glue/mrpc[validation]   hf:ORG/NAME:CONFIG[split]
+  embedded:reviews[test]   tfds:glue/mrpc[validation]   hf:ORG/NAME:CONFIG[split]
+  text:PATH   jsonl:PATH   csv:PATH   squad:PATH   parquet:PATH
   text:a.txt@0.7,embedded:wikipedia@0.3
+
+A PATH is a file, a pattern or a folder. A folder stands for the files in it, not in its subfolders,
+that have an ending of the source's kind and are not hidden. Files but those of Parquet may be
+compressed: .gz, .bz2, .zst. `KINDS`, at the end, has all kinds of sources.
 
 A source gives records: dicts with `text`, and what the task has besides: `text_pair`, `label`, `target`, or
 `question`, `answers` (text and answer_start) and `id` of a question on the text. A conversation has `messages`, or
@@ -10,19 +14,22 @@ A source gives records: dicts with `text`, and what the task has besides: `text_
 In text files a blank line parts the documents, and each is a record.
 """
 
+import bz2
 import csv
 import dataclasses
 import glob
+import gzip
+import io
 import json
 import pathlib
 import re
-from typing import Iterator
+import zlib
+from typing import BinaryIO, Callable, Iterator
 
 from llm.config import DataConfig
 from llm.core import UserError, first_line
 from llm.data import cache, embedded
 
-KINDS = ("embedded", "text", "jsonl", "csv", "squad", "tfds", "hf")
 FIELDS = ("text", "text_pair", "label", "target", "question", "answers", "id")
 
 
@@ -42,42 +49,44 @@ class Source:
     return f"{self.kind}:{self.name}" + (f"[{self.split}]" if self.split else "")
 
   def files(self) -> list[pathlib.Path]:
-    """The files of a text, jsonl or csv source. Raises UserError if there are none."""
+    """The files of a source that is made of files. Raises UserError if there are none."""
     paths = [pathlib.Path(p) for p in sorted(glob.glob(self.name, recursive=True))]
     if not paths and pathlib.Path(self.name).exists():
       paths = [pathlib.Path(self.name)]
     if not paths:
       raise UserError(f"{self.spec}: no such file, and no file matches it as a pattern")
+    files = {}  # each once: a pattern may match a folder and what is in it
     for path in paths:
-      if path.is_dir():
-        raise UserError(f"{self.spec}: {path} is a folder; name its files, e.g. {path}/*")
-    return paths
+      files |= dict.fromkeys(self.files_in(path) if path.is_dir() else [path])
+    if not files:
+      raise UserError(
+        f"{self.spec}: no file in the folder {paths[0]} ends in "
+        f"{' or '.join(KINDS[self.kind].endings)}; name the files, e.g. {paths[0]}/*"
+      )
+    return list(files)
+
+  def files_in(self, folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files of a folder that have an ending of this kind, but for hidden ones, sorted."""
+    endings = KINDS[self.kind].endings
+    try:
+      return sorted(
+        path
+        for path in folder.iterdir()
+        if path.name.removesuffix(compression(path)).lower().endswith(endings)
+        and not path.name.startswith(".")
+        and path.is_file()
+      )
+    except OSError as error:
+      raise UserError(f"{folder}: {error.strerror}")
 
   def digest(self) -> str:
     """A name for the content: what was made from it is valid while this stays the same."""
-    if self.kind in ("text", "jsonl", "csv", "squad"):
-      content = [cache.file_digest(path) for path in self.files()]
-    elif self.kind == "embedded":
-      content = [embedded.ARCHIVES.get(self.name, ("", "", ""))[1], self.split]
-    elif self.kind == "tfds":
-      content = [_tfds_builder(self).info.full_name, self.split]
-    else:
-      content = [_hf_dataset(self)._fingerprint]
-    return cache.digest(self.kind, repr(self.fields), *content)
+    return cache.digest(self.kind, repr(self.fields), *KINDS[self.kind].content(self))
 
   def records(self) -> Iterator[dict]:
     """The records, fields renamed. Raises UserError naming file and line of what is broken."""
-    readers = {
-      "embedded": lambda: embedded.records(self.name, self.split or "train", self.cache),
-      "text": lambda: _each_file(self, _text_records),
-      "jsonl": lambda: _each_file(self, _jsonl_records),
-      "csv": lambda: _each_file(self, _csv_records),
-      "squad": lambda: _each_file(self, _squad_records),
-      "tfds": lambda: _tfds_records(self),
-      "hf": lambda: _hf_records(self),
-    }
     empty = True
-    for record in readers[self.kind]():
+    for record in KINDS[self.kind].records(self):
       empty = False
       yield self._renamed(record)
     if empty:
@@ -133,7 +142,7 @@ def parse(spec: str, config: DataConfig) -> tuple[Source, ...]:
         weight = 0.0
       if weight <= 0:
         raise UserError(f"{item!r}: the weight after @ must be a positive number")
-    if kind in ("embedded", "tfds", "hf") and (match := re.fullmatch(r"(.*)\[(.*)\]", name)):
+    if KINDS[kind].takes_split and (match := re.fullmatch(r"(.*)\[(.*)\]", name)):
       name, split = match.groups()
     if not name:
       raise UserError(f"{item!r}: a name is missing after {kind}:")
@@ -149,24 +158,42 @@ def parse_one(spec: str, config: DataConfig) -> Source:
   return source
 
 
-def _each_file(source: Source, read) -> Iterator[dict]:
-  for path in source.files():
-    yield from read(path)
+def compression(path: pathlib.Path) -> str:
+  """The ending of a compressed file; empty for any other."""
+  return path.suffix if path.suffix in (".gz", ".bz2", ".zst") else ""
+
+
+def opened(path: pathlib.Path) -> BinaryIO:
+  """The bytes of a file, decompressed where its ending says that it is compressed."""
+  if compression(path) == ".gz":
+    return gzip.open(path)
+  if compression(path) == ".bz2":
+    return bz2.open(path)
+  if compression(path) == ".zst":
+    import pyarrow
+
+    return pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
+  return open(path, "rb")
 
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
   number = 0
   try:
-    with open(path, encoding="utf-8-sig", errors="strict", newline=None) as file:
-      for number, line in enumerate(file, 1):
+    with opened(path) as file:
+      for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig"), 1):
         yield number, line
   except UnicodeDecodeError as error:
     raise UserError(
       f"{path}: not UTF-8 after line {number} ({error.reason}); "
       "convert it, e.g. with iconv -t utf-8"
     )
-  except OSError as error:
-    raise UserError(f"{path}: {error.strerror}")
+  except (EOFError, OSError, zlib.error) as error:
+    if compression(path) and not getattr(error, "errno", None):
+      raise UserError(
+        f"{path}: cut off or damaged after line {number} ({first_line(error)}); compress or copy "
+        "it again"
+      )
+    raise UserError(f"{path}: {getattr(error, 'strerror', None) or first_line(error)}")
 
 
 def _text_records(path) -> Iterator[dict]:
@@ -230,6 +257,22 @@ def _squad_records(path) -> Iterator[dict]:
     )
 
 
+def _parquet_records(path: pathlib.Path) -> Iterator[dict]:
+  """A record a row, its columns the fields; some rows are in memory at a time."""
+  import pyarrow
+  from pyarrow import parquet
+
+  number = 0
+  try:
+    with parquet.ParquetFile(path) as table:
+      for batch in table.iter_batches(batch_size=1024):
+        for record in batch.to_pylist():
+          number += 1
+          yield {**record, "_where": f"{path} row {number}"}
+  except (pyarrow.ArrowException, OSError) as error:
+    raise UserError(f"{path}: not a whole Parquet file after row {number}: {first_line(error)}")
+
+
 def _tfds_builder(source: Source):
   import tensorflow_datasets as tfds
 
@@ -287,3 +330,59 @@ def _hf_records(source: Source) -> Iterator[dict]:
       if isinstance(record[key], int):
         record[key] = classes[record[key]] if record[key] >= 0 else None
     yield {**record, "_where": f"{source.spec} record {number}"}
+
+
+def _embedded_records(source: Source) -> Iterator[dict]:
+  return embedded.records(source.name, source.split or "train", source.cache)
+
+
+def _embedded_content(source: Source) -> list[str]:
+  return [embedded.ARCHIVES.get(source.name, ("", "", ""))[1], source.split]
+
+
+def _tfds_content(source: Source) -> list[str]:
+  return [_tfds_builder(source).info.full_name, source.split]
+
+
+def _hf_content(source: Source) -> list[str]:
+  return [_hf_dataset(source)._fingerprint]
+
+
+def _file_digests(source: Source) -> list[str]:
+  return [cache.file_digest(path) for path in source.files()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """How sources of one kind are read.
+
+  records: what is in it, before fields are renamed. content: strings that change when the records
+  do. takes_split: a split may stand in brackets behind the name. endings: of the files of a folder.
+  """
+
+  records: Callable[[Source], Iterator[dict]]
+  content: Callable[[Source], list[str]]
+  takes_split: bool = False
+  endings: tuple[str, ...] = ()
+
+
+def _of_files(read: Callable[[pathlib.Path], Iterator[dict]], *endings: str) -> Kind:
+  """A kind of source made of files, with what reads one of them."""
+
+  def records(source: Source) -> Iterator[dict]:
+    for path in source.files():
+      yield from read(path)
+
+  return Kind(records, _file_digests, endings=endings)
+
+
+KINDS: dict[str, Kind] = {
+  "embedded": Kind(_embedded_records, _embedded_content, takes_split=True),
+  "text": _of_files(_text_records, ".txt", ".text"),
+  "jsonl": _of_files(_jsonl_records, ".jsonl", ".ndjson"),
+  "csv": _of_files(_csv_records, ".csv"),
+  "squad": _of_files(_squad_records, ".json"),
+  "parquet": _of_files(_parquet_records, ".parquet"),
+  "tfds": Kind(_tfds_records, _tfds_content, takes_split=True),
+  "hf": Kind(_hf_records, _hf_content, takes_split=True),
+}

@@ -143,12 +143,15 @@ def _group(rest: str) -> list[int]:
   if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
     return _iota(iota[2], iota[3]).reshape(_numbers(iota[1]))[0].tolist()
   if named := re.search(
-    r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}",
+    r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((?:([\d,]+)|\[([\d,]+)\](?:T\(([\d,]+)\))?)\))?"
+    r" \{(.*?)\}",
     rest,
   ):
-    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-    taken = re.findall(r"'(\w+)'", named[4])
-    ids = _iota(named[2] or str(math.prod(sizes.values())), named[3]).reshape(list(sizes.values()))
+    axes, ids, dims, order, taken = named.groups()
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
+    ids = _numbers(ids) if ids else _iota(dims or str(math.prod(sizes.values())), order)
+    ids = np.reshape(ids, list(sizes.values()))
+    taken = re.findall(r"'(\w+)'", taken)
     return ids[tuple(slice(None) if name in taken else 0 for name in sizes)].ravel().tolist()
   return []
 

@@ -25,6 +25,7 @@ from llm.runs.profiler import profiling
 from llm.runs.stop import Stop, Stopped
 from llm.training import evaluation, header, partition, reference
 from llm.training import experiment as experiment_lib
+from llm.training import optimizer as optimizer_lib
 from llm.training import state as state_lib
 from llm.training import step as step_lib
 from llm.training.experiment import Training
@@ -256,10 +257,14 @@ def _say_extension(own: epath.Path | None, config: Config, start: int, say: Call
   """Says what more steps than the checkpoint was made for do to the schedule."""
   if not own:
     return
-  planned = manager.describe(own)["config"]["training"]["steps"]
-  if planned != config.training.steps:
-    say(
-      f"the run was planned for {planned} steps and now for {config.training.steps}: the "
-      f"{config.optimizer.schedule} schedule is that of the new length from step {start} on, so "
-      "the learning rate jumps to where a run of that length would have it"
-    )
+  planned, steps = manager.describe(own)["config"]["training"]["steps"], config.training.steps
+  if planned == steps:
+    return
+  before, now = (
+    optimizer_lib.rate_at(config.optimizer, length, start) for length in (planned, steps)
+  )
+  say(
+    f"the run was planned for {planned} steps and now for {steps}: the {config.optimizer.schedule} "
+    f"schedule is that of the new length, so the learning rate of step {start} "
+    + (f"stays {now:.3g}" if now == before else f"is {now:.3g} instead of {before:.3g}")
+  )

@@ -1,14 +1,17 @@
-"""AdamW and Adafactor with a schedule, decay and learning rates by path."""
+"""AdamW, Adafactor and Muon with a schedule, decay and learning rates by path."""
 
+import math
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from optax import contrib
 
 from llm.config import OptimizerConfig
 from llm.core import STACKED, UserError
+from llm.sharding import constrain, layer_by_layer
 from llm.training import partition
 
 
@@ -20,8 +23,16 @@ def warmup_steps(config: OptimizerConfig, steps: int) -> int:
 def schedule(config: OptimizerConfig, learning_rate, steps: int, warmup: int):
   """step -> learning rate: linear from 0 during the warm-up, then as config.schedule says.
 
-  `learning_rate`, `steps` and `warmup` may be traced. The rate of step 0 is one warm-up step above 0. rsqrt is
-  learning_rate sqrt(warmup / max(step, warmup)): with 0.01 and 10,000 that of T5 (Raffel et al. 2020, section 3.1.2).
+  `learning_rate`, `steps` and `warmup` may be traced. The rate of step 0 is one warm-up step above 0.
+
+  rsqrt is learning_rate sqrt(warmup / max(step, warmup)): with 0.01 and 10,000 that of T5 (Raffel et
+  al. 2020, section 3.1.2).
+
+  wsd (warm-up, stable, decay; Hu et al. 2024, section 4) is constant, and falls linearly to 0 over
+  the last `decay_share` of the steps (Hägele et al. 2024, section 3), at most over all steps after
+  the warm-up. Until the decay begins, the rate does not depend on the length of the run: a
+  checkpoint from before it can be trained for longer as if that had been planned. A checkpoint from
+  the decay goes back to the full rate where it is trained for longer.
   """
 
   def rate(step):
@@ -30,15 +41,23 @@ def schedule(config: OptimizerConfig, learning_rate, steps: int, warmup: int):
         jnp.maximum(warmup, 1) / jnp.maximum(step, jnp.maximum(warmup, 1))
       )
     rising = jnp.minimum((step + 1) / jnp.maximum(warmup, 1), 1.0)
-    progress = jnp.clip((step - warmup) / jnp.maximum(steps - warmup, 1), 0.0, 1.0)
+    after_warmup = jnp.maximum(steps - warmup, 1)
+    progress = jnp.clip((step - warmup) / after_warmup, 0.0, 1.0)
+    decay = jnp.clip(config.decay_share * steps, 1.0, after_warmup)
     falling = {
       "linear": 1.0 - progress,
       "cosine": 0.1 + 0.45 * (1.0 + jnp.cos(jnp.pi * progress)),
       "constant": 1.0,
+      "wsd": jnp.clip((steps - step) / decay, 0.0, 1.0),
     }[config.schedule]
     return learning_rate * jnp.where(step < warmup, rising, falling)
 
   return rate
+
+
+def rate_at(config: OptimizerConfig, steps: int, step: int) -> float:
+  """The learning rate of a step in a run of so many steps."""
+  return float(schedule(config, config.learning_rate, steps, warmup_steps(config, steps))(step))
 
 
 def multipliers(config: OptimizerConfig, trained: dict, num_layers: int) -> dict:
@@ -125,12 +144,98 @@ def a_matrix_at_a_time(inner: optax.GradientTransformation) -> optax.GradientTra
   return optax.GradientTransformation(init, update)
 
 
-def _scaling(config: OptimizerConfig) -> optax.GradientTransformation:
+MUON_MOMENTUM = 0.95  # Jordan et al. 2024, Nesterov's
+# The root mean square of an update of Muon. It is about that of AdamW, so that one rate and one
+# decay fit both (Liu et al. 2025, section 2.2).
+MUON_RMS = 0.2
+
+
+def matrix_axes(path: str, ndim: int) -> contrib.MuonDimensionNumbers | None:
+  """The axes of inputs and of outputs where the parameter is a matrix of every layer, else None.
+
+  Matrices are kernels and low-rank adapters. The first axis is that of the layers, and heads are
+  part of what a kernel gives, or of what `out` takes.
+  """
+  if STACKED not in path or not re.search("/(kernel|lora_a|lora_b)$", path):
+    return None
+  axes = tuple(range(1, ndim))
+  inputs = ndim - 2 if path.endswith("out/kernel") else 1
+  return contrib.MuonDimensionNumbers(axes[:inputs], axes[inputs:])
+
+
+def orthogonalised(momenta: dict) -> dict:
+  """Every layer's matrix with its singular values brought near 1, times 0.2 sqrt(longer side).
+
+  Five steps of Newton-Schulz by optax (Jordan et al. 2024). The root mean square of an orthogonal
+  matrix is 1 / sqrt(longer side), so that of what is returned is near MUON_RMS.
+  """
+  axes = {path: matrix_axes(path, x.ndim) for path, x in momenta.items()}
+  newton_schulz = contrib.scale_by_muon(
+    beta=0.0, nesterov=False, weight_dimension_numbers=axes
+  )  # the momentum is in the momenta
+
+  def sized(x: jax.Array, numbers: contrib.MuonDimensionNumbers) -> jax.Array:
+    sides = [math.prod(x.shape[axis] for axis in side) for side in numbers]
+    return MUON_RMS * max(sides) ** 0.5 * x
+
+  def moved(leaves: dict, order: int) -> dict:
+    out = {}
+    for path, x in leaves.items():
+      for spec in layer_by_layer(path, x.shape)[::order]:
+        x = constrain(x, *spec)
+      out[path] = x
+    return out
+
+  whole = moved(momenta, 1)
+  matrices, _ = newton_schulz.update(whole, newton_schulz.init(whole))
+  return moved({path: sized(x, axes[path]) for path, x in matrices.items()}, -1)
+
+
+def _muon(config: OptimizerConfig, trained: dict) -> optax.GradientTransformation:
+  """Muon for the matrices of layers, AdamW for the rest: embeddings, heads, norms and biases."""
+  matrices = {path for path, leaf in trained.items() if matrix_axes(path, leaf.ndim)}
+  if not matrices:
+    raise UserError(
+      "config.optimizer.name=muon: no trained parameter is a matrix of a layer, and Muon trains "
+      "no others; take adamw, or let config.optimizer.freeze leave kernels of layers"
+    )
+  muon = optax.chain(
+    optax.trace(MUON_MOMENTUM, nesterov=True, accumulator_dtype=config.moment_dtype),
+    optax.stateless(lambda momenta, _: orthogonalised(momenta)),
+  )
+  adam = _adam(config)
+
+  def apart(leaves: dict) -> tuple[dict, dict]:
+    return (
+      {path: x for path, x in leaves.items() if path in matrices},
+      {path: x for path, x in leaves.items() if path not in matrices},
+    )
+
+  def init(params: dict) -> dict:
+    of_layers, rest = apart(params)
+    return {"muon": muon.init(of_layers), "adamw": adam.init(rest)}
+
+  def update(grads: dict, state: dict, params: dict | None = None) -> tuple[dict, dict]:
+    of_layers, rest = apart(grads)
+    of_layers, muon_state = muon.update(of_layers, state["muon"])
+    rest, adam_state = adam.update(rest, state["adamw"])
+    return of_layers | rest, {"muon": muon_state, "adamw": adam_state}
+
+  return optax.GradientTransformation(init, update)
+
+
+def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
+  return optax.scale_by_adam(
+    config.beta1, config.beta2, config.epsilon, mu_dtype=config.moment_dtype
+  )
+
+
+def _scaling(config: OptimizerConfig, trained: dict) -> optax.GradientTransformation:
   """Gradients -> updates of the right size for a rate of 1."""
   if config.name == "adamw":
-    return optax.scale_by_adam(
-      config.beta1, config.beta2, config.epsilon, mu_dtype=config.moment_dtype
-    )
+    return _adam(config)
+  if config.name == "muon":
+    return _muon(config, trained)
   # Adafactor as T5 used it: no momentum, second moments in factors, updates clipped, steps relative to
   # the parameters (Shazeer and Stern 2018, algorithm 4, sections 6 and 8).
   return a_matrix_at_a_time(
@@ -150,10 +255,11 @@ def make(
   learning_rate=None,
   warmup: int | None = None,
 ) -> optax.GradientTransformation:
-  """AdamW (Loshchilov and Hutter 2019) or Adafactor over the trained parameters, a path -> array dict.
+  """The optimizer of the trained parameters, a path -> array dict.
 
-  Gradients are clipped by their global norm, AdamW's moments bias-corrected, decay decoupled and scaled by
-  the rate. `learning_rate` and `warmup` stand for the config's where a search sets them.
+  AdamW (Loshchilov and Hutter 2019), Adafactor or Muon. Gradients are clipped by their global norm,
+  AdamW's moments bias-corrected, decay decoupled and scaled by the rate. `learning_rate` and
+  `warmup` stand for the config's where a search sets them.
   """
   try:
     no_decay = re.compile(config.no_decay) if config.no_decay else None
@@ -170,7 +276,7 @@ def make(
     warmup_steps(config, steps) if warmup is None else warmup,
   )
   parts = [optax.clip_by_global_norm(config.grad_clip_norm)] if config.grad_clip_norm else []
-  parts += [_scaling(config), optax.add_decayed_weights(config.weight_decay, mask=decays)]
+  parts += [_scaling(config, trained), optax.add_decayed_weights(config.weight_decay, mask=decays)]
   if any(np.any(f != 1.0) for f in factors.values()):
     parts.append(
       optax.stateless(
