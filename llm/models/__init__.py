@@ -1,4 +1,4 @@
-"""Architectures (Flax Linen). A file exports FACTS, what it is; SIZES, published shapes; Backbone."""
+"""Architectures (Flax Linen): a file exports FACTS (what it is), SIZES (published) and Backbone."""
 
 import importlib
 from types import ModuleType

@@ -1,4 +1,4 @@
-"""What an architecture publishes and a user does not choose, and shapes that follow from a config."""
+"""What an architecture publishes and a user does not choose; shapes that follow from a config."""
 
 import dataclasses
 

@@ -47,8 +47,8 @@ OF_THE_MACHINE = ("dtype", "scan", "attention")
 class Experiment:
   """A config with everything resolved but its data: the model's shape, the tokenizer, the classes.
 
-  asked: the config before `on` settled what "auto" is. start: the verified step that the run resumes
-  or transfers from.
+  asked: the config before `on` settled what "auto" is. start: the verified step that the run
+  resumes or transfers from.
   """
 
   config: Config
@@ -142,7 +142,7 @@ def prepare(config: Config, own: epath.Path | None = None, say: Callable = print
 
 
 def without_data(config: Config, say: Callable = print) -> Experiment:
-  """The experiment of a config, for looking at its programs: no source is read, no tokenizer trained.
+  """The experiment of a config whose programs are looked at: no source is read.
 
   How many examples share a row is the data's: here each has a row, the most that a batch takes.
   Raises UserError as `prepare`.
