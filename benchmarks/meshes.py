@@ -54,7 +54,10 @@ def run(name: str, shape, accum: int, dtype: str, optimizer, steps: int):
       batch = {k: np.concatenate([v, v]) for k, v in batch_of(8, seed=number).items()}
       state, found = train(state, jax.device_put(batch, sharding.batch_sharding(mesh)), 0)
       losses.append(metrics.means([jax.device_get(found)])["loss"])
-  host = lambda tree: {path: np.asarray(leaf) for path, leaf in tree.items()}
+
+  def host(tree):
+    return {path: np.asarray(leaf) for path, leaf in tree.items()}
+
   return (
     np.array(losses),
     host(state.trained),

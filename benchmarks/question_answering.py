@@ -111,7 +111,10 @@ def theirs(options):
       ids, mask = (np.zeros((options.rows, options.length), np.int64) for _ in range(2))
       for row, window in enumerate(chosen):
         ids[row, : len(window.tokens)], mask[row, : len(window.tokens)] = window.tokens, 1
-      ends = lambda side: torch.tensor([getattr(w, side) for w in chosen])
+
+      def ends(side):
+        return torch.tensor([getattr(w, side) for w in chosen])
+
       model(
         torch.tensor(ids),
         attention_mask=torch.tensor(mask),

@@ -157,11 +157,14 @@ def test_cudnn_is_the_reference_forward_and_backward(causal, kv_heads):
     x if x.dtype == jnp.int32 else x.astype(jnp.bfloat16) for x in inputs(kv_heads)
   )
   seen = attention.Visibility(segments, segments, positions, positions, causal)
-  both = lambda attend: jax.jit(
-    jax.value_and_grad(
-      lambda *qkv: attend(*qkv, seen, scale=K**-0.5).astype(jnp.float32).var(), (0, 1, 2)
+
+  def both(attend):
+    return jax.jit(
+      jax.value_and_grad(
+        lambda *qkv: attend(*qkv, seen, scale=K**-0.5).astype(jnp.float32).var(), (0, 1, 2)
+      )
     )
-  )
+
   for ours, theirs in zip(
     *(jax.tree.leaves(both(attend)(q, k, v)) for attend in (cudnn.attend, attention.attend))
   ):
@@ -197,9 +200,12 @@ def test_cudnn_leaks_nothing(causal):
   q, k, v, segments, positions = (
     x if x.dtype == jnp.int32 else x.astype(jnp.bfloat16) for x in inputs(4)
   )
-  run = lambda *qkv: cudnn.attend(
-    *qkv, attention.Visibility(segments, segments, positions, positions, causal), scale=K**-0.5
-  )
+
+  def run(*qkv):
+    return cudnn.attend(
+      *qkv, attention.Visibility(segments, segments, positions, positions, causal), scale=K**-0.5
+    )
+
   other = (segments == 2)[..., None, None]
   moved, before = run(*(jnp.where(other, x + 3, x) for x in (q, k, v))), run(q, k, v)
   rest = np.asarray(segments != 2)

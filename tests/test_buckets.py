@@ -54,14 +54,17 @@ def bucket():
 def test_a_run_in_a_bucket(bucket, corpus, tmp_path):
   """It leaves what a run in a folder does, is cut off, goes on bit-equal, and its checkpoint is one for every command."""
   run, said = f"{bucket}/it", []
-  constant = lambda **more: tiny(
-    "gpt",
-    f"text:{corpus}",
-    training__save_every=2,
-    training__log_every=1,
-    optimizer__schedule="constant",
-    **more,
-  )
+
+  def constant(**more):
+    return tiny(
+      "gpt",
+      f"text:{corpus}",
+      training__save_every=2,
+      training__log_every=1,
+      optimizer__schedule="constant",
+      **more,
+    )
+
   loop.train(constant(training__steps=4), run, say=said.append)
   folder = storage.folder(run)
   (

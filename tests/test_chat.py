@@ -80,11 +80,14 @@ def test_a_mask_that_is_dropped_is_seen(tmp_path):
   example = rows.example(0, None)
   everything = {**example, "weights": (example["segments"] > 0).astype(np.float32)}
   losses = {"losses": np.random.default_rng(0).random((1, 512)), "correct": np.zeros((1, 512))}
-  value = lambda e: float(
-    chat.Objective().loss(
-      losses, {k: v[None] for k, v in e.items()}, {"tokens": e["weights"].sum()}
-    )[0]
-  )
+
+  def value(e):
+    return float(
+      chat.Objective().loss(
+        losses, {k: v[None] for k, v in e.items()}, {"tokens": e["weights"].sum()}
+      )[0]
+    )
+
   assert value(example) != pytest.approx(value(everything), rel=1e-3) and "".join(
     learned(everything)
   ) not in learned(example)

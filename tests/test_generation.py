@@ -65,7 +65,9 @@ def uncached(model, params, prompt, new):
     last = own_count if t5 else count
     return (hidden[0, last - 1] @ table.T)[: BYTES.vocab_size].argmax()
 
-  fixed = lambda ids: jnp.array(np.r_[ids, np.zeros(64 - len(ids))].astype(np.int32))
+  def fixed(ids):
+    return jnp.array(np.r_[ids, np.zeros(64 - len(ids))].astype(np.int32))
+
   for _ in range(new):
     text = read if t5 else read + wrote
     token = int(following(fixed(text), len(text), fixed(wrote), len(wrote)))
@@ -122,9 +124,12 @@ def test_the_cache_and_the_batch_change_no_token(name, monkeypatch):
 
 def test_draws_follow_their_distribution_and_repeat():
   logits = np.log([0.4, 0.3, 0.2, 0.07, 0.03])
-  draw = lambda sampling, seed=0: np.asarray(
-    decoding.draw(jnp.tile(jnp.array(logits), (20_000, 1)), jax.random.key(seed), sampling)
-  )
+
+  def draw(sampling, seed=0):
+    return np.asarray(
+      decoding.draw(jnp.tile(jnp.array(logits), (20_000, 1)), jax.random.key(seed), sampling)
+    )
+
   odds = np.exp(logits)
   for sampling, expected in (
     (Sampling(1.0), odds),

@@ -38,7 +38,7 @@ def test_masking_is_as_published(corpus, byte_tokenizer, pairs):
   rows = rows_of(objective, corpus, byte_tokenizer)
   kinds = collections.Counter()
   rng = np.random.default_rng(0)
-  for epoch in range(20):
+  for _ in range(20):
     for i in range(len(rows)):
       example = rows.example(i, rng)
       real = example["masked_weights"] > 0

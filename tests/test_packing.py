@@ -44,7 +44,7 @@ def texts(count, seed=0, longest=20):
 def labelled(objective, given, name="bert", length=T, labels=None):
   """(objective, its rows) of texts; without labels, those are the parity of the texts' numbers."""
   labels = [int(t[:2]) % 2 for t in given] if labels is None else labels
-  records = [{"text": t, "label": str(l)} for t, l in zip(given, labels)]
+  records = [{"text": t, "label": str(label)} for t, label in zip(given, labels)]
   if not objective.regression:
     objective = dataclasses.replace(objective, classes=("0", "1"), num_classes=2)
   source = type("Source", (), {"records": lambda self: iter(records), "spec": "records"})()

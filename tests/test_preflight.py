@@ -113,8 +113,12 @@ def test_groups_are_read_in_every_way_that_they_are_written(text, group):
 
 def test_loops_count_as_often_as_they_run():
   def nested(x):
-    inner = lambda c, _: (c @ c, None)
-    outer = lambda c, _: (jax.lax.scan(inner, c, None, length=5)[0] @ c, None)
+    def inner(c, _):
+      return (c @ c, None)
+
+    def outer(c, _):
+      return (jax.lax.scan(inner, c, None, length=5)[0] @ c, None)
+
     return jax.lax.scan(outer, x, None, length=7)[0]
 
   assert flops.dot_flops(jax.make_jaxpr(nested)(np.ones((8, 8)))) == (7 * 5 + 7) * 2 * 8**3

@@ -58,7 +58,7 @@ def test_every_corrupted_example_reassembles_and_is_as_published(corpus):
   objective = span_corruption.Objective()
   rows = rows_of(objective, corpus)
   rng, cut, spans, total = np.random.default_rng(0), 0, 0, 0
-  for epoch in range(3):
+  for _ in range(3):
     for i in range(len(rows)):
       example = rows.example(i, rng)
       found = list(pieces_of(example))
@@ -203,7 +203,10 @@ def test_text_to_text_reads_what_it_was_given(tmp_path):
 
 def test_choices_are_told_by_their_likelihood_and_exact_matches_by_every_token():
   objective = text_to_text.Objective(targets=("a=x", "b=y"))
-  pair = lambda record, gold: text_to_text.Pair(record, gold, np.zeros(3), np.zeros(2))
+
+  def pair(record, gold):
+    return text_to_text.Pair(record, gold, np.zeros(3), np.zeros(2))
+
   rows = text_to_text.PairRows(
     [pair(0, True), pair(0, False), pair(1, True), pair(1, False)],
     [np.array([0, 1]), np.array([2, 3])],

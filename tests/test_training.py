@@ -171,7 +171,10 @@ def test_adafactor_sees_the_matrices_of_single_layers():
     "backbone/layers/mlp_norm/scale": (2, 160),
     "backbone/token/embedding": (128, 160),
   }
-  draw = lambda: {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
+
+  def draw():
+    return {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
+
   params, grads = draw(), [draw(), draw()]
 
   def alone(leaves):
@@ -244,7 +247,10 @@ def test_frozen_parameters_stay_and_cost_no_moments(freeze, corpus, tmp_path):
       assert same or not frozen, path
       moved += not same
   assert moved
-  sizes = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+
+  def sizes(tree):
+    return sum(x.size for x in jax.tree.leaves(tree))
+
   assert sizes(before.opt_state) <= 2 * sizes(before.trained) + 8
 
 
@@ -288,7 +294,8 @@ def test_a_run_continued_is_the_run_uninterrupted(name, corpus, tmp_path):
   loop.train(config, tmp_path / "parts")
   assert same(final_state(tmp_path / "whole"), final_state(tmp_path / "parts"))
   steps = [
-    json.loads(l)["step"] for l in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()
+    json.loads(line)["step"]
+    for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()
   ]
   assert steps == [2, 4, 6]
 
@@ -447,9 +454,14 @@ def test_workers_end_with_their_run(number, killable, tmp_path):
   first = start(config, tmp_path, kill, start_new_session=True)
   output = first.communicate(timeout=120)[0]  # to which its workers write too
   assert first.returncode == (128 + number if number == signal.SIGTERM else -number), output
-  members = lambda: [
-    p.pid for p in psutil.process_iter(["pid"]) if p.pid != first.pid and _group(p.pid) == first.pid
-  ]
+
+  def members():
+    return [
+      p.pid
+      for p in psutil.process_iter(["pid"])
+      if p.pid != first.pid and _group(p.pid) == first.pid
+    ]
+
   for _ in range(100):
     if not members():
       break
@@ -495,9 +507,9 @@ def test_the_best_checkpoint_stays(corpus, tmp_path):
   )
   loop.train(config, tmp_path)
   losses = {
-    l["step"]: l["loss"]
-    for l in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
-    if l["split"] == "eval"
+    line["step"]: line["loss"]
+    for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    if line["split"] == "eval"
   }
   assert set(manager.steps(tmp_path / "checkpoints")) == {6, max(losses, key=losses.get)}
 

@@ -55,9 +55,9 @@ def test_answers_to_unseen_abstracts_beat_the_best_constant_one(tmp_path):
     )
     return 100 * json.loads(said.splitlines()[-1])["f1"]
 
-  split = lambda name: [
-    [a["text"] for a in r["answers"]] for r in embedded.records("abstracts", name, CACHE)
-  ]
+  def split(name):
+    return [[a["text"] for a in r["answers"]] for r in embedded.records("abstracts", name, CACHE)]
+
   known = [text for found in split("train") for text in found]
   constant = max(
     100 * np.mean([answers.f1(guess, gold) for gold in split("test")]) for guess in known
