@@ -1,10 +1,14 @@
-"""Every factorization of 8 devices over data, fsdp, tensor and context beside one device, for BERT, GPT and T5.
+"""Compares every mesh of 8 devices over data, fsdp, tensor and context with one device.
 
   PYTHONPATH=. python benchmarks/meshes.py     (eight virtual devices; some ten minutes)
 
-A table of the largest relative differences: gradients in float64, then the losses of five steps and the parameters after
-them in float32 under SGD; dropout off; also with the batch worked through in two parts.
+It prints the largest relative differences for BERT, GPT and T5: of the gradients in float64, then
+of the losses of five steps and the parameters after them in float32 under SGD. Dropout is off. Each
+mesh also works through the batch in two parts.
 """
+
+# JAX gets its settings before the imports that may start it.
+# ruff: noqa: E402
 
 import itertools
 import os

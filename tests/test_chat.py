@@ -1,4 +1,4 @@
-"""Conversations: the loss covers the assistant's tokens alone, for any template that goes turn by turn."""
+"""The loss covers the assistant's tokens alone, for any template that goes turn by turn."""
 
 import json
 
@@ -13,12 +13,14 @@ from llm.objectives import chat
 
 BYTES, GPT = tokenizer_lib.ByteTokenizer(), ModelConfig(name="gpt")
 CHATML = (
-  "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}{{ eos_token }}\n{% endfor %}"
+  "{% for message in messages %}"
+  "<|im_start|>{{ message.role }}\n{{ message.content }}{{ eos_token }}\n{% endfor %}"
   "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 LLAMA2 = (
   "{% for message in messages %}{% if message.role == 'user' %}[INST] {{ message.content }} [/INST]"
-  "{% elif message.role == 'assistant' %} {{ message.content }} {{ eos_token }}{% else %}<<SYS>>{{ message.content }}<</SYS>>"
+  "{% elif message.role == 'assistant' %} {{ message.content }} {{ eos_token }}"
+  "{% else %}<<SYS>>{{ message.content }}<</SYS>>"
   "{% endif %}{% endfor %}"
 )
 TALK = [

@@ -1,4 +1,4 @@
-"""Writing: the cache changes nothing, rows know nothing of each other, draws follow their distribution."""
+"""The cache changes no text, rows know nothing of each other, draws follow their distribution."""
 
 import dataclasses
 
@@ -27,10 +27,8 @@ NEW = 12
 
 def writer_of(name):
   model = model_of(name, vocab_size=BYTES.vocab_size, max_length=64, tied=name == "gpt")
-  growth = {
-    "kernel": 1.0 if name == "t5" else 6.0,
-    "position": 50.0,
-  }  # else every token is the one before
+  # Without growth, every token is the one before.
+  growth = {"kernel": 1.0 if name == "t5" else 6.0, "position": 50.0}
 
   def grown(path, x):
     return x * next((g for part, g in growth.items() if part in jax.tree_util.keystr(path)), 1.0)
@@ -112,9 +110,8 @@ def test_the_cache_and_the_batch_change_no_token(name, monkeypatch):
     expected = uncached(model, params, BYTES.encode([prompt])[0], NEW)
     assert found.tokens == [t for t in expected if t != BYTES.eos]
     assert made.write([prompt], NEW)[0].tokens == found.tokens
-    assert [step[0][0] for step in found.choices][
-      : len(found.tokens)
-    ] == found.tokens  # greedy took the likeliest
+    # Greedy took the likeliest.
+    assert [step[0][0] for step in found.choices][: len(found.tokens)] == found.tokens
   assert len({t for found in together for t in found.tokens}) > 8
   # Prompts of another length in the same bucket, and another count of tokens, compile nothing.
   before = len(traced)

@@ -80,7 +80,10 @@ def batch_of(name: str) -> dict[str, np.ndarray]:
 
 
 def one_step(name: str, dtype: str, compiled: bool) -> tuple[float, dict, dict]:
-  """(loss, first moments: a tenth of the gradients, change of the parameters) of a step of AdamW."""
+  """(loss, first moments, change of the parameters) of a step of AdamW.
+
+  The first moments are a tenth of the gradients.
+  """
   config = ModelConfig(
     name=name,
     num_layers=2,

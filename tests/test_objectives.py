@@ -141,9 +141,8 @@ def test_next_tokens_follow_and_end(corpus, byte_tokenizer):
     seen.update(example["tokens"][example["segments"] > 0].tolist())
     assert (example["weights"] == (example["segments"] > 0)).all()
   assert ends == len(rows.documents)
-  assert seen == collections.Counter(
-    np.asarray(rows.documents.tokens_N).tolist()
-  )  # no token dropped or doubled
+  # No token is dropped or doubled.
+  assert seen == collections.Counter(np.asarray(rows.documents.tokens_N).tolist())
 
 
 def jsonl(tmp_path, records, name="data.jsonl"):

@@ -324,13 +324,8 @@ class Shared:
   "examples, parts, rows, weights, expected",
   [
     (33, 1, [Shared(50, 50)], [1.0], 33),
-    (
-      33,
-      1,
-      [Shared(53, 53), Shared(60, 60)],
-      [0.7, 0.3],
-      33,
-    ),  # a row is an example: as many, divided or not
+    # A row is an example: as many, divided or not.
+    (33, 1, [Shared(53, 53), Shared(60, 60)], [0.7, 0.3], 33),
     (32, 1, [Shared(100, 400)], [1.0], 8),
     (32, 1, [Shared(100, 1000)], [1.0], 4),
     (8, 1, [Shared(100, 1000)], [1.0], 1),

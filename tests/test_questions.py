@@ -1,4 +1,7 @@
-"""Questions and answers: scores by hand, windows that cover every answer, thresholds, files and what bad ones are told."""
+"""Questions and answers: scores by hand, windows that cover every answer, thresholds, files.
+
+Bad files get a message that names the mistake.
+"""
 
 import json
 
@@ -42,7 +45,7 @@ def test_the_threshold_is_the_best_of_all():
     answered, unanswered = rng.random(n), rng.integers(0, 2, n).astype(float)
     tried = [-np.inf, *margins, np.inf]
 
-    def score(t):
+    def score(t, margins=margins, answered=answered, unanswered=unanswered):
       return np.where(margins > t, unanswered, answered).mean()
 
     threshold, best = answers.best_threshold(margins, answered, unanswered)

@@ -157,9 +157,8 @@ def test_schedules():
   assert rate("wsd", decay_share=0.4) == pytest.approx([0.5, 1, 1.5, 2, 2, 2, 2, 1.5, 1, 0.5, 0])
   assert rate("wsd", decay_share=1.0) == pytest.approx(rate("linear"))
   t5 = optimizer.schedule(OptimizerConfig(schedule="rsqrt"), 0.01, 10**6, 10_000)
-  assert [float(t5(s)) for s in (0, 40_000)] == pytest.approx(
-    [0.01, 0.005]
-  )  # 1 / sqrt(max(step, 10,000))
+  # 1 / sqrt(max(step, 10,000))
+  assert [float(t5(s)) for s in (0, 40_000)] == pytest.approx([0.01, 0.005])
 
 
 def test_adafactor_sees_the_matrices_of_single_layers():
@@ -267,7 +266,7 @@ def test_flops_are_the_formula():
     else:
       head = 2 * 12 * (width**2 + width * 128) + 2 * 4 * (width**2 + 2 * width)
       expected = 3 * (layers * (block + attention) + head)
-    params = jax.eval_shape(lambda: params_of(model))
+    params = jax.eval_shape(lambda model=model: params_of(model))
     assert flops.model_flops(model, params, batch, model.backbone.config) == pytest.approx(
       expected, rel=1e-9
     )
@@ -326,7 +325,8 @@ def killing(*args):
   def wrapped(*a):
     count[0] += 1
     if count[0] == 4:
-      while not os.path.exists(sys.argv[2] + "/checkpoints/2"): pass   # its save runs beside the steps
+      # The save runs beside the steps.
+      while not os.path.exists(sys.argv[2] + "/checkpoints/2"): pass
       os.kill(os.getpid(), signal.SIGKILL)
     return train(*a)
   return wrapped
@@ -441,7 +441,10 @@ def test_sigterm_saves_and_says_how_to_go_on(killable, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_workers_end_with_their_run(number, killable, tmp_path):
-  """A signal to every process of a job, as Slurm sends it, lets the run save; one that ends it by force ends them too."""
+  """A signal to every process of a job, as Slurm sends it, lets the run save.
+
+  A signal that ends the run by force ends its workers too.
+  """
   config, expected = killable
   config = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=2))
   kill = (
