@@ -1,4 +1,4 @@
-"""Runs that an earlier revision left half done: old configs and checkpoints load, and go on as they would have."""
+"""An earlier revision left runs half done: they load here and go on as they would have there."""
 
 import dataclasses
 import importlib.util
