@@ -4,7 +4,7 @@ import ctypes
 import dataclasses
 import os
 import sys
-from typing import Any, Callable
+from typing import Any, Callable, Mapping
 
 import jax
 import psutil
@@ -42,7 +42,7 @@ def run(main: Callable[[], int | None], argv: list[str] | None = None):
   sys.exit(status or 0)
 
 
-def run_verb(name: str, verbs: dict[str, Callable[[], int | None]], argv: list[str]):
+def run_verb(name: str, verbs: Mapping[str, Callable[[], int | None]], argv: list[str]):
   """Runs `python -m NAME VERB --flags`: calls the function that `verbs` has for the verb."""
   argv = list(argv)
   verb = argv.pop(1) if len(argv) > 1 else ""  # absl must not see it
