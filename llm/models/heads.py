@@ -1,6 +1,7 @@
-"""Heads: what is computed from the hidden states, and only where something is predicted.
+"""Heads: what an objective needs of the hidden states. They compute only what is predicted.
 
-A head is called as `head(hidden_BxTxD, batch, table_VxD, train=)` and returns a dict of arrays.
+A head is called as `head(hidden_BxTxD, batch, table_VxD, train=)`, where the table is that of the
+output layer. It returns a dict of arrays.
 """
 
 import jax
@@ -18,7 +19,7 @@ from llm.sharding import BATCH, constrain
 
 
 class Model(nn.Module):
-  """A backbone with a head; parameters are {"backbone": ..., "head": ...}."""
+  """A backbone with a head. Its parameters are {"backbone": ..., "head": ...}."""
 
   backbone: nn.Module
   head: nn.Module
@@ -38,13 +39,14 @@ def token_losses(
   vocab_size: int,
   chunk: int,
 ) -> tuple[jax.Array, jax.Array]:
-  """Cross-entropy of each target in nats and whether it was the likeliest token, both BxT float32.
+  """(cross-entropy of each target in nats, 1 where the target is the likeliest token), both BxT.
 
-  Logits of the padding of the vocabulary do not count. With `chunk`, that many positions at a
-  time, recomputed in the backward pass, so that BxTxV logits never exist.
+  Both are float32 or better. Logits of the vocabulary's padding do not count. chunk: so many
+  positions are computed at a time, and once more in the backward pass, so that BxTxV logits never
+  exist; 0 computes all positions at once.
   """
 
-  def losses(hidden_BxTxD, targets_BxT):
+  def losses(hidden_BxTxD: jax.Array, targets_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
     exact = jnp.promote_types(hidden_BxTxD.dtype, jnp.float32)
     logits_BxTxV = matmul(hidden_BxTxD, table_VxD.T, types).astype(exact)
     if bias_V is not None:
@@ -55,20 +57,28 @@ def token_losses(
     target_BxT = jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None], axis=-1)[..., 0]
     best_BxT = jax.lax.stop_gradient(logits_BxTxV.max(-1))
     total_BxT = jnp.exp(logits_BxTxV - best_BxT[..., None]).sum(-1)
-    return best_BxT + jnp.log(total_BxT) - target_BxT, (target_BxT >= best_BxT).astype(exact)
+    losses_BxT = best_BxT + jnp.log(total_BxT) - target_BxT
+    return losses_BxT, (target_BxT >= best_BxT).astype(exact)
 
   length = targets_BxT.shape[1]
   if not chunk or chunk >= length:
     return losses(hidden_BxTxD, targets_BxT)
-  rest = -length % chunk
-  pieces = [
-    jnp.pad(a, ((0, 0), (0, rest)) + ((0, 0),) * (a.ndim - 2))
-    .reshape(a.shape[0], -1, chunk, *a.shape[2:])
-    .swapaxes(0, 1)
-    for a in (hidden_BxTxD, targets_BxT)
-  ]
-  chunks = jax.lax.map(lambda piece: jax.checkpoint(losses)(*piece), tuple(pieces))
-  return tuple(a.swapaxes(0, 1).reshape(a.shape[1], -1)[:, :length] for a in chunks)
+  chunks = (_chunked(hidden_BxTxD, chunk), _chunked(targets_BxT, chunk))
+  losses_NxBxT, correct_NxBxT = jax.lax.map(lambda args: jax.checkpoint(losses)(*args), chunks)
+  return _joined(losses_NxBxT, length), _joined(correct_NxBxT, length)
+
+
+def _chunked(array: jax.Array, chunk: int) -> jax.Array:
+  """B x T x .. -> chunks x B x chunk x .., the last chunk padded with zeros."""
+  rows, length, *other = array.shape
+  padding = ((0, 0), (0, -length % chunk)) + ((0, 0),) * len(other)
+  return jnp.pad(array, padding).reshape(rows, -1, chunk, *other).swapaxes(0, 1)
+
+
+def _joined(array_NxBxT: jax.Array, length: int) -> jax.Array:
+  """Chunks x B x chunk -> B x length: the inverse of `_chunked`."""
+  rows = array_NxBxT.shape[1]
+  return array_NxBxT.swapaxes(0, 1).reshape(rows, -1)[:, :length]
 
 
 class CausalLMHead(nn.Module):
@@ -93,15 +103,21 @@ class CausalLMHead(nn.Module):
 
 
 def pooler(hidden_BxTxD: jax.Array, firsts_BxN: jax.Array, types: Precision) -> jax.Array:
-  """BxNxD: tanh(W h + b) of the first token of each example of a row: of BERT's published code,
-  where both phases share it."""
+  """tanh(W h + b) of the first token of each example of a row -> BxNxD.
+
+  It is in BERT's published code, and both phases share it.
+  """
   width = hidden_BxTxD.shape[-1]
   first_BxNxD = jnp.take_along_axis(hidden_BxTxD, firsts_BxN[..., None], axis=1)
   return jnp.tanh(Linear((width, width), precision=types, name="pooler")(first_BxNxD))
 
 
 class MaskedLMHead(nn.Module):
-  """Losses at the masked positions (transform, tied decoder) and of next-sentence prediction."""
+  """Token losses at the masked positions, BxM, and logits of next-sentence prediction, BxNx2.
+
+  The output layer is a linear transform with a norm, then the embedding table and a bias (BERT's
+  published code).
+  """
 
   config: ModelConfig
   next_sentence: bool
@@ -110,7 +126,9 @@ class MaskedLMHead(nn.Module):
   def __call__(
     self, hidden_BxTxD: jax.Array, batch: Batch, table_VxD: jax.Array, *, train: bool
   ) -> dict[str, jax.Array]:
-    cfg, types, facts = self.config, precision.of(self.config), models.facts(self.config)
+    cfg = self.config
+    types = precision.of(cfg)
+    facts = models.facts(cfg)
     masked_BxMxD = jnp.take_along_axis(hidden_BxTxD, batch["masked_positions"][..., None], axis=1)
     transform = Linear(
       (cfg.width, cfg.width),
@@ -134,14 +152,13 @@ class MaskedLMHead(nn.Module):
     outputs = {"losses": losses, "correct": correct}
     if self.next_sentence:
       pooled_BxNxD = pooler(hidden_BxTxD, batch["firsts"], types)
-      outputs["pair_logits"] = Linear((cfg.width, 2), precision=types, name="next_sentence")(
-        pooled_BxNxD
-      ).astype(losses.dtype)
+      next_sentence = Linear((cfg.width, 2), precision=types, name="next_sentence")
+      outputs["pair_logits"] = next_sentence(pooled_BxNxD).astype(losses.dtype)
     return outputs
 
 
 class SpanHead(nn.Module):
-  """Scores BxT of every token as the start, and as the end, of an answer."""
+  """Scores of every token as the start and as the end of an answer, BxT each."""
 
   config: ModelConfig
 
@@ -156,7 +173,7 @@ class SpanHead(nn.Module):
 
 
 class LMBias(nn.Module):
-  """The output bias of the masked language model."""
+  """The output bias of the masked language model: V."""
 
   size: int
 
@@ -168,8 +185,8 @@ class LMBias(nn.Module):
 class ClassificationHead(nn.Module):
   """Logits BxNxC from one vector an example: segment n + 1 of a row begins at firsts_BxN[:, n].
 
-  pooling: first (BERT's pooled first token), last (the last token of a decoder), mean (of all
-  tokens of the example).
+  pooling: "first" is BERT's pooler on the first token, "last" the last token and "mean" the mean of
+  all tokens of the example.
   """
 
   config: ModelConfig
@@ -180,22 +197,28 @@ class ClassificationHead(nn.Module):
   def __call__(
     self, hidden_BxTxD: jax.Array, batch: Batch, table_VxD: jax.Array, *, train: bool
   ) -> dict[str, jax.Array]:
-    cfg, types = self.config, precision.of(self.config)
-    firsts_BxN = batch["firsts"]
+    cfg = self.config
+    types = precision.of(cfg)
     if self.pooling == "first":
-      pooled_BxNxD = pooler(hidden_BxTxD, firsts_BxN, types)
+      pooled_BxNxD = pooler(hidden_BxTxD, batch["firsts"], types)
     else:
-      of_example_BxTxN = batch["segments"][..., None] == 1 + jnp.arange(firsts_BxN.shape[1])
-      lengths_BxN = jnp.maximum(of_example_BxTxN.sum(1), 1)  # slots may be empty
-      if self.pooling == "last":
-        last_BxN = firsts_BxN + lengths_BxN - 1
-        pooled_BxNxD = jnp.take_along_axis(hidden_BxTxD, last_BxN[..., None], axis=1)
-      else:
-        total_BxNxD = jnp.einsum(
-          "BTD,BTN->BND", hidden_BxTxD, of_example_BxTxN.astype(hidden_BxTxD.dtype)
-        )
-        pooled_BxNxD = total_BxNxD / lengths_BxN[..., None]
+      pooled_BxNxD = _last_or_mean(hidden_BxTxD, batch["firsts"], batch["segments"], self.pooling)
     key = self.make_rng("dropout") if train and cfg.dropout else None
     pooled_BxNxD = attention.dropout(pooled_BxNxD, cfg.dropout, key)
     classifier = Linear((cfg.width, self.num_classes), precision=types, name="classifier")
-    return {"logits": classifier(pooled_BxNxD).astype(jnp.promote_types(types.values, jnp.float32))}
+    logits_BxNxC = classifier(pooled_BxNxD)
+    return {"logits": logits_BxNxC.astype(jnp.promote_types(types.values, jnp.float32))}
+
+
+def _last_or_mean(
+  hidden_BxTxD: jax.Array, firsts_BxN: jax.Array, segments_BxT: jax.Array, pooling: str
+) -> jax.Array:
+  """The last token of each example ("last"), or the mean of its tokens ("mean"): BxNxD."""
+  of_example_BxTxN = segments_BxT[..., None] == 1 + jnp.arange(firsts_BxN.shape[1])
+  lengths_BxN = jnp.maximum(of_example_BxTxN.sum(1), 1)  # slots may be empty
+  if pooling == "last":
+    last_BxN = firsts_BxN + lengths_BxN - 1
+    return jnp.take_along_axis(hidden_BxTxD, last_BxN[..., None], axis=1)
+  weights_BxTxN = of_example_BxTxN.astype(hidden_BxTxD.dtype)
+  total_BxNxD = jnp.einsum("BTD,BTN->BND", hidden_BxTxD, weights_BxTxN)
+  return total_BxNxD / lengths_BxN[..., None]
