@@ -113,7 +113,7 @@ def _chat(bundle: Bundle, sampling: Sampling):
       sampling,
       _SEED.value + len(turns),
       _STOP.value,
-      seen=_printer(),
+      on_progress=_printer(),
     )
     print()
     turns.append({"role": "assistant", "content": answer.text})
