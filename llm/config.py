@@ -67,6 +67,8 @@ class ModelConfig:
   name: str = ""
   num_layers: int = key(0, at_least=0)
   width: int = key(0, at_least=0)
+  # Columns of the embedding table, where ELECTRA projects it to the width of its layers; 0: width.
+  embedding_width: int = key(0, at_least=0)
   num_heads: int = key(0, at_least=0)
   # Heads of keys and values; 0: num_heads.
   num_kv_heads: int = key(0, at_least=0)
@@ -254,7 +256,9 @@ class Config:
   training: TrainingConfig
 
 
-GROUPS = {f.name: f.type for f in dataclasses.fields(Config) if f.name != "objective"}
+GROUPS: dict[str, Any] = {
+  f.name: f.type for f in dataclasses.fields(Config) if f.name != "objective"
+}
 
 # What users of other codebases type, and what it is called here.
 ELSEWHERE = {
@@ -342,13 +346,11 @@ def freeze(config: Mapping[str, Any]) -> Config:
 
 def thaw(config: Config) -> dict[str, Any]:
   """Config -> plain dict, for JSON."""
-  return {
-    k: dict(v) if isinstance(v, Mapping) else dataclasses.asdict(v)
-    for k, v in ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config))
-  }
+  groups = {name: dataclasses.asdict(getattr(config, name)) for name in GROUPS}
+  return {**groups, "objective": dict(config.objective)}
 
 
 def defaults(objective: Mapping[str, Any]) -> Any:
-  """An ml_collections.ConfigDict with every key at its default: the start of each file in configs/."""
+  """An ml_collections.ConfigDict with every key at its default, for files in configs/."""
   groups = {name: dataclasses.asdict(cls()) for name, cls in GROUPS.items()}
   return ml_collections.ConfigDict({**groups, "objective": dict(objective)})

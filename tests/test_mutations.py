@@ -113,11 +113,11 @@ def broken(data: bytes, rng: random.Random) -> bytes:
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_broken_data(kind, reviews, tmp_path):
   rng = random.Random(kind)
-  lines = [json.loads(l) for l in (reviews / "eval.jsonl").read_text().splitlines()][:8]
+  lines = [json.loads(line) for line in (reviews / "eval.jsonl").read_text().splitlines()][:8]
   good = (
     "\n".join(map(json.dumps, lines))
     if kind == "jsonl"
-    else "text,label\n" + "\n".join(f'"{l["text"]}",{l["label"]}' for l in lines)
+    else "text,label\n" + "\n".join(f'"{line["text"]}",{line["label"]}' for line in lines)
   ).encode()
   path = tmp_path / f"data.{kind}"
   config = tiny(
