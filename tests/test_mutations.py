@@ -95,10 +95,10 @@ def test_broken_configs(kind, corpus, tmp_path, monkeypatch):
 def broken(data: bytes, rng: random.Random) -> bytes:
   data = bytearray(data)
   for _ in range(rng.randint(1, 4)):
-    at = rng.randrange(len(data))
+    at = rng.randrange(max(len(data), 1))
     how = rng.random()
     if how < 0.4:
-      data[at] = rng.randrange(256)
+      data[at : at + 1] = [rng.randrange(256)]
     elif how < 0.6:
       del data[at : at + rng.randint(1, 40)]
     elif how < 0.8:

@@ -1,8 +1,10 @@
 """Sources made of files: compressed, in Parquet, a folder of them."""
 
 import bz2
+import functools
 import gzip
 import json
+import random
 
 import pyarrow
 import pytest
@@ -11,6 +13,7 @@ from pyarrow import parquet
 from llm.config import DataConfig
 from llm.core import UserError
 from llm.data import sources
+from tests.test_mutations import broken, survives
 
 COMPRESSED = {
   ".gz": gzip.compress,
@@ -89,6 +92,24 @@ def test_a_damaged_parquet_file_is_one_line(tmp_path):
   with pytest.raises(UserError, match="a.parquet: not a whole Parquet file") as error:
     texts(f"parquet:{path}")
   assert "\n" not in str(error.value)
+
+
+def test_broken_bytes_are_one_line(tmp_path):
+  """Bytes changed, lost or put in: the records are read, or one line says what is wrong."""
+  rows = [{"text": f"some text {i}", "label": i % 2} for i in range(50)]
+  parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "whole.parquet")
+  lines = "\n".join(map(json.dumps, rows)).encode()
+  good = {f"jsonl:a.jsonl{ending}": pack(lines) for ending, pack in COMPRESSED.items()}
+  good["parquet:a.parquet"] = (tmp_path / "whole.parquet").read_bytes()
+  rng = random.Random(0)
+  for spec, data in good.items():
+    kind, name = spec.split(":")
+    read = functools.partial(texts, f"{kind}:{tmp_path / name}")
+    refused = 0
+    for _ in range(300):
+      (tmp_path / name).write_bytes(broken(data, rng))
+      refused += not survives(read)
+    assert refused > 100, spec
 
 
 def test_a_folder_means_its_files(tmp_path):

@@ -306,8 +306,10 @@ def _parquet_records(path: pathlib.Path) -> Iterator[dict]:
         for record in batch.to_pylist():
           number += 1
           yield {**record, "_where": f"{path} row {number}"}
-  except (pyarrow.ArrowException, OSError) as error:
-    raise UserError(f"{path}: not a whole Parquet file after row {number}: {first_line(error)}")
+  except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    raise UserError(
+      f"{path}: not a whole Parquet file after row {number} ({first_line(error)}); copy it again"
+    )
 
 
 def _tfds_builder(source: Source) -> Any:
