@@ -15,7 +15,7 @@ from llm.objectives import base
 def get_config(task: str = ""):
   """The config of one task; "" for the user's own data."""
   config = config_lib.defaults(base.defaults("span_qa"))
-  config.transfer.skip = (r"^head/",)
+  config.transfer.skip = (r"^(head|generator)/",)
   config.optimizer.update(learning_rate=3e-5, warmup_steps=-1)
   config.training.update(epochs=2.0, batch_size=32, sequence_length=384, log_every=50)
   if task in ("squad", "squad2"):

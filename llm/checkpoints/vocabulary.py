@@ -6,7 +6,12 @@ import numpy as np
 
 from llm.data.tokenizer import SPECIAL, Tokenizer
 
-PATHS = ("backbone/token/embedding", "backbone/output/embedding", "head/lm/bias")  # a row a piece
+PATHS = (  # a row a piece
+  "backbone/token/embedding",
+  "backbone/output/embedding",
+  "head/lm/bias",
+  "generator/head/lm/bias",
+)
 
 
 @dataclasses.dataclass(frozen=True)

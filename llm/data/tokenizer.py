@@ -137,6 +137,10 @@ class SentencePieceTokenizer(Tokenizer):
 class FastTokenizer(Tokenizer):
   """One that the `tokenizers` package computes: `_fast`."""
 
+  def definition(self) -> bytes:
+    """All of it as a tokenizer.json."""
+    return self._fast.to_str().encode()
+
   def encode(self, texts):
     return [e.ids for e in self._fast.encode_batch(list(texts), add_special_tokens=False)]
 

@@ -24,6 +24,7 @@ from llm.core import Batch, UserError
 from llm.data.sources import Source
 from llm.data.tokenizer import Tokenizer
 from llm.models import heads
+from llm.models.architecture import Facts
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight): divided once, at the end
 Outputs = dict[str, jax.Array]  # what the network computes
@@ -98,6 +99,10 @@ class Objective(abc.ABC):
     An objective that needs no reference does not call `predict`, which costs a pass over all rows.
     """
     return rows
+
+  def trains(self, facts: Facts) -> bool:
+    """Whether it trains an architecture of these facts."""
+    return facts.kind in self.kinds
 
   @abc.abstractmethod
   def batch_spec(self, model: ModelConfig, length: int) -> Spec:
@@ -239,9 +244,9 @@ def to_mapping(objective: Objective) -> dict[str, Any]:
 
 def check_kind(objective: Objective, model: ModelConfig):
   """Raises UserError where an objective does not train a model's kind of architecture."""
-  if models.facts(model).kind in objective.kinds:
+  if objective.trains(models.facts(model)):
     return
-  fitting = [name for name in models.NAMES if models.facts_of(name).kind in objective.kinds]
+  fitting = [name for name in models.NAMES if objective.trains(models.facts_of(name))]
   raise UserError(
     f"config.objective.name={to_mapping(objective)['name']} trains "
     f"{' or '.join(kind.replace('_', '-') for kind in objective.kinds)} models, not "

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llm import models
+from llm.checkpoints import vocabulary
 from llm.config import ModelConfig
 from llm.core import Batch, Params, flatten
 from llm.models import precision
@@ -125,8 +126,6 @@ def count_parameters(params: Params, vocab_size: int) -> int:
   total = 0
   for path, leaf in flatten(params).items():
     total += math.prod(leaf.shape)
-    if path in ("backbone/token/embedding", "backbone/output/embedding"):
-      total -= padding * leaf.shape[1]
-    elif path == "head/lm/bias":
-      total -= padding
+    if path in vocabulary.PATHS:
+      total -= padding * math.prod(leaf.shape[1:])
   return total

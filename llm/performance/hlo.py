@@ -32,9 +32,12 @@ INSTRUCTION = re.compile(
 )
 # Devices as an array of ids that is reshaped and transposed: [2,4]<=[8], [4,2]<=[2,4]T(1,0).
 IOTA_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-# Devices as axes of a mesh: mesh['a'=2,'b'=4] {'a'}, with the order of its devices if need be.
+# Devices as axes of a mesh: mesh['a'=2,'b'=4] {'a'}. The order of its devices, where it is not 0, 1,
+# .., is a list or an array that is transposed: device_ids=(0,2,1,3), device_ids=([4,2]T(1,0)).
 MESH_GROUPS = re.compile(
-  r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}"
+  r"replica_groups=mesh\[(?P<axes>.*?)\]"
+  r"(?:, device_ids=\((?:(?P<ids>[\d,]+)|\[(?P<dims>[\d,]+)\](?:T\((?P<order>[\d,]+)\))?)\))?"
+  r" \{(?P<group>.*?)\}"
 )
 
 # An instruction: its name, shape, opcode and the rest of its line, which begins with its operands.
@@ -253,12 +256,14 @@ def _group(rest: str) -> list[int]:
     groups = _iota(iota[2], iota[3]).reshape(_numbers(iota[1]))
     return groups[0].tolist()
   if by_axes := MESH_GROUPS.search(rest):
-    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", by_axes[1])}
-    device_dims = by_axes[2] or str(math.prod(sizes.values()))
-    ids = _iota(device_dims, by_axes[3]).reshape(list(sizes.values()))
-    group_axes = re.findall(r"'(\w+)'", by_axes[4])
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", by_axes["axes"])}
+    if by_axes["ids"]:
+      ids = np.array(_numbers(by_axes["ids"]))
+    else:
+      ids = _iota(by_axes["dims"] or str(math.prod(sizes.values())), by_axes["order"])
+    group_axes = re.findall(r"'(\w+)'", by_axes["group"])
     first_group = tuple(slice(None) if name in group_axes else 0 for name in sizes)
-    return ids[first_group].ravel().tolist()
+    return ids.reshape(list(sizes.values()))[first_group].ravel().tolist()
   return []
 
 

@@ -26,6 +26,7 @@ from llm.runs.profiler import profiling
 from llm.runs.stop import Stop, Stopped
 from llm.training import evaluation, header, partition, reference
 from llm.training import experiment as experiment_lib
+from llm.training import optimizer as optimizer_lib
 from llm.training import state as state_lib
 from llm.training import step as step_lib
 from llm.training.experiment import Training
@@ -301,11 +302,15 @@ def _mfu(
 
 
 def _say_new_length(resume_from: epath.Path, config: Config, first_step: int, say: Callable):
-  """Says what it does to the schedule that the number of steps has changed."""
+  """Says what it does to the learning rate that the number of steps has changed."""
   planned = manager.describe(resume_from)["config"]["training"]["steps"]
-  if planned != config.training.steps:
-    say(
-      f"the run was planned for {planned} steps and now for {config.training.steps}: from step "
-      f"{first_step} on, the {config.optimizer.schedule} schedule is that of the new length, so "
-      "the learning rate jumps to where a run of that length would have it"
-    )
+  steps = config.training.steps
+  if planned == steps:
+    return
+  before = optimizer_lib.rate_at(config.optimizer, planned, first_step)
+  now = optimizer_lib.rate_at(config.optimizer, steps, first_step)
+  change = f"stays {now:.3g}" if now == before else f"is {now:.3g} instead of {before:.3g}"
+  say(
+    f"the run was planned for {planned} steps and now for {steps}: the {config.optimizer.schedule} "
+    f"schedule is that of the new length, so the learning rate of step {first_step} {change}"
+  )
