@@ -32,8 +32,8 @@ INSTRUCTION = re.compile(
 )
 # Devices as an array of ids that is reshaped and transposed: [2,4]<=[8], [4,2]<=[2,4]T(1,0).
 IOTA_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-# Devices as axes of a mesh: mesh['a'=2,'b'=4] {'a'}. The order of its devices, where it is not 0, 1,
-# .., is a list or an array that is transposed: device_ids=(0,2,1,3), device_ids=([4,2]T(1,0)).
+# Devices as axes of a mesh: mesh['a'=2,'b'=4] {'a'}. Its devices are in the order of their ids, or
+# in that of a list, device_ids=(0,2,1,3), or of a transposed array, device_ids=([4,2]T(1,0)).
 MESH_GROUPS = re.compile(
   r"replica_groups=mesh\[(?P<axes>.*?)\]"
   r"(?:, device_ids=\((?:(?P<ids>[\d,]+)|\[(?P<dims>[\d,]+)\](?:T\((?P<order>[\d,]+)\))?)\))?"
