@@ -28,7 +28,8 @@ BYTES = {
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "send")
 COMPUTATION = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.-]+)")
 INSTRUCTION = re.compile(
-  r"^\s+(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<shape>\(.*?\)|\S+) (?P<opcode>[\w-]+)\((?P<rest>.*)$"
+  r"^\s+(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<shape>\(.*?\)|\S+) "
+  r"(?P<opcode>[\w-]+)\((?P<arguments>.*)$"
 )
 # Devices as an array of ids that is reshaped and transposed: [2,4]<=[8], [4,2]<=[2,4]T(1,0).
 IOTA_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
@@ -40,7 +41,7 @@ MESH_GROUPS = re.compile(
   r" \{(?P<group>.*?)\}"
 )
 
-# An instruction: its name, shape, opcode and the rest of its line, which begins with its operands.
+# An instruction: its name, shape, opcode and arguments (its operands, a bracket, its attributes).
 Instruction = dict[str, str]
 Computations = dict[str, list[Instruction]]
 
@@ -78,7 +79,7 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
       if not times[name] or not _is_exchange(instruction):
         continue
       exchange = _exchange(instruction, name, times[name], shapes, mesh)
-      channel = re.search(r"channel_id=(\d+)", instruction["rest"])
+      channel = re.search(r"channel_id=(\d+)", instruction["arguments"])
       key = channel[1] if channel else (name, instruction["name"])
       by_channel[key] = _larger(by_channel.get(key, exchange), exchange)
   return list(by_channel.values())
@@ -97,7 +98,7 @@ def _is_exchange(instruction: Instruction) -> bool:
   kind = _opcode(instruction)
   if kind not in KINDS:
     return False
-  return kind == "send" or len(set(_group(instruction["rest"]))) > 1
+  return kind == "send" or len(set(_group(instruction["arguments"]))) > 1
 
 
 def _exchange(
@@ -114,10 +115,10 @@ def _exchange(
     kind = "reduce-scatter"
   elif kind == "reduce-scatter":
     # Its input is larger than its result.
-    operand = re.match(r"%?([\w.-]+)", instruction["rest"])
+    operand = re.match(r"%?([\w.-]+)", instruction["arguments"])
     shape = shapes.get(operand[1], shape) if operand else shape
-  group = _group(instruction["rest"])
-  source = re.search(r'op_name="(.*?)"', instruction["rest"])
+  group = _group(instruction["arguments"])
+  source = re.search(r'op_name="(.*?)"', instruction["arguments"])
   return Collective(
     kind=kind,
     axes=_axes(group, mesh) if group else ("slices",),
@@ -163,20 +164,20 @@ def _times(computations: Computations, entry: str) -> collections.Counter[str]:
 
 def _called(instruction: Instruction) -> list[str]:
   """The computations that an instruction runs, without the condition of a loop."""
-  rest = instruction["rest"]
-  names = re.findall(r"(?:calls|body|to_apply)=%?([\w.-]+)", rest)
-  for branches in re.findall(r"branch_computations=\{(.*?)\}", rest):
+  arguments = instruction["arguments"]
+  names = re.findall(r"(?:calls|body|to_apply)=%?([\w.-]+)", arguments)
+  for branches in re.findall(r"branch_computations=\{(.*?)\}", arguments):
     names += re.findall(r"%([\w.-]+)", branches)
   return names
 
 
 def _executions(computations: Computations, instruction: Instruction) -> int:
   """How often an instruction runs what it calls: several times where it is a loop."""
-  rest = instruction["rest"]
-  if known := re.search(r'known_trip_count":\{"n":"(\d+)"', rest):
+  arguments = instruction["arguments"]
+  if known := re.search(r'known_trip_count":\{"n":"(\d+)"', arguments):
     return int(known[1])
-  condition = re.search(r"condition=%?([\w.-]+)", rest)
-  body = re.search(r"body=%?([\w.-]+)", rest)
+  condition = re.search(r"condition=%?([\w.-]+)", arguments)
+  body = re.search(r"body=%?([\w.-]+)", arguments)
   if condition and body:
     return _trips(computations, condition[1], body[1])
   return 1
@@ -194,7 +195,7 @@ def _increment(computations: Computations, condition: str, body: str) -> int:
   It is 1 too where the addition cannot be identified.
   """
   reads = [i for i in computations[condition] if i["opcode"] == "get-tuple-element"]
-  index = re.search(r"index=(\d+)", reads[0]["rest"]) if len(reads) == 1 else None
+  index = re.search(r"index=(\d+)", reads[0]["arguments"]) if len(reads) == 1 else None
   results = _operands(computations[body][-1])
   if not index or int(index[1]) >= len(results):
     return 1
@@ -211,16 +212,16 @@ def _constants(computations: Computations, name: str) -> dict[str, int]:
   """The whole numbers in a computation and in those that it calls, by the name of the constant."""
   constants = {}
   for instruction in computations[name]:
-    number = re.match(r"(\d+)\)", instruction["rest"])
+    number = re.match(r"(\d+)\)", instruction["arguments"])
     if number and instruction["opcode"] == "constant":
       constants[instruction["name"]] = int(number[1])
-    for called in re.findall(r"calls=%?([\w.-]+)", instruction["rest"]):
+    for called in re.findall(r"calls=%?([\w.-]+)", instruction["arguments"]):
       constants |= _constants(computations, called)
   return constants
 
 
 def _operands(instruction: Instruction) -> list[str]:
-  return re.findall(r"%([\w.-]+)", instruction["rest"].partition(")")[0])
+  return re.findall(r"%([\w.-]+)", instruction["arguments"].partition(")")[0])
 
 
 def _bytes(shape: str) -> int:
@@ -246,16 +247,16 @@ def _sent(kind: str, size: int, devices: int) -> float:
   return size * (devices - 1) / devices * rounds
 
 
-def _group(rest: str) -> list[int]:
+def _group(arguments: str) -> list[int]:
   """The devices of the first group of an exchange, however HLO writes it; [] where it has none."""
-  if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", rest):
+  if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", arguments):
     return [int(pairs[1]), int(pairs[2])]
-  if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+  if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", arguments):
     return _numbers(listed[1])
-  if iota := IOTA_GROUPS.search(rest):
+  if iota := IOTA_GROUPS.search(arguments):
     groups = _iota(iota[2], iota[3]).reshape(_numbers(iota[1]))
     return groups[0].tolist()
-  if by_axes := MESH_GROUPS.search(rest):
+  if by_axes := MESH_GROUPS.search(arguments):
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", by_axes["axes"])}
     if by_axes["ids"]:
       ids = np.array(_numbers(by_axes["ids"]))

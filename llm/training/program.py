@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from llm import sharding
 from llm.config import Config
-from llm.core import TrainState, first_line
+from llm.core import Params, TrainState, first_line
 from llm.performance import flops, hardware, hlo
 from llm.training import state as state_lib
 from llm.training import step as step_lib
@@ -68,18 +68,8 @@ def report(experiment: Experiment, topology: hardware.Topology) -> dict[str, Any
   sharding.check_batch(config.training.batch_size, rows, accum_steps, mesh)
   planned = state_lib.plan(experiment, mesh)
   traced = lowered(experiment, mesh)
-  flops_of_row = flops.model_flops(
-    experiment.model, planned.params, experiment.one_row(), config.model
-  )
-  result = {
-    "topology": topology.name,
-    "devices": mesh.size,
-    "mesh": dict(mesh.shape),
-    "parameters": flops.count_parameters(planned.params, config.model.vocab_size),
-    "tokens": rows * config.training.sequence_length,
-    "model_flops": flops_of_row * rows,
-    "executed_flops": flops.dot_flops(traced.jaxpr.jaxpr),
-  }
+  result = {"topology": topology.name, "devices": mesh.size, "mesh": dict(mesh.shape)}
+  result |= _sizes(experiment, planned.params, traced)
   try:
     compiled = traced.lower().compile()
   except jax.errors.JaxRuntimeError as error:
@@ -96,6 +86,19 @@ def report(experiment: Experiment, topology: hardware.Topology) -> dict[str, Any
   if topology.chip is None:
     return result | {"bounds": {}}
   return result | _bounds(result, memory, topology.chip)
+
+
+def _sizes(experiment: Experiment, params: Params, traced: jax.stages.Traced) -> dict[str, float]:
+  """Parameters of the model, and tokens and FLOPs of a step."""
+  config = experiment.config
+  rows = rows_of(experiment)
+  flops_of_row = flops.model_flops(experiment.model, params, experiment.one_row(), config.model)
+  return {
+    "parameters": flops.count_parameters(params, config.model.vocab_size),
+    "tokens": rows * config.training.sequence_length,
+    "model_flops": flops_of_row * rows,
+    "executed_flops": flops.dot_flops(traced.jaxpr.jaxpr),
+  }
 
 
 def _out_of_memory(error: Exception) -> str:
