@@ -309,7 +309,7 @@ BAD = {
   "link": (_link, "outside its folder"),
   "family": (
     lambda f: _edit_config(f, model_type="mamba"),
-    "supported: bert, modernbert, gpt2, llama",
+    "supported: bert, electra, modernbert, gpt2, llama",
   ),
   "shape": (lambda f: _edit_config(f, intermediate_size=32), "does not fit config.json"),
   "layers": (lambda f: _edit_config(f, num_hidden_layers=3), "is missing"),
