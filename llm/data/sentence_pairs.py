@@ -84,7 +84,7 @@ def plan_anchors(documents: Documents, room: int, short_share: float) -> np.ndar
   """Cuts every document into anchors of at most `room` tokens: Nx3 int64, ordered by start.
 
   An anchor has `room` tokens. With probability `short_share`, its length is drawn uniformly from
-  2 .. `room` instead. It may end inside a sentence, as in BERT's published code, but the next anchor
+  2 .. `room` instead. It may end inside a sentence, as in BERT's published code. The next anchor
   begins there, so no token is lost. Anchors of one token are left out: they make no pair.
 
   The lengths are drawn here, with a fixed seed, and not when a row is read. So one plan holds for
