@@ -1,11 +1,14 @@
 """Extractive question answering by an encoder (Devlin et al. 2019, sections 4.2 and 4.3).
 
   python -m llm.train --config=configs/finetune_qa.py --workdir=DIR2 \\
-      --config.transfer.checkpoint=DIR --config.data.train=squad:train.json --config.data.eval=squad:dev.json
+      --config.transfer.checkpoint=DIR \\
+      --config.data.train=squad:train.json --config.data.eval=squad:dev.json
 
-Questions come from files in SQuAD's layout, or from records with text (the context), question and answers. Long
-contexts are cut into windows that overlap; short ones share a row. Ready-made settings follow a colon: squad and
-squad2 (tfds), abstracts (497 abstracts, who took part in each study).
+Questions come from files in SQuAD's layout, or from records with text (the context), question and
+answers. Long contexts are cut into windows that overlap; short ones share a row. Ready-made settings
+follow a colon: squad and squad2 (tfds), abstracts (497 abstracts, who took part in each study).
+
+Published for BERT-base on SQuAD v1.1 (dev): F1 88.41, exact match 81.25 (google-research/bert).
 """
 
 from llm import config as config_lib

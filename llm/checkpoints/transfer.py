@@ -106,8 +106,8 @@ def transfer(
 ) -> tuple[Params, list[Entry]]:
   """Fresh parameters with those of `loaded` put in their place, and the audit, a line a layer.
 
-  matching: how the rows of the vocabulary follow from the checkpoint's, where it is another one. Raises
-  UserError with the list of every mismatch that no rule explains and every idle rule.
+  matching: how the rows of the vocabulary follow from the checkpoint's, where it is another one.
+  Raises UserError with the list of every mismatch that no rule explains and every idle rule.
   """
   fresh, old = _layers(params), _layers(loaded)
   skip, adapt = _Rules("skip", rules.skip), _Rules("adapt", rules.adapt)

@@ -321,8 +321,8 @@ def one_by_one(
 ) -> tuple[jax.Array, tuple[Past, ...]]:
   """The same of `unstacked` parameters, for writing -> (BxTxD, the past of each layer).
 
-  A token reads each parameter once. Cutting the layers, and their pasts, out of one array would take
-  most of its time.
+  A token reads each parameter once. Cutting the layers, and their pasts, out of one array would
+  take most of its time.
   """
   layers = module.variables["params"]["layers"]
   index, pasts = (None, (None,) * len(layers)) if cache is None else (cache.index, cache.past)
