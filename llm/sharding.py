@@ -185,9 +185,9 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
 def layer_by_layer(path: str, shape: tuple[int, ...]) -> list[P]:
   """How a stack at `path` goes from its place in the table to whole layers on each device.
 
-  It goes in steps. A product of whole matrices needs no exchange. Each step moves one axis to the dimension of the
-  layers: the compiler exchanges what one step moves, and gathers all of it where two move at once.
-  An axis that does not divide the layers holds copies of them.
+  It goes in steps, each of which moves one axis to the dimension of the layers. The compiler
+  exchanges what one step moves, but gathers all of it where two axes move at once. A product of
+  whole matrices then needs no exchange. An axis that does not divide the layers holds copies.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:

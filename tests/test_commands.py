@@ -397,12 +397,15 @@ def test_every_config_is_valid(path):
   spec = importlib.util.spec_from_file_location(path.stem, path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  from llm.models import bert, gpt, llama, t5
+  from llm.models import bert, electra, gpt, llama, modernbert, qwen3, t5
 
   arguments = {
     "pretrain_bert": [*bert.SIZES, *(f"{s}-512" for s in bert.SIZES)],
     "pretrain_gpt": list(gpt.SIZES),
     "pretrain_llama": list(llama.SIZES),
+    "pretrain_electra": list(electra.SIZES),
+    "pretrain_modernbert": list(modernbert.SIZES),
+    "pretrain_qwen3": list(qwen3.SIZES),
     "pretrain_t5": list(t5.SIZES),
     "finetune_chat": ["", "alpaca"],
     "finetune_preference": ["", "demo"],

@@ -358,7 +358,9 @@ def test_rows_without_a_piece_are_left_out(tmp_path):
     found["backbone"]["token"]["embedding"], expected["backbone"]["token"]["embedding"]
   )
   shutil.rmtree(tmp_path / "qwen3")
-  with pytest.raises(UserError, match="the tokenizer has 270 pieces and the embedding 1400 rows"):
+  with pytest.raises(
+    UserError, match="the tokenizer has 270 pieces, but the embedding has 1400 rows"
+  ):
     huggingface.read(qwen3_of(tmp_path, 1400))
 
 

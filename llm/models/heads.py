@@ -55,7 +55,8 @@ def token_losses(
     correct_BxT = (target_BxT >= best_BxT).astype(logits_BxTxV.dtype)
     return best_BxT + jnp.log(total_BxT) - target_BxT, correct_BxT
 
-  return in_chunks(losses, chunk, hidden_BxTxD, targets_BxT)
+  losses_BxT, correct_BxT = in_chunks(losses, chunk, hidden_BxTxD, targets_BxT)
+  return losses_BxT, correct_BxT
 
 
 def token_draws(
