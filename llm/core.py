@@ -4,6 +4,7 @@ Dimension legend, used as suffixes (`tokens_BxT`, `kernel_DxHxK`):
 
   B batch rows          T target or token position   S source (key) position
   M masked slots a row  D model width                H attention heads
+  E embedding width
   K head width          F feed-forward width         V vocabulary, padded to a multiple of 128
   L layers              C classes                    N examples of a row, or a number of something
                                                        named beside it

@@ -43,8 +43,9 @@ RULES = (
   (r"lora_a$", ("fsdp", None)),
   (r"lora_b$", (None, "tensor")),
   (r"(pooler|transform)/kernel$", ("fsdp", "tensor")),
-  (r"(next_sentence|classifier|span)/kernel$", ("fsdp", None)),
+  (r"(next_sentence|classifier|span|detection|embedding_project)/kernel$", ("fsdp", None)),
   (r"(out|down|pooler|transform|next_sentence|classifier|span)/bias$", (None,)),
+  (r"(detection|embedding_project)/bias$", (None,)),
   (r"norm[a-z_]*/(scale|bias)$", (None,)),
 )
 
@@ -179,6 +180,28 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
   if mesh.empty or mesh.size == 1:
     return x
   return jax.lax.with_sharding_constraint(x, P(*axes))
+
+
+def layer_by_layer(path: str, shape: tuple[int, ...]) -> list[P]:
+  """How a stack at `path` goes from its place in the table to whole layers on each device.
+
+  It goes in steps. A product of whole matrices needs no exchange. Each step moves one axis to the dimension of the
+  layers: the compiler exchanges what one step moves, and gathers all of it where two move at once.
+  An axis that does not divide the layers holds copies of them.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return []
+  spec = list(parameter_spec(path, len(shape)))
+  specs, over = [P(*spec)], ()
+  for axis in ("fsdp", "tensor", "context", "data"):
+    if mesh.shape[axis] == 1:
+      continue
+    parts = math.prod(mesh.shape[name] for name in (*over, axis))
+    over = over if shape[0] % parts else (*over, axis)
+    spec = [over, *(None if name == axis else name for name in spec[1:])]
+    specs.append(P(*spec))
+  return specs
 
 
 def cpu_devices(config: MeshConfig) -> int:

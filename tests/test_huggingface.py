@@ -22,7 +22,19 @@ from llm.training import experiment, loop
 from tests.conftest import tiny
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-NAMES = ("bert_pretraining", "bert_classifier", "gpt2", "llama", "llama_tied", "t5", "t5_gated")
+NAMES = (
+  "bert_pretraining",
+  "bert_classifier",
+  "modernbert",
+  "gpt2",
+  "llama",
+  "llama_tied",
+  "qwen3",
+  "t5",
+  "t5_gated",
+  "t5_gated_tied",
+)
+ENCODERS = ("bert", "modernbert")
 
 
 def _batch(expected) -> dict:
@@ -47,15 +59,18 @@ def _batch(expected) -> dict:
 
 
 def _log_probs(made, params, batch, vocab):
-  """Log-probabilities B x T x V, read from the losses of every target at every position."""
+  """(log-probabilities B x T x V, the other outputs).
+
+  The log-probabilities are read from the losses of every target at every position.
+  """
   rows, length = batch.get("decoder_tokens", batch["tokens"]).shape
-  if made.config.model.name != "bert":
+  if made.config.model.name not in ENCODERS:
     losses_of = jax.jit(
       lambda v: made.model.apply(
         {"params": params}, batch | {"targets": jnp.full((rows, length), v, jnp.int32)}, train=False
       )["losses"]
     )
-    return -np.stack([losses_of(v) for v in range(vocab)], -1)
+    return -np.stack([losses_of(v) for v in range(vocab)], -1), {}
   positions = np.tile(np.repeat(np.arange(length, dtype=np.int32), vocab), (rows, 1))
   targets = np.tile(np.tile(np.arange(vocab, dtype=np.int32), length), (rows, 1))
   out = made.model.apply(
@@ -63,8 +78,7 @@ def _log_probs(made, params, batch, vocab):
     batch | {"masked_positions": positions, "masked_targets": targets},
     train=False,
   )
-  losses, pair_logits = np.asarray(out["losses"]), np.asarray(out["pair_logits"])
-  return -losses.reshape(rows, length, vocab), pair_logits[:, 0]
+  return -np.asarray(out["losses"]).reshape(rows, length, vocab), out
 
 
 def _loaded(name):
@@ -95,14 +109,12 @@ def test_logits_are_torchs(name):
     logits = made.model.apply({"params": params}, batch, train=False)["logits"]
     _close(logits[:, 0], expected["logits"])
   else:
-    found = _log_probs(made, params, batch, made.config.model.vocab_size)
-    log_probs = found[0] if made.config.model.name == "bert" else found
-    real = (
-      batch.get("decoder_segments", batch["segments"]) > 0
-    )  # what stands at padding is nobody's business
+    log_probs, others = _log_probs(made, params, batch, made.config.model.vocab_size)
+    # Outputs at padding are not compared.
+    real = batch.get("decoder_segments", batch["segments"]) > 0
     _close(log_probs[real], expected["log_probs"][real])
-    if made.config.model.name == "bert":
-      _close(found[1][:, ::-1], expected["pair_logits"])  # their class 0 is our 1
+    if "pair_logits" in expected:  # their class 0 is our 1
+      _close(np.asarray(others["pair_logits"])[:, 0, ::-1], expected["pair_logits"])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -117,7 +129,7 @@ def test_gradients_are_torchs(name):
     }
   elif made.config.model.name == "t5":
     batch |= {"weights": batch["decoder_segments"].astype(np.float32)}
-  elif made.config.model.name != "bert":
+  elif made.config.model.name not in ENCODERS:
     batch |= {
       "targets": np.roll(batch["tokens"], -1, 1),
       "weights": batch["segments"].astype(np.float32),
@@ -146,7 +158,8 @@ def test_gradients_are_torchs(name):
   for tensor in family.tensors:
     if any(path not in found for path in tensor.ours):
       continue
-    layers = range(2) if "/layers/" in tensor.ours[0] else [None]
+    stacked = "/layers/" in tensor.ours[0]
+    layers = range(tensor.first, made.config.model.num_layers) if stacked else [None]
     for layer in layers:
       theirs = expected[f"grad:{tensor.theirs.format(layer)}"]
       ours = tensor.to_theirs([found[p] if layer is None else found[p][layer] for p in tensor.ours])
@@ -174,7 +187,7 @@ def test_in_and_out_is_bit_equal(name, tmp_path):
 
 @pytest.mark.parametrize("lowercase", [True, False])
 def test_a_trained_tokenizer_leaves_with_the_same_ids(lowercase, corpus, tmp_path):
-  """A SentencePiece model of ours, written as tokenizer.json: the package `tokenizers` finds SentencePiece's own ids."""
+  """The package `tokenizers` reads our tokenizer.json and gives SentencePiece's own ids."""
   texts = [
     corpus.read_text(),
     "naïve Café, Zürich ½ ﬁlm",
@@ -294,7 +307,10 @@ BAD = {
   "outside": (_index("../x.safetensors"), "same folder"),
   "absolute": (_index("/x.safetensors"), "same folder"),
   "link": (_link, "outside its folder"),
-  "family": (lambda f: _edit_config(f, model_type="mamba"), "supported: bert, gpt2, llama"),
+  "family": (
+    lambda f: _edit_config(f, model_type="mamba"),
+    "supported: bert, electra, modernbert, gpt2, llama",
+  ),
   "shape": (lambda f: _edit_config(f, intermediate_size=32), "does not fit config.json"),
   "layers": (lambda f: _edit_config(f, num_hidden_layers=3), "is missing"),
   "fewer layers": (lambda f: _edit_config(f, num_hidden_layers=1), "no place for"),

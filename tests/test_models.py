@@ -9,7 +9,7 @@ import pytest
 
 from llm.config import ModelConfig
 from llm.core import UserError
-from llm.models import bert, build_backbone, gpt, llama, t5
+from llm.models import bert, build_backbone, gpt, llama, qwen3, t5
 from llm.objectives import base
 from llm.performance import flops
 from llm.training import experiment
@@ -58,8 +58,9 @@ def batch_of(rows: int, seed: int = 0, segments=None):
 
 
 def model_of(name: str, **changes):
-  shape = {**SMALL, "num_kv_heads": 2 if name == "llama" else 0}
+  shape = {**SMALL, "num_kv_heads": 2 if name in ("llama", "qwen3") else 0}
   shape |= dict(head_width=12, init_std=1.0, tied=False) if name == "t5" else {}
+  shape |= dict(head_width=12) if name == "qwen3" else {}
   config = dataclasses.replace(ModelConfig(name=name, **shape), **changes)
   return experiment.build(
     base.build(base.defaults("masked_lm" if name == "bert" else "causal_lm")), config
@@ -74,7 +75,7 @@ def hidden(model, params, batch):
   return model.backbone.apply({"params": params["backbone"]}, batch, train=False)[0]
 
 
-@pytest.mark.parametrize("name", ["gpt", "llama"])
+@pytest.mark.parametrize("name", ["gpt", "llama", "qwen3"])
 def test_decoders_never_look_ahead(name):
   model = model_of(name)
   params, batch = params_of(model), batch_of(1)
@@ -95,7 +96,7 @@ def test_decoders_never_look_ahead(name):
   assert (reach == np.tril(np.ones((T, T), bool))).all()
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt", "llama"])
+@pytest.mark.parametrize("name", ["bert", "gpt", "llama", "qwen3"])
 def test_packed_documents_are_alone(name):
   model = model_of(name)
   params = params_of(model)
@@ -166,7 +167,8 @@ def test_how_it_is_computed_does_not_matter(name, change):
 
 
 # Stated exactly: google-research/bert and its miniatures with both pretraining heads (as
-# BertForPreTraining counts them), GPT-2 as openai/gpt-2, SmolLM2, Llama 2 and Llama 3 as their cards, T5 as T5ForConditionalGeneration.
+# BertForPreTraining counts them), GPT-2 as openai/gpt-2, SmolLM2, Llama 2 and Llama 3 as their
+# cards, Qwen3 as Qwen3ForCausalLM counts it, T5 as T5ForConditionalGeneration.
 PUBLISHED = {
   ("bert", "tiny"): 4_433_468,
   ("bert", "mini"): 11_267_900,
@@ -182,6 +184,12 @@ PUBLISHED = {
   ("llama", "7b"): 6_738_415_616,
   ("llama", "8b"): 8_030_261_248,
   ("llama", "70b"): 68_976_648_192,
+  ("qwen3", "0.6b"): 596_049_920,
+  ("qwen3", "1.7b"): 1_720_574_976,
+  ("qwen3", "4b"): 4_022_468_096,
+  ("qwen3", "8b"): 8_190_735_360,
+  ("qwen3", "14b"): 14_768_307_200,
+  ("qwen3", "32b"): 32_762_123_264,
   ("t5", "small"): 76_961_152,
   ("t5", "base"): 247_577_856,
   ("t5", "large"): 783_150_080,
@@ -197,10 +205,16 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name, size", list(PUBLISHED))
 def test_parameter_counts_are_the_published_ones(name, size):
-  shape = {"bert": bert, "gpt": gpt, "llama": llama, "t5": t5}[name].SIZES[size]
-  vocab = {"bert": 30_522, "gpt": 50_257, "t5": 32_128, "135m": 49_152, "8b": 128_256}.get(
-    name if name != "llama" else size, 32_000
-  )
+  module = {"bert": bert, "gpt": gpt, "llama": llama, "qwen3": qwen3, "t5": t5}[name]
+  shape = module.SIZES[size]
+  vocab = {
+    "bert": 30_522,
+    "gpt": 50_257,
+    "qwen3": 151_936,
+    "t5": 32_128,
+    "135m": 49_152,
+    "8b": 128_256,
+  }.get(name if name != "llama" else size, 32_000)
   config = ModelConfig(name=name, vocab_size=vocab, scan="scan", **shape)
   model = experiment.build(
     base.build(base.defaults("masked_lm" if name == "bert" else "causal_lm")), config

@@ -1,4 +1,7 @@
-"""The real compiler for TPUs, on a machine that has none (pip install -e '.[tpu]'): what cannot run here compiles and fits."""
+"""The real compiler for TPUs, without a TPU: programs that cannot run here compile and fit.
+
+The compiler comes with `pip install -e '.[tpu]'`.
+"""
 
 import importlib
 
@@ -49,6 +52,28 @@ def test_splash_attention_compiles_forward_and_backward(kind, heads, topology, c
   made, text = compiled(kind, topology, model__num_heads=heads, mesh__fsdp=2, mesh__context=context)
   assert made.config.model.attention == "splash"
   assert text.count("splash_mha_fwd") and text.count("splash_mha_dkv")
+
+
+@pytest.mark.parametrize("topology, context", [("v5e:2x2", 1), ("v6e:2x2", 2)])
+@pytest.mark.parametrize("scan", ["scan", "unroll"])
+def test_windows_compile_forward_and_backward(scan, topology, context):
+  """Local and global layers have separate kernels; a device may have a part of the queries."""
+  made, text = compiled(
+    "bert",
+    topology,
+    model__name="modernbert",
+    model__num_layers=4,
+    model__global_every=3,
+    model__window=128,
+    model__scan=scan,
+    objective__next_sentence=False,
+    mesh__fsdp=2,
+    mesh__context=context,
+  )
+  assert made.config.model.attention == "splash"
+  calls = [line for line in text.splitlines() if "custom-call" in line]
+  for kernel in ("splash_mha_fwd", "splash_mha_dkv"):
+    assert sum(kernel in line for line in calls) >= 2, kernel
 
 
 def report(name, topology, **changes):

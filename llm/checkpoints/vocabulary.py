@@ -10,6 +10,7 @@ PATHS = (  # the parameters with a row for every piece
   "backbone/token/embedding",
   "backbone/output/embedding",
   "head/lm/bias",
+  "generator/head/lm/bias",
 )
 
 

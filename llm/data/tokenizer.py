@@ -155,6 +155,10 @@ class FastTokenizer(Tokenizer):
 
   _fast: tokenizers.Tokenizer | BaseTokenizer
 
+  def definition(self) -> bytes:
+    """All of it as a tokenizer.json."""
+    return self._fast.to_str().encode()
+
   def encode(self, texts):
     encodings = self._fast.encode_batch(list(texts), add_special_tokens=False)
     return [encoding.ids for encoding in encodings]

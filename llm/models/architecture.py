@@ -1,4 +1,4 @@
-"""What an architecture publishes and a user does not choose, and shapes that follow from a config."""
+"""What an architecture publishes and a user does not choose; shapes that follow from a config."""
 
 import dataclasses
 
@@ -21,6 +21,8 @@ class Facts:
   norm: str = "layer"  # layer or rms
   norm_bias: bool = True  # of layer norms
   post_norm: bool = False  # normalises after the residual sum, not before the layer
+  # The first layer's attention takes what is embedded as it is, where a norm went before.
+  first_norm: bool = True
   bias: bool = True  # of the linear layers
   gated: bool = False  # the feed-forward layer
   rotary: bool = False  # positions turn queries and keys; none is added to the embedding
@@ -30,6 +32,8 @@ class Facts:
   scaled_residual_init: bool = False  # output projections start at init_std / sqrt(2 L) (GPT-2)
   fan_in_init: bool = False  # kernels start at init_std / sqrt(inputs) (T5)
   inner_dropout: bool = False  # inside the feed-forward layer too (T5)
+  pooler: bool = True  # a layer over the first token goes before the classifier (BERT)
+  embedding_project: bool = False  # the embedding may be narrower than the layers (ELECTRA)
 
 
 def padded_vocab(vocab_size: int) -> int:
@@ -40,6 +44,11 @@ def padded_vocab(vocab_size: int) -> int:
 def head_width_of(config: ModelConfig) -> int:
   """K."""
   return config.head_width or config.width // config.num_heads
+
+
+def embedding_width_of(config: ModelConfig) -> int:
+  """E: the width of the embedding table."""
+  return config.embedding_width or config.width
 
 
 def kv_heads_of(config: ModelConfig) -> int:

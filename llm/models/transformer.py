@@ -1,10 +1,11 @@
 """One transformer: attention, block, and a stack of blocks with stacked parameters.
 
-Every parameter of the stack carries a leading layer axis, whether the stack is scanned or unrolled, so
-that there is one layout of checkpoints.
+Every parameter of the stack carries a leading layer axis, whether the stack is scanned or unrolled:
+there is one layout of checkpoints.
 """
 
-from typing import Callable, NamedTuple
+import operator
+from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,31 +30,38 @@ class Memory(NamedTuple):
 
 
 class Pattern(NamedTuple):
-  """How the layers of a stack differ, an entry a layer."""
+  """How the layers of a stack differ, an entry a layer; None where they do not."""
 
-  reach: jax.Array  # tokens between a query and the farthest key that it sees
-  theta: jax.Array  # base of the rotary wavelengths
+  reach: jax.Array | None = None  # tokens between a query and the farthest key that it sees
+  theta: jax.Array | None = None  # base of the rotary wavelengths
+  normed: jax.Array | None = None  # whether a norm precedes attention
 
 
 EVERYWHERE = 2**30  # the reach of a layer that sees the whole text
 
 
-def pattern_of(config: ModelConfig) -> Pattern | None:
-  """Every `global_every`-th layer sees everything, from the first on; None where all layers do."""
-  if config.global_every == 1:
+def pattern_of(config: ModelConfig, facts: Facts) -> Pattern | None:
+  """Every `global_every`-th layer sees everything, from the first on; None where all are alike."""
+  if config.global_every == 1 and facts.first_norm:
     return None
-  sees_all_L = jnp.arange(config.num_layers) % config.global_every == 0
-  return Pattern(
-    jnp.where(sees_all_L, EVERYWHERE, config.window // 2),
-    jnp.where(sees_all_L, config.rope_theta, config.local_rope_theta),
-  )
+  pattern = Pattern()
+  layers_L = jnp.arange(config.num_layers)
+  if config.global_every > 1:
+    sees_all_L = layers_L % config.global_every == 0
+    pattern = pattern._replace(
+      reach=jnp.where(sees_all_L, EVERYWHERE, config.window // 2),
+      theta=jnp.where(sees_all_L, config.rope_theta, config.local_rope_theta),
+    )
+  if not facts.first_norm:
+    pattern = pattern._replace(normed=layers_L > 0)
+  return pattern
 
 
 class Attention(nn.Module):
   """Multi-head attention of x to itself, or to `source`.
 
-  past: keys and values of what was seen before; those of x go to the slots from `index` on. layer: the
-  entries of a `Pattern`. Returns (y_BxTxD, the past with what is new in it).
+  past: keys and values of what was seen before; those of x go to the slots from `index` on. layer:
+  the entries of a `Pattern`. Returns (y_BxTxD, the past with what is new in it).
   """
 
   config: ModelConfig
@@ -82,16 +90,15 @@ class Attention(nn.Module):
       q_BxTxHxK = norm(cfg, facts, "query_norm")(q_BxTxHxK)
       k_BxSxGxK = norm(cfg, facts, "key_norm")(k_BxSxGxK)
     if facts.rotary:
-      theta = cfg.rope_theta if layer is None else layer.theta
+      theta = cfg.rope_theta if layer is None or layer.theta is None else layer.theta
       new_keys = visibility.kv_positions_BxS if past is None else visibility.q_positions_BxT
       q_BxTxHxK = attention_lib.rotary(q_BxTxHxK, visibility.q_positions_BxT, theta)
       k_BxSxGxK = attention_lib.rotary(k_BxSxGxK, new_keys, theta)
     if past is not None:
       past = past.with_new(k_BxSxGxK, v_BxSxGxK, index)
       k_BxSxGxK, v_BxSxGxK = (a.swapaxes(1, 2) for a in past)
-      types = types._replace(
-        operands=types.values
-      )  # what was seen is read in the type it is kept in
+      # What was seen is read in the type in which it is kept.
+      types = types._replace(operands=types.values)
     # Context parallelism: queries stay split over positions, keys and values are gathered.
     q_BxTxHxK = constrain(q_BxTxHxK, BATCH, "context", "tensor", None)
     k_BxSxGxK = constrain(k_BxSxGxK, BATCH, None, "tensor", None)
@@ -213,6 +220,8 @@ class Block(nn.Module):
     cfg, facts = self.config, self.facts
     attention = Attention(cfg, facts, self.train, name="attention")
     entered, leave = self.residual("attention", x_BxTxD)
+    if layer is not None and layer.normed is not None:
+      entered = jnp.where(layer.normed, entered, x_BxTxD)
     y_BxTxD, past = attention(entered, visibility, bias_HxTxS, past=past, index=index, layer=layer)
     x_BxTxD = leave(y_BxTxD)
     if memory is not None:
@@ -262,7 +271,7 @@ def unstacked(params: Params) -> Params:
 
   def layers(stacked: Params) -> tuple:
     count = len(jax.tree.leaves(stacked)[0])
-    return tuple(jax.tree.map(lambda leaf: leaf[i], stacked) for i in range(count))
+    return tuple(jax.tree.map(operator.itemgetter(layer), stacked) for layer in range(count))
 
   return {
     name: layers(tree) if name == "layers" else unstacked(tree) for name, tree in params.items()
@@ -286,11 +295,13 @@ def stack(
   block = Block
   if config.remat in policies:
     block = nn.remat(Block, prevent_cse=unroll, policy=policies[config.remat])
-  pattern = pattern_of(config)
+  pattern = pattern_of(config, facts)
+  by_layer: Any = nn.broadcast if pattern is None else 0
+  in_axes: Any = (nn.broadcast, nn.broadcast, nn.broadcast, by_layer)
   layers = nn.scan(
     block,
     variable_axes={"params": 0},
-    in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast if pattern is None else 0),
+    in_axes=in_axes,
     split_rngs={"params": True, "dropout": True},
     length=config.num_layers,
     unroll=config.num_layers if unroll else 1,
@@ -310,8 +321,8 @@ def one_by_one(
 ) -> tuple[jax.Array, tuple[Past, ...]]:
   """The same of `unstacked` parameters, for writing -> (BxTxD, the past of each layer).
 
-  A token reads each parameter once, and would spend most of its time on cutting the layers, and their
-  pasts, out of one array.
+  A token reads each parameter once. Cutting the layers, and their pasts, out of one array would
+  take most of its time.
   """
   layers = module.variables["params"]["layers"]
   index, pasts = (None, (None,) * len(layers)) if cache is None else (cache.index, cache.past)
@@ -338,7 +349,7 @@ def trunk(
 ) -> tuple[jax.Array, Cache | None]:
   """Dropout of what is embedded, then the stack. Called inside a backbone with a `config`.
 
-  Of the batch, segments and positions are read. bias: of the self-attention. memory: what each block
+  Reads segments and positions of the batch. bias: of the self-attention. memory: what each block
   looks at. cache: what was seen before; x is written into it.
   """
   config = backbone.config

@@ -1,0 +1,98 @@
+"""Commands and links of README.md and docs/*.md, and what checks a command without running it."""
+
+import importlib
+import json
+import os
+import pathlib
+import re
+import shlex
+import sys
+import traceback
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+
+
+def blocks(page: pathlib.Path, language: str) -> list[str]:
+  """The fenced blocks of one language."""
+  return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(page: pathlib.Path) -> list[list[str]]:
+  """The commands `python -m llm.X ...` of a page, each as [module, argument, ...]."""
+  found = []
+  for block in blocks(page, "sh"):
+    for line in block.replace("\\\n", " ").splitlines():
+      for words in _split_at_and(shlex.split(line, comments=True)):
+        if words[:2] == ["python", "-m"] and words[2].startswith("llm."):
+          found.append(words[2:])
+  return found
+
+
+def _split_at_and(words: list[str]) -> list[list[str]]:
+  parts = [[]]
+  for word in words:
+    if word == "&&":
+      parts.append([])
+    else:
+      parts[-1].append(word)
+  return parts
+
+
+def check(module_name: str, arguments: list[str]):
+  """Ends the process with status 0 where a command would start, and as the command does if not.
+
+  Flags are parsed, verbs looked up, configs frozen and objectives built. Nothing is read or run.
+  """
+  from llm import command
+
+  # Configs read their overrides from here, one as soon as its module is imported.
+  sys.argv = [module_name, *arguments]
+  module = importlib.import_module(module_name)
+  verbs = getattr(module, "VERBS", {})
+  if verbs and arguments and not arguments[0].startswith("-"):
+    verb = sys.argv.pop(1)
+    if verb not in verbs:
+      sys.exit(f"{module_name} has no {verb!r}")
+
+  def freeze():
+    if not any(argument.startswith("--config=") for argument in arguments):
+      return
+    from llm.objectives import base
+    from llm.train import read_config
+
+    base.build(read_config().objective)
+
+  command.run(freeze, sys.argv)
+
+
+def main():
+  """Reads commands from standard input, as JSON, and prints the status of each, as JSON.
+
+  Each is checked in a process of its own, for two commands may define a flag of one name. It is a
+  fork of this one, so that JAX is imported once.
+  """
+  from llm.training import loop  # noqa: F401  most of what commands import, before the forks
+
+  statuses = []
+  for module_name, *arguments in json.load(sys.stdin):
+    child = os.fork()
+    if child == 0:
+      os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # standard output is the answer's
+      try:
+        check(module_name, arguments)
+      except SystemExit as ended:
+        sys.stderr.flush()
+        if isinstance(ended.code, str):
+          print(ended.code, file=sys.stderr, flush=True)
+        os._exit(1 if isinstance(ended.code, str) else ended.code)  # without JAX's own ending
+      except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    _, status = os.waitpid(child, 0)
+    statuses.append(os.waitstatus_to_exitcode(status))
+  print(json.dumps(statuses))
+
+
+if __name__ == "__main__":
+  main()
