@@ -208,32 +208,40 @@ def advance(
   """
   stop = jnp.minimum(writing.count + steps, writing.tokens_BxN.shape[1])
 
-  def write_one(w: Writing) -> Writing:
-    def put(array: jax.Array, value: jax.Array) -> jax.Array:
-      value = value.astype(array.dtype)
-      return jax.lax.dynamic_update_index_in_dim(array, value, w.count, axis=1)
-
-    odds_BxE, best_BxE = jax.lax.top_k(jax.nn.softmax(w.logits_BxV), EXPLAINED)
-    drawn_B = draw(w.logits_BxV, jax.random.fold_in(w.key, w.count), sampling)
-    token_B = jnp.where(w.finished_B, pad, drawn_B)
-    batch = {
-      "tokens": token_B[:, None],
-      "positions": w.positions_B[:, None],
-      "segments": jnp.ones_like(token_B)[:, None],
-    }
-    logits_BxV, filled = _step(config, params, batch, w.cache, w.read)
-    return w.replace(
-      cache=filled,
-      logits_BxV=logits_BxV,
-      positions_B=w.positions_B + 1,
-      tokens_BxN=put(w.tokens_BxN, token_B),
-      best_BxNxE=put(w.best_BxNxE, best_BxE),
-      odds_BxNxE=put(w.odds_BxNxE, odds_BxE),
-      finished_B=w.finished_B | (token_B == eos),
-      count=w.count + 1,
-    )
-
-  def unfinished(w: Writing) -> jax.Array:
+  def is_unfinished(w: Writing) -> jax.Array:
     return (w.count < stop) & ~w.finished_B.all()
 
-  return jax.lax.while_loop(unfinished, write_one, writing)
+  def write_one(w: Writing) -> Writing:
+    return _with_one_more(config, params, w, eos, pad, sampling)
+
+  return jax.lax.while_loop(is_unfinished, write_one, writing)
+
+
+def _with_one_more(
+  config: ModelConfig, params: Params, w: Writing, eos: int, pad: int, sampling: Sampling
+) -> Writing:
+  """The rows with one more token each."""
+
+  def put(array: jax.Array, value: jax.Array) -> jax.Array:
+    value = value.astype(array.dtype)
+    return jax.lax.dynamic_update_index_in_dim(array, value, w.count, axis=1)
+
+  odds_BxE, best_BxE = jax.lax.top_k(jax.nn.softmax(w.logits_BxV), EXPLAINED)
+  drawn_B = draw(w.logits_BxV, jax.random.fold_in(w.key, w.count), sampling)
+  token_B = jnp.where(w.finished_B, pad, drawn_B)
+  batch = {
+    "tokens": token_B[:, None],
+    "positions": w.positions_B[:, None],
+    "segments": jnp.ones_like(token_B)[:, None],
+  }
+  logits_BxV, filled = _step(config, params, batch, w.cache, w.read)
+  return w.replace(
+    cache=filled,
+    logits_BxV=logits_BxV,
+    positions_B=w.positions_B + 1,
+    tokens_BxN=put(w.tokens_BxN, token_B),
+    best_BxNxE=put(w.best_BxNxE, best_BxE),
+    odds_BxNxE=put(w.odds_BxNxE, odds_BxE),
+    finished_B=w.finished_B | (token_B == eos),
+    count=w.count + 1,
+  )
