@@ -6,7 +6,8 @@
 
 Questions come from files in SQuAD's layout, or from records with text (the context), question and
 answers. Long contexts are cut into windows that overlap; short ones share a row. Ready-made
-settings follow a colon: squad and squad2 (tfds), abstracts (497 abstracts, who took part in each study).
+settings follow a colon: squad and squad2 (tfds), abstracts (497 abstracts, who took part in each
+study).
 
 Published for BERT-base on SQuAD v1.1 (dev): F1 88.41, exact match 81.25 (google-research/bert).
 """
