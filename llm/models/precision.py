@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llm.config import ModelConfig
 
@@ -90,8 +91,8 @@ def product_speeds(rows: int = 2048, width: int = 512, repeats: int = 5) -> dict
   """
   speeds = {}
   with jax.ensure_compile_time_eval():  # the first call may come while a model is traced
-    x = jnp.ones((rows, width))
-    kernel = jnp.ones((width, width))
+    x = jax.device_put(np.ones((rows, width), np.float32))
+    kernel = jax.device_put(np.ones((width, width), np.float32))
     for name in ("float32", "bfloat16_operands"):
       multiply = jax.jit(functools.partial(dot, precision=TYPES[name]))
       multiply(x, kernel).block_until_ready()

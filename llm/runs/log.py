@@ -1,11 +1,13 @@
 """What a run reports: console lines, a progress bar, metrics.jsonl and TensorBoard events."""
 
+import functools
 import json
 import math
 import os
 import pathlib
 import sys
 import time
+from typing import Any
 
 import jax
 import tqdm
@@ -64,9 +66,6 @@ class Log:
     self.writes = jax.process_index() == 0
     if not self.writes:
       return
-    # Not imported above: it imports torch where torch is installed, which takes a second.
-    import tensorboardX
-
     self.folder = folder
     self.first_step = first_step
     self.steps = steps
@@ -75,9 +74,6 @@ class Log:
     metrics_path = folder.path / "metrics.jsonl"
     _keep_lines_up_to(first_step, metrics_path)
     self.file = open(metrics_path, "a", buffering=1)
-    self.events = tensorboardX.SummaryWriter(
-      str(folder.path / "events"), purge_step=first_step or None
-    )
     self.bar = tqdm.tqdm(
       total=steps,
       initial=first_step,
@@ -86,6 +82,17 @@ class Log:
       leave=False,
       dynamic_ncols=True,
     )
+
+  @functools.cached_property
+  def events(self) -> Any:
+    """The writer of TensorBoard events, made with the first figures.
+
+    Its package takes a second to import where torch is installed, which it imports too.
+    """
+    import tensorboardX
+
+    folder = str(self.folder.path / "events")
+    return tensorboardX.SummaryWriter(folder, purge_step=self.first_step or None)
 
   def say(self, text: str):
     """Prints a line above the progress bar."""
@@ -131,7 +138,8 @@ class Log:
   def flush(self):
     """Brings everything that was logged so far to the workdir."""
     if self.writes:
-      self.events.flush()
+      if "events" in vars(self):
+        self.events.flush()
       self.folder.copy()
       self.copied_at = time.time()
 
@@ -140,4 +148,5 @@ class Log:
     if self.writes:
       self.bar.close()
       self.file.close()
-      self.events.close()
+      if "events" in vars(self):
+        self.events.close()

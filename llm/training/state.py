@@ -30,10 +30,12 @@ ALL_BUT_ADAPTERS = r"^backbone/(?!.*/lora_[ab]$)"
 class Plan(NamedTuple):
   """The state of a run before it is allocated.
 
-  params: nested, as the model takes them. state: the same, split, with the optimizer's. Both hold
-  ShapeDtypeStructs with shardings.
+  init: makes random parameters, whose values do not depend on the mesh. params: nested, as the
+  model takes them. state: the same, split, with the optimizer's. Both hold ShapeDtypeStructs with
+  shardings.
   """
 
+  init: Callable[[], Params]
   params: Params
   state: TrainState
   optimizer: optax.GradientTransformation
@@ -48,7 +50,12 @@ def plan(experiment: Experiment, mesh: Mesh) -> Plan:
   """
   config = experiment.config
   row = experiment.one_row()
-  params = jax.eval_shape(lambda: step_lib.init_params(experiment.model, row, jax.random.key(0)))
+
+  def init() -> Params:
+    key = jax.random.key(config.training.seed)
+    return step_lib.init_params(experiment.model, row, key)
+
+  params = jax.eval_shape(init)
   frozen_masks = _frozen_masks(config, params)
   trained, frozen = jax.eval_shape(lambda p: partition.split(p, frozen_masks), params)
   optimizer = optimizer_lib.make(
@@ -64,7 +71,7 @@ def plan(experiment: Experiment, mesh: Mesh) -> Plan:
     # The paths of moments end in those of their parameters, so that the same table places them.
     opt_state=_with_shardings(opt_state, mesh),
   )
-  return Plan(_with_shardings(params, mesh), state, optimizer, frozen_masks)
+  return Plan(init, _with_shardings(params, mesh), state, optimizer, frozen_masks)
 
 
 def _frozen_masks(config: Config, params: Params) -> FrozenMasks:
@@ -107,10 +114,10 @@ def first_state(
     params = manager.restore(resume_from, "params", planned.params)
     origin = f"resumed from {resume_from}"
   elif experiment.config.transfer.checkpoint:
-    params = _transferred_params(experiment, workdir, mesh, say)
+    params = _transferred_params(experiment, planned, workdir, say)
     origin = f"transferred from {experiment.start}"
   else:
-    params = _fresh_params(experiment, mesh)
+    params = _fresh_params(planned)
     origin = "random initialisation"
   trained, frozen = jax.jit(
     lambda p: partition.split(p, planned.frozen_masks),
@@ -126,20 +133,14 @@ def first_state(
   return state, planned.optimizer, planned.frozen_masks, origin
 
 
-def _fresh_params(experiment: Experiment, mesh: Mesh) -> Params:
-  """Random parameters, created in their place on the mesh. Their values do not depend on it."""
-  row = experiment.one_row()
-  seed = experiment.config.training.seed
-
-  def init() -> Params:
-    return step_lib.init_params(experiment.model, row, jax.random.key(seed))
-
-  shardings = sharding.shardings(jax.eval_shape(init), mesh)
-  return jax.jit(init, out_shardings=shardings)()
+def _fresh_params(planned: Plan) -> Params:
+  """Random parameters, created in their place on the mesh."""
+  shardings = jax.tree.map(lambda array: array.sharding, planned.params)
+  return jax.jit(planned.init, out_shardings=shardings)()
 
 
 def _transferred_params(
-  experiment: Experiment, workdir: epath.Path, mesh: Mesh, say: Callable
+  experiment: Experiment, planned: Plan, workdir: epath.Path, say: Callable
 ) -> Params:
   """Fresh parameters, replaced by those of config.transfer.checkpoint where the rules say so.
 
@@ -147,7 +148,7 @@ def _transferred_params(
   """
   checkpoint = experiment.start
   assert checkpoint is not None
-  fresh = _fresh_params(experiment, mesh)
+  fresh = _fresh_params(planned)
   saved = adapters.merge(manager.restore(checkpoint, "params"), _lora_alpha(checkpoint))
   matching = _matching(experiment, manager.load_tokenizer(checkpoint))
   params, audit = transfer.transfer(fresh, saved, experiment.config.transfer, matching)
