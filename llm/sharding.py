@@ -183,23 +183,26 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
 
 
 def layer_by_layer(path: str, shape: tuple[int, ...]) -> list[P]:
-  """How a stack at `path` goes from its place in the table to whole layers on each device.
+  """The steps by which a stack of layers goes from its split in RULES to whole layers on devices.
 
-  It goes in steps, each of which moves one axis to the dimension of the layers. The compiler
-  exchanges what one step moves, but gathers all of it where two axes move at once. A product of
-  whole matrices then needs no exchange. An axis that does not divide the layers holds copies.
+  Products of whole matrices need no exchange between devices. Each step moves one mesh axis to the
+  dimension of the layers. Where two axes move at once, the compiler gathers the whole array.
+
+  An axis that does not divide the layers gets copies of them. Without a mesh there are no steps.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return []
   spec = list(parameter_spec(path, len(shape)))
-  specs, over = [P(*spec)], ()
+  specs = [P(*spec)]
+  layer_axes: tuple[str, ...] = ()  # the axes that split the layers
   for axis in ("fsdp", "tensor", "context", "data"):
     if mesh.shape[axis] == 1:
       continue
-    parts = math.prod(mesh.shape[name] for name in (*over, axis))
-    over = over if shape[0] % parts else (*over, axis)
-    spec = [over, *(None if name == axis else name for name in spec[1:])]
+    parts = math.prod(mesh.shape[name] for name in (*layer_axes, axis))
+    if shape[0] % parts == 0:
+      layer_axes = (*layer_axes, axis)
+    spec = [layer_axes, *(None if name == axis else name for name in spec[1:])]
     specs.append(P(*spec))
   return specs
 

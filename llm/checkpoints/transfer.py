@@ -50,6 +50,7 @@ class _Patterns:
         raise UserError(f"config.transfer.{name}: {pattern!r} is no regular expression: {error}")
 
   def match(self, path: str) -> bool:
+    """Whether a pattern matches the path."""
     matching = [pattern for pattern in self.patterns if re.search(pattern, path)]
     self.used.update(matching)
     return bool(matching)
@@ -139,31 +140,35 @@ def transfer(
     if patterns.skip.match(path) or adapters.is_adapter(path):
       audit.append(Entry(path, "fresh", "", shape))
     elif path not in sources:
-      problems.append(
-        f"{path} {shape} is not in the checkpoint (skip it to start it fresh, or rename)"
-      )
+      problems.append(_missing(path, shape))
     else:
       source = sources[path]
       if fitted := _fitted(path, parameter, source, saved[source], patterns.adapt, matching):
         taken[path], entry = fitted
         audit.append(entry)
       else:
-        problems.append(
-          f"{path} has shape {shape} here and {saved[source].shape} in the checkpoint "
-          "(adapt it, or skip it)"
-        )
+        problems.append(_misfit(path, shape, saved[source].shape))
   for path, source in sources.items():
     if patterns.skip.match(path):
       audit.append(Entry(source, "dropped", source, saved[source].shape))
     elif path not in fresh:
-      problems.append(
-        f"{source} {saved[source].shape} of the checkpoint has no place here "
-        "(skip it to drop it, or rename)"
-      )
+      problems.append(_without_place(source, saved[source].shape))
   problems += patterns.problems()
   if problems:
     raise UserError("the checkpoint does not fit the model:\n  " + "\n  ".join(_grouped(problems)))
   return _stacked(params, taken), audit
+
+
+def _missing(path: str, shape: tuple[int, ...]) -> str:
+  return f"{path} {shape} is not in the checkpoint (skip it to start it fresh, or rename)"
+
+
+def _misfit(path: str, shape: tuple[int, ...], saved_shape: tuple[int, ...]) -> str:
+  return f"{path} has shape {shape} here and {saved_shape} in the checkpoint (adapt it, or skip it)"
+
+
+def _without_place(source: str, shape: tuple[int, ...]) -> str:
+  return f"{source} {shape} of the checkpoint has no place here (skip it to drop it, or rename)"
 
 
 def _new_paths(saved: dict[str, _Parameter], rules: _Rules) -> dict[str, str]:

@@ -49,9 +49,9 @@ def _checked(answer: Any, context: str, where: str) -> tuple[str, int]:
     raise UserError(f"{where}: an answer is empty; a question without answer has an empty list")
   if start < 0 or context[start : start + len(text)] != text:
     elsewhere = context.find(text)
-    found = f", but at {elsewhere}" if elsewhere >= 0 else " nor anywhere in it"
+    place = f", but at {elsewhere}" if elsewhere >= 0 else " nor anywhere in it"
     raise UserError(
-      f"{where}: the answer {text!r} does not stand at character {start} of its context{found}"
+      f"{where}: the answer {text!r} does not stand at character {start} of its context{place}"
     )
   return text, start
 

@@ -49,14 +49,17 @@ class PlannedRows:
 
   @property
   def tokens(self) -> int:
+    """The tokens of an epoch."""
     return int(self.plan.lengths.sum())
 
   @property
   def examples(self) -> int:
+    """The examples of an epoch: a row is one."""
     return len(self)
 
   @property
   def note(self) -> str:
+    """A line for the header of a run."""
     fill = self.plan.fill(self.length)
     return (
       f"{len(self.documents)} documents in {len(self)} rows, {fill:.1%} full; "
@@ -101,11 +104,11 @@ def _fill_open_bins(
       break
     bins = bins_with_room[room]
     while bins and len(pieces):
-      taken = pieces[: room // length]
-      pieces = pieces[len(taken) :]
+      fitting = pieces[: room // length]
+      pieces = pieces[len(fitting) :]
       fullest = bins.pop()
-      fullest.append(taken)
-      bins_with_room[room - length * len(taken)].append(fullest)
+      fullest.append(fitting)
+      bins_with_room[room - length * len(fitting)].append(fullest)
   return pieces
 
 

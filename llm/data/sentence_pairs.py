@@ -35,14 +35,17 @@ class PairRows:
 
   @property
   def tokens(self) -> int:
+    """The tokens of an epoch, without special ones."""
     return int((self.anchors[:, 2] - self.anchors[:, 1]).sum())
 
   @property
   def examples(self) -> int:
+    """The examples of an epoch: a row is one."""
     return len(self)
 
   @property
   def note(self) -> str:
+    """A line for the header of a run."""
     fill = (self.tokens + SPECIAL * len(self.anchors)) / (len(self) * self.length)
     return f"{len(self.anchors)} pairs in {len(self)} rows, {fill:.1%} full"
 

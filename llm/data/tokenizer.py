@@ -156,7 +156,7 @@ class FastTokenizer(Tokenizer):
   _fast: tokenizers.Tokenizer | BaseTokenizer
 
   def definition(self) -> bytes:
-    """All of it as a tokenizer.json."""
+    """The content of a tokenizer.json that holds the whole tokenizer."""
     return self._fast.to_str().encode()
 
   def encode(self, texts):
