@@ -161,7 +161,7 @@ class Objective(causal_lm.Objective, base.Writes):
     truncated = 0
     for number, input_ids in enumerate(tokenizer.encode(inputs)):
       truncated += len(input_ids) >= length
-      input = np.array([*input_ids[: length - 1], tokenizer.eos], np.int32)
+      encoder_input = np.array([*input_ids[: length - 1], tokenizer.eos], np.int32)
       for _, gold in targets[number]:
         target = np.array([*next(target_ids), tokenizer.eos], np.int32)
         if len(target) > self.target_length:
@@ -169,7 +169,7 @@ class Objective(causal_lm.Objective, base.Writes):
             f"{where[number]}: the target has {len(target)} tokens, more than "
             f"config.objective.target_length={self.target_length}"
           )
-        encoded.append(Pair(number, gold, input, target))
+        encoded.append(Pair(number, gold, encoder_input, target))
     return encoded, truncated
 
   def _gold(self, record: dict, targets: Targets) -> tuple[str, ...]:
