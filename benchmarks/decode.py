@@ -1,6 +1,7 @@
 """Writing beside transformers' generate on torch, in turns: same weights, greedy, 128 new tokens.
 
-  pip install -e '.[bench]' && python benchmarks/decode.py [--shapes=6x384 --batches=1,32 --rounds=3]
+  pip install -e '.[bench]'
+  python benchmarks/decode.py [--shapes=6x384 --batches=1,32 --rounds=3]
 
 Each side runs in a process of its own: ours as `model.dtype=auto` takes it, torch in float32 and in
 bfloat16. Prints medians of tokens a second, and the ratio of each to ours.
@@ -15,10 +16,11 @@ import time
 
 import numpy as np
 
+# name -> layers, width, heads, vocabulary
 SHAPES = {
   "6x384": (6, 384, 6, 4096),
   "124m": (12, 768, 12, 50_257),
-}  # layers, width, heads, vocabulary
+}
 PROMPT, NEW = 16, 128
 
 

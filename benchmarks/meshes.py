@@ -1,10 +1,14 @@
-"""Every factorization of 8 devices over data, fsdp, tensor and context beside one device, for BERT, GPT and T5.
+"""Compares every mesh of 8 devices over data, fsdp, tensor and context with one device.
 
   PYTHONPATH=. python benchmarks/meshes.py     (eight virtual devices; some ten minutes)
 
-A table of the largest relative differences: gradients in float64, then the losses of five steps and the parameters after
-them in float32 under SGD; dropout off; also with the batch worked through in two parts.
+It prints the largest relative differences for BERT, GPT and T5: of the gradients in float64, then
+of the losses of five steps and the parameters after them in float32 under SGD. Dropout is off. Each
+mesh also works through the batch in two parts.
 """
+
+# JAX gets its settings before the imports that may start it.
+# ruff: noqa: E402
 
 import itertools
 import os
@@ -54,7 +58,10 @@ def run(name: str, shape, accum: int, dtype: str, optimizer, steps: int):
       batch = {k: np.concatenate([v, v]) for k, v in batch_of(8, seed=number).items()}
       state, found = train(state, jax.device_put(batch, sharding.batch_sharding(mesh)), 0)
       losses.append(metrics.means([jax.device_get(found)])["loss"])
-  host = lambda tree: {path: np.asarray(leaf) for path, leaf in tree.items()}
+
+  def host(tree):
+    return {path: np.asarray(leaf) for path, leaf in tree.items()}
+
   return (
     np.array(losses),
     host(state.trained),

@@ -1,9 +1,11 @@
-"""Fine-tuning on questions about real abstracts: windows packed into rows, beside torch padded to the maximum.
+"""Fine-tunes on questions about real abstracts: windows packed into rows, beside padded torch.
 
-  pip install -e '.[bench]' && python benchmarks/question_answering.py [--layers=4 --width=256 --length=384 --rounds=3]
+  pip install -e '.[bench]'
+  python benchmarks/question_answering.py [--layers=4 --width=256 --length=384 --rounds=3]
 
-Both sides train a BERT of one shape on the same windows (float32, dropout off), in turns; prints the windows a second
-of each: torch's BertForQuestionAnswering takes one window a row, as its examples do.
+Both sides train a BERT of one shape on the same windows (float32, dropout off), in turns. The
+script prints the windows a second of each. Torch's BertForQuestionAnswering takes one window a row,
+padded to the maximum, as its examples do.
 """
 
 import argparse
@@ -15,7 +17,7 @@ import numpy as np
 
 
 def windows(options):
-  """(rows of the abstracts, their windows), tokenized by the published vocabulary of embedded:minilm."""
+  """(rows of the abstracts, their windows), tokenized by the vocabulary of embedded:minilm."""
   from llm.checkpoints import huggingface
   from llm.config import DataConfig, ModelConfig
   from llm.data import cache, embedded, sources
@@ -111,7 +113,10 @@ def theirs(options):
       ids, mask = (np.zeros((options.rows, options.length), np.int64) for _ in range(2))
       for row, window in enumerate(chosen):
         ids[row, : len(window.tokens)], mask[row, : len(window.tokens)] = window.tokens, 1
-      ends = lambda side: torch.tensor([getattr(w, side) for w in chosen])
+
+      def ends(side, chosen=chosen):
+        return torch.tensor([getattr(w, side) for w in chosen])
+
       model(
         torch.tensor(ids),
         attention_mask=torch.tensor(mask),

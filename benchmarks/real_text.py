@@ -2,10 +2,12 @@
 
   python benchmarks/real_text.py pretrain --base=DIR     # another checkout of this repository
   python benchmarks/real_text.py finetune                # beside the Trainer of transformers
+  python benchmarks/real_text.py questions               # the same, on questions
 
 pretrain: BERT, MLM and NSP, on half Wikipedia and half reviews; tokens a second that are not
 padding, here and there. finetune: the embedded reviews from `embedded:minilm`; examples a second,
-theirs padded to the longest of a batch that was drawn by length. Each side is a process of its own,
+theirs padded to the longest of a batch that was drawn by length. questions: the embedded abstracts
+likewise, the same windows on both sides. Each side is a process of its own,
 and they take turns; medians of the rounds.
 """
 
@@ -24,6 +26,8 @@ HERE = pathlib.Path(__file__).resolve().parents[1]
 WARM_UP = 3  # steps
 LENGTH = 64  # of a row in fine-tuning
 EXAMPLES = 32  # of a batch in fine-tuning
+WINDOW = 256  # tokens of a window at most, and of a row, for questions
+WINDOWS = 8  # of a batch
 
 
 def config_of(name: str, argument: str):
@@ -47,12 +51,10 @@ def loop_of(config, count):
   from llm.training import step as step_lib
 
   made = experiment_lib.prepare(config_lib.freeze(config), say=lambda *_: None)
-  if hasattr(command, "start_cpu"):
-    command.start_cpu()
-  else:  # a checkout from before it
-    command.use_cpu_cores(made.batches.batch_size, experiment_lib.state_bytes(made.config.model))
+  command.start_cpu()
   command.use_compilation_cache()
   mesh = sharding.make_mesh(made.config.mesh)
+  made = made.on(mesh)
   with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
     state, optimizer, marks, _ = state_lib.first_state(
       made, None, pathlib.Path(folder), mesh, lambda *_: None
@@ -92,30 +94,16 @@ def ours(_):
   return loop_of(config, lambda batch: int(batch["label_weights"].sum()))
 
 
-def theirs(_):
-  """The Trainer: batches of one length, padded to their longest."""
+def trainer(model, tokenizer, encoded: list[dict], batch_size: int):
+  """run(steps) -> examples, by the Trainer: batches of one length, padded to their longest."""
   import transformers
-
-  from llm.config import DataConfig
-  from llm.data import cache, embedded, sources
-
-  folder = embedded.model("minilm", cache.cache_dir())
-  tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-  model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
-  (source,) = sources.parse("embedded:reviews", DataConfig())
-  records = list(source.records())
-  names = sorted({r["label"] for r in records})
-  encoded = [
-    {**tokenizer(r["text"], truncation=True, max_length=LENGTH), "labels": names.index(r["label"])}
-    for r in records
-  ]
 
   def run(steps: int) -> int:
     with tempfile.TemporaryDirectory() as output:
       arguments = transformers.TrainingArguments(
         output,
         max_steps=steps,
-        per_device_train_batch_size=EXAMPLES,
+        per_device_train_batch_size=batch_size,
         learning_rate=3e-5,
         train_sampling_strategy="group_by_length",
         report_to="none",
@@ -131,12 +119,81 @@ def theirs(_):
         processing_class=tokenizer,
         data_collator=transformers.DataCollatorWithPadding(tokenizer),
       ).train()
-    return steps * EXAMPLES
+    return steps * batch_size
 
   return run
 
 
-SIDES = {"pretraining": pretraining, "ours": ours, "theirs": theirs}
+def theirs(_):
+  """Labelled sentences in the Trainer."""
+  import transformers
+
+  from llm.config import DataConfig
+  from llm.data import cache, embedded, sources
+
+  folder = embedded.model("minilm", cache.cache_dir())
+  tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+  model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+  (source,) = sources.parse("embedded:reviews", DataConfig())
+  records = list(source.records())
+  names = sorted({r["label"] for r in records})
+  encoded = [
+    {**tokenizer(r["text"], truncation=True, max_length=LENGTH), "labels": names.index(r["label"])}
+    for r in records
+  ]
+  return trainer(model, tokenizer, encoded, EXAMPLES)
+
+
+def our_questions(_):
+  """Our loop over windows of the abstracts."""
+  config = config_of("finetune_qa", "abstracts")
+  config.data.eval = ""
+  config.transfer.checkpoint = "embedded:minilm"
+  config.training.update(epochs=0.0, steps=100_000, batch_size=WINDOWS, sequence_length=WINDOW)
+  return loop_of(config, lambda batch: int(batch["window_weights"].sum()))
+
+
+def their_questions(_):
+  """The same windows in the Trainer."""
+  import transformers
+
+  from llm.checkpoints import huggingface
+  from llm.config import DataConfig, ModelConfig
+  from llm.data import cache, embedded, sources
+  from llm.objectives import span_qa
+
+  folder = embedded.model("minilm", cache.cache_dir())
+  model = transformers.AutoModelForQuestionAnswering.from_pretrained(folder)
+  (source,) = sources.parse("embedded:abstracts", DataConfig())
+  rows = span_qa.Objective().rows(
+    source, huggingface.read_tokenizer(folder), DataConfig(), ModelConfig(name="bert"), WINDOW
+  )
+  encoded = [
+    {
+      "input_ids": w.tokens.tolist(),
+      "token_type_ids": w.types.tolist(),
+      "attention_mask": [1] * len(w.tokens),
+      "start_positions": w.start,
+      "end_positions": w.end,
+    }
+    for w in rows.windows
+  ]
+  tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+  return trainer(model, tokenizer, encoded, WINDOWS)
+
+
+SIDES = {
+  "pretraining": pretraining,
+  "ours": ours,
+  "theirs": theirs,
+  "our_questions": our_questions,
+  "their_questions": their_questions,
+}
+# what is asked for -> our side, their side, what is counted
+FINE_TUNING = {
+  "finetune": ("ours", "theirs", "examples"),
+  "questions": ("our_questions", "their_questions", "windows"),
+}
 
 
 def work(side: str, argument: str):
@@ -191,7 +248,7 @@ def _answer(worker):
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("what", choices=["pretrain", "finetune", "work"])
+  parser.add_argument("what", choices=["pretrain", *FINE_TUNING, "work"])
   parser.add_argument("--base", type=pathlib.Path, help="pretrain: the other checkout")
   parser.add_argument("--sizes", default="tiny,mini", help="pretrain: of configs/pretrain_bert.py")
   parser.add_argument("--rounds", type=int, default=3)
@@ -201,12 +258,14 @@ def main():
   options = parser.parse_args()
   if options.what == "work":
     return work(options.side, options.argument)
-  if options.what == "finetune":
-    sides = {side: (HERE, side, "") for side in ("ours", "theirs")}
-    paces = measured(sides, options.rounds, options.steps)
+  if options.what in FINE_TUNING:
+    here, there, counted = FINE_TUNING[options.what]
+    paces = measured(
+      {side: (HERE, side, "") for side in (here, there)}, options.rounds, options.steps
+    )
     print(
-      f"fine-tuning: {paces['ours']:.1f} examples/s here, {paces['theirs']:.1f} in "
-      f"transformers, {paces['ours'] / paces['theirs']:.2f} times"
+      f"{options.what}: {paces[here]:.1f} {counted}/s here, {paces[there]:.1f} in "
+      f"transformers, {paces[here] / paces[there]:.2f} times"
     )
     return
   if not options.base:

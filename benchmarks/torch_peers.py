@@ -79,7 +79,7 @@ class PlainBERT(nn.Module):
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten()) + F.cross_entropy(pair, pairs)
 
 
-def _init(model):
+def initialized(model):
   for parameter in model.parameters():
     if parameter.ndim > 1:
       nn.init.normal_(parameter, std=0.02)
@@ -123,14 +123,19 @@ def peers(
       embd_pdrop=0,
       attn_pdrop=0,
     )
-    make_hf = lambda: transformers.GPT2LMHeadModel(config)
+
+    def make_hf():
+      return transformers.GPT2LMHeadModel(config)
 
     def hf_loss(model):
       logits = model(t["tokens"], use_cache=False).logits
       return F.cross_entropy(logits.flatten(0, 1), t["targets"].flatten())
 
-    make_plain = lambda: _init(PlainGPT(layers, width, heads, vocab, length))
-    plain_loss = lambda model: model(t["tokens"], t["targets"])
+    def make_plain():
+      return initialized(PlainGPT(layers, width, heads, vocab, length))
+
+    def plain_loss(model):
+      return model(t["tokens"], t["targets"])
   elif kind == "t5":
     config = transformers.T5Config(
       vocab_size=vocab,
@@ -159,22 +164,34 @@ def peers(
       hidden_dropout_prob=0,
       attention_probs_dropout_prob=0,
     )
-    make_hf = lambda: transformers.BertForPreTraining(config)
+
+    def make_hf():
+      return transformers.BertForPreTraining(config)
+
     labels = torch.full_like(t["tokens"], -100).scatter(
       1, t["masked_positions"], t["masked_targets"]
     )
-    hf_loss = lambda model: (
-      model(
+
+    def hf_loss(model):
+      return model(
         t["tokens"],
         token_type_ids=t["types"],
         labels=labels,
         next_sentence_label=t["next_sentence"],
       ).loss
-    )
-    make_plain = lambda: _init(PlainBERT(layers, width, heads, vocab, 512))
-    plain_loss = lambda model: model(
-      t["tokens"], t["types"], t["masked_positions"], t["masked_targets"], t["next_sentence"][:, 0]
-    )
+
+    def make_plain():
+      return initialized(PlainBERT(layers, width, heads, vocab, 512))
+
+    def plain_loss(model):
+      return model(
+        t["tokens"],
+        t["types"],
+        t["masked_positions"],
+        t["masked_targets"],
+        t["next_sentence"][:, 0],
+      )
+
   if autocast:
     hf_loss = torch.autocast("cpu", torch.bfloat16)(hf_loss)
     plain_loss = torch.autocast("cpu", torch.bfloat16)(plain_loss) if make_plain else None

@@ -111,7 +111,10 @@ def ours(shape, dtype):
     sharding.make_mesh(MeshConfig()),
   )
   with jax.set_mesh(mesh):
-    init = lambda: step_lib.init_params(model, batch, jax.random.key(0))
+
+    def init():
+      return step_lib.init_params(model, batch, jax.random.key(0))
+
     params = jax.jit(init, out_shardings=sharding.shardings(jax.eval_shape(init), mesh))()
     of_step = flops.model_flops(model, params, batch, config)
     ceiling, _ = flops.peak_flops(mesh, precision.of(config))

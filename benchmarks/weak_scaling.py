@@ -1,9 +1,10 @@
-"""What a device computes, holds and sends as a slice grows, the batch of a chip staying the same: by compilation alone.
+"""Compiles for growing slices and reads what a device computes, holds and sends.
 
   pip install -e '.[tpu]' && python benchmarks/weak_scaling.py [--output=weak_scaling.png]
 
-A GPT small (124M), 4 rows of 1,024 tokens a chip, parameters over the chips (fsdp, at most 256, which divides its width), on v5e from 4 to 256 chips and on v5p
-from 8 to 512. Prints a table and draws a plot.
+The batch of a chip stays the same: 4 rows of 1,024 tokens. The model is a GPT small (124M). Its
+parameters are split over the chips (fsdp, at most 256, which divides its width). The slices are v5e
+from 4 to 256 chips and v5p from 8 to 512. The script prints a table and draws a plot.
 """
 
 import argparse

@@ -1,10 +1,13 @@
 """Prompt and response: a decoder learns to answer (Ouyang et al. 2022, section 3.5).
 
   python -m llm.train --config=configs/finetune_chat.py --workdir=DIR2 \\
-      --config.transfer.checkpoint=DIR --config.data.train=jsonl:train.jsonl --config.data.eval=jsonl:eval.jsonl
+      --config.transfer.checkpoint=DIR \\
+      --config.data.train=jsonl:train.jsonl --config.data.eval=jsonl:eval.jsonl
 
-Lines are {"messages": [{"role", "content"}]} as OpenAI's fine-tuning takes them (an assistant turn of weight 0 is
-not learned), or Alpaca's {"instruction", "input", "output"}. Then: python -m llm.generate --checkpoint=DIR2 --chat
+Lines are {"messages": [{"role", "content"}]}, as OpenAI's fine-tuning takes them, or Alpaca's
+{"instruction", "input", "output"}. An assistant turn of weight 0 is not learned. Then talk to it:
+
+  python -m llm.generate --checkpoint=DIR2 --chat
 """
 
 from llm import config as config_lib

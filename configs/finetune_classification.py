@@ -32,7 +32,7 @@ def get_config(task: str = ""):
   """The config of one task; "" for the user's own data."""
   config = config_lib.defaults(base.defaults("classification"))
   # The rule of this transfer: the encoder and its pooler are taken over, other heads are not.
-  config.transfer.skip = (r"^head/(?!pooler)",)
+  config.transfer.skip = (r"^(head/(?!pooler)|generator/)",)
   config.optimizer.update(learning_rate=3e-5, warmup_steps=-1)
   config.training.update(epochs=3.0, batch_size=32, sequence_length=128, log_every=50)
   if task == "reviews":

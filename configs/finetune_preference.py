@@ -1,10 +1,12 @@
 """Preferences: a decoder learns to prefer one reply to another, by DPO (Rafailov et al. 2023).
 
   python -m llm.train --config=configs/finetune_preference.py --workdir=DIR2 \\
-      --config.transfer.checkpoint=DIR --config.data.train=jsonl:train.jsonl --config.data.eval=jsonl:eval.jsonl
+      --config.transfer.checkpoint=DIR \\
+      --config.data.train=jsonl:train.jsonl --config.data.eval=jsonl:eval.jsonl
 
-Lines are {"messages": [{"role", "content"}], "chosen", "rejected"}; `prompt` may stand for the messages. The reference
-is the checkpoint transferred from, best one of configs/finetune_chat.py; its log-probabilities are computed once.
+Lines are {"messages": [{"role", "content"}], "chosen", "rejected"}; `prompt` may stand for the
+messages. The reference is the checkpoint that the run starts from: best one of
+configs/finetune_chat.py. Its log-probabilities are computed once.
 """
 
 from llm import config as config_lib

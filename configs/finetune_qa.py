@@ -1,11 +1,15 @@
 """Extractive question answering by an encoder (Devlin et al. 2019, sections 4.2 and 4.3).
 
   python -m llm.train --config=configs/finetune_qa.py --workdir=DIR2 \\
-      --config.transfer.checkpoint=DIR --config.data.train=squad:train.json --config.data.eval=squad:dev.json
+      --config.transfer.checkpoint=DIR \\
+      --config.data.train=squad:train.json --config.data.eval=squad:dev.json
 
-Questions come from files in SQuAD's layout, or from records with text (the context), question and answers. Long
-contexts are cut into windows that overlap; short ones share a row. Ready-made settings follow a colon: squad and
-squad2 (tfds), abstracts (497 abstracts, who took part in each study).
+Questions come from files in SQuAD's layout, or from records with text (the context), question and
+answers. Long contexts are cut into windows that overlap; short ones share a row. Ready-made
+settings follow a colon: squad and squad2 (tfds), abstracts (497 abstracts, who took part in each
+study).
+
+Published for BERT-base on SQuAD v1.1 (dev): F1 88.41, exact match 81.25 (google-research/bert).
 """
 
 from llm import config as config_lib
@@ -15,7 +19,7 @@ from llm.objectives import base
 def get_config(task: str = ""):
   """The config of one task; "" for the user's own data."""
   config = config_lib.defaults(base.defaults("span_qa"))
-  config.transfer.skip = (r"^head/",)
+  config.transfer.skip = (r"^(head|generator)/",)
   config.optimizer.update(learning_rate=3e-5, warmup_steps=-1)
   config.training.update(epochs=2.0, batch_size=32, sequence_length=384, log_every=50)
   if task in ("squad", "squad2"):

@@ -1,10 +1,13 @@
 """Any task as text to text by T5 (Raffel et al. 2020, section 2.4).
 
   python -m llm.train --config=configs/finetune_text_to_text.py --workdir=DIR2 \\
-      --config.transfer.checkpoint=DIR --config.data.train=jsonl:train.jsonl --config.data.eval=jsonl:eval.jsonl
+      --config.transfer.checkpoint=DIR \\
+      --config.data.train=jsonl:train.jsonl --config.data.eval=jsonl:eval.jsonl
 
-Records have `text` and `target`. Ready-made settings follow a colon, with the paper's prefixes (appendix D): cola,
-sst2, mrpc, qqp, mnli, qnli, rte, squad; and reviews, the embedded sentences.
+Records have `text` and `target`. Ready-made settings follow a colon, with the paper's prefixes
+(appendix D): cola, sst2, mrpc, qqp, mnli, qnli, rte, squad; and reviews, the embedded sentences.
+
+Published for T5 v1.1 small: SQuAD exact match 78.33 and F1 86.63, MNLI 83.06 (t5x's GPU notes).
 """
 
 from llm import config as config_lib

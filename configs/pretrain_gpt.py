@@ -3,7 +3,8 @@
   python -m llm.train --config=configs/pretrain_gpt.py:tiny --workdir=DIR \\
       --config.data.train=text:corpus.txt --config.data.eval=text:held_out.txt
 
-Sizes small (124M), medium, large and xl are the published shapes, 175b is GPT-3's; tiny is a laptop's.
+Sizes small (124M), medium, large and xl are the published shapes, 175b is GPT-3's. tiny is for a
+laptop. Published for small on OpenWebText: 3.12 zero-shot, 2.85 trained on it (nanoGPT's README).
 """
 
 from llm import config as config_lib

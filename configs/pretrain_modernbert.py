@@ -28,8 +28,9 @@ from llm.objectives import base
 
 LENGTH = 1024
 
-# size -> (rate, weight decay, tokens of the rise, rows of a batch). Their decay, 3e-4 or 1e-5, is what
-# a weight loses in a step at the full rate. Ours is multiplied by the rate: it is theirs over the rate.
+# size -> (rate, weight decay, tokens of the rise, rows of a batch). Their decay, 3e-4 or 1e-5, is
+# what a weight loses in a step at the full rate. Ours is multiplied by the rate, so it is theirs
+# over the rate.
 RECIPES = {
   "17m": (3e-3, 0.1, 4e9, 4608),
   "base": (8e-4, 0.0125, 3e9, 4608),

@@ -3,9 +3,10 @@
   python -m llm.train --config=configs/pretrain_t5.py:tiny --workdir=DIR \\
       --config.data.train=text:corpus.txt --config.data.eval=text:held_out.txt
 
-Sizes small, base, large, 3b and 11b are the shapes of v1.1; small-v1.0 and so on those of the paper; tiny is a
-laptop's. training.sequence_length is the length of the corrupted input. --config.objective.prefix=True is prefix
-language modelling. Adafactor and its schedule are the published ones for the published sizes.
+Sizes small, base, large, 3b and 11b are the shapes of v1.1, small-v1.0 and so on those of the
+paper. tiny is for a laptop. training.sequence_length is the length of the corrupted input.
+--config.objective.prefix=True is prefix language modelling. The published sizes take the published
+Adafactor and its schedule.
 """
 
 from llm import config as config_lib

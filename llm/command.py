@@ -1,9 +1,10 @@
-"""What every command shares: flags, devices, the compilation cache, and how errors end."""
+"""What every command shares: flags, devices, the compilation cache and the exit on errors."""
 
 import ctypes
+import dataclasses
 import os
 import sys
-from typing import Callable
+from typing import Any, Callable, Mapping
 
 import jax
 import psutil
@@ -23,9 +24,10 @@ OUT_OF_MEMORY = (
 
 
 def run(main: Callable[[], int | None], argv: list[str] | None = None):
-  """Parses flags, calls main and exits: 0, or 2 with one line for a mistake of the user's.
+  """Parses the flags, calls main and exits with its status, 0 where it returns none.
 
-  A fault of ours keeps its traceback and exits with 1.
+  A UserError is printed as one line and exits with 2. A bug keeps its traceback and exits with 1.
+  argv: the command line; None takes that of the process.
   """
   logging.set_verbosity(logging.ERROR)
   try:
@@ -40,21 +42,21 @@ def run(main: Callable[[], int | None], argv: list[str] | None = None):
   sys.exit(status or 0)
 
 
-def run_verb(name: str, verbs: dict[str, Callable], argv: list[str]):
-  """`python -m NAME VERB --flags`: the verb is taken off before the flags are parsed."""
+def run_verb(name: str, verbs: Mapping[str, Callable[[], int | None]], argv: list[str]):
+  """Runs `python -m NAME VERB --flags`: calls the function that `verbs` has for the verb."""
   argv = list(argv)
-  verb = argv.pop(1) if len(argv) > 1 else ""
+  verb = argv.pop(1) if len(argv) > 1 else ""  # absl must not see it
 
-  def chosen():
+  def main() -> int | None:
     if verb not in verbs:
       raise UserError(f"{name} needs one of {', '.join(verbs)} first, not {verb!r}")
     return verbs[verb]()
 
-  run(chosen, argv)
+  run(main, argv)
 
 
 def _guarded(main: Callable[[], int | None], argv: list[str]) -> int | None:
-  """Calls main, with what a user can do wrong turned into a UserError."""
+  """Calls main. Raises UserError for every failure that the user can mend."""
   _parse(argv)
   use_compilation_cache()
   try:
@@ -77,78 +79,96 @@ def _guarded(main: Callable[[], int | None], argv: list[str]) -> int | None:
 
 
 def _parse(argv: list[str]):
-  """Reads flags and the config file. Raises UserError on what is wrong in either."""
+  """Reads the flags and the config file. Raises UserError if either is wrong."""
+  _check_config_flags(argv)
   try:
-    rest = flags.FLAGS(_checked_overrides(argv))
+    arguments = flags.FLAGS(argv)
   except UserError:
     raise
   except Exception as error:  # ml_collections runs the config file, which may raise anything
     lines = str(error).strip().splitlines()
     in_config = lines and "parsing config file" in lines[0]
     raise UserError(lines[-1].strip() if in_config else core.first_line(error))
-  if len(rest) > 1:
-    raise UserError(f"unexpected argument {rest[1]!r}; flags are --NAME=VALUE (--help lists them)")
+  if len(arguments) > 1:
+    raise UserError(
+      f"unexpected argument {arguments[1]!r}; flags are --NAME=VALUE (--help lists them)"
+    )
 
 
-def _checked_overrides(argv: list[str]) -> list[str]:
-  """Names the nearest key for an override that no config has, before ml_collections sees it."""
+def _check_config_flags(argv: list[str]):
+  """Raises UserError if the config file or an overridden key does not exist.
+
+  ml_collections would raise errors that name no key that was probably meant.
+  """
   for number, argument in enumerate(argv[1:], 1):
     if argument == "--":
       break
+    if not argument.startswith("-"):
+      continue
     name, _, value = argument.lstrip("-").partition("=")
-    if name == "config" and argument.startswith("-"):
+    if name == "config":
       path = (value or (argv + [""])[number + 1]).split(":")[0]
       if not os.path.isfile(path):
         raise UserError(f"--config={path}: no such config file")
-    if not argument.startswith(("--config.", "-config.")):
-      continue
-    key = argument.lstrip("-").partition("=")[0]
-    parts = key.split(".")[1:]
-    if parts[0] in config_lib.ELSEWHERE:
-      raise config_lib.unknown_key("config", parts[0], ())
-    if parts[0] != "objective" and parts[0] not in config_lib.GROUPS:
-      raise config_lib.unknown_key("config", parts[0], [*config_lib.GROUPS, "objective"])
-    if parts[0] in config_lib.GROUPS and len(parts) > 1:
-      known = config_lib.GROUPS[parts[0]].__dataclass_fields__
-      if parts[1] not in known or len(parts) > 2:
-        raise config_lib.unknown_key(f"config.{parts[0]}", ".".join(parts[1:]), known)
-  return argv
+    elif argument.startswith(("--config.", "-config.")):
+      _check_key(name.removeprefix("config."))
+
+
+def _check_key(key: str):
+  """Raises UserError, naming the nearest key, if no config has `key` (GROUP or GROUP.NAME).
+
+  The keys of an objective are checked later: by then it is known which objective it is.
+  """
+  group, *names = key.split(".")
+  if group == "objective":
+    return
+  if group in config_lib.ELSEWHERE:
+    raise config_lib.unknown_key("config", group, ())
+  if group not in config_lib.GROUPS:
+    raise config_lib.unknown_key("config", group, [*config_lib.GROUPS, "objective"])
+  group_class: Any = config_lib.GROUPS[group]
+  known = [field.name for field in dataclasses.fields(group_class)]
+  if names and (names[0] not in known or len(names) > 1):
+    raise config_lib.unknown_key(f"config.{group}", ".".join(names), known)
 
 
 def use_compilation_cache():
-  """Compiled programs are kept between runs, under ~/.cache/pretune/xla or JAX_COMPILATION_CACHE_DIR."""
+  """Keeps compiled programs between runs.
+
+  They lie in JAX_COMPILATION_CACHE_DIR where it is set, else in the folder xla of the cache.
+  """
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     jax.config.update("jax_compilation_cache_dir", str(cache.cache_dir() / "xla"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def start_cpu(mesh: MeshConfig = MeshConfig()):
-  """Settles how JAX uses the CPU and its memory; must come before JAX is first used.
+  """Settles how JAX uses the CPU and its memory. Call it before JAX is first used.
 
-  The CPU is one device whose threads are the cores, unless the mesh asks for more devices or
-  JAX_NUM_CPU_DEVICES is set.
+  The CPU is one device, which runs a thread on each core. It is more devices where the mesh or
+  JAX_NUM_CPU_DEVICES asks for them.
   """
   _keep_freed_memory()
   try:
-    if jax.config.jax_num_cpu_devices <= 0:  # not set by the user
+    # JAX adds its options to the class at run time, where its types do not show them.
+    count: int = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
+    if count <= 0:  # not set by the user
       devices = max(1, sharding.cpu_devices(mesh) // processes.count())
       jax.config.update("jax_num_cpu_devices", devices)
   except RuntimeError:
-    pass  # JAX runs already: a command of several phases keeps its devices
+    pass  # JAX is in use: a command of several phases keeps the devices of the first
 
 
 def _keep_freed_memory():
-  """Has glibc keep what a step frees for the next one, in huge pages where the kernel gives them.
+  """Makes glibc keep the memory that a step frees, for the next step.
 
   Otherwise the kernel hands out a step's temporary memory anew each time, zeroed page by page.
-  Threads share one arena, for those that glibc gives them cannot hold blocks over 64 MB. What is
-  reserved here takes no memory until it is used.
+  Threads share one arena, because the arenas that glibc gives them cannot hold blocks over 64 MB.
   """
-  # Of malloc.h and mman.h.
+  # The parameters of mallopt, from malloc.h.
   trim_threshold = -1
   mmap_max = -4
   arena_max = -8
-  madv_hugepage = 14
   if sys.platform != "linux":
     return
   libc = ctypes.CDLL(None)
@@ -157,11 +177,21 @@ def _keep_freed_memory():
   libc.mallopt(arena_max, 1)
   libc.mallopt(mmap_max, 0)
   libc.mallopt(trim_threshold, -1)  # never give a free top back
-  libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+  _ask_for_huge_pages(libc)
+
+
+def _ask_for_huge_pages(libc: ctypes.CDLL):
+  """Advises the kernel to back the heap by huge pages: half as much of it as there is memory.
+
+  The block is freed at once and stays on the heap. It takes no memory until it is used.
+  """
+  madv_hugepage = 14  # from mman.h
+  page = 2**21
+  libc.malloc.restype = ctypes.c_void_p
+  libc.malloc.argtypes = [ctypes.c_size_t]
   libc.free.argtypes = [ctypes.c_void_p]
   libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
   size = psutil.virtual_memory().total // 2
-  page = 2**21
   if block := libc.malloc(size):
     libc.madvise(core.round_up(block, page), size - page, madv_hugepage)
     libc.free(block)

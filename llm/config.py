@@ -67,6 +67,8 @@ class ModelConfig:
   name: str = ""
   num_layers: int = key(0, at_least=0)
   width: int = key(0, at_least=0)
+  # Columns of the embedding table, where ELECTRA projects it to the width of its layers; 0: width.
+  embedding_width: int = key(0, at_least=0)
   num_heads: int = key(0, at_least=0)
   # Heads of keys and values; 0: num_heads.
   num_kv_heads: int = key(0, at_least=0)
@@ -171,6 +173,7 @@ class TransferConfig:
 class OptimizerConfig:
   """The optimizer and its schedule."""
 
+  # muon trains the matrices of layers, and adamw at the same rate the rest.
   name: str = key("adamw", choices=("adamw", "adafactor", "muon"))
   learning_rate: float = key(1e-4, at_least=0)
   # After the warm-up: linear falls to 0, cosine to a tenth; wsd is constant and falls to 0 in the
@@ -181,7 +184,7 @@ class OptimizerConfig:
   warmup_steps: int = key(-1, at_least=-1)
   # Of the schedule wsd: the share of the steps in which the rate falls.
   decay_share: float = key(0.1, above=0, at_most=1)
-  # Of adamw: beta1, beta2, epsilon and the type of the first moment.
+  # Of adamw: beta1, beta2, epsilon and the type of the first moment (that of muon's momentum too).
   beta1: float = 0.9
   beta2: float = 0.999
   epsilon: float = key(1e-6, above=0)
@@ -253,7 +256,9 @@ class Config:
   training: TrainingConfig
 
 
-GROUPS = {f.name: f.type for f in dataclasses.fields(Config) if f.name != "objective"}
+GROUPS: dict[str, Any] = {
+  f.name: f.type for f in dataclasses.fields(Config) if f.name != "objective"
+}
 
 # What users of other codebases type, and what it is called here.
 ELSEWHERE = {
@@ -341,13 +346,11 @@ def freeze(config: Mapping[str, Any]) -> Config:
 
 def thaw(config: Config) -> dict[str, Any]:
   """Config -> plain dict, for JSON."""
-  return {
-    k: dict(v) if isinstance(v, Mapping) else dataclasses.asdict(v)
-    for k, v in ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config))
-  }
+  groups = {name: dataclasses.asdict(getattr(config, name)) for name in GROUPS}
+  return {**groups, "objective": dict(config.objective)}
 
 
 def defaults(objective: Mapping[str, Any]) -> Any:
-  """An ml_collections.ConfigDict with every key at its default: the start of each file in configs/."""
+  """An ml_collections.ConfigDict with every key at its default, for files in configs/."""
   groups = {name: dataclasses.asdict(cls()) for name, cls in GROUPS.items()}
   return ml_collections.ConfigDict({**groups, "objective": dict(objective)})

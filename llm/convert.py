@@ -1,13 +1,18 @@
-"""Checkpoints in the layout of transformers, in and out.
+"""Convert checkpoints from and to the layouts of other packages.
 
-python -m llm.convert from_hf --source=DIR|hf:NAME|embedded:minilm --output=DIR      ours, from a folder or the hub
-python -m llm.convert from_gguf --source=FILE.gguf|embedded:smollm2 --output=DIR   ours, from a decoder of llama.cpp
-python -m llm.convert to_hf   --checkpoint=DIR     --output=DIR      a folder that from_pretrained loads
-python -m llm.convert adapters --checkpoint=DIR    --output=DIR      adapters and head alone, for the package peft
+A folder of transformers, or one of the hub, becomes a checkpoint of ours:
+  python -m llm.convert from_hf --source=DIR|hf:NAME|embedded:minilm --output=DIR
+A decoder of llama.cpp becomes a checkpoint of ours:
+  python -m llm.convert from_gguf --source=FILE.gguf|embedded:smollm2 --output=DIR
+A checkpoint of ours becomes a folder that from_pretrained of transformers loads:
+  python -m llm.convert to_hf --checkpoint=DIR --output=DIR
+Its adapters and head, alone, become a folder of the package peft:
+  python -m llm.convert adapters --checkpoint=DIR --output=DIR
 """
 
 import pathlib
 import sys
+from typing import Callable
 
 from absl import flags
 
@@ -26,11 +31,13 @@ _OUTPUT = flags.DEFINE_string("output", None, "The folder to write; must not exi
 
 
 def _output() -> pathlib.Path:
+  """The folder to write. Raises UserError if it exists or is not on this machine."""
   if not _OUTPUT.value:
     raise UserError("--output is missing: the folder to write")
   if storage.is_bucket(_OUTPUT.value):
     raise UserError(
-      f"--output={_OUTPUT.value}: give a folder of this machine; a checkpoint of ours may be copied to a bucket as it is"
+      f"--output={_OUTPUT.value}: give a folder of this machine; a checkpoint of ours may be "
+      "copied to a bucket as it is"
     )
   output = pathlib.Path(_OUTPUT.value).expanduser().absolute()
   if output.exists():
@@ -38,36 +45,39 @@ def _output() -> pathlib.Path:
   return output
 
 
-def _take_in(read):
-  """What `read` makes of --source becomes a workdir of ours."""
+def _import_with(read: Callable[[pathlib.Path], huggingface.Converted]):
+  """Writes what `read` makes of --source as a workdir of ours."""
   output = _output()
   if not _SOURCE.value:
     raise UserError("--source is missing: what to convert")
-  source = (
-    locate.foreign(_SOURCE.value, cache.cache_dir())
-    or pathlib.Path(_SOURCE.value).expanduser().absolute()
-  )
-  cache.made_once(output, lambda scratch: huggingface.write(*read(source), scratch, str(source)))
+  source = locate.foreign(_SOURCE.value, cache.cache_dir())
+  if source is None:
+    source = pathlib.Path(_SOURCE.value).expanduser().absolute()
+
+  def write(folder: pathlib.Path):
+    huggingface.write(*read(source), folder, str(source))
+
+  cache.made_once(output, write)
   print(f"{output} is a checkpoint: `python -m llm.show checkpoint --checkpoint={output}` lists it")
 
 
-def _give_out(write, what: str):
-  """What `write` makes of --checkpoint becomes a folder of theirs."""
+def _export_with(write: Callable[..., None], package: str):
+  """Writes --checkpoint as a folder of another package, by `write(step, folder)`."""
   output = _output()
   if not _CHECKPOINT.value:
     raise UserError(
       "--checkpoint is missing: a workdir of llm.train, its checkpoints folder or one step"
     )
   step = locate.find(_CHECKPOINT.value)
-  cache.made_once(output, lambda scratch: write(step, scratch))
-  print(f"{output} is a folder of {what}: from_pretrained({str(output)!r}) loads it")
+  cache.made_once(output, lambda folder: write(step, folder))
+  print(f"{output} is a folder of {package}: from_pretrained({str(output)!r}) loads it")
 
 
 VERBS = {
-  "from_hf": lambda: _take_in(huggingface.read),
-  "from_gguf": lambda: _take_in(gguf.read),
-  "to_hf": lambda: _give_out(huggingface.export, "transformers"),
-  "adapters": lambda: _give_out(huggingface.export_adapters, "peft"),
+  "from_hf": lambda: _import_with(huggingface.read),
+  "from_gguf": lambda: _import_with(gguf.read),
+  "to_hf": lambda: _export_with(huggingface.export, "transformers"),
+  "adapters": lambda: _export_with(huggingface.export_adapters, "peft"),
 }
 
 

@@ -1,25 +1,28 @@
-"""Names that every file shares. Imports nothing of ours.
+"""Names that every file shares. It imports no other file of this package.
 
 Dimension legend, used as suffixes (`tokens_BxT`, `kernel_DxHxK`):
 
   B batch rows          T target or token position   S source (key) position
   M masked slots a row  D model width                H attention heads
+  E embedding width
   K head width          F feed-forward width         V vocabulary, padded to a multiple of 128
   L layers              C classes                    N examples of a row, or a number of something
                                                        named beside it
 
-A `Batch` is a dict of fixed-shape arrays, B rows each:
+A `Batch` is a dict of fixed-shape arrays of B rows:
 
-  tokens, segments, positions  BxT int32; segment 0 is padding, 1.. the documents of a packed row
+  tokens, segments, positions  BxT int32; segment 0 is padding, 1.. are a packed row's documents
   types                        BxT int32, where the model has token types
   targets, weights             BxT, causal language modelling
   masked_positions, masked_targets, masked_weights   BxM, masked language modelling
   firsts                       BxN int32, where each example of a row begins; example n is segment
-                               n + 1, and slots left empty have no weight
-  next_sentence, pair_weights  BxN int32 and float32, 1 where the second part follows the first
+                               n + 1; an empty slot has weight 0
+  next_sentence, pair_weights  BxN int32 and float32; next_sentence is 1 where the second part
+                               follows the first
   labels, label_weights        BxN, classification (int32) and regression (float32)
-  decoder_tokens, decoder_segments, decoder_positions   BxT, where an encoder reads BxS and a decoder writes
-                               `targets`, T of them; segments of one number belong together
+  decoder_tokens, decoder_segments, decoder_positions   BxT, where an encoder reads S tokens and a
+                               decoder writes the T `targets`; a target and its input have the same
+                               segment number
 """
 
 from typing import Any, Mapping
@@ -28,19 +31,23 @@ import flax.struct
 import jax
 from flax import traverse_util
 
-Batch = Mapping[str, Any]  # of arrays: of NumPy on the host, of JAX on devices
-Params = dict[str, Any]
-Leaves = dict[str, Any]  # parameters by their path
+Batch = Mapping[str, Any]  # name -> array: of NumPy on the host, of JAX on devices
+Params = dict[str, Any]  # nested
+Leaves = dict[str, Any]  # path -> parameter
 
-STACKED = "/layers/"  # in the path of a leaf that holds all layers of a stack, along its first axis
+# Part of the path of a stacked leaf. Such a leaf holds all layers along its first axis.
+STACKED = "/layers/"
 
 
 class UserError(Exception):
-  """A mistake of the user's: printed as one line, without a traceback, exit status 2."""
+  """Bad input or settings. A command prints it in one line and exits with status 2."""
 
 
 class TrainState(flax.struct.PyTreeNode):
-  """All that a training step changes. `trained` and `frozen` are path -> array dicts."""
+  """The state of a run, which a training step maps to the next one.
+
+  trained, frozen: path -> array. No step changes the frozen ones.
+  """
 
   step: jax.Array
   trained: Leaves
@@ -48,21 +55,21 @@ class TrainState(flax.struct.PyTreeNode):
   opt_state: Any
 
 
-def flatten(tree: Params) -> dict[str, Any]:
+def flatten(tree: Params) -> Leaves:
   """Nested parameters -> {"backbone/layers/mlp/up/kernel": leaf}."""
   return traverse_util.flatten_dict(tree, sep="/")
 
 
-def unflatten(leaves: dict[str, Any]) -> Params:
+def unflatten(leaves: Leaves) -> Params:
   """The inverse of `flatten`."""
   return traverse_util.unflatten_dict(leaves, sep="/")
 
 
-def virtual_paths(path: str, leaf) -> list[str]:
-  """The path of every layer of a stacked leaf; the path itself of any other.
+def virtual_paths(path: str, leaf: Any) -> list[str]:
+  """One path for every layer of a stacked leaf; for any other leaf, its own path.
 
-  Those of `backbone/layers/mlp/up/kernel` are `backbone/layers/0/mlp/up/kernel`, .. : by them, rules
-  address layers one by one.
+  The leaf `backbone/layers/mlp/up/kernel` has the paths `backbone/layers/0/mlp/up/kernel`,
+  `backbone/layers/1/mlp/up/kernel` and so on. Rules match these, so they can address each layer.
   """
   if STACKED not in path:
     return [path]
@@ -75,8 +82,9 @@ def round_up(n: int, multiple: int) -> int:
 
 
 def first_line(error: BaseException) -> str:
-  """What an exception says, shortly."""
-  text = (
-    str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-  )  # str of a KeyError is quoted
-  return (text.strip().splitlines() or [repr(error)])[0].strip()
+  """The first line of an exception's message, or its repr where the message is empty."""
+  message = str(error)
+  if isinstance(error, KeyError) and error.args:
+    message = str(error.args[0])  # str(error) would quote it
+  lines = message.strip().splitlines() or [repr(error)]
+  return lines[0].strip()

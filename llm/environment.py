@@ -1,15 +1,15 @@
-"""What must be right before JAX is imported: its version and the variables that it reads."""
+"""Checks before JAX is imported: its version and the environment variables that it reads."""
 
 import importlib.metadata
 import os
 import sys
 
-# jaxlib -> what it does wrong on CPU. `pyproject.toml` excludes these versions too.
+# Version of jaxlib -> its fault on CPU. `pyproject.toml` excludes these versions too.
 WRONG_NUMBERS = {"0.10.2": "sums over more than 32,768 rows are wrong (jax issue 39103)"}
 
 
 def fault() -> str:
-  """What is wrong with this environment, in one line; empty where nothing is."""
+  """The fault of this environment, in one line; empty where there is none."""
   version = importlib.metadata.version("jaxlib")
   if version in WRONG_NUMBERS:
     return (
@@ -22,18 +22,28 @@ def fault() -> str:
   return ""
 
 
-def prepare():
-  """Called when `llm` is imported. Where the environment is at fault, a command (`python -m llm.X`)
-  ends with one line and status 2, and any other import raises ImportError.
+def prepare() -> None:
+  """Checks the environment and quiets JAX's log. `llm` calls this when it is imported.
 
-  Silences jaxlib 0.10's loader of compiled programs, which takes tuning hints for missing CPU
-  features. Several processes keep its log: it names those that are lost.
+  Where the environment has a fault, a command (`python -m llm.X`) prints one line and exits with
+  status 2. Any other import raises ImportError.
   """
   if reason := fault():
-    if sys.argv[:1] != ["-m"]:  # Python sets this while it imports the package of a command
+    # While Python imports the package of a command, sys.argv begins with "-m".
+    if sys.argv[:1] != ["-m"]:
       raise ImportError(reason)
     print(f"error: {reason}", file=sys.stderr)
     sys.exit(2)
-  noisy = importlib.metadata.version("jaxlib").startswith("0.10.")
-  if noisy and not any(argument.startswith("--distributed") for argument in sys.argv):
+  _quiet_the_log()
+
+
+def _quiet_the_log() -> None:
+  """Silences false alarms of jaxlib 0.10, in runs of one process.
+
+  Its loader of compiled programs mistakes tuning hints for missing CPU features. A run of several
+  processes keeps the log, because it names the processes that are lost.
+  """
+  false_alarms = importlib.metadata.version("jaxlib").startswith("0.10.")
+  distributed = any(argument.startswith("--distributed") for argument in sys.argv)
+  if false_alarms and not distributed:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

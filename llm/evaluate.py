@@ -1,20 +1,24 @@
-"""Score a checkpoint, on the data it was evaluated on or on other data; or answers in a file.
+"""Score a checkpoint, or answers in a file, on labelled data.
 
 python -m llm.evaluate --checkpoint=DIR [--config.data.eval=SOURCE] [--config.data.fields=...]
 python -m llm.evaluate --predictions=FILE.json --config.data.eval=squad:FILE.json
 
-Figures that are made of records come with a 95% bootstrap interval over the records. Text-to-text models also write
-their targets themselves, greedily.
+A checkpoint is scored on the data that it was evaluated on in training, unless config.data.eval
+names other data. Figures that are made of records come with a 95% bootstrap interval over the
+records. Text-to-text models also write their targets themselves, greedily.
 """
 
 import dataclasses
 import json
 import pathlib
+from typing import Any, Mapping
 
 import jax
 import ml_collections
+import numpy as np
 import tabulate
 from absl import flags
+from etils import epath
 from ml_collections import config_flags
 
 from llm import command, core, sharding
@@ -45,12 +49,24 @@ _CONFIG = config_flags.DEFINE_config_dict(
 )
 
 
-def _show(figures: dict, intervals: dict, source: str, of: str, count: str):
-  """The table, and all as one line of JSON."""
-  cells = [
-    (name, f"{value:.4f}", "[{:.4f}, {:.4f}]".format(*intervals[name]) if name in intervals else "")
-    for name, value in sorted(figures.items())
-  ]
+def _print_figures(
+  figures: dict[str, float],
+  intervals: dict[str, tuple[float, float]],
+  source: str,
+  scored: str,
+  count: str,
+):
+  """Prints the figures as a table, and then as one line of JSON.
+
+  scored: the checkpoint or the file that they are about. count: how many records, in words.
+  """
+  cells = []
+  for name, value in sorted(figures.items()):
+    interval = ""
+    if name in intervals:
+      low, high = intervals[name]
+      interval = f"[{low:.4f}, {high:.4f}]"
+    cells.append((name, f"{value:.4f}", interval))
   print(
     tabulate.tabulate(
       cells,
@@ -59,72 +75,74 @@ def _show(figures: dict, intervals: dict, source: str, of: str, count: str):
       colalign=("left", "right", "left"),
     )
   )
-  print(json.dumps({"checkpoint": of, "source": source, **figures, "intervals": intervals}))
+  print(json.dumps({"checkpoint": scored, "source": source, **figures, "intervals": intervals}))
 
 
-def _answers():
-  data = dataclasses.replace(DataConfig(), **{k: v for k, v in _CONFIG.value.data.items() if v})
+def _with_overrides(group: Any, overrides: Mapping[str, Any]) -> Any:
+  """A config group with the overrides that the command line sets."""
+  return dataclasses.replace(group, **{key: value for key, value in overrides.items() if value})
+
+
+def _means(outcomes: dict[str, np.ndarray]) -> dict[str, float]:
+  return {name: float(values.mean()) for name, values in outcomes.items()}
+
+
+def _score_predictions(path: str):
+  """Prints how good the answers of a file are."""
+  data = _with_overrides(DataConfig(), _CONFIG.value.data)
   if not data.eval:
     raise UserError("--predictions needs the questions: --config.data.eval=squad:FILE.json")
   source = sources.parse_one(data.eval, data)
-  outcomes = answers.of_file(pathlib.Path(_PREDICTIONS.value), source)
-  means = lambda drawn: {name: float(values.mean()) for name, values in drawn.items()}
-  _show(
-    means(outcomes),
-    metrics.bootstrap(means, outcomes),
-    source.spec,
-    _PREDICTIONS.value,
-    f"{len(outcomes['f1'])} questions",
-  )
+  outcomes = answers.of_file(pathlib.Path(path), source)
+  intervals = metrics.bootstrap(_means, outcomes)
+  count = f"{len(outcomes['f1'])} questions"
+  _print_figures(_means(outcomes), intervals, source.spec, path, count)
 
 
-def _replaced(group, overrides):
-  """A config group with the overrides that were given."""
-  return dataclasses.replace(group, **{k: v for k, v in overrides.items() if v})
-
-
-def main():
-  if _PREDICTIONS.value:
-    return _answers()
-  if not _CHECKPOINT.value:
-    raise UserError(
-      "--checkpoint is missing: a workdir of llm.train, its checkpoints folder or one step"
-    )
-  step = locate.find(_CHECKPOINT.value)
+def _score_checkpoint(step: epath.Path):
+  """Prints how good a checkpoint is on its evaluation source."""
   saved = experiment_lib.from_checkpoint(step)
-  data = _replaced(saved.config.data, _CONFIG.value.data)
-  training = _replaced(saved.config.training, _CONFIG.value.training)
+  objective = saved.objective
+  data = _with_overrides(saved.config.data, _CONFIG.value.data)
+  training = _with_overrides(saved.config.training, _CONFIG.value.training)
   if not data.eval:
     raise UserError(
       "the checkpoint was trained without evaluation data: give --config.data.eval=SOURCE"
     )
   source = sources.parse_one(data.eval, data)
-  rows = saved.objective.eval_rows(
-    source, saved.tokenizer, data, saved.config.model, training.sequence_length
-  )
+  length = training.sequence_length
+  rows = objective.eval_rows(source, saved.tokenizer, data, saved.config.model, length)
   batch_size = batches.rows_a_batch(training.batch_size, 1, [rows], [1.0])
   command.start_cpu()
   mesh = sharding.make_mesh(MeshConfig())
   batch_size = core.round_up(batch_size, mesh.size)
   with jax.set_mesh(mesh):
-    rows = saved.objective.with_reference(
-      rows,
-      reference.predictor(saved.config, saved.objective, saved.tokenizer, batch_size, mesh, print),
+    predict_reference = reference.predictor(
+      saved.config, objective, saved.tokenizer, batch_size, mesh, print
     )
+    rows = objective.with_reference(rows, predict_reference)
     bundle = experiment_lib.load(step)
     figures, predictions = evaluation.of_checkpoint(
-      bundle, saved.objective, rows, training.sequence_length, batch_size, mesh
+      bundle, objective, rows, length, batch_size, mesh
     )
-  outcomes = saved.objective.outcomes(predictions, rows)
-  if isinstance(saved.objective, base.Writes):
-    outcomes |= saved.objective.written(writer.in_batches(bundle, training.batch_size), rows)
-  _show(
-    {**figures, **saved.objective.summary(outcomes)},
-    metrics.bootstrap(saved.objective.summary, outcomes),
-    source.spec,
-    str(step),
-    f"{rows.examples} examples",
-  )
+  outcomes = objective.outcomes(predictions, rows)
+  if isinstance(objective, base.Writes):
+    outcomes |= objective.written(writer.in_batches(bundle, training.batch_size), rows)
+  figures = {**figures, **objective.summary(outcomes)}
+  intervals = metrics.bootstrap(objective.summary, outcomes)
+  _print_figures(figures, intervals, source.spec, str(step), f"{rows.examples} examples")
+
+
+def main():
+  """Scores what the flags name: a file of answers or a checkpoint."""
+  if _PREDICTIONS.value:
+    _score_predictions(_PREDICTIONS.value)
+  elif _CHECKPOINT.value:
+    _score_checkpoint(locate.find(_CHECKPOINT.value))
+  else:
+    raise UserError(
+      "--checkpoint is missing: a workdir of llm.train, its checkpoints folder or one step"
+    )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
-"""Let a checkpoint write; a BERT fills its masks.
+"""Let a checkpoint write. A BERT fills masks instead.
 
-python -m llm.generate --checkpoint=DIR --prompt="..." [--temperature=0.8 --top_k=40 --top_p=0.95 --max_tokens=100]
-python -m llm.generate --checkpoint=DIR --prompts=FILE            (a prompt a line, written together)
-python -m llm.generate --checkpoint=DIR --prompt="..." --explain  (the likeliest tokens at every step)
-python -m llm.generate --checkpoint=DIR --compare=OTHER --prompt="..."
-python -m llm.generate --checkpoint=DIR --chat                    (a conversation at the terminal)
-python -m llm.generate --checkpoint=BERT --prompt="Paris is the [MASK] of France."
+One prompt:       python -m llm.generate --checkpoint=DIR --prompt="..."
+                    [--temperature=0.8 --top_k=40 --top_p=0.95 --max_tokens=100]
+A prompt a line:  python -m llm.generate --checkpoint=DIR --prompts=FILE
+Likeliest tokens: python -m llm.generate --checkpoint=DIR --prompt="..." --explain
+Side by side:     python -m llm.generate --checkpoint=DIR --compare=OTHER --prompt="..."
+A conversation:   python -m llm.generate --checkpoint=DIR --chat
+Masks:            python -m llm.generate --checkpoint=BERT --prompt="Paris is the [MASK] of France."
 """
 
 import pathlib
+from typing import Callable, Sequence
 
 import tabulate
 from absl import flags
@@ -16,6 +18,7 @@ from absl import flags
 import llm
 from llm import command, models
 from llm.core import UserError
+from llm.data.tokenizer import Tokenizer
 from llm.inference.filling import fill
 from llm.inference.writer import Writer, Written
 from llm.models.decoding import Sampling
@@ -23,22 +26,27 @@ from llm.objectives import base, chat
 from llm.training.experiment import Bundle
 
 _CHECKPOINT = flags.DEFINE_string(
-  "checkpoint", None, "A workdir, a step, a folder of transformers, hf:ORG/NAME."
+  "checkpoint", None, "A workdir, a step, a folder of transformers or hf:ORG/NAME."
 )
-_COMPARE = flags.DEFINE_string("compare", None, "Another checkpoint, which writes beside it.")
-_PROMPT = flags.DEFINE_string("prompt", None, "What is continued; of a BERT, a text with [MASK].")
+_COMPARE = flags.DEFINE_string("compare", None, "Another checkpoint, to write the same.")
+_PROMPT = flags.DEFINE_string(
+  "prompt", None, "The text to continue; for a BERT, a text with [MASK]."
+)
 _PROMPTS = flags.DEFINE_string("prompts", None, "A file with a prompt a line.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token each time.")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest; 0: from all.")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the likeliest that reach p together.")
-_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 100, "How many tokens at most.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
-_STOP = flags.DEFINE_multi_string("stop", [], "A text at which writing ends; may be given again.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token at each step.")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest tokens; 0: from all.")
+_TOP_P = flags.DEFINE_float(
+  "top_p", 1.0, "Draw from the likeliest tokens whose probabilities sum to p."
+)
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 100, "Tokens to write, at most.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the draws.")
+_STOP = flags.DEFINE_multi_string("stop", [], "A text at which writing ends; may be repeated.")
 _CHAT = flags.DEFINE_bool("chat", False, "A conversation at the terminal.")
 _EXPLAIN = flags.DEFINE_bool("explain", False, "Show the likeliest tokens at every step.")
 
 
 def _sampling() -> Sampling:
+  """How tokens are drawn. Raises UserError if a flag is out of its bounds."""
   if _TEMPERATURE.value < 0:
     raise UserError(f"--temperature={_TEMPERATURE.value} must be at least 0")
   if _TOP_K.value < 0:
@@ -51,15 +59,18 @@ def _sampling() -> Sampling:
 
 
 def _prompts() -> list[str]:
+  """The prompt of --prompt, or those of the file of --prompts. Raises UserError."""
   if (_PROMPT.value is None) == (_PROMPTS.value is None):
     raise UserError("give either --prompt or --prompts, a file with a prompt a line")
   if _PROMPT.value is not None:
     return [_PROMPT.value]
+  path = pathlib.Path(_PROMPTS.value or "")
   try:
-    lines = pathlib.Path(_PROMPTS.value).read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f"--prompts={_PROMPTS.value} cannot be read: {error}")
-  if not (prompts := [line for line in lines if line.strip()]):
+  prompts = [line for line in lines if line.strip()]
+  if not prompts:
     raise UserError(f"--prompts={_PROMPTS.value} holds no prompt")
   return prompts
 
@@ -70,10 +81,12 @@ def _template(bundle: Bundle) -> chat.Template:
   return chat.Template(source, bundle.tokenizer.special.get("bos", ""))
 
 
-def _asked(bundle, prompts: list[str]) -> list:
-  """Prompts as a checkpoint wants them: one of chat gets the ids of each as a user's turn of its template."""
-  objective = base.build(bundle.config.objective)
-  if not objective.chat_template():
+def _as_trained(bundle: Bundle, prompts: list[str]) -> Sequence[str | list[int]]:
+  """The prompts in the form that a checkpoint was trained on.
+
+  A checkpoint of chat gets the ids of a conversation that opens with the prompt; others the text.
+  """
+  if not base.build(bundle.config.objective).chat_template():
     return prompts
   template = _template(bundle)
   return [
@@ -81,51 +94,64 @@ def _asked(bundle, prompts: list[str]) -> list:
   ]
 
 
-def _chat(bundle, sampling: Sampling):
-  """Reads turns from the terminal and answers them, the text appearing as it is written; ends with the input."""
+def _chat(bundle: Bundle, sampling: Sampling):
+  """Answers turns from the terminal until an empty line."""
   if not chat.template_of(base.build(bundle.config.objective), bundle.tokenizer):
     raise UserError(
-      "--chat needs a checkpoint of configs/finetune_chat.py, or one that came with a chat template; "
-      "--prompt continues any text"
+      "--chat needs a checkpoint of configs/finetune_chat.py, or one that came with a chat "
+      "template; --prompt continues any text"
     )
-  template, writer, turns = (
-    _template(bundle),
-    Writer(bundle),
-    [],
-  )
+  template = _template(bundle)
+  writer = Writer(bundle)
+  turns = []
   print("(an empty line ends the conversation)")
-  while asked := input("> "):
-    turns.append({"role": "user", "content": asked})
-    shown = 0
-
-    def appear(texts):
-      nonlocal shown
-      print(texts[0][shown:], end="", flush=True)
-      shown = len(texts[0])
-
+  while message := input("> "):
+    turns.append({"role": "user", "content": message})
     (answer,) = writer.write(
       [template.opening(turns, writer.tokenizer)],
       _MAX_TOKENS.value,
       sampling,
       _SEED.value + len(turns),
       _STOP.value,
-      seen=appear,
+      on_progress=_printer(),
     )
     print()
     turns.append({"role": "assistant", "content": answer.text})
 
 
-def _show(written: Written, tokenizer, name: str):
-  print(f"{name}{written.text}\n  [{len(written.tokens)} tokens, ended by {written.ended}]")
-  if _EXPLAIN.value:
-    rows = [[f"{tokenizer.pieces[i]} {odds:.1%}" for i, odds in step] for step in written.choices]
-    print(
-      tabulate.tabulate(rows, headers=("likeliest", "2nd", "3rd", "4th", "5th"), showindex=True)
-    )
+def _printer() -> Callable[[list[str]], None]:
+  """A function that is called with a text as it grows, and prints what is new of it."""
+  printed = 0
+
+  def print_new(texts: list[str]):
+    nonlocal printed
+    print(texts[0][printed:], end="", flush=True)
+    printed = len(texts[0])
+
+  return print_new
+
+
+def _fill_masks(bundle: Bundle, prompts: list[str]):
+  """Prints the likeliest pieces for each [MASK] of each prompt."""
+  for prompt in prompts:
+    for number, candidates in enumerate(fill(bundle, prompt), 1):
+      likeliest = ", ".join(f"{piece} {probability:.1%}" for piece, probability in candidates)
+      print(f"mask {number}: {likeliest}")
+
+
+def _print_written(written: Written, tokenizer: Tokenizer, prefix: str):
+  """Prints a text and how it ended, and with --explain the likeliest tokens at every step."""
+  print(f"{prefix}{written.text}\n  [{len(written.tokens)} tokens, ended by {written.ended}]")
+  if not _EXPLAIN.value:
+    return
+  rows = []
+  for step in written.choices:
+    rows.append([f"{tokenizer.pieces[token]} {probability:.1%}" for token, probability in step])
+  print(tabulate.tabulate(rows, headers=("likeliest", "2nd", "3rd", "4th", "5th"), showindex=True))
 
 
 def main():
-  """Writes after every prompt, one checkpoint or two side by side."""
+  """Continues every prompt, by one checkpoint or by two side by side."""
   if not _CHECKPOINT.value:
     raise UserError(
       "--checkpoint is missing: a workdir of llm.train, a folder of transformers or hf:ORG/NAME"
@@ -134,23 +160,24 @@ def main():
   prompts = [] if _CHAT.value else _prompts()
   command.start_cpu()
   if _CHAT.value:
-    return _chat(llm.load(_CHECKPOINT.value), sampling)
-  bundles = {name: llm.load(name) for name in (_CHECKPOINT.value, _COMPARE.value) if name}
-  if models.facts(bundles[_CHECKPOINT.value].config.model).kind == "encoder":
-    for prompt in prompts:
-      for number, found in enumerate(fill(bundles[_CHECKPOINT.value], prompt), 1):
-        print(f"mask {number}: " + ", ".join(f"{piece} {odds:.1%}" for piece, odds in found))
+    _chat(llm.load(_CHECKPOINT.value), sampling)
     return
-  written = {
-    name: Writer(bundle).write(
-      _asked(bundle, prompts), _MAX_TOKENS.value, sampling, _SEED.value, _STOP.value
+  bundles = {name: llm.load(name) for name in (_CHECKPOINT.value, _COMPARE.value) if name}
+  first = bundles[_CHECKPOINT.value]
+  if models.facts(first.config.model).kind == "encoder":
+    _fill_masks(first, prompts)
+    return
+  written = {}
+  for name, bundle in bundles.items():
+    writer = Writer(bundle)
+    written[name] = writer.write(
+      _as_trained(bundle, prompts), _MAX_TOKENS.value, sampling, _SEED.value, _STOP.value
     )
-    for name, bundle in bundles.items()
-  }
   for number, prompt in enumerate(prompts):
     print(f"prompt: {prompt}")
     for name, texts in written.items():
-      _show(texts[number], bundles[name].tokenizer, f"{name}: " if _COMPARE.value else "")
+      prefix = f"{name}: " if _COMPARE.value else ""
+      _print_written(texts[number], bundles[name].tokenizer, prefix)
 
 
 if __name__ == "__main__":

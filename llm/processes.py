@@ -1,4 +1,4 @@
-"""How one process becomes one of many. The only file that needs private names of JAX."""
+"""How processes join to train together. The only file that needs private names of JAX."""
 
 import contextlib
 import functools
@@ -17,69 +17,74 @@ SERVICE = "get_distributed_runtime_service"
 
 
 def join():
-  """Makes this process one of many; must come before JAX is first used.
+  """Joins this process to the others of its run. Call it before JAX is first used.
 
-  The others are found by VARIABLES where they are set, else by the TPU pod or the Slurm job.
-  PRETUNE_START_SECONDS (300) and PRETUNE_HEARTBEAT_SECONDS (60) say how long they are waited for.
-  Raises UserError.
+  VARIABLES say where the others are. If none is set, JAX asks the TPU pod or the Slurm job.
+  PRETUNE_START_SECONDS (300) is how long the processes wait for each other at the start, and
+  PRETUNE_HEARTBEAT_SECONDS (60) how long for one that falls silent. Raises UserError if they do not
+  meet.
   """
   try:
-    start = int(os.environ.get("PRETUNE_START_SECONDS", 300))
-    heartbeat = int(os.environ.get("PRETUNE_HEARTBEAT_SECONDS", 60))
-    with _meeting_within(start):
+    start_seconds = int(os.environ.get("PRETUNE_START_SECONDS", 300))
+    heartbeat_seconds = int(os.environ.get("PRETUNE_HEARTBEAT_SECONDS", 60))
+    with _meeting_within(start_seconds):
       jax.distributed.initialize(
-        **_address(), initialization_timeout=start + 30, heartbeat_timeout_seconds=heartbeat
+        **_address(),
+        initialization_timeout=start_seconds + 30,
+        heartbeat_timeout_seconds=heartbeat_seconds,
       )
   except (RuntimeError, ValueError) as error:
     raise UserError(f"--distributed: the processes did not meet: {first_line(error)}")
 
 
 def count() -> int:
-  """Processes that share a mesh. JAX need not run yet."""
+  """The number of processes that train together. JAX need not be in use yet."""
   return distributed.global_state.num_processes or 1
 
 
 def _address() -> dict[str, Any]:
-  """Coordinator, number of processes and number of this one, where the variables say so."""
+  """The arguments of jax.distributed.initialize that VARIABLES give; {} where none is set.
+
+  Raises UserError if only some of them are set.
+  """
   values = {name: os.environ.get(name, "") for name in VARIABLES}
   if not any(values.values()):
     return {}
   if missing := [name for name, value in values.items() if not value]:
-    given = next(name for name, value in values.items() if value)
+    present = next(name for name, value in values.items() if value)
     raise UserError(
-      f"--distributed: {missing[0]} is not set, though {given} is: set all three of "
+      f"--distributed: {missing[0]} is not set, though {present} is: set all three of "
       f"{', '.join(VARIABLES)}"
     )
-  coordinator, processes, number = values.values()
   return {
-    "coordinator_address": coordinator,
-    "num_processes": int(processes),
-    "process_id": int(number),
+    "coordinator_address": values["JAX_COORDINATOR_ADDRESS"],
+    "num_processes": int(values["JAX_NUM_PROCESSES"]),
+    "process_id": int(values["JAX_PROCESS_ID"]),
   }
 
 
 @contextlib.contextmanager
 def _meeting_within(seconds: int) -> Iterator[None]:
-  """Has JAX's service give up before the processes do.
+  """Makes JAX's service give up before the processes do.
 
-  The service knows which of them is missing and names it, but waits for an hour by default. JAX then
-  ends all processes by force: a line of ours says before what happened.
+  The service knows which processes are missing and names them, but it waits an hour by default.
+  When it gives up, JAX kills all processes. A line of ours says why, one second before.
   """
-  late = threading.Timer(max(seconds - 1, 0), _say_late, (seconds,))
-  late.daemon = True
-  late.start()
+  timer = threading.Timer(max(seconds - 1, 0), _print_timeout, (seconds,))
+  timer.daemon = True
+  timer.start()
   try:
     with _service_that_waits(seconds):
       yield
   finally:
-    late.cancel()
+    timer.cancel()
 
 
-def _say_late(seconds: int):
+def _print_timeout(seconds: int):
   print(
     f"error: --distributed: not all processes came within {seconds} s (PRETUNE_START_SECONDS); "
-    'those that JAX names next as "timed out task names", in the log of process 0, are missing; if '
-    "it has none, 0 itself is",
+    'JAX names the missing ones next, in the log of process 0 ("timed out task names"); if that '
+    "log has no such line, process 0 itself is missing",
     file=sys.stderr,
     flush=True,
   )
@@ -87,7 +92,10 @@ def _say_late(seconds: int):
 
 @contextlib.contextmanager
 def _service_that_waits(seconds: int) -> Iterator[None]:
-  """JAX makes its service with another time-out in here; nothing changes where the name has moved."""
+  """In this context, JAX's service waits `seconds` for the processes.
+
+  JAX has no public argument for it. Where a JAX has moved the private name, its default stays.
+  """
   module: Any = getattr(distributed, "_jax", None)
   original = getattr(module, SERVICE, None)
   if original is None:

@@ -1,12 +1,15 @@
 """Both phases on real text in minutes: pretrain a small model, fine-tune it, and compare.
 
-python -m llm.quickstart [bert] [--workdir=DIR] [--quick] [--cache=DIR] [--offline]    sentiment (studies/sentiment.py)
-python -m llm.quickstart gpt    [--workdir=DIR] [--quick] [--cache=DIR] [--offline]    prompt and response (studies/responses.py)
+Sentiment of reviews (studies/sentiment.py):
+  python -m llm.quickstart [bert] [--workdir=DIR] [--quick] [--cache=DIR] [--offline]
+Prompt and response (studies/responses.py):
+  python -m llm.quickstart gpt [--workdir=DIR] [--quick] [--cache=DIR] [--offline]
 """
 
 import os
 import pathlib
 import sys
+from types import ModuleType
 
 from absl import flags
 
@@ -24,17 +27,14 @@ _CACHE = flags.DEFINE_string(
 _OFFLINE = flags.DEFINE_bool("offline", False, "Fetch nothing: the archives are in the cache.")
 
 
-def _run(study, folder: str):
+def _run(study: ModuleType, default_folder: str):
+  """Runs a file of studies/ in the workdir."""
   if _OFFLINE.value:
     os.environ["PRETUNE_OFFLINE"] = "1"
   if storage.is_bucket(_WORKDIR.value):
     raise UserError(f"--workdir={_WORKDIR.value}: give a folder of this machine")
-  study.run(
-    pathlib.Path(_WORKDIR.value or folder).expanduser().absolute(),
-    _QUICK.value,
-    _CACHE.value,
-    command.start_cpu,
-  )
+  workdir = pathlib.Path(_WORKDIR.value or default_folder).expanduser().absolute()
+  study.run(workdir, _QUICK.value, _CACHE.value, command.start_cpu)
 
 
 VERBS = {
@@ -44,7 +44,7 @@ VERBS = {
 
 
 if __name__ == "__main__":
-  named = len(sys.argv) > 1 and not sys.argv[1].startswith("-")
-  command.run_verb(
-    "llm.quickstart", VERBS, sys.argv if named else [sys.argv[0], "bert", *sys.argv[1:]]
-  )
+  arguments = sys.argv
+  if len(arguments) < 2 or arguments[1].startswith("-"):
+    arguments = [arguments[0], "bert", *arguments[1:]]
+  command.run_verb("llm.quickstart", VERBS, arguments)

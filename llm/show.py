@@ -1,4 +1,4 @@
-"""Look at a batch, at how parameters lie on the mesh, or into a checkpoint.
+"""Show a batch in words, how parameters lie on the mesh, or what a checkpoint holds.
 
 python -m llm.show batch      --config=... [--step=N --rows=N]
 python -m llm.show sharding   --config=... [--topology=v5p:8x8x8]
@@ -6,14 +6,17 @@ python -m llm.show checkpoint --checkpoint=DIR
 """
 
 import sys
+from typing import Sequence
 
 import jax
 import numpy as np
 import tabulate
 from absl import flags
+from jax.sharding import Mesh
 
 from llm import command, sharding, storage
 from llm.checkpoints import locate, manager
+from llm.config import MeshConfig
 from llm.core import UserError, flatten
 from llm.data.tokenizer import Tokenizer
 from llm.objectives import base
@@ -26,107 +29,137 @@ _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", None, "A workdir, its checkpoints folder or one step."
 )
 _TOPOLOGY = flags.DEFINE_string(
-  "topology", "", "Devices that need not be here, e.g. v5e:4x4; default: those that are."
+  "topology", "", "Devices to plan for, e.g. v5e:4x4; default: those of this machine."
 )
-_STEP = flags.DEFINE_integer("step", 0, "Which batch.", lower_bound=0)
-_ROWS = flags.DEFINE_integer("rows", 2, "How many of its rows.", lower_bound=1)
+_STEP = flags.DEFINE_integer("step", 0, "The batch of this step.", lower_bound=0)
+_ROWS = flags.DEFINE_integer("rows", 2, "How many of its rows to show.", lower_bound=1)
 
 
-def _decoded(tokenizer, ids) -> str:
-  return " ".join(tokenizer.pieces[int(i)] for i in ids)
+def _decoded(tokenizer: Tokenizer, ids: np.ndarray) -> str:
+  return " ".join(tokenizer.pieces[int(token)] for token in ids)
 
 
-def render_row(batch: dict, row: int, tokenizer: Tokenizer, objective: base.Objective) -> str:
-  """One row in words: its documents, what is masked and how, their labels, what bears loss."""
-  part = {k: v[row] for k, v in batch.items()}
-  segments = part["segments"]
-  lines = [
-    f"{int((segments > 0).sum())} of {len(segments)} positions used, {segments.max()} document(s)"
-  ]
-  masked = {
-    int(p): int(t)
-    for p, t, w in zip(
-      part.get("masked_positions", ()),
-      part.get("masked_targets", ()),
-      part.get("masked_weights", ()),
-    )
-    if w
-  }
+def _masked_targets(row: dict) -> dict[int, int]:
+  """Position -> the token that a mask hides there."""
+  if "masked_positions" not in row:
+    return {}
+  slots = zip(row["masked_positions"], row["masked_targets"], row["masked_weights"])
+  return {int(position): int(target) for position, target, weight in slots if weight}
+
+
+def _document_lines(row: dict, tokenizer: Tokenizer, masked: dict[int, int]) -> list[str]:
+  """The pieces of each document, and the targets that bear loss."""
+  segments = row["segments"]
+  lines = []
   for segment in range(1, segments.max() + 1):
-    at = np.flatnonzero(segments == segment)
-    words = []
-    for position in at:
-      piece = tokenizer.pieces[int(part["tokens"][position])]
-      if position in masked:
-        piece = f"<{tokenizer.pieces[masked[position]]} => {piece}>"
-      words.append(piece)
-    lines.append(
-      f"  document {segment}, positions {part['positions'][at[0]]}..{part['positions'][at[-1]]}: "
-      + " ".join(words)
-    )
-    if "targets" in part:  # of a decoder of its own, or of the same places
-      its = np.flatnonzero(part.get("decoder_segments", segments) == segment)
-      bearing = its[part["weights"][its] > 0]
-      lines.append(f"    targets (bear loss): {_decoded(tokenizer, part['targets'][bearing])}")
-  if masked:
-    kinds = {"[MASK]": 0, "kept": 0, "random": 0}
-    for position, target in masked.items():
-      now = int(part["tokens"][position])
-      kinds["[MASK]" if now == tokenizer.mask else "kept" if now == target else "random"] += 1
-    lines.append(
-      f"  loss at {len(masked)} positions: "
-      + ", ".join(f"{v} {k}" for k, v in kinds.items())
-      + "; shown as <original => what the model sees>"
-    )
-  for number in np.flatnonzero(part.get("pair_weights", ())):
-    second = _decoded(tokenizer, part["tokens"][(part["types"] == 1) & (segments == number + 1)])
-    truth = "true" if part["next_sentence"][number] else "another document"
+    places = np.flatnonzero(segments == segment).tolist()
+    pieces = []
+    for place in places:
+      piece = tokenizer.pieces[int(row["tokens"][place])]
+      if place in masked:
+        piece = f"<{tokenizer.pieces[masked[place]]} => {piece}>"
+      pieces.append(piece)
+    first, last = row["positions"][places[0]], row["positions"][places[-1]]
+    lines.append(f"  document {segment}, positions {first}..{last}: {' '.join(pieces)}")
+    if "targets" in row:
+      # An encoder-decoder has its targets in a row of their own.
+      target_places = np.flatnonzero(row.get("decoder_segments", segments) == segment)
+      with_loss = target_places[row["weights"][target_places] > 0]
+      targets = _decoded(tokenizer, row["targets"][with_loss])
+      lines.append(f"    targets (bear loss): {targets}")
+  return lines
+
+
+def _mask_line(row: dict, tokenizer: Tokenizer, masked: dict[int, int]) -> str:
+  """How many of the predicted tokens are masked, kept or replaced."""
+  counts = {"[MASK]": 0, "kept": 0, "random": 0}
+  for position, target in masked.items():
+    token = int(row["tokens"][position])
+    if token == tokenizer.mask:
+      counts["[MASK]"] += 1
+    elif token == target:
+      counts["kept"] += 1
+    else:
+      counts["random"] += 1
+  kinds = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+  return f"  loss at {len(masked)} positions: {kinds}; shown as <original => what the model sees>"
+
+
+def _label_lines(row: dict, tokenizer: Tokenizer, objective: base.Objective) -> list[str]:
+  """What is to be predicted of each document as a whole: whatever the objective has."""
+  lines = []
+  for number in np.flatnonzero(row.get("pair_weights", ())):
+    in_document = row["segments"] == number + 1
+    second = _decoded(tokenizer, row["tokens"][(row["types"] == 1) & in_document])
+    truth = "true" if row["next_sentence"][number] else "another document"
     lines.append(f"  next sentence in document {number + 1}: {truth}; second part: {second}")
-  for number in np.flatnonzero(part.get("window_weights", ())):
-    answer = part["tokens"][part["starts"][number] : part["ends"][number] + 1]
+  for number in np.flatnonzero(row.get("window_weights", ())):
+    answer = row["tokens"][row["starts"][number] : row["ends"][number] + 1]
     lines.append(f"  answer in document {number + 1}: {_decoded(tokenizer, answer)}")
-  for number in np.flatnonzero(part.get("label_weights", ())):
-    label = objective.label_name(part["labels"][number])
+  for number in np.flatnonzero(row.get("label_weights", ())):
+    label = objective.label_name(row["labels"][number])
     lines.append(f"  label of document {number + 1}: {label}")
+  return lines
+
+
+def render_row(batch: dict, number: int, tokenizer: Tokenizer, objective: base.Objective) -> str:
+  """Row `number` of a batch in words: its documents, its masks and its labels."""
+  row = {name: values[number] for name, values in batch.items()}
+  segments = row["segments"]
+  used = int((segments > 0).sum())
+  masked = _masked_targets(row)
+  lines = [f"{used} of {len(segments)} positions used, {segments.max()} document(s)"]
+  lines += _document_lines(row, tokenizer, masked)
+  if masked:
+    lines.append(_mask_line(row, tokenizer, masked))
+  lines += _label_lines(row, tokenizer, objective)
   return "\n".join(lines)
 
 
 def show_batch():
   """Prints decoded rows of one training batch."""
-  made = experiment_lib.prepare(read_config())
-  count = min(_ROWS.value, made.batches.batch_size)
-  batch = made.batches.read(_STEP.value, range(count))
-  print(f"batch {_STEP.value}, {count} of {made.batches.batch_size} rows")
-  for row in range(count):
-    print(f"row {row}: " + render_row(batch, row, made.tokenizer, made.objective))
+  training = experiment_lib.prepare(read_config())
+  batches = training.batches
+  count = min(_ROWS.value, batches.batch_size)
+  batch = batches.read(_STEP.value, range(count))
+  print(f"batch {_STEP.value}, {count} of {batches.batch_size} rows")
+  for number in range(count):
+    print(f"row {number}: " + render_row(batch, number, training.tokenizer, training.objective))
+
+
+def _mesh(config: MeshConfig) -> Mesh:
+  """The mesh of the devices of --topology, or of this machine's."""
+  if _TOPOLOGY.value:
+    return hardware.mesh(config, hardware.topology(_TOPOLOGY.value, config.slices))
+  command.start_cpu(config)
+  return sharding.make_mesh(config)
+
+
+def _shape(sizes: Sequence[int]) -> str:
+  return "x".join(map(str, sizes))
 
 
 def show_sharding():
-  """Prints every parameter and moment: shape, type, axes, bytes a device."""
-  made = experiment_lib.without_data(read_config())
-  if _TOPOLOGY.value:
-    mesh = hardware.mesh(
-      made.config.mesh, hardware.topology(_TOPOLOGY.value, made.config.mesh.slices)
-    )
-  else:
-    command.start_cpu(made.config.mesh)
-    mesh = sharding.make_mesh(made.config.mesh)
-  made = made.on(mesh)
-  state = state_lib.plan(made, mesh).state
+  """Prints every parameter and moment: shape, type, mesh axes and bytes on a device."""
+  experiment = experiment_lib.without_data(read_config())
+  mesh = _mesh(experiment.config.mesh)
+  state = state_lib.plan(experiment.on(mesh), mesh).state
   named = {"params": state.trained, "frozen": state.frozen, "optimizer": state.opt_state}
-  rows, total = [], 0
+  rows = []
+  total = 0
   for path, leaf in jax.tree_util.tree_leaves_with_path(named):
-    shard = leaf.sharding.shard_shape(leaf.shape)
-    size = sharding.device_bytes(leaf)
-    total += size
+    device_bytes = sharding.device_bytes(leaf)
+    total += device_bytes
+    replicated = leaf.sharding.is_fully_replicated and mesh.size > 1
     rows.append(
       (
         jax.tree_util.keystr(path, simple=True, separator="/"),
-        *("x".join(map(str, s)) for s in (leaf.shape, shard)),
+        _shape(leaf.shape),
+        _shape(leaf.sharding.shard_shape(leaf.shape)),
         str(leaf.dtype),
-        " ".join(str(a) for a in leaf.sharding.spec) or "-",
-        "replicated" if leaf.sharding.is_fully_replicated and mesh.size > 1 else "",
-        f"{size:,}",
+        " ".join(str(axis) for axis in leaf.sharding.spec) or "-",
+        "replicated" if replicated else "",
+        f"{device_bytes:,}",
       )
     )
   print(
@@ -149,24 +182,19 @@ def show_checkpoint():
   description = manager.describe(step)
   tokenizer = manager.load_tokenizer(step)
   leaves = flatten(manager.restore(step, "params"))
+  checked = "size" if storage.is_bucket(step) else "digest"
   print(
-    f"{step}: whole by the {'size' if storage.is_bucket(step) else 'digest'} of every file, step {description['step']}, "
+    f"{step}: whole by the {checked} of every file, step {description['step']}, "
     f"objective {description['config']['objective']['name']}"
   )
   print(
     f"tokenizer {tokenizer.name}, {tokenizer.vocab_size} pieces; metrics {description['metrics']}"
   )
   print(f"model {description['config']['model']}")
-  rows = [
-    (
-      path,
-      "x".join(map(str, leaf.shape)),
-      str(leaf.dtype),
-      f"{leaf.size:,}",
-      f"{float(np.std(leaf)):.4g}",
-    )
-    for path, leaf in sorted(leaves.items())
-  ]
+  rows = []
+  for path, leaf in sorted(leaves.items()):
+    deviation = f"{float(np.std(leaf)):.4g}"
+    rows.append((path, _shape(leaf.shape), str(leaf.dtype), f"{leaf.size:,}", deviation))
   print(
     tabulate.tabulate(rows, headers=("parameter", "shape", "type", "size", "standard deviation"))
   )

@@ -1,4 +1,4 @@
-"""Folders of this machine and of object stores (gs://BUCKET/FOLDER), as every command takes them."""
+"""Folders of runs and checkpoints: on this machine, or in an object store (gs://BUCKET/FOLDER)."""
 
 import importlib.util
 import os
@@ -9,38 +9,48 @@ from etils import epath
 from llm.core import UserError, first_line
 
 
-def is_bucket(path: pathlib.PurePath) -> bool:
-  """Whether a folder lies in an object store: files are written whole or not at all, and nothing is renamed or locked."""
+def is_bucket(path: str | pathlib.PurePath) -> bool:
+  """Whether a path lies in an object store.
+
+  An object store writes whole files. It can neither rename nor lock.
+  """
   return "://" in str(path)
 
 
 def folder(path: str | pathlib.PurePath) -> epath.Path:
-  """A workdir or a checkpoint as the user gave it: a folder of this machine, made absolute, or gs://BUCKET/... .
+  """The folder of a run or checkpoint, as the user names it. A local path becomes absolute.
 
-  Raises UserError where the bucket cannot be reached.
+  Raises UserError where the name holds a pattern character, and where a bucket is missing or out of
+  reach.
   """
-  if pattern := set("*?[") & set(str(path)):
+  if patterns := set("*?[") & set(str(path)):
     raise UserError(
-      f"{path}: {pattern.pop()} would be read as a pattern by those who look for checkpoints there: choose another name"
+      f"{path}: {patterns.pop()} would be read as a pattern when checkpoints are listed there: "
+      "choose another name"
     )
   if not is_bucket(path):
     return epath.Path(os.path.abspath(os.path.expanduser(path)))
-  scheme, _, rest = str(path).partition("://")
-  if scheme != "gs" or not rest.strip("/"):
-    raise UserError(f"{path} is no place for a run: give a folder, or gs://BUCKET/FOLDER")
+  _check_bucket(str(path))
+  return epath.Path(path)
+
+
+def _check_bucket(path: str) -> None:
+  """Raises UserError unless the bucket of gs://BUCKET/FOLDER can be listed."""
+  scheme, _, location = path.partition("://")
+  if scheme != "gs" or not location.strip("/"):
+    raise UserError(f"{path} cannot hold a run: give a local folder, or gs://BUCKET/FOLDER")
   if not importlib.util.find_spec("gcsfs"):
     raise UserError(f"{path}: buckets need the extra gcs: pip install -e '.[gcs]'")
-  import fsspec
+  from fsspec.config import conf as fsspec_settings
 
-  fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = (
-    False  # Orbax writes behind its back
-  )
-  bucket = epath.Path(f"gs://{rest.split('/')[0]}")
+  # Orbax writes without fsspec, so a cached listing would miss its files.
+  fsspec_settings.setdefault("gcs", {})["use_listings_cache"] = False
+  bucket = epath.Path(f"gs://{location.split('/')[0]}")
   try:
-    if not bucket.is_dir():  # which an empty one is to nobody but its owner
+    # An empty bucket is a folder to its owner alone. Listing it tells others whether it exists.
+    if not bucket.is_dir():
       next(bucket.iterdir(), None)
   except FileNotFoundError:
-    raise UserError(f"{path}: there is no such bucket, or your credentials may not see it")
-  except Exception as error:  # gcsfs and what it stands on have many kinds
+    raise UserError(f"{path}: there is no such bucket, or your credentials give no access to it")
+  except Exception as error:  # gcsfs and the libraries below it raise many types
     raise UserError(f"{path} cannot be reached: {first_line(error)}")
-  return epath.Path(path)

@@ -15,22 +15,23 @@ _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file of configs/, with its argument after a colon."
 )
 _WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Where the run is kept, and goes on from if it is there."
+  "workdir", None, "The folder of the run. A run that is already there is resumed."
 )
 _DISTRIBUTED = flags.DEFINE_bool(
-  "distributed", False, "One of many processes: of a TPU pod, a Slurm job, launch/local.sh."
+  "distributed", False, "One of many processes: of a TPU pod, a Slurm job or launch/local.sh."
 )
-_GO_ON = flags.DEFINE_bool("go_on", False, "Go on in a workdir that was begun with another config.")
+_GO_ON = flags.DEFINE_bool("go_on", False, "Resume a run that began with another config.")
 
 
 def read_config() -> config_lib.Config:
-  """The config of the command line. Raises UserError if there is none or it is not valid."""
+  """The config of the command line. Raises UserError if it is missing or not valid."""
   if _CONFIG.value is None:
     raise UserError("--config is missing, e.g. --config=configs/pretrain_bert.py:tiny")
   return config_lib.freeze(_CONFIG.value)
 
 
 def main():
+  """Trains as the flags say, and resumes a run that is already in the workdir."""
   if not _WORKDIR.value:
     raise UserError("--workdir is missing: the folder where the run is kept")
   config = read_config()

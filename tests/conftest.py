@@ -1,13 +1,15 @@
 """One process, eight virtual CPU devices, one compilation cache; a small text to learn from."""
 
+# JAX gets its settings before the imports that may start it.
+# ruff: noqa: E402
+
 import gc
 import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault(
-  "TF_CPP_MIN_LOG_LEVEL", "3"
-)  # as llm/environment.py, for what starts without it
+# llm/environment.py sets the same; some tests start without it.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import jax
 import pytest
@@ -69,7 +71,7 @@ def reviews(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="module")
 def _programs_of_one_file():
-  """Compiled programs go with the file that asked for them: of all together, memory would run out."""
+  """A file's compiled programs go when it ends: memory would run out with those of all files."""
   yield
   jax.clear_caches()
   gc.collect()

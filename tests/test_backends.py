@@ -1,4 +1,7 @@
-"""The kernels for TPUs, interpreted here, and for GPUs: they are the reference, and nothing leaks between packed documents."""
+"""The kernels for TPUs (interpreted here) and GPUs equal the reference and leak nothing.
+
+Nothing passes between packed documents.
+"""
 
 import dataclasses
 import json
@@ -47,9 +50,8 @@ def test_it_is_the_reference_forward_and_backward(causal, kv_heads):
   found = both(
     lambda *qkv: splash.attend(*qkv, segments, causal=causal, scale=K**-0.5, interpret=True)
   )
-  with jax.set_mesh(
-    sharding.make_mesh(MeshConfig(data=2, tensor=2, context=2))
-  ):  # each device its rows, heads and queries
+  # Each device has its rows, heads and queries.
+  with jax.set_mesh(sharding.make_mesh(MeshConfig(data=2, tensor=2, context=2))):
     apart = both(
       lambda *qkv: splash.attend(*qkv, segments, causal=causal, scale=K**-0.5, interpret=True)
     )
@@ -140,7 +142,7 @@ def test_it_is_refused_on_another_platform(backend, platform, corpus, tmp_path):
 
 @pytest.mark.parametrize("causal, kv_heads", [(True, 2), (False, 4)])
 def test_what_cudnn_is_asked_is_the_reference(causal, kv_heads):
-  """The same call with JAX's own implementation: mask, scale and shared heads are those of the reference."""
+  """In JAX's own implementation, the same call has the reference's mask, scale and shared heads."""
   q, k, v, segments, positions = inputs(kv_heads)
   seen = attention.Visibility(segments, segments, positions, positions, causal)
   np.testing.assert_allclose(
@@ -157,11 +159,14 @@ def test_cudnn_is_the_reference_forward_and_backward(causal, kv_heads):
     x if x.dtype == jnp.int32 else x.astype(jnp.bfloat16) for x in inputs(kv_heads)
   )
   seen = attention.Visibility(segments, segments, positions, positions, causal)
-  both = lambda attend: jax.jit(
-    jax.value_and_grad(
-      lambda *qkv: attend(*qkv, seen, scale=K**-0.5).astype(jnp.float32).var(), (0, 1, 2)
+
+  def both(attend):
+    return jax.jit(
+      jax.value_and_grad(
+        lambda *qkv: attend(*qkv, seen, scale=K**-0.5).astype(jnp.float32).var(), (0, 1, 2)
+      )
     )
-  )
+
   for ours, theirs in zip(
     *(jax.tree.leaves(both(attend)(q, k, v)) for attend in (cudnn.attend, attention.attend))
   ):
@@ -197,9 +202,12 @@ def test_cudnn_leaks_nothing(causal):
   q, k, v, segments, positions = (
     x if x.dtype == jnp.int32 else x.astype(jnp.bfloat16) for x in inputs(4)
   )
-  run = lambda *qkv: cudnn.attend(
-    *qkv, attention.Visibility(segments, segments, positions, positions, causal), scale=K**-0.5
-  )
+
+  def run(*qkv):
+    return cudnn.attend(
+      *qkv, attention.Visibility(segments, segments, positions, positions, causal), scale=K**-0.5
+    )
+
   other = (segments == 2)[..., None, None]
   moved, before = run(*(jnp.where(other, x + 3, x) for x in (q, k, v))), run(q, k, v)
   rest = np.asarray(segments != 2)

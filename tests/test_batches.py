@@ -1,4 +1,7 @@
-"""A batch is a function of (seed, step): any order, any number of processes, every row once an epoch."""
+"""A batch is a function of (seed, step), in any order and for any number of processes.
+
+Every row comes once an epoch.
+"""
 
 import numpy as np
 import pytest
@@ -77,9 +80,8 @@ def test_devices_hold_the_rows_that_the_mesh_gives_them():
 def test_worker_processes_make_the_same_batches_in_the_same_order(corpus):
   mesh, wanted = sharding.make_mesh(MeshConfig()), ("bert", "t5")
   for batches in (experiment.prepare(tiny(name, f"text:{corpus}")).batches for name in wanted):
-    found = batches_lib.stream(
-      batches, 3, 8, mesh, prefetch=2, workers=2
-    )  # no whole number of turns
+    # Five batches are no whole number of turns of two workers.
+    found = batches_lib.stream(batches, 3, 8, mesh, prefetch=2, workers=2)
     for step, batch in zip(range(3, 8), found, strict=True):
       assert all((np.asarray(batch[key]) == value).all() for key, value in batches[step].items()), (
         step

@@ -52,21 +52,26 @@ def bucket():
 
 
 def test_a_run_in_a_bucket(bucket, corpus, tmp_path):
-  """It leaves what a run in a folder does, is cut off, goes on bit-equal, and its checkpoint is one for every command."""
+  """It leaves what a run in a folder leaves, and goes on bit-equal after it was cut off.
+
+  Every command takes its checkpoint.
+  """
   run, said = f"{bucket}/it", []
-  constant = lambda **more: tiny(
-    "gpt",
-    f"text:{corpus}",
-    training__save_every=2,
-    training__log_every=1,
-    optimizer__schedule="constant",
-    **more,
-  )
+
+  def constant(**more):
+    return tiny(
+      "gpt",
+      f"text:{corpus}",
+      training__save_every=2,
+      training__log_every=1,
+      optimizer__schedule="constant",
+      **more,
+    )
+
   loop.train(constant(training__steps=4), run, say=said.append)
   folder = storage.folder(run)
-  (
-    folder / "checkpoints/4/manifest.json"
-  ).unlink()  # as if the machine had gone before the last file
+  # As if the machine had gone before the last file.
+  (folder / "checkpoints/4/manifest.json").unlink()
   said.clear()
   result = loop.train(constant(), run, say=said.append)
   assert any("4 is no complete checkpoint" in line for line in said)

@@ -1,4 +1,4 @@
-"""Conversations: the loss covers the assistant's tokens alone, for any template that goes turn by turn."""
+"""The loss covers the assistant's tokens alone, for any template that goes turn by turn."""
 
 import json
 
@@ -13,12 +13,14 @@ from llm.objectives import chat
 
 BYTES, GPT = tokenizer_lib.ByteTokenizer(), ModelConfig(name="gpt")
 CHATML = (
-  "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}{{ eos_token }}\n{% endfor %}"
+  "{% for message in messages %}"
+  "<|im_start|>{{ message.role }}\n{{ message.content }}{{ eos_token }}\n{% endfor %}"
   "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 LLAMA2 = (
   "{% for message in messages %}{% if message.role == 'user' %}[INST] {{ message.content }} [/INST]"
-  "{% elif message.role == 'assistant' %} {{ message.content }} {{ eos_token }}{% else %}<<SYS>>{{ message.content }}<</SYS>>"
+  "{% elif message.role == 'assistant' %} {{ message.content }} {{ eos_token }}"
+  "{% else %}<<SYS>>{{ message.content }}<</SYS>>"
   "{% endif %}{% endfor %}"
 )
 TALK = [
@@ -80,11 +82,14 @@ def test_a_mask_that_is_dropped_is_seen(tmp_path):
   example = rows.example(0, None)
   everything = {**example, "weights": (example["segments"] > 0).astype(np.float32)}
   losses = {"losses": np.random.default_rng(0).random((1, 512)), "correct": np.zeros((1, 512))}
-  value = lambda e: float(
-    chat.Objective().loss(
-      losses, {k: v[None] for k, v in e.items()}, {"tokens": e["weights"].sum()}
-    )[0]
-  )
+
+  def value(e):
+    return float(
+      chat.Objective().loss(
+        losses, {k: v[None] for k, v in e.items()}, {"tokens": e["weights"].sum()}
+      )[0]
+    )
+
   assert value(example) != pytest.approx(value(everything), rel=1e-3) and "".join(
     learned(everything)
   ) not in learned(example)

@@ -94,11 +94,11 @@ def test_pretrain_transfer_finetune_evaluate_predict(pretrained, reviews, tmp_pa
     f"--output={tmp_path}/out.jsonl",
   )
   assert status == 0, err
-  lines = [json.loads(l) for l in (tmp_path / "out.jsonl").read_text().splitlines()]
-  truth = [json.loads(l) for l in (reviews / "eval.jsonl").read_text().splitlines()]
+  lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+  truth = [json.loads(line) for line in (reviews / "eval.jsonl").read_text().splitlines()]
   right = sum(a["label"] == b["label"] for a, b in zip(lines, truth)) / len(truth)
   assert right == pytest.approx(result["eval"]["accuracy"])
-  assert all(abs(sum(l["probabilities"].values()) - 1) < 1e-4 for l in lines)
+  assert all(abs(sum(line["probabilities"].values()) - 1) < 1e-4 for line in lines)
   status, out, err = run(
     "llm.predict", f"--checkpoint={tmp_path}/sentiment", "--text=praise the film"
   )
@@ -139,9 +139,11 @@ def test_show(pretrained, corpus):
 
 def test_regression_is_the_same_task(corpus, tmp_path, reviews):
   path = tmp_path / "scores.jsonl"
-  lines = [json.loads(l) for l in (reviews / "train.jsonl").read_text().splitlines()]
+  lines = [json.loads(line) for line in (reviews / "train.jsonl").read_text().splitlines()]
   path.write_text(
-    "\n".join(json.dumps({"text": l["text"], "label": float(l["label"] == "good")}) for l in lines)
+    "\n".join(
+      json.dumps({"text": line["text"], "label": float(line["label"] == "good")}) for line in lines
+    )
   )
   loop.train(tiny("gpt", f"text:{corpus}", training__steps=2), tmp_path / "gpt")
   config = tiny(
@@ -264,7 +266,7 @@ def test_mistakes_are_one_line_and_status_2(arguments, message, corpus, tmp_path
   given = {a.partition("=")[0] for a in arguments}
   status, out, err = run(*arguments, *(d for d in data if d.partition("=")[0] not in given))
   assert status == 2, (status, out, err)
-  lines = [l for l in err.splitlines() if l.startswith("error: ")]
+  lines = [line for line in err.splitlines() if line.startswith("error: ")]
   assert len(lines) == 1 and "Traceback" not in err, err
   import re
 
@@ -395,12 +397,15 @@ def test_every_config_is_valid(path):
   spec = importlib.util.spec_from_file_location(path.stem, path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  from llm.models import bert, gpt, llama, t5
+  from llm.models import bert, electra, gpt, llama, modernbert, qwen3, t5
 
   arguments = {
     "pretrain_bert": [*bert.SIZES, *(f"{s}-512" for s in bert.SIZES)],
     "pretrain_gpt": list(gpt.SIZES),
     "pretrain_llama": list(llama.SIZES),
+    "pretrain_electra": list(electra.SIZES),
+    "pretrain_modernbert": list(modernbert.SIZES),
+    "pretrain_qwen3": list(qwen3.SIZES),
     "pretrain_t5": list(t5.SIZES),
     "finetune_chat": ["", "alpaca"],
     "finetune_preference": ["", "demo"],

@@ -178,9 +178,14 @@ def test_no_network_is_one_line(tmp_path, monkeypatch):
 
 def test_wikitext_becomes_prose():
   wikitext = (
-    "'''Bold''' is a [[link|word]] in this long sentence about nothing at all, really.<ref>no</ref>\n"
-    "{{infobox|x=1}}\n[[File:a.jpg|thumb|A caption that would be long enough to be a paragraph, surely.]]\n"
-    "{| class=x\n| cell that is long enough to be taken for a paragraph of prose, if it were kept.\n|}\n== Heading ==\n"
+    "'''Bold''' is a [[link|word]] in this long sentence about nothing at all, really."
+    "<ref>no</ref>\n"
+    "{{infobox|x=1}}\n"
+    "[[File:a.jpg|thumb|A caption that would be long enough to be a paragraph, surely.]]\n"
+    "{| class=x\n"
+    "| cell that is long enough to be taken for a paragraph of prose, if it were kept.\n"
+    "|}\n"
+    "== Heading ==\n"
   )
   assert (
     embedded.plain_text(wikitext)

@@ -110,7 +110,8 @@ def test_files_that_are_named_exist():
   folders = "llm|configs|examples|benchmarks|launch|tests|docs"
   for page in documented.PAGES:
     for path in re.findall(rf"`((?:{folders})/[\w/]+\.\w+)`", page.read_text()):
-      assert (ROOT / path).exists(), f"{page.name} names {path}"
+      placeholder = "NAME" in path
+      assert placeholder or (ROOT / path).exists(), f"{page.name} names {path}"
 
 
 def test_the_page_on_adding_shows_the_example_as_it_is():

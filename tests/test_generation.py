@@ -1,4 +1,4 @@
-"""Writing: the cache changes nothing, rows know nothing of each other, draws follow their distribution."""
+"""The cache changes no text, rows know nothing of each other, draws follow their distribution."""
 
 import dataclasses
 
@@ -27,10 +27,8 @@ NEW = 12
 
 def writer_of(name):
   model = model_of(name, vocab_size=BYTES.vocab_size, max_length=64, tied=name == "gpt")
-  growth = {
-    "kernel": 1.0 if name == "t5" else 6.0,
-    "position": 50.0,
-  }  # else every token is the one before
+  # Without growth, every token is the one before.
+  growth = {"kernel": 1.0 if name == "t5" else 6.0, "position": 50.0}
 
   def grown(path, x):
     return x * next((g for part, g in growth.items() if part in jax.tree_util.keystr(path)), 1.0)
@@ -65,7 +63,9 @@ def uncached(model, params, prompt, new):
     last = own_count if t5 else count
     return (hidden[0, last - 1] @ table.T)[: BYTES.vocab_size].argmax()
 
-  fixed = lambda ids: jnp.array(np.r_[ids, np.zeros(64 - len(ids))].astype(np.int32))
+  def fixed(ids):
+    return jnp.array(np.r_[ids, np.zeros(64 - len(ids))].astype(np.int32))
+
   for _ in range(new):
     text = read if t5 else read + wrote
     token = int(following(fixed(text), len(text), fixed(wrote), len(wrote)))
@@ -110,9 +110,8 @@ def test_the_cache_and_the_batch_change_no_token(name, monkeypatch):
     expected = uncached(model, params, BYTES.encode([prompt])[0], NEW)
     assert found.tokens == [t for t in expected if t != BYTES.eos]
     assert made.write([prompt], NEW)[0].tokens == found.tokens
-    assert [step[0][0] for step in found.choices][
-      : len(found.tokens)
-    ] == found.tokens  # greedy took the likeliest
+    # Greedy took the likeliest.
+    assert [step[0][0] for step in found.choices][: len(found.tokens)] == found.tokens
   assert len({t for found in together for t in found.tokens}) > 8
   # Prompts of another length in the same bucket, and another count of tokens, compile nothing.
   before = len(traced)
@@ -122,9 +121,12 @@ def test_the_cache_and_the_batch_change_no_token(name, monkeypatch):
 
 def test_draws_follow_their_distribution_and_repeat():
   logits = np.log([0.4, 0.3, 0.2, 0.07, 0.03])
-  draw = lambda sampling, seed=0: np.asarray(
-    decoding.draw(jnp.tile(jnp.array(logits), (20_000, 1)), jax.random.key(seed), sampling)
-  )
+
+  def draw(sampling, seed=0):
+    return np.asarray(
+      decoding.draw(jnp.tile(jnp.array(logits), (20_000, 1)), jax.random.key(seed), sampling)
+    )
+
   odds = np.exp(logits)
   for sampling, expected in (
     (Sampling(1.0), odds),

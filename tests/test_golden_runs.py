@@ -1,5 +1,6 @@
-"""Runs that an earlier revision left half done: old configs and checkpoints load, and go on as they would have."""
+"""An earlier revision left runs half done: they load here and go on as they would have there."""
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -8,6 +9,8 @@ import shutil
 import pytest
 
 from llm import config as config_lib
+from llm import storage
+from llm.checkpoints import manager
 from llm.training import experiment, loop
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -55,3 +58,20 @@ def test_the_spec_of_a_batch_is_what_rows_make(name, runs):
   assert {k: (v.shape[1:], v.dtype) for k, v in batch.items()} == {
     k: (v.shape, v.dtype) for k, v in spec.items()
   }
+
+
+def test_a_run_goes_on_in_the_types_that_it_began_with(runs):
+  """What auto is on this machine decides for a new run alone; explicit types are the user's."""
+  step = storage.folder(runs / "bert" / "checkpoints" / "3")
+  description = json.loads((step / "description.json").read_text())
+  description["config"]["model"]["dtype"] = "auto"
+  description["settled"] = {"dtype": "bfloat16_operands", "scan": "scan", "attention": "splash"}
+  (step / "description.json").write_text(json.dumps(description))
+  manager.write_manifest(step)
+  config = config_lib.freeze(json.loads((runs / "bert" / "config.json").read_text()))
+  auto = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="auto"))
+  for asked, dtype in ((auto, "bfloat16_operands"), (config, "float32")):
+    resumed = experiment.prepare(asked, step, say=lambda text: None).on_platform("cpu")
+    assert resumed.config.model.dtype == dtype
+    assert resumed.description()["config"]["model"]["dtype"] == asked.model.dtype
+  assert resumed.config.model.attention == "reference" and resumed.config.model.scan == "unroll"

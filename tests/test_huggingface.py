@@ -59,7 +59,10 @@ def _batch(expected) -> dict:
 
 
 def _log_probs(made, params, batch, vocab):
-  """(log-probabilities B x T x V, read from the losses of every target at every position, what else there is)."""
+  """(log-probabilities B x T x V, the other outputs).
+
+  The log-probabilities are read from the losses of every target at every position.
+  """
   rows, length = batch.get("decoder_tokens", batch["tokens"]).shape
   if made.config.model.name not in ENCODERS:
     losses_of = jax.jit(
@@ -107,9 +110,8 @@ def test_logits_are_torchs(name):
     _close(logits[:, 0], expected["logits"])
   else:
     log_probs, others = _log_probs(made, params, batch, made.config.model.vocab_size)
-    real = (
-      batch.get("decoder_segments", batch["segments"]) > 0
-    )  # what stands at padding is nobody's business
+    # Outputs at padding are not compared.
+    real = batch.get("decoder_segments", batch["segments"]) > 0
     _close(log_probs[real], expected["log_probs"][real])
     if "pair_logits" in expected:  # their class 0 is our 1
       _close(np.asarray(others["pair_logits"])[:, 0, ::-1], expected["pair_logits"])
@@ -185,7 +187,7 @@ def test_in_and_out_is_bit_equal(name, tmp_path):
 
 @pytest.mark.parametrize("lowercase", [True, False])
 def test_a_trained_tokenizer_leaves_with_the_same_ids(lowercase, corpus, tmp_path):
-  """A SentencePiece model of ours, written as tokenizer.json: the package `tokenizers` finds SentencePiece's own ids."""
+  """The package `tokenizers` reads our tokenizer.json and gives SentencePiece's own ids."""
   texts = [
     corpus.read_text(),
     "naïve Café, Zürich ½ ﬁlm",
@@ -307,7 +309,7 @@ BAD = {
   "link": (_link, "outside its folder"),
   "family": (
     lambda f: _edit_config(f, model_type="mamba"),
-    "supported: bert, modernbert, gpt2, llama",
+    "supported: bert, electra, modernbert, gpt2, llama",
   ),
   "shape": (lambda f: _edit_config(f, intermediate_size=32), "does not fit config.json"),
   "layers": (lambda f: _edit_config(f, num_hidden_layers=3), "is missing"),

@@ -44,7 +44,8 @@ def test_local_says_what_it_runs():
     JAX_NUM_CPU_DEVICES="3",
   )
   assert status == 0 and said == "".join(
-    f"env JAX_COORDINATOR_ADDRESS=localhost:1234 JAX_NUM_PROCESSES=2 JAX_PROCESS_ID={n} JAX_NUM_CPU_DEVICES=3 "
+    f"env JAX_COORDINATOR_ADDRESS=localhost:1234 JAX_NUM_PROCESSES=2 JAX_PROCESS_ID={n} "
+    f"JAX_NUM_CPU_DEVICES=3 "
     f"python -m llm.train --distributed --config=a\\ b.py --workdir=w \n"
     for n in range(2)
   )
@@ -125,7 +126,8 @@ SRUN = """#!/bin/bash
 # Two tasks of a job on this machine.
 shift
 for i in 0 1; do
-  SLURM_JOB_ID=$PPID SLURM_STEP_NODELIST=localhost SLURM_NTASKS=2 SLURM_STEP_NUM_TASKS=2 SLURM_PROCID=$i SLURM_LOCALID=$i "$@" &
+  SLURM_JOB_ID=$PPID SLURM_STEP_NODELIST=localhost SLURM_NTASKS=2 SLURM_STEP_NUM_TASKS=2 \\
+    SLURM_PROCID=$i SLURM_LOCALID=$i "$@" &
 done
 wait -n && wait
 """

@@ -167,8 +167,8 @@ def test_how_it_is_computed_does_not_matter(name, change):
 
 
 # Stated exactly: google-research/bert and its miniatures with both pretraining heads (as
-# BertForPreTraining counts them), GPT-2 as openai/gpt-2, SmolLM2, Llama 2 and Llama 3 as their cards, Qwen3 as
-# Qwen3ForCausalLM counts it, T5 as T5ForConditionalGeneration.
+# BertForPreTraining counts them), GPT-2 as openai/gpt-2, SmolLM2, Llama 2 and Llama 3 as their
+# cards, Qwen3 as Qwen3ForCausalLM counts it, T5 as T5ForConditionalGeneration.
 PUBLISHED = {
   ("bert", "tiny"): 4_433_468,
   ("bert", "mini"): 11_267_900,

@@ -1,4 +1,4 @@
-"""Layers that see a window beside layers that see all, on every backend, and in the layout of transformers."""
+"""Local layers beside global ones, on every backend and in the layout of transformers."""
 
 import dataclasses
 import functools
@@ -150,7 +150,7 @@ def test_a_local_layer_sees_its_window_and_a_global_one_all():
   distance = np.abs(positions[0][:, None] - positions[0])
   same = segments[0][:, None] == segments[0]
   for number, reach in enumerate((length, 4, 4, length)):
-    layer = jax.tree.map(lambda leaf: leaf[number], pattern)
+    layer = jax.tree.map(lambda leaf, number=number: leaf[number], pattern)
     sees = np.abs(np.asarray(slopes(layer))).sum(-1) > 0
     np.testing.assert_array_equal(sees, same & (distance <= reach), err_msg=str(number))
 
@@ -166,7 +166,7 @@ def test_positions_of_local_layers_turn_at_their_own_pace():
 
 @pytest.mark.parametrize("reach", [WINDOW // 2, transformer.EVERYWHERE])
 def test_every_backend_has_windows(reach):
-  """Splash forward and backward, on one device and on a mesh that splits the queries; what cuDNN is asked."""
+  """Splash, forward and backward, on one device and on a mesh that splits queries; cuDNN's call."""
   q, k, v, segments, positions = test_backends.inputs(4)
   seen = attention.Visibility(segments, segments, positions, positions, reach=jnp.int32(reach))
   weights = jnp.cos(jnp.arange(q.size)).reshape(q.shape)
@@ -234,7 +234,8 @@ def test_it_learns_and_is_fine_tuned(corpus, reviews, tmp_path):
   assert (tuned.name, tuned.window, tuned.global_every) == ("modernbert", 8, 3)
 
 
-# As transformers' classes count them, with their heads. Ours have the first layer's unused scale too.
+# As transformers' classes count them, with their heads. Ours also have the first layer's unused
+# scale.
 PUBLISHED = {"17m": 16_913_600, "base": 149_655_232, "large": 395_881_664}
 
 
@@ -357,7 +358,9 @@ def test_rows_without_a_piece_are_left_out(tmp_path):
     found["backbone"]["token"]["embedding"], expected["backbone"]["token"]["embedding"]
   )
   shutil.rmtree(tmp_path / "qwen3")
-  with pytest.raises(UserError, match="the tokenizer has 270 pieces and the embedding 1400 rows"):
+  with pytest.raises(
+    UserError, match="the tokenizer has 270 pieces, but the embedding has 1400 rows"
+  ):
     huggingface.read(qwen3_of(tmp_path, 1400))
 
 

@@ -95,10 +95,10 @@ def test_broken_configs(kind, corpus, tmp_path, monkeypatch):
 def broken(data: bytes, rng: random.Random) -> bytes:
   data = bytearray(data)
   for _ in range(rng.randint(1, 4)):
-    at = rng.randrange(len(data))
+    at = rng.randrange(max(len(data), 1))
     how = rng.random()
     if how < 0.4:
-      data[at] = rng.randrange(256)
+      data[at : at + 1] = [rng.randrange(256)]
     elif how < 0.6:
       del data[at : at + rng.randint(1, 40)]
     elif how < 0.8:
@@ -113,11 +113,11 @@ def broken(data: bytes, rng: random.Random) -> bytes:
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_broken_data(kind, reviews, tmp_path):
   rng = random.Random(kind)
-  lines = [json.loads(l) for l in (reviews / "eval.jsonl").read_text().splitlines()][:8]
+  lines = [json.loads(line) for line in (reviews / "eval.jsonl").read_text().splitlines()][:8]
   good = (
     "\n".join(map(json.dumps, lines))
     if kind == "jsonl"
-    else "text,label\n" + "\n".join(f'"{l["text"]}",{l["label"]}' for l in lines)
+    else "text,label\n" + "\n".join(f'"{line["text"]}",{line["label"]}' for line in lines)
   ).encode()
   path = tmp_path / f"data.{kind}"
   config = tiny(

@@ -80,7 +80,10 @@ def batch_of(name: str) -> dict[str, np.ndarray]:
 
 
 def one_step(name: str, dtype: str, compiled: bool) -> tuple[float, dict, dict]:
-  """(loss, first moments: a tenth of the gradients, change of the parameters) of a step of AdamW."""
+  """(loss, first moments, change of the parameters) of a step of AdamW.
+
+  The first moments are a tenth of the gradients.
+  """
   config = ModelConfig(
     name=name,
     num_layers=2,
@@ -113,7 +116,10 @@ def one_step(name: str, dtype: str, compiled: bool) -> tuple[float, dict, dict]:
   )
   state = step_lib.init_state(trained, frozen, adamw)
   before = {path: np.asarray(leaf) for path, leaf in trained.items()}
-  run = lambda state: step_lib.train_step(model, objective, adamw, marks, 1, state, batch, 0)
+
+  def run(state):
+    return step_lib.train_step(model, objective, adamw, marks, 1, state, batch, 0)
+
   with contextlib.nullcontext() if compiled else jax.disable_jit():
     state, metrics = (jax.jit(run) if compiled else run)(state)
   total, weight = next(value for key, value in metrics.items() if key.endswith("loss"))
@@ -153,7 +159,10 @@ def test_bfloat16_operands_are_rounded_and_their_products_summed_in_float32():
   types = precision.TYPES["bfloat16_operands"]
   rng = np.random.default_rng(0)
   x, kernel, dy = (rng.normal(size=s).astype(np.float32) for s in ((7, 1031), (1031, 5), (7, 5)))
-  rounded = lambda a: np.asarray(jnp.asarray(a, jnp.bfloat16), np.float64)
+
+  def rounded(a):
+    return np.asarray(jnp.asarray(a, jnp.bfloat16), np.float64)
+
   y, pull = jax.vjp(lambda x, k: layers.matmul(x, k, types), x, kernel)
   dx, dkernel = pull(dy)
   assert (y.dtype, dx.dtype, dkernel.dtype) == (jnp.float32,) * 3

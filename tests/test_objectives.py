@@ -38,7 +38,7 @@ def test_masking_is_as_published(corpus, byte_tokenizer, pairs):
   rows = rows_of(objective, corpus, byte_tokenizer)
   kinds = collections.Counter()
   rng = np.random.default_rng(0)
-  for epoch in range(20):
+  for _ in range(20):
     for i in range(len(rows)):
       example = rows.example(i, rng)
       real = example["masked_weights"] > 0
@@ -141,9 +141,8 @@ def test_next_tokens_follow_and_end(corpus, byte_tokenizer):
     seen.update(example["tokens"][example["segments"] > 0].tolist())
     assert (example["weights"] == (example["segments"] > 0)).all()
   assert ends == len(rows.documents)
-  assert seen == collections.Counter(
-    np.asarray(rows.documents.tokens_N).tolist()
-  )  # no token dropped or doubled
+  # No token is dropped or doubled.
+  assert seen == collections.Counter(np.asarray(rows.documents.tokens_N).tolist())
 
 
 def jsonl(tmp_path, records, name="data.jsonl"):

@@ -44,7 +44,7 @@ def texts(count, seed=0, longest=20):
 def labelled(objective, given, name="bert", length=T, labels=None):
   """(objective, its rows) of texts; without labels, those are the parity of the texts' numbers."""
   labels = [int(t[:2]) % 2 for t in given] if labels is None else labels
-  records = [{"text": t, "label": str(l)} for t, l in zip(given, labels)]
+  records = [{"text": t, "label": str(label)} for t, label in zip(given, labels)]
   if not objective.regression:
     objective = dataclasses.replace(objective, classes=("0", "1"), num_classes=2)
   source = type("Source", (), {"records": lambda self: iter(records), "spec": "records"})()
@@ -324,13 +324,8 @@ class Shared:
   "examples, parts, rows, weights, expected",
   [
     (33, 1, [Shared(50, 50)], [1.0], 33),
-    (
-      33,
-      1,
-      [Shared(53, 53), Shared(60, 60)],
-      [0.7, 0.3],
-      33,
-    ),  # a row is an example: as many, divided or not
+    # A row is an example: as many, divided or not.
+    (33, 1, [Shared(53, 53), Shared(60, 60)], [0.7, 0.3], 33),
     (32, 1, [Shared(100, 400)], [1.0], 8),
     (32, 1, [Shared(100, 1000)], [1.0], 4),
     (8, 1, [Shared(100, 1000)], [1.0], 1),

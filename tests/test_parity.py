@@ -81,9 +81,8 @@ def test_what_we_export_loads_with_nothing_missing(name, library, tmp_path):
     np.testing.assert_allclose(logits, expected["logits"], atol=1e-5)
     assert model.config.id2label == {0: "no", 1: "maybe", 2: "yes"}
   else:
-    logits = logits[
-      ..., : expected["log_probs"].shape[-1]
-    ]  # t5: without the rows that pad the vocabulary
+    # T5's logits come without the rows that pad the vocabulary.
+    logits = logits[..., : expected["log_probs"].shape[-1]]
     logits = logits - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
     real = expected.get("decoder_segments", expected["segments"]) > 0
     np.testing.assert_allclose(logits[real], expected["log_probs"][real], atol=1e-4)
@@ -91,9 +90,8 @@ def test_what_we_export_loads_with_nothing_missing(name, library, tmp_path):
     library.AutoTokenizer.from_pretrained(tmp_path / "theirs"),
     huggingface.read_tokenizer(GOLDEN / name),
   )
-  for text in (
-    DIFFICULT[:4] if name.startswith("t5") else DIFFICULT
-  ):  # the tiny t5's model normalises nothing
+  # The tiny t5's model normalises nothing.
+  for text in DIFFICULT[:4] if name.startswith("t5") else DIFFICULT:
     assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode([text])[0], text
 
 
@@ -101,7 +99,7 @@ def test_what_we_export_loads_with_nothing_missing(name, library, tmp_path):
   "name", ["gpt2", "llama", "llama_tied", "qwen3", "t5", "t5_gated", "t5_gated_tied"]
 )
 def test_greedy_continuations_are_theirs(name, library):
-  """Two prompts of different lengths in one batch, eight tokens each, here through our cache and there through theirs."""
+  """Two prompts of different lengths in one batch go on for eight tokens, through either cache."""
   import torch
 
   import llm
@@ -111,14 +109,12 @@ def test_greedy_continuations_are_theirs(name, library):
     library.T5ForConditionalGeneration if name.startswith("t5") else library.AutoModelForCausalLM
   )
   theirs, bundle = model_class.from_pretrained(GOLDEN / name).eval(), llm.load(GOLDEN / name)
-  bundle.tokenizer.eos = next(
-    i for i in range(3, 60) if i not in bundle.tokenizer.special_ids
-  )  # a piece both end with
+  # A piece that both end with.
+  bundle.tokenizer.eos = next(i for i in range(3, 60) if i not in bundle.tokenizer.special_ids)
   made = writer.Writer(bundle)
   prompts = ["cat", "it is a"]
-  padding = (
-    list(range(bundle.tokenizer.vocab_size, theirs.config.vocab_size)) or None
-  )  # t5's rows without a piece
+  # T5's rows without a piece.
+  padding = list(range(bundle.tokenizer.vocab_size, theirs.config.vocab_size)) or None
   ours = made.write(prompts, 8)
   for prompt, found in zip(prompts, ours):
     ids = bundle.tokenizer.encode([prompt])[0] + (
@@ -138,7 +134,7 @@ def test_greedy_continuations_are_theirs(name, library):
 
 
 def test_adapters_are_pefts(library, tmp_path):
-  """What `convert adapters` writes, loaded by peft onto the checkpoint that the run began from, gives our logits."""
+  """peft loads what `convert adapters` writes onto the run's checkpoint, and gives our logits."""
   import peft
   import torch
 
@@ -246,7 +242,10 @@ def smollm():
 
 
 def test_the_real_decoder_has_torchs_perplexity(smollm, library, tmp_path):
-  """On Wikipedia passages, within 0.5%, and every logit within 1e-4 of their scale; the export is what torch runs."""
+  """On Wikipedia passages, within 0.5%, and every logit within 1e-4 of their scale.
+
+  Torch runs our export.
+  """
   import torch
 
   from llm.checkpoints import gguf
@@ -281,7 +280,10 @@ def test_the_real_decoder_has_torchs_perplexity(smollm, library, tmp_path):
 
 
 def test_the_real_decoders_chat_template_gives_transformers_ids(smollm, library, tmp_path):
-  """Two turns with and without a system message; the assistant's tokens are learned, <|im_end|> included."""
+  """Two turns, with and without a system message; the assistant's tokens are learned.
+
+  <|im_end|> is learned too.
+  """
   from llm.checkpoints import gguf
   from llm.objectives import base, chat
 
@@ -321,10 +323,10 @@ def _perplexity(logits, ids) -> float:
 
 
 def test_fine_tuning_the_real_bert_reaches_what_torch_reaches(minilm):
-  """256 review sentences, four draws of them: our mean is in the interval of torch's over five, and above NBSVM's.
+  """Our mean of four draws is in the interval of torch's over five, and above NBSVM's.
 
-  Torch's side was run once by the same script: golden/fine_tuning.json. Ours runs in a process of its own, without
-  the compiler flags of the tests.
+  Each draw has 256 review sentences. Torch's side was run once by the same script:
+  golden/fine_tuning.json. Ours runs in a separate process, without the compiler flags of the tests.
   """
   script = GOLDEN / "fine_tune.py"
   environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
@@ -341,7 +343,6 @@ def test_fine_tuning_the_real_bert_reaches_what_torch_reaches(minilm):
   spread = (
     np.var(found["ours"], ddof=1) / len(found["ours"]) + np.var(torchs, ddof=1) / len(torchs)
   ) ** 0.5
-  assert (
-    np.mean(found["ours"]) > np.mean(torchs) - 2.36 * spread
-  )  # the 95% interval of a difference of such means (t of 7)
+  # The 95% interval of a difference of such means (t of 7).
+  assert np.mean(found["ours"]) > np.mean(torchs) - 2.36 * spread
   assert np.mean(found["ours"]) > np.mean(found["nbsvm"]) + 0.05

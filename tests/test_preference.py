@@ -1,4 +1,7 @@
-"""Preferences: the loss starts at ln 2, its gradient is the one derived by hand, the reference is asked once."""
+"""The loss of preferences starts at ln 2 and has the gradient that is derived by hand.
+
+The reference is asked once.
+"""
 
 import dataclasses
 import json
@@ -68,7 +71,10 @@ def test_pairs_share_rows_and_only_the_replies_count(tmp_path):
 
 
 def test_the_loss_starts_at_ln_2_and_its_gradient_is_the_derived_one(tmp_path):
-  """Rafailov et al. 2023, section 4: - beta sigmoid(-margin) (grad log p(chosen) - grad log p(rejected))."""
+  """The gradient is - beta sigmoid(-margin) (grad log p(chosen) - grad log p(rejected)).
+
+  Source: Rafailov et al. 2023, section 4.
+  """
   objective = preference.Objective(template=chat.TEMPLATE, beta=0.3)
   model = model_of("gpt", vocab_size=BYTES.vocab_size, max_length=256)
   rows = rows_of(source_of(tmp_path / "a.jsonl", *PAIRS), objective)
@@ -124,7 +130,10 @@ def test_the_loss_starts_at_ln_2_and_its_gradient_is_the_derived_one(tmp_path):
     losses.append(math.log1p(math.exp(-margin)))
     share = -0.3 / (1 + math.exp(margin)) / len(PAIRS)
     expected = jax.tree.map(
-      lambda total, c, r: total + share * (np.asarray(c) - np.asarray(r)), expected, grad_c, grad_r
+      lambda total, c, r, share=share: total + share * (np.asarray(c) - np.asarray(r)),
+      expected,
+      grad_c,
+      grad_r,
     )
   (value, _), found = jax.jit(jax.value_and_grad(loss, has_aux=True))(moved)
   assert float(value) == pytest.approx(np.mean(losses), rel=1e-4)

@@ -63,21 +63,26 @@ def test_scanned_and_unrolled_layers_count_the_same(kind):
 
 @pytest.mark.parametrize("remat, times", [("none", 3), ("full", 4)])
 def test_flops_are_those_of_the_formula(remat, times):
-  """6 N a token (Kaplan et al. 2020, section 2.1) and 12 L T D for attention; recomputed blocks count again but for the last product."""
+  """6 N a token (Kaplan et al. 2020, section 2.1) and 12 L T D for attention.
+
+  Recomputed blocks count again, without their last product.
+  """
   made, _, step = traced("gpt", model__remat=remat)
   cfg, tokens = made.config.model, B * T
   block = 2 * (4 * cfg.width**2 + 2 * cfg.width * cfg.mlp_dim) + 4 * T * cfg.width
   head = 2 * cfg.width * 384  # 262 bytes and special pieces, padded to a multiple of 128
   expected = tokens * (times * cfg.num_layers * block + 3 * head)
-  if (
-    remat == "full"
-  ):  # nothing needs what the last product of a block gave, nor what the attention gave
+  # Nothing needs what the last product of a block gave, nor what the attention gave.
+  if remat == "full":
     expected -= tokens * cfg.num_layers * 2 * cfg.width * cfg.mlp_dim
   assert flops.dot_flops(step.jaxpr.jaxpr) == pytest.approx(expected, rel=1e-3)
 
 
 def test_no_whole_stack_no_logits_and_no_batch_is_gathered():
-  """On fsdp x tensor: one layer's weights may be gathered over fsdp, a stacked array, logits, moments and activations may not."""
+  """On fsdp x tensor, one layer's weights may be gathered over fsdp.
+
+  Stacked arrays, logits, moments and activations may not.
+  """
   made, mesh, step = traced(
     "gpt", MeshConfig(data=1, fsdp=4, tensor=2), model__num_layers=6, model__scan="scan"
   )
@@ -88,9 +93,8 @@ def test_no_whole_stack_no_logits_and_no_batch_is_gathered():
   for one in gathers:
     dims = [int(n) for n in re.search(r"\[([\d,]*)\]", one.shape)[1].split(",") if n]
     assert not (len(dims) >= 3 and dims[0] == 6), one  # a stack, or a moment of one
-    assert np.prod(dims) * 4 < logits or dims[-1] == 64, (
-      one
-    )  # the logits of the batch; the table alone is as large
+    # The logits of the batch; the table alone is as large.
+    assert np.prod(dims) * 4 < logits or dims[-1] == 64, one
     assert not (B in dims and T in dims), one  # activations of the whole batch
   assert max(one.sent for one in gathers if one.times > 1) <= layer
 
@@ -104,6 +108,7 @@ def test_no_whole_stack_no_logits_and_no_batch_is_gathered():
     ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}, x", [0, 4]),
     ("source_target_pairs={{0,1},{1,2}}", [0, 1]),
     ("replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([4,2]T(1,0)) {'b'}, x", [0, 1, 4, 5]),
+    ("replica_groups=mesh['a'=2,'b'=1,'c'=4], device_ids=(0,4,1,5,2,6,3,7) {'a'}, x", [0, 2]),
   ],
 )
 def test_groups_are_read_in_every_way_that_they_are_written(text, group):
@@ -112,8 +117,12 @@ def test_groups_are_read_in_every_way_that_they_are_written(text, group):
 
 def test_loops_count_as_often_as_they_run():
   def nested(x):
-    inner = lambda c, _: (c @ c, None)
-    outer = lambda c, _: (jax.lax.scan(inner, c, None, length=5)[0] @ c, None)
+    def inner(c, _):
+      return (c @ c, None)
+
+    def outer(c, _):
+      return (jax.lax.scan(inner, c, None, length=5)[0] @ c, None)
+
     return jax.lax.scan(outer, x, None, length=7)[0]
 
   assert flops.dot_flops(jax.make_jaxpr(nested)(np.ones((8, 8)))) == (7 * 5 + 7) * 2 * 8**3
@@ -122,7 +131,10 @@ def test_loops_count_as_often_as_they_run():
 
 
 def test_a_loop_that_the_compiler_unrolled_counts_as_often_as_it_runs():
-  """So the TPU's compiler writes a product that gathers as it goes: a counter of several, from 0 to 8 by twos."""
+  """The TPU's compiler writes a product that gathers as it goes in this way.
+
+  One counter of several goes from 0 to 8 by twos.
+  """
   text = """
 %body (arg: (f32[4], u32[])) -> (f32[4], u32[]) {
   %arg = (f32[4]{0}, u32[]) parameter(0)
@@ -130,7 +142,8 @@ def test_a_loop_that_the_compiler_unrolled_counts_as_often_as_it_runs():
   %counter = u32[] get-tuple-element(%arg), index=1
   %two = u32[] constant(2)
   %next = u32[] add(%counter, %two)
-  %moved = f32[4]{0} collective-permute(%x), channel_id=1, source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
+  %moved = f32[4]{0} collective-permute(%x), channel_id=1, \
+source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
   ROOT %out = (f32[4]{0}, u32[]) tuple(%moved, %next)
 }
 

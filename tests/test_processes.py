@@ -1,4 +1,4 @@
-"""Real processes joined over loopback: they compute what one computes, stop together, and say who is gone."""
+"""Processes joined over loopback compute what one computes, stop together and name who is gone."""
 
 import json
 import os
@@ -94,7 +94,10 @@ def wait_for(path):
 
 
 def test_two_processes_compute_what_one_does(corpus, tmp_path):
-  """The same devices in one process and in two: figures, with an evaluation that no number divides, and parameters, every bit."""
+  """The same devices in one process and in two give the same figures and parameters, every bit.
+
+  No number of processes divides the evaluation.
+  """
   for name, count in (("one", 1), ("two", 2)):
     assert start(count, corpus, tmp_path / name, 12, devices=2 // count).wait() == 0
   assert len(figures(tmp_path / "one")) == 5 and figures(tmp_path / "two") == figures(
@@ -105,7 +108,10 @@ def test_two_processes_compute_what_one_does(corpus, tmp_path):
 
 
 def test_four_processes_then_two_on_another_mesh_compute_what_one_does(corpus, tmp_path):
-  """From the checkpoint of four processes, two go on with their parameters split: the same batches in the same order."""
+  """Two processes go on from the checkpoint of four, with their parameters split.
+
+  They read the same batches in the same order.
+  """
   steady = ["--config.optimizer.schedule=constant"]
   assert start(1, corpus, tmp_path / "one", 12, *steady, devices=4).wait() == 0
   assert start(4, corpus, tmp_path / "several", 6, *steady).wait() == 0

@@ -1,4 +1,7 @@
-"""Questions and answers: scores by hand, windows that cover every answer, thresholds, files and what bad ones are told."""
+"""Questions and answers: scores by hand, windows that cover every answer, thresholds, files.
+
+Bad files get a message that names the mistake.
+"""
 
 import json
 
@@ -41,7 +44,10 @@ def test_the_threshold_is_the_best_of_all():
     margins = rng.integers(-3, 4, n).astype(float)  # with ties
     answered, unanswered = rng.random(n), rng.integers(0, 2, n).astype(float)
     tried = [-np.inf, *margins, np.inf]
-    score = lambda t: np.where(margins > t, unanswered, answered).mean()
+
+    def score(t, margins=margins, answered=answered, unanswered=unanswered):
+      return np.where(margins > t, unanswered, answered).mean()
+
     threshold, best = answers.best_threshold(margins, answered, unanswered)
     assert best == pytest.approx(max(map(score, tried))) == pytest.approx(score(threshold))
 

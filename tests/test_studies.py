@@ -56,7 +56,10 @@ def study(reviews, byte_tokenizer):
 def test_runs_do_not_touch_their_neighbours(study):
   """A run beside others, of its own length or another, ends as it does alone."""
   tuner, splits = study
-  draw = lambda n: label_efficiency.draw(splits["train"], 24, n)
+
+  def draw(n):
+    return label_efficiency.draw(splits["train"], 24, n)
+
   runs = [
     Run("pretrained", draw(0), 3e-3, 2, 0),
     Run("scratch", draw(1), 1e-3, 2, 1),

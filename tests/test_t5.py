@@ -1,4 +1,4 @@
-"""Span corruption and the encoder-decoder: text comes back whole, packed pairs know nothing of each other."""
+"""Corrupted text can be put together again, and packed pairs know nothing of each other."""
 
 import json
 
@@ -40,7 +40,7 @@ def pieces_of(example):
 
 
 def reassembled(given, wanted):
-  """The text before corruption: each sentinel of the input gives way to what follows it in the target."""
+  """The text before corruption: what follows a sentinel in the target replaces it in the input."""
   spans = {}
   for token in wanted:
     if token in BYTES.sentinels:
@@ -58,7 +58,7 @@ def test_every_corrupted_example_reassembles_and_is_as_published(corpus):
   objective = span_corruption.Objective()
   rows = rows_of(objective, corpus)
   rng, cut, spans, total = np.random.default_rng(0), 0, 0, 0
-  for epoch in range(3):
+  for _ in range(3):
     for i in range(len(rows)):
       example = rows.example(i, rng)
       found = list(pieces_of(example))
@@ -77,7 +77,7 @@ def test_every_corrupted_example_reassembles_and_is_as_published(corpus):
 
 
 def test_lengths_are_the_papers():
-  """A raw length of 568 fills an input of 512 and gives 114 targets (Raffel et al.'s released code)."""
+  """A raw length of 568 fills an input of 512 and gives 114 targets (Raffel et al.'s code)."""
   objective = span_corruption.Objective()
   assert objective.longest(512) == 568 and objective.lengths(568) == (512, 114)
 
@@ -96,9 +96,8 @@ def test_where_spans_lie_is_uniform():
   for _ in range(4000):
     given, _ = rows._corrupt(np.arange(8, dtype=np.int32), rng)
     seen[tuple(given)] = seen.get(tuple(given), 0) + 1
-  assert len(seen) == 4 * 2 and all(
-    within(n, 4000, 1 / 8) for n in seen.values()
-  )  # 5 kept in 2 parts, 3 cut in 2
+  # The 5 tokens kept are in 2 parts, and so are the 3 cut out.
+  assert len(seen) == 4 * 2 and all(within(n, 4000, 1 / 8) for n in seen.values())
 
 
 def test_prefix_language_modelling_cuts_once(corpus):
@@ -111,7 +110,10 @@ def test_prefix_language_modelling_cuts_once(corpus):
 
 
 def test_packed_pairs_are_alone():
-  """Encoder, decoder and what passes between them: alone as packed, and a neighbour's change moves no bit."""
+  """A pair gives the same alone and packed, and a neighbour's change moves no bit.
+
+  This holds in the encoder, in the decoder and in what passes between them.
+  """
   model = model_of("t5")
   params, packed = params_of(model), batch_of(1, segments=[1] * 5 + [2] * 7 + [0] * 4)
   places = {"": ((0, 5), (5, 12)), "decoder_": ((0, 4), (4, 14))}
@@ -203,7 +205,10 @@ def test_text_to_text_reads_what_it_was_given(tmp_path):
 
 def test_choices_are_told_by_their_likelihood_and_exact_matches_by_every_token():
   objective = text_to_text.Objective(targets=("a=x", "b=y"))
-  pair = lambda record, gold: text_to_text.Pair(record, gold, np.zeros(3), np.zeros(2))
+
+  def pair(record, gold):
+    return text_to_text.Pair(record, gold, np.zeros(3), np.zeros(2))
+
   rows = text_to_text.PairRows(
     [pair(0, True), pair(0, False), pair(1, True), pair(1, False)],
     [np.array([0, 1]), np.array([2, 3])],

@@ -1,4 +1,7 @@
-"""The real compiler for TPUs, on a machine that has none (pip install -e '.[tpu]'): what cannot run here compiles and fits."""
+"""The real compiler for TPUs, without a TPU: programs that cannot run here compile and fit.
+
+The compiler comes with `pip install -e '.[tpu]'`.
+"""
 
 import importlib
 
@@ -54,7 +57,7 @@ def test_splash_attention_compiles_forward_and_backward(kind, heads, topology, c
 @pytest.mark.parametrize("topology, context", [("v5e:2x2", 1), ("v6e:2x2", 2)])
 @pytest.mark.parametrize("scan", ["scan", "unroll"])
 def test_windows_compile_forward_and_backward(scan, topology, context):
-  """Local layers beside global ones, each a kernel of its own; a device may have a part of the queries."""
+  """Local and global layers have separate kernels; a device may have a part of the queries."""
   made, text = compiled(
     "bert",
     topology,

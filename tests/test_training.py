@@ -144,20 +144,21 @@ def test_first_moments_may_be_kept_in_bfloat16():
 
 
 def test_schedules():
-  rate = lambda schedule: np.array(
-    [
-      float(optimizer.schedule(OptimizerConfig(schedule=schedule), 2.0, 10, 4)(s))
-      for s in range(11)
-    ]
-  )
+  def rate(schedule, **keys):
+    config = OptimizerConfig(schedule=schedule, **keys)
+    return np.array([float(optimizer.schedule(config, 2.0, 10, 4)(s)) for s in range(11)])
+
   assert rate("linear") == pytest.approx([0.5, 1, 1.5, 2, 2, 5 / 3, 4 / 3, 1, 2 / 3, 1 / 3, 0])
   assert rate("cosine")[[3, 4, 7, 10]] == pytest.approx([2, 2, 1.1, 0.2])
   assert rate("constant")[[0, 4, 10]] == pytest.approx([0.5, 2, 2])
   assert rate("rsqrt")[[0, 4, 9]] == pytest.approx([2, 2, 4 / 3])
+  # The last tenth of 10 steps is one of them; a share of 1 is all after the warm-up.
+  assert rate("wsd") == pytest.approx([0.5, 1, 1.5, 2, 2, 2, 2, 2, 2, 2, 0])
+  assert rate("wsd", decay_share=0.4) == pytest.approx([0.5, 1, 1.5, 2, 2, 2, 2, 1.5, 1, 0.5, 0])
+  assert rate("wsd", decay_share=1.0) == pytest.approx(rate("linear"))
   t5 = optimizer.schedule(OptimizerConfig(schedule="rsqrt"), 0.01, 10**6, 10_000)
-  assert [float(t5(s)) for s in (0, 40_000)] == pytest.approx(
-    [0.01, 0.005]
-  )  # 1 / sqrt(max(step, 10,000))
+  # 1 / sqrt(max(step, 10,000))
+  assert [float(t5(s)) for s in (0, 40_000)] == pytest.approx([0.01, 0.005])
 
 
 def test_adafactor_sees_the_matrices_of_single_layers():
@@ -169,7 +170,10 @@ def test_adafactor_sees_the_matrices_of_single_layers():
     "backbone/layers/mlp_norm/scale": (2, 160),
     "backbone/token/embedding": (128, 160),
   }
-  draw = lambda: {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
+
+  def draw():
+    return {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
+
   params, grads = draw(), [draw(), draw()]
 
   def alone(leaves):
@@ -242,7 +246,10 @@ def test_frozen_parameters_stay_and_cost_no_moments(freeze, corpus, tmp_path):
       assert same or not frozen, path
       moved += not same
   assert moved
-  sizes = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+
+  def sizes(tree):
+    return sum(x.size for x in jax.tree.leaves(tree))
+
   assert sizes(before.opt_state) <= 2 * sizes(before.trained) + 8
 
 
@@ -259,7 +266,7 @@ def test_flops_are_the_formula():
     else:
       head = 2 * 12 * (width**2 + width * 128) + 2 * 4 * (width**2 + 2 * width)
       expected = 3 * (layers * (block + attention) + head)
-    params = jax.eval_shape(lambda: params_of(model))
+    params = jax.eval_shape(lambda model=model: params_of(model))
     assert flops.model_flops(model, params, batch, model.backbone.config) == pytest.approx(
       expected, rel=1e-9
     )
@@ -286,7 +293,8 @@ def test_a_run_continued_is_the_run_uninterrupted(name, corpus, tmp_path):
   loop.train(config, tmp_path / "parts")
   assert same(final_state(tmp_path / "whole"), final_state(tmp_path / "parts"))
   steps = [
-    json.loads(l)["step"] for l in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()
+    json.loads(line)["step"]
+    for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()
   ]
   assert steps == [2, 4, 6]
 
@@ -317,7 +325,8 @@ def killing(*args):
   def wrapped(*a):
     count[0] += 1
     if count[0] == 4:
-      while not os.path.exists(sys.argv[2] + "/checkpoints/2"): pass   # its save runs beside the steps
+      # The save runs beside the steps.
+      while not os.path.exists(sys.argv[2] + "/checkpoints/2"): pass
       os.kill(os.getpid(), signal.SIGKILL)
     return train(*a)
   return wrapped
@@ -432,7 +441,10 @@ def test_sigterm_saves_and_says_how_to_go_on(killable, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_workers_end_with_their_run(number, killable, tmp_path):
-  """A signal to every process of a job, as Slurm sends it, lets the run save; one that ends it by force ends them too."""
+  """A signal to every process of a job, as Slurm sends it, lets the run save.
+
+  A signal that ends the run by force ends its workers too.
+  """
   config, expected = killable
   config = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=2))
   kill = (
@@ -445,9 +457,14 @@ def test_workers_end_with_their_run(number, killable, tmp_path):
   first = start(config, tmp_path, kill, start_new_session=True)
   output = first.communicate(timeout=120)[0]  # to which its workers write too
   assert first.returncode == (128 + number if number == signal.SIGTERM else -number), output
-  members = lambda: [
-    p.pid for p in psutil.process_iter(["pid"]) if p.pid != first.pid and _group(p.pid) == first.pid
-  ]
+
+  def members():
+    return [
+      p.pid
+      for p in psutil.process_iter(["pid"])
+      if p.pid != first.pid and _group(p.pid) == first.pid
+    ]
+
   for _ in range(100):
     if not members():
       break
@@ -493,9 +510,9 @@ def test_the_best_checkpoint_stays(corpus, tmp_path):
   )
   loop.train(config, tmp_path)
   losses = {
-    l["step"]: l["loss"]
-    for l in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
-    if l["split"] == "eval"
+    line["step"]: line["loss"]
+    for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    if line["split"] == "eval"
   }
   assert set(manager.steps(tmp_path / "checkpoints")) == {6, max(losses, key=losses.get)}
 

@@ -30,7 +30,7 @@ def python(*arguments) -> str:
 
 
 def test_answers_to_unseen_abstracts_beat_the_best_constant_one(tmp_path):
-  """The first two layers of a published BERT, and the same from scratch, on abstracts that neither saw."""
+  """Two layers of a published BERT, and two from scratch, answer on abstracts that neither saw."""
 
   def f1_of(name, *more):
     python(
@@ -55,9 +55,9 @@ def test_answers_to_unseen_abstracts_beat_the_best_constant_one(tmp_path):
     )
     return 100 * json.loads(said.splitlines()[-1])["f1"]
 
-  split = lambda name: [
-    [a["text"] for a in r["answers"]] for r in embedded.records("abstracts", name, CACHE)
-  ]
+  def split(name):
+    return [[a["text"] for a in r["answers"]] for r in embedded.records("abstracts", name, CACHE)]
+
   known = [text for found in split("train") for text in found]
   constant = max(
     100 * np.mean([answers.f1(guess, gold) for gold in split("test")]) for guess in known
@@ -65,7 +65,8 @@ def test_answers_to_unseen_abstracts_beat_the_best_constant_one(tmp_path):
   pretrained = f1_of("pretrained", "--config.transfer.skip=('^head/','layers/[2-5]/')")
   scratch = f1_of("scratch", "--config.transfer.skip=('.',)")
   print(
-    f"F1 on held-out abstracts: pretrained {pretrained:.1f}, scratch {scratch:.1f}, best constant {constant:.1f}"
+    f"F1 on held-out abstracts: pretrained {pretrained:.1f}, scratch {scratch:.1f}, "
+    f"best constant {constant:.1f}"
   )
   assert pretrained > constant + 15 and pretrained > scratch + 5
 
@@ -81,13 +82,23 @@ from llm.training import loop
 work = pathlib.Path(sys.argv[1])
 command.start_cpu()
 command.use_compilation_cache()
-config = responses.evaluated_by_epoch(responses.tuning_config(str(work / "gpt"), "", sequence_length=256, batch_size=8, epochs=2.0))
-before = responses.reply_loss(experiment.load(manager.find(work / "gpt")), chat.TEMPLATE, config.data, 8, "embedded:alpaca[validation]", 256)
+config = responses.evaluated_by_epoch(
+  responses.tuning_config(str(work / "gpt"), "", sequence_length=256, batch_size=8, epochs=2.0)
+)
+before = responses.reply_loss(
+  experiment.load(manager.find(work / "gpt")),
+  chat.TEMPLATE,
+  config.data,
+  8,
+  "embedded:alpaca[validation]",
+  256,
+)
 curves = []
 for seed in range(3):
   run = work / f"seed{seed}"
-  one = responses.dataclasses.replace(config, training=responses.dataclasses.replace(config.training, seed=seed))
-  loop.train(one, run, say=lambda *_: None)
+  training = responses.dataclasses.replace(config.training, seed=seed)
+  seeded = responses.dataclasses.replace(config, training=training)
+  loop.train(seeded, run, say=lambda *_: None)
   curves.append([loss for _, loss in responses.by_epoch(run)])
 print(json.dumps({"before": before.per_token, "curves": curves}))
 """
@@ -112,7 +123,8 @@ def test_a_pretrained_gpt_learns_to_reply_an_epoch_at_a_time(tmp_path):
   falls = found["before"] - curves_3xE
   low, high = scipy.stats.t.interval(0.95, 2, falls[:, -1].mean(), scipy.stats.sem(falls[:, -1]))
   print(
-    f"before {found['before']:.3f}; after each epoch {curves_3xE.mean(0).round(3)}; fall {falls[:, -1].mean():.3f} [{low:.3f}, {high:.3f}]"
+    f"before {found['before']:.3f}; after each epoch {curves_3xE.mean(0).round(3)}; "
+    f"fall {falls[:, -1].mean():.3f} [{low:.3f}, {high:.3f}]"
   )
   assert (
     curves_3xE.shape == (3, 2)

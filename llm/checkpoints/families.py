@@ -1,10 +1,12 @@
-"""How the architectures of `transformers` are ours: their config keys, their tensors' names and layouts.
+"""Tables between the architectures of `transformers` and those of llm/models.
 
-A family is a table. Their tensors are named as in the library's classes with a language-model head; a
-layer's number stands as {}.
+A `Family` relates the keys of config.json, the names of tensors and their layouts. Tensors have the
+names of the class with a language-model head; {} stands for the number of a layer. `ours` is a
+name here, `theirs` a name in transformers.
 """
 
 import dataclasses
+import functools
 import re
 from typing import Any, Callable, Mapping
 
@@ -13,17 +15,19 @@ import numpy as np
 from llm.config import ModelConfig
 from llm.core import UserError
 from llm.models import bert, gpt, llama, modernbert, qwen3, t5
-from llm.models.architecture import head_width_of, padded_vocab
+from llm.models.architecture import embedding_width_of, head_width_of, padded_vocab
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """One tensor of theirs and the leaves of ours that it holds.
+  """One tensor of transformers and the parameters that it holds.
 
-  ours: one path, or several where theirs is fused along its outputs. transposed: theirs is outputs x
-  inputs, as torch.nn.Linear keeps it. inputs: how many leading dimensions of our kernel are contracted.
-  reverse: their classes come in the other order. first: the first layer that has it in theirs; ours
-  have it in the layers before too, unused, as ones.
+  theirs: its name.
+  ours: the path of one parameter, or of several that transformers fuses along the outputs.
+  transposed: it is outputs x inputs, as in torch.nn.Linear.
+  inputs: how many leading dimensions of our kernel are contracted.
+  reverse: its classes come in the reverse order.
+  first: the first layer that has it. Earlier layers hold ones here and do not use them.
   """
 
   theirs: str
@@ -34,7 +38,10 @@ class Tensor:
   first: int = 0
 
   def to_ours(self, tensor: np.ndarray, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
-    """Their tensor of one layer -> our leaves of one layer. Raises ValueError if the sizes differ."""
+    """The parameters that a tensor of one layer holds, in the given shapes.
+
+    Raises ValueError where the sizes differ.
+    """
     tensor = tensor.T if self.transposed else tensor
     tensor = tensor[..., ::-1] if self.reverse else tensor
     return [
@@ -43,7 +50,7 @@ class Tensor:
     ]
 
   def to_theirs(self, leaves: list[np.ndarray]) -> np.ndarray:
-    """The inverse of `to_ours`."""
+    """The tensor of transformers: the inverse of `to_ours`."""
     flat = leaves
     if self.ours[0].endswith("kernel"):
       flat = [leaf.reshape(int(np.prod(leaf.shape[: self.inputs])), -1) for leaf in leaves]
@@ -56,16 +63,25 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-  """One architecture of theirs.
+  """One architecture of transformers.
 
-  ours: the name of ours. classes: our objective -> their class with its head; the first is the one
-  that a checkpoint without another head is for. prefix: what its names may begin with or not.
-  buffers: a regex of tensors that carry nothing. tied: their name of a copy -> of what it copies.
-  special: their key of a special token -> our name of it. padded: their vocab_size counts rows that
-  pad the vocabulary, as ours are padded. gated: serves models of this `gated` alone. tied_unscaled:
-  an untied config.json without lm_head.weight is tied after all, and its output is not scaled.
-  kept: leaves that come along without their head. sentinels: ids after the pieces of a SentencePiece
-  file. tokenizer_json: its tokenizer must be a tokenizer.json.
+  model_type: its name in config.json.
+  ours: the name of our architecture.
+  classes: our objective -> the class with its head. A checkpoint without another head serves the
+    first objective.
+  prefix: of names; a checkpoint may leave it out.
+  tensors: all that a checkpoint may hold.
+  buffers: a regex of tensors that are no parameters.
+  tied: name of a copy -> name of the tensor that it copies.
+  model: config.json -> our config. config: the inverse.
+  special: key of a special token in config.json -> its name here.
+  padded: vocab_size counts the rows that pad the vocabulary.
+  gated: the `gated` of the models that the family serves; None serves both.
+  tied_unscaled: an untied config.json without lm_head.weight is tied, and its output not scaled.
+  kept: parameters that are imported even without the head that they belong to.
+  dropped: a regex of parameters that are not exported.
+  tokenizer_json: the tokenizer must be written as tokenizer.json.
+  sentinels: how many ids follow the pieces of a SentencePiece file.
   """
 
   model_type: str
@@ -82,15 +98,17 @@ class Family:
   gated: bool | None = None
   tied_unscaled: bool = False
   kept: tuple[str, ...] = ()
+  dropped: str = r"^$"
   tokenizer_json: bool = False
   sentinels: int = 0
 
   def serves(self, model: ModelConfig) -> bool:
-    """Whether a model of ours is of this family."""
+    """Whether the family can export this model."""
     return self.ours == model.name and self.gated in (None, model.gated)
 
 
-def _linear(theirs: str, ours: str, **how) -> tuple[Tensor, Tensor]:
+def _linear(theirs: str, ours: str, **how: Any) -> tuple[Tensor, Tensor]:
+  """A linear layer with bias. how: fields of `Tensor`."""
   return (
     Tensor(f"{theirs}.weight", (f"{ours}/kernel",), transposed=True, **how),
     Tensor(f"{theirs}.bias", (f"{ours}/bias",), reverse=how.get("reverse", False)),
@@ -98,20 +116,21 @@ def _linear(theirs: str, ours: str, **how) -> tuple[Tensor, Tensor]:
 
 
 def _norm(theirs: str, ours: str) -> tuple[Tensor, Tensor]:
+  """A norm with bias."""
   return Tensor(f"{theirs}.weight", (f"{ours}/scale",)), Tensor(f"{theirs}.bias", (f"{ours}/bias",))
 
 
 def _fused(theirs: str, ours: tuple[str, ...], inputs: int = 1) -> tuple[Tensor, Tensor]:
-  """GPT-2's Conv1D: inputs x outputs, as ours."""
+  """A Conv1D of GPT-2: its kernel is inputs x outputs, as ours is."""
   return (
     Tensor(f"{theirs}.weight", tuple(f"{o}/kernel" for o in ours), inputs=inputs),
     Tensor(f"{theirs}.bias", tuple(f"{o}/bias" for o in ours)),
   )
 
 
-def _expect(config: Mapping[str, Any], wanted: Mapping[str, Any]):
-  """Raises UserError where their config asks for what our architecture does not do."""
-  for key, value in wanted.items():
+def _expect(config: Mapping[str, Any], supported: Mapping[str, Any]):
+  """Raises UserError where a key of config.json has another value than the supported one."""
+  for key, value in supported.items():
     if config.get(key, value) != value:
       raise UserError(f"config.json: {key}={config[key]!r} is not supported, only {value!r}")
 
@@ -123,7 +142,7 @@ def _number(config: Mapping[str, Any], key: str) -> int:
   return value
 
 
-def _bert_model(config) -> ModelConfig:
+def _bert_model(config: Mapping[str, Any]) -> ModelConfig:
   _expect(
     config,
     {
@@ -134,15 +153,15 @@ def _bert_model(config) -> ModelConfig:
       "tie_word_embeddings": True,
     },
   )
-  n = lambda key: _number(config, key)
+  number = functools.partial(_number, config)
   return ModelConfig(
     name="bert",
-    num_layers=n("num_hidden_layers"),
-    width=n("hidden_size"),
-    num_heads=n("num_attention_heads"),
-    mlp_dim=n("intermediate_size"),
-    vocab_size=n("vocab_size"),
-    max_length=n("max_position_embeddings"),
+    num_layers=number("num_hidden_layers"),
+    width=number("hidden_size"),
+    num_heads=number("num_attention_heads"),
+    mlp_dim=number("intermediate_size"),
+    vocab_size=number("vocab_size"),
+    max_length=number("max_position_embeddings"),
     dropout=float(config.get("hidden_dropout_prob", 0.1)),
     norm_epsilon=float(config.get("layer_norm_eps", 1e-12)),
   )
@@ -166,9 +185,29 @@ def _bert_config(model: ModelConfig) -> dict[str, Any]:
   }
 
 
-_LAYER, _OURS = "bert.encoder.layer.{}.", "backbone/layers/"
+_LAYERS = "backbone/layers/"
 
-PAIRS = "masked_lm with next_sentence"  # what BertForPreTraining is for
+
+def _bert_encoder(theirs: str) -> tuple[Tensor, ...]:
+  """Embeddings and layers with the names of BERT after the prefix `theirs`."""
+  embeddings, layer = f"{theirs}.embeddings", f"{theirs}.encoder.layer.{{}}"
+  return (
+    Tensor(f"{embeddings}.word_embeddings.weight", ("backbone/token/embedding",)),
+    Tensor(f"{embeddings}.position_embeddings.weight", ("backbone/position/embedding",)),
+    Tensor(f"{embeddings}.token_type_embeddings.weight", ("backbone/type/embedding",)),
+    *_norm(f"{embeddings}.LayerNorm", "backbone/embedding_norm"),
+    *_linear(f"{layer}.attention.self.query", f"{_LAYERS}attention/query"),
+    *_linear(f"{layer}.attention.self.key", f"{_LAYERS}attention/key"),
+    *_linear(f"{layer}.attention.self.value", f"{_LAYERS}attention/value"),
+    *_linear(f"{layer}.attention.output.dense", f"{_LAYERS}attention/out", inputs=2),
+    *_norm(f"{layer}.attention.output.LayerNorm", f"{_LAYERS}attention_norm"),
+    *_linear(f"{layer}.intermediate.dense", f"{_LAYERS}mlp/up"),
+    *_linear(f"{layer}.output.dense", f"{_LAYERS}mlp/down"),
+    *_norm(f"{layer}.output.LayerNorm", f"{_LAYERS}mlp_norm"),
+  )
+
+
+PAIRS = "masked_lm with next_sentence"  # the objective of BertForPreTraining
 
 BERT = Family(
   "bert",
@@ -181,23 +220,12 @@ BERT = Family(
   },
   "bert.",
   (
-    Tensor("bert.embeddings.word_embeddings.weight", ("backbone/token/embedding",)),
-    Tensor("bert.embeddings.position_embeddings.weight", ("backbone/position/embedding",)),
-    Tensor("bert.embeddings.token_type_embeddings.weight", ("backbone/type/embedding",)),
-    *_norm("bert.embeddings.LayerNorm", "backbone/embedding_norm"),
-    *_linear(f"{_LAYER}attention.self.query", f"{_OURS}attention/query"),
-    *_linear(f"{_LAYER}attention.self.key", f"{_OURS}attention/key"),
-    *_linear(f"{_LAYER}attention.self.value", f"{_OURS}attention/value"),
-    *_linear(f"{_LAYER}attention.output.dense", f"{_OURS}attention/out", inputs=2),
-    *_norm(f"{_LAYER}attention.output.LayerNorm", f"{_OURS}attention_norm"),
-    *_linear(f"{_LAYER}intermediate.dense", f"{_OURS}mlp/up"),
-    *_linear(f"{_LAYER}output.dense", f"{_OURS}mlp/down"),
-    *_norm(f"{_LAYER}output.LayerNorm", f"{_OURS}mlp_norm"),
+    *_bert_encoder("bert"),
     *_linear("bert.pooler.dense", "head/pooler"),
     *_linear("cls.predictions.transform.dense", "head/transform"),
     *_norm("cls.predictions.transform.LayerNorm", "head/transform_norm"),
     Tensor("cls.predictions.bias", ("head/lm/bias",)),
-    # Their class 0 is "B follows A", which is our class 1.
+    # Class 0 of transformers is "B follows A", which is class 1 here.
     *_linear("cls.seq_relationship", "head/next_sentence", reverse=True),
     *_linear("classifier", "head/classifier"),
     *_linear("qa_outputs", "head/span"),
@@ -214,8 +242,8 @@ BERT = Family(
 )
 
 
-def _modernbert_model(config) -> ModelConfig:
-  n = lambda key: _number(config, key)
+def _modernbert_model(config: Mapping[str, Any]) -> ModelConfig:
+  number = functools.partial(_number, config)
   _expect(
     config,
     {
@@ -229,22 +257,23 @@ def _modernbert_model(config) -> ModelConfig:
       "tie_word_embeddings": True,
     },
   )
-  every = _global_every(config, n("num_hidden_layers"))
-  theta, local_theta = (_modernbert_theta(config, kind) for kind in ("full", "sliding"))
+  every = _global_every(config, number("num_hidden_layers"))
+  theta = _modernbert_theta(config, "full")
+  local_theta = _modernbert_theta(config, "sliding")
   return ModelConfig(
     name="modernbert",
-    num_layers=n("num_hidden_layers"),
-    width=n("hidden_size"),
-    num_heads=n("num_attention_heads"),
-    mlp_dim=n("intermediate_size"),
-    vocab_size=n("vocab_size"),
-    max_length=n("max_position_embeddings"),
+    num_layers=number("num_hidden_layers"),
+    width=number("hidden_size"),
+    num_heads=number("num_attention_heads"),
+    mlp_dim=number("intermediate_size"),
+    vocab_size=number("vocab_size"),
+    max_length=number("max_position_embeddings"),
     dropout=float(config.get("embedding_dropout", 0.0)),
     norm_epsilon=float(config.get("norm_eps", 1e-5)),
     rope_theta=theta,
     local_rope_theta=local_theta,
     global_every=every,
-    window=n("local_attention") if every > 1 else 0,
+    window=number("local_attention") if every > 1 else 0,
   )
 
 
@@ -252,15 +281,19 @@ GLOBAL, LOCAL = "full_attention", "sliding_attention"
 
 
 def _global_every(config: Mapping[str, Any], num_layers: int) -> int:
-  """Every so many layers is global: by their list of layers, in old releases by a number."""
+  """The distance between layers with global attention.
+
+  New releases of transformers list the kind of every layer, old ones give the number. Raises
+  UserError on a list that is not periodic.
+  """
   kinds = config.get("layer_types")
   if kinds is None:
     return min(config.get("global_attn_every_n_layers", 3), num_layers)
   every = next((i for i, kind in enumerate(kinds) if i and kind == GLOBAL), num_layers)
   if kinds != _layer_types(every, num_layers):
     raise UserError(
-      f"config.json: layer_types={kinds} is not supported, only {num_layers} layers of which the "
-      f"first and every n-th after it are {GLOBAL}, the others {LOCAL}"
+      f"config.json: layer_types={kinds} is not supported, only {num_layers} layers where the "
+      f"first and every n-th after it are {GLOBAL} and the others {LOCAL}"
     )
   return every
 
@@ -270,15 +303,16 @@ def _layer_types(every: int, num_layers: int) -> list[str]:
 
 
 def _modernbert_theta(config: Mapping[str, Any], kind: str) -> float:
-  """Base of the rotary wavelengths of layers with full or sliding attention."""
+  """The base of the rotary wavelengths in layers of a kind: full or sliding."""
   rope = (config.get("rope_parameters") or {}).get(f"{kind}_attention") or {}
   _plain_rope(rope)
-  old = {"full": ("global_rope_theta", 160_000.0), "sliding": ("local_rope_theta", 10_000.0)}
-  return float(rope.get("rope_theta", config.get(*old[kind])))
+  old_keys = {"full": "global_rope_theta", "sliding": "local_rope_theta"}
+  defaults = {"full": 160_000.0, "sliding": 10_000.0}
+  return float(rope.get("rope_theta", config.get(old_keys[kind], defaults[kind])))
 
 
 def _plain_rope(rope: Mapping[str, Any]):
-  """Raises UserError where rotary positions are stretched."""
+  """Raises UserError where config.json scales the rotary positions."""
   kind = rope.get("rope_type", rope.get("type", "default"))
   if kind != "default":
     raise UserError(
@@ -308,7 +342,7 @@ def _modernbert_config(model: ModelConfig) -> dict[str, Any]:
     "attention_dropout": model.dropout,
     "local_attention": model.window or model.max_length,
     "layer_types": _layer_types(model.global_every, model.num_layers),
-    # As transformers 4 and 5 want them.
+    # transformers 4 reads the next three keys, transformers 5 reads rope_parameters.
     "global_attn_every_n_layers": model.global_every,
     "global_rope_theta": model.rope_theta,
     "local_rope_theta": model.local_rope_theta,
@@ -319,17 +353,17 @@ def _modernbert_config(model: ModelConfig) -> dict[str, Any]:
   }
 
 
-def _plain(theirs: str, *ours: str, **how) -> Tensor:
-  """A linear layer without bias."""
+def _plain(theirs: str, *ours: str, **how: Any) -> Tensor:
+  """A linear layer without bias. how: fields of `Tensor`."""
   return Tensor(f"{theirs}.weight", tuple(f"{o}/kernel" for o in ours), transposed=True, **how)
 
 
-def _scale(theirs: str, ours: str, **how) -> Tensor:
-  """A norm without bias."""
+def _scale(theirs: str, ours: str, **how: Any) -> Tensor:
+  """A norm without bias. how: fields of `Tensor`."""
   return Tensor(f"{theirs}.weight", (f"{ours}/scale",), **how)
 
 
-_MODEL = "model.layers.{}."  # of ModernBERT and the decoders
+_MODEL_LAYER = "model.layers.{}."  # in ModernBERT, Llama and Qwen3
 
 MODERNBERT = Family(
   "modernbert",
@@ -339,14 +373,15 @@ MODERNBERT = Family(
   (
     Tensor("model.embeddings.tok_embeddings.weight", ("backbone/token/embedding",)),
     _scale("model.embeddings.norm", "backbone/embedding_norm"),
-    _scale(f"{_MODEL}attn_norm", f"{_OURS}attention_norm", first=1),
+    _scale(f"{_MODEL_LAYER}attn_norm", f"{_LAYERS}attention_norm", first=1),
     _plain(
-      f"{_MODEL}attn.Wqkv", *(f"{_OURS}attention/{part}" for part in ("query", "key", "value"))
+      f"{_MODEL_LAYER}attn.Wqkv",
+      *(f"{_LAYERS}attention/{part}" for part in ("query", "key", "value")),
     ),
-    _plain(f"{_MODEL}attn.Wo", f"{_OURS}attention/out", inputs=2),
-    _scale(f"{_MODEL}mlp_norm", f"{_OURS}mlp_norm"),
-    _plain(f"{_MODEL}mlp.Wi", f"{_OURS}mlp/gate", f"{_OURS}mlp/up"),
-    _plain(f"{_MODEL}mlp.Wo", f"{_OURS}mlp/down"),
+    _plain(f"{_MODEL_LAYER}attn.Wo", f"{_LAYERS}attention/out", inputs=2),
+    _scale(f"{_MODEL_LAYER}mlp_norm", f"{_LAYERS}mlp_norm"),
+    _plain(f"{_MODEL_LAYER}mlp.Wi", f"{_LAYERS}mlp/gate", f"{_LAYERS}mlp/up"),
+    _plain(f"{_MODEL_LAYER}mlp.Wo", f"{_LAYERS}mlp/down"),
     _scale("model.final_norm", "backbone/final_norm"),
     _plain("head.dense", "head/transform"),
     _scale("head.norm", "head/transform_norm"),
@@ -361,7 +396,44 @@ MODERNBERT = Family(
 )
 
 
-def _gpt_model(config) -> ModelConfig:
+def _electra_model(config: Mapping[str, Any]) -> ModelConfig:
+  return dataclasses.replace(
+    _bert_model(config), name="electra", embedding_width=_number(config, "embedding_size")
+  )
+
+
+def _electra_config(model: ModelConfig) -> dict[str, Any]:
+  return _bert_config(model) | {
+    "model_type": "electra",
+    "embedding_size": embedding_width_of(model),
+  }
+
+
+ELECTRA = Family(
+  "electra",
+  "electra",
+  {
+    "replaced_token": "ElectraForPreTraining",
+    "span_qa": "ElectraForQuestionAnswering",
+  },
+  "electra.",
+  (
+    *_bert_encoder("electra"),
+    *_linear("electra.embeddings_project", "backbone/embedding_project"),
+    *_linear("discriminator_predictions.dense", "head/detection_transform"),
+    *_linear("discriminator_predictions.dense_prediction", "head/detection"),
+    *_linear("qa_outputs", "head/span"),
+  ),
+  buffers=r"embeddings\.position_ids$",
+  tied={},
+  model=_electra_model,
+  config=_electra_config,
+  special={"pad": "pad"},
+  dropped=r"^generator/",
+)
+
+
+def _gpt_model(config: Mapping[str, Any]) -> ModelConfig:
   _expect(
     config,
     {
@@ -372,15 +444,15 @@ def _gpt_model(config) -> ModelConfig:
       "add_cross_attention": False,
     },
   )
-  n = lambda key: _number(config, key)
+  number = functools.partial(_number, config)
   return ModelConfig(
     name="gpt",
-    num_layers=n("n_layer"),
-    width=n("n_embd"),
-    num_heads=n("n_head"),
-    mlp_dim=config.get("n_inner") or 4 * n("n_embd"),
-    vocab_size=n("vocab_size"),
-    max_length=n("n_positions"),
+    num_layers=number("n_layer"),
+    width=number("n_embd"),
+    num_heads=number("n_head"),
+    mlp_dim=config.get("n_inner") or 4 * number("n_embd"),
+    vocab_size=number("vocab_size"),
+    max_length=number("n_positions"),
     dropout=float(config.get("resid_pdrop", 0.1)),
     norm_epsilon=float(config.get("layer_norm_epsilon", 1e-5)),
   )
@@ -404,60 +476,58 @@ def _gpt_config(model: ModelConfig) -> dict[str, Any]:
   }
 
 
-_BLOCK = "transformer.h.{}."
+_GPT2_LAYER = "transformer.h.{}."
 
-WRITERS = (
-  "causal_lm",
-  "chat",
-  "preference",
-)  # objectives that a decoder with an output layer serves
-ENDS = {"bos": "eos", "eos": "eos"}
+# The objectives of a decoder with an output layer.
+DECODER_OBJECTIVES = ("causal_lm", "chat", "preference")
+# bos_token_id and eos_token_id are both the id of our eos.
+DECODER_SPECIAL = {"bos": "eos", "eos": "eos"}
 
 GPT2 = Family(
   "gpt2",
   "gpt",
-  dict.fromkeys(WRITERS, "GPT2LMHeadModel"),
+  dict.fromkeys(DECODER_OBJECTIVES, "GPT2LMHeadModel"),
   "transformer.",
   (
     Tensor("transformer.wte.weight", ("backbone/token/embedding",)),
     Tensor("transformer.wpe.weight", ("backbone/position/embedding",)),
-    *_norm(f"{_BLOCK}ln_1", f"{_OURS}attention_norm"),
+    *_norm(f"{_GPT2_LAYER}ln_1", f"{_LAYERS}attention_norm"),
     *_fused(
-      f"{_BLOCK}attn.c_attn",
-      tuple(f"{_OURS}attention/{part}" for part in ("query", "key", "value")),
+      f"{_GPT2_LAYER}attn.c_attn",
+      tuple(f"{_LAYERS}attention/{part}" for part in ("query", "key", "value")),
     ),
-    *_fused(f"{_BLOCK}attn.c_proj", (f"{_OURS}attention/out",), inputs=2),
-    *_norm(f"{_BLOCK}ln_2", f"{_OURS}mlp_norm"),
-    *_fused(f"{_BLOCK}mlp.c_fc", (f"{_OURS}mlp/up",)),
-    *_fused(f"{_BLOCK}mlp.c_proj", (f"{_OURS}mlp/down",)),
+    *_fused(f"{_GPT2_LAYER}attn.c_proj", (f"{_LAYERS}attention/out",), inputs=2),
+    *_norm(f"{_GPT2_LAYER}ln_2", f"{_LAYERS}mlp_norm"),
+    *_fused(f"{_GPT2_LAYER}mlp.c_fc", (f"{_LAYERS}mlp/up",)),
+    *_fused(f"{_GPT2_LAYER}mlp.c_proj", (f"{_LAYERS}mlp/down",)),
     *_norm("transformer.ln_f", "backbone/final_norm"),
   ),
   buffers=r"\.attn\.(bias|masked_bias)$",
   tied={"lm_head.weight": "transformer.wte.weight"},
   model=_gpt_model,
   config=_gpt_config,
-  special=ENDS,
+  special=DECODER_SPECIAL,
 )
 
 
-def _llama_model(config) -> ModelConfig:
+def _llama_model(config: Mapping[str, Any]) -> ModelConfig:
   _expect(config, {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False})
   rope = {**(config.get("rope_parameters") or {}), **(config.get("rope_scaling") or {})}
   _plain_rope(rope)
-  n = lambda key: _number(config, key)
-  if config.get("head_dim") not in (None, n("hidden_size") // n("num_attention_heads")):
+  number = functools.partial(_number, config)
+  if config.get("head_dim") not in (None, number("hidden_size") // number("num_attention_heads")):
     raise UserError(
       f"config.json: head_dim={config['head_dim']} is not hidden_size / num_attention_heads"
     )
   return ModelConfig(
     name="llama",
-    num_layers=n("num_hidden_layers"),
-    width=n("hidden_size"),
-    num_heads=n("num_attention_heads"),
-    num_kv_heads=config.get("num_key_value_heads") or n("num_attention_heads"),
-    mlp_dim=n("intermediate_size"),
-    vocab_size=n("vocab_size"),
-    max_length=n("max_position_embeddings"),
+    num_layers=number("num_hidden_layers"),
+    width=number("hidden_size"),
+    num_heads=number("num_attention_heads"),
+    num_kv_heads=config.get("num_key_value_heads") or number("num_attention_heads"),
+    mlp_dim=number("intermediate_size"),
+    vocab_size=number("vocab_size"),
+    max_length=number("max_position_embeddings"),
     dropout=0.0,
     norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
     rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
@@ -487,15 +557,15 @@ def _llama_config(model: ModelConfig) -> dict[str, Any]:
 
 _LLAMA_TENSORS = (
   Tensor("model.embed_tokens.weight", ("backbone/token/embedding",)),
-  _scale(f"{_MODEL}input_layernorm", f"{_OURS}attention_norm"),
-  _plain(f"{_MODEL}self_attn.q_proj", f"{_OURS}attention/query"),
-  _plain(f"{_MODEL}self_attn.k_proj", f"{_OURS}attention/key"),
-  _plain(f"{_MODEL}self_attn.v_proj", f"{_OURS}attention/value"),
-  _plain(f"{_MODEL}self_attn.o_proj", f"{_OURS}attention/out", inputs=2),
-  _scale(f"{_MODEL}post_attention_layernorm", f"{_OURS}mlp_norm"),
-  _plain(f"{_MODEL}mlp.gate_proj", f"{_OURS}mlp/gate"),
-  _plain(f"{_MODEL}mlp.up_proj", f"{_OURS}mlp/up"),
-  _plain(f"{_MODEL}mlp.down_proj", f"{_OURS}mlp/down"),
+  _scale(f"{_MODEL_LAYER}input_layernorm", f"{_LAYERS}attention_norm"),
+  _plain(f"{_MODEL_LAYER}self_attn.q_proj", f"{_LAYERS}attention/query"),
+  _plain(f"{_MODEL_LAYER}self_attn.k_proj", f"{_LAYERS}attention/key"),
+  _plain(f"{_MODEL_LAYER}self_attn.v_proj", f"{_LAYERS}attention/value"),
+  _plain(f"{_MODEL_LAYER}self_attn.o_proj", f"{_LAYERS}attention/out", inputs=2),
+  _scale(f"{_MODEL_LAYER}post_attention_layernorm", f"{_LAYERS}mlp_norm"),
+  _plain(f"{_MODEL_LAYER}mlp.gate_proj", f"{_LAYERS}mlp/gate"),
+  _plain(f"{_MODEL_LAYER}mlp.up_proj", f"{_LAYERS}mlp/up"),
+  _plain(f"{_MODEL_LAYER}mlp.down_proj", f"{_LAYERS}mlp/down"),
   _scale("model.norm", "backbone/final_norm"),
   Tensor("lm_head.weight", ("backbone/output/embedding",)),
 )
@@ -503,18 +573,18 @@ _LLAMA_TENSORS = (
 LLAMA = Family(
   "llama",
   "llama",
-  dict.fromkeys(WRITERS, "LlamaForCausalLM"),
+  dict.fromkeys(DECODER_OBJECTIVES, "LlamaForCausalLM"),
   "model.",
   _LLAMA_TENSORS,
   buffers=r"rotary_emb\.inv_freq$",
   tied={"lm_head.weight": "model.embed_tokens.weight"},
   model=_llama_model,
   config=_llama_config,
-  special=ENDS,
+  special=DECODER_SPECIAL,
 )
 
 
-def _qwen3_model(config) -> ModelConfig:
+def _qwen3_model(config: Mapping[str, Any]) -> ModelConfig:
   _expect(config, {"use_sliding_window": False})
   model = _llama_model({**config, "head_dim": None})
   return dataclasses.replace(model, name="qwen3", head_width=_number(config, "head_dim"))
@@ -533,52 +603,53 @@ def _qwen3_config(model: ModelConfig) -> dict[str, Any]:
 QWEN3 = Family(
   "qwen3",
   "qwen3",
-  dict.fromkeys(WRITERS, "Qwen3ForCausalLM"),
+  dict.fromkeys(DECODER_OBJECTIVES, "Qwen3ForCausalLM"),
   "model.",
   (
     *_LLAMA_TENSORS,
-    _scale(f"{_MODEL}self_attn.q_norm", f"{_OURS}attention/query_norm"),
-    _scale(f"{_MODEL}self_attn.k_norm", f"{_OURS}attention/key_norm"),
+    _scale(f"{_MODEL_LAYER}self_attn.q_norm", f"{_LAYERS}attention/query_norm"),
+    _scale(f"{_MODEL_LAYER}self_attn.k_norm", f"{_LAYERS}attention/key_norm"),
   ),
   buffers=LLAMA.buffers,
   tied=LLAMA.tied,
   model=_qwen3_model,
   config=_qwen3_config,
-  special=ENDS,
+  special=DECODER_SPECIAL,
   padded=True,
 )
 
 
-def _t5_model(config) -> ModelConfig:
+def _t5_model(config: Mapping[str, Any]) -> ModelConfig:
   kinds = {"relu": False, "gated-gelu": True}
   kind = config.get("feed_forward_proj", "relu")
   if kind not in kinds:
     raise UserError(
       f"config.json: feed_forward_proj={kind!r} is not supported, only {', '.join(kinds)}"
     )
-  n = lambda key: _number(config, key)
+  number = functools.partial(_number, config)
   _expect(
     config,
     {
       "relative_attention_num_buckets": t5.BUCKETS,
       "relative_attention_max_distance": t5.FARTHEST,
-      "num_decoder_layers": n("num_layers"),
+      "num_decoder_layers": number("num_layers"),
     },
   )
   return ModelConfig(
     name="t5",
-    num_layers=n("num_layers"),
-    width=n("d_model"),
-    num_heads=n("num_heads"),
-    head_width=n("d_kv"),
-    mlp_dim=n("d_ff"),
-    vocab_size=n("vocab_size"),
+    num_layers=number("num_layers"),
+    width=number("d_model"),
+    num_heads=number("num_heads"),
+    head_width=number("d_kv"),
+    mlp_dim=number("d_ff"),
+    vocab_size=number("vocab_size"),
     max_length=config.get("n_positions") or 512,
     dropout=float(config.get("dropout_rate", 0.1)),
     init_std=1.0,
     gated=kinds[kind],
     norm_epsilon=float(config.get("layer_norm_epsilon", 1e-6)),
-    # transformers 5 writes tie_word_embeddings=true always, and by this key whether that was meant.
+    # transformers 5 always writes tie_word_embeddings=true. The actual value is in
+    # scale_decoder_outputs.
     tied=bool(config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))),
   )
 
@@ -601,38 +672,44 @@ def _t5_config(model: ModelConfig) -> dict[str, Any]:
     "is_encoder_decoder": True,
     "decoder_start_token_id": 0,
     "feed_forward_proj": "gated-gelu" if model.gated else "relu",
-    # transformers 5 ties always. Without the second key, the first says whether outputs are scaled.
+    # transformers 5 always ties the weights. It takes a missing scale_decoder_outputs from
+    # tie_word_embeddings.
     "tie_word_embeddings": model.tied,
     **({} if model.scaled_output or not model.tied else {"scale_decoder_outputs": False}),
   }
 
 
 def _t5_stack(stack: str, cross: bool, gated: bool) -> list[Tensor]:
-  theirs, ours = stack + ".block.{}.layer.", f"backbone/{stack}/layers/"
-  attentions = {"attention": "SelfAttention"} | ({"cross": "EncDecAttention"} if cross else {})
-  last = len(attentions)
-  wide = {"gate": "wi_0", "up": "wi_1"} if gated else {"up": "wi"}
+  """The tensors of the encoder or the decoder.
+
+  stack: "encoder" or "decoder". cross: with attention to the encoder. gated: of the MLP.
+  """
+  layer = stack + ".block.{}.layer."
+  ours = f"backbone/{stack}/layers/"
+  attentions = {"attention": "SelfAttention"}
+  if cross:
+    attentions["cross"] = "EncDecAttention"
+  mlp = f"{layer}{len(attentions)}"
+  inputs = {"gate": "wi_0", "up": "wi_1"} if gated else {"up": "wi"}
   tensors = [
     Tensor(
       f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
       (f"backbone/{stack}/relative/embedding",),
     ),
     Tensor(f"{stack}.final_layer_norm.weight", (f"backbone/{stack}/final_norm/scale",)),
-    Tensor(f"{theirs}{last}.layer_norm.weight", (f"{ours}mlp_norm/scale",)),
-    _plain(f"{theirs}{last}.DenseReluDense.wo", f"{ours}mlp/down"),
-    *(
-      _plain(f"{theirs}{last}.DenseReluDense.{name}", f"{ours}mlp/{part}")
-      for part, name in wide.items()
-    ),
+    Tensor(f"{mlp}.layer_norm.weight", (f"{ours}mlp_norm/scale",)),
+    _plain(f"{mlp}.DenseReluDense.wo", f"{ours}mlp/down"),
   ]
+  for part, name in inputs.items():
+    tensors.append(_plain(f"{mlp}.DenseReluDense.{name}", f"{ours}mlp/{part}"))
   for number, (part, name) in enumerate(attentions.items()):
+    attention = f"{layer}{number}.{name}"
     tensors += [
-      Tensor(f"{theirs}{number}.layer_norm.weight", (f"{ours}{part}_norm/scale",)),
-      *(
-        _plain(f"{theirs}{number}.{name}.{x}", f"{ours}{part}/{y}")
-        for x, y in (("q", "query"), ("k", "key"), ("v", "value"))
-      ),
-      _plain(f"{theirs}{number}.{name}.o", f"{ours}{part}/out", inputs=2),
+      Tensor(f"{layer}{number}.layer_norm.weight", (f"{ours}{part}_norm/scale",)),
+      _plain(f"{attention}.q", f"{ours}{part}/query"),
+      _plain(f"{attention}.k", f"{ours}{part}/key"),
+      _plain(f"{attention}.v", f"{ours}{part}/value"),
+      _plain(f"{attention}.o", f"{ours}{part}/out", inputs=2),
     ]
   return tensors
 
@@ -649,7 +726,8 @@ def _t5(gated: bool) -> Family:
       *_t5_stack("encoder", False, gated),
       *_t5_stack("decoder", True, gated),
     ),
-    buffers=r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$",  # of old releases, unused
+    # Old releases of transformers wrote this bias and did not use it.
+    buffers=r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$",
     tied={
       name: "shared.weight"
       for name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
@@ -664,12 +742,15 @@ def _t5(gated: bool) -> Family:
   )
 
 
-FAMILIES = (BERT, MODERNBERT, GPT2, LLAMA, QWEN3, _t5(gated=False), _t5(gated=True))
+FAMILIES = (BERT, ELECTRA, MODERNBERT, GPT2, LLAMA, QWEN3, _t5(gated=False), _t5(gated=True))
 MODEL_TYPES = tuple(dict.fromkeys(family.model_type for family in FAMILIES))
 
 
 def find(config: Mapping[str, Any]) -> Family | None:
-  """The family of a config.json of theirs."""
+  """The family of a config.json; None where its model_type is not supported.
+
+  Raises UserError where a key has a value that is not supported.
+  """
   for family in FAMILIES:
     if family.model_type == config.get("model_type") and family.serves(family.model(config)):
       return family
@@ -677,7 +758,7 @@ def find(config: Mapping[str, Any]) -> Family | None:
 
 
 def of_model(model: ModelConfig) -> Family:
-  """The family of a model of ours. Raises UserError where transformers has none."""
+  """The family that exports a model. Raises UserError where transformers has none."""
   for family in FAMILIES:
     if family.serves(model):
       return family
@@ -685,12 +766,14 @@ def of_model(model: ModelConfig) -> Family:
 
 
 def full_name(family: Family, name: str) -> str:
-  """A tensor's name as the tables have it: with the prefix, and the norms' newer names."""
-  name = re.sub(
-    r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
-  )
-  known = {t.theirs.replace("{}", "0") for t in family.tensors} | set(family.tied)
-  numbered = re.sub(r"\.\d+\.", ".0.", name, count=1)
-  return (
-    family.prefix + name if numbered not in known and family.prefix + numbered in known else name
-  )
+  """The name of a tensor in the family's table.
+
+  A checkpoint may leave out the prefix, and old ones call a norm's parameters gamma and beta.
+  """
+  name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
+  name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
+  table = {tensor.theirs.replace("{}", "0") for tensor in family.tensors} | set(family.tied)
+  first_layer = re.sub(r"\.\d+\.", ".0.", name, count=1)
+  if first_layer not in table and family.prefix + first_layer in table:
+    return family.prefix + name
+  return name

@@ -1,8 +1,11 @@
-"""Decoders in GGUF files, dequantized by the `gguf` package; names, rows and tokenizer as transformers has them."""
+"""Decoders in GGUF files: names, rows and tokenizer become those of transformers.
+
+The `gguf` package dequantizes the weights.
+"""
 
 import pathlib
 import re
-from typing import Iterator
+from typing import Any, Iterator
 
 import gguf
 import numpy as np
@@ -30,7 +33,7 @@ NAMES = {
 }
 CONTROL = 3  # the token type of special pieces
 
-# How text is cut before the merges, by the name that the file gives it.
+# The pre-tokenizers that split text before BPE merges it, by their name in the file.
 PRE_TOKENIZERS = {
   "smollm": [
     pre_tokenizers.Digits(individual_digits=True),
@@ -40,18 +43,41 @@ PRE_TOKENIZERS = {
 }
 
 
-class Weights:
-  """The tensors of a file under the names of transformers, dequantized one at a time to float32."""
+class _Header:
+  """The key-value pairs at the start of a file."""
 
-  def __init__(self, path: pathlib.Path, reader, heads: int, kv_heads: int):
-    self.folder, self._heads = path, {"attn_q": heads, "attn_k": kv_heads}
+  def __init__(self, path: pathlib.Path, reader: gguf.GGUFReader):
+    self._path = path
+    self._fields = reader.fields
+
+  def __getitem__(self, key: str) -> Any:
+    """The value of a key. Raises UserError where the file lacks the key."""
+    if key not in self._fields:
+      raise UserError(f"{self._path} lacks the key {key}")
+    return self._fields[key].contents()
+
+  def get(self, key: str, default: Any) -> Any:
+    """The value of a key, or `default` where the file lacks the key."""
+    return self[key] if key in self._fields else default
+
+
+class Weights:
+  """The tensors of a file under the names of transformers.
+
+  They are dequantized to float32 one at a time. heads, kv_heads: of the queries and of the keys.
+  """
+
+  def __init__(self, path: pathlib.Path, reader: gguf.GGUFReader, heads: int, kv_heads: int):
+    self.folder = path
+    self._heads = {"attn_q": heads, "attn_k": kv_heads}
     self._tensors = {}
     for tensor in reader.tensors:
-      found = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", tensor.name)
-      if not found or found[2] not in NAMES:
+      match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", tensor.name)
+      if not match or match[2] not in NAMES:
         raise UserError(f"{path}: the tensor {tensor.name} has no place in a Llama-type decoder")
-      layer = f"model.layers.{found[1]}." if found[1] else ""
-      self._tensors[f"{layer}{NAMES[found[2]]}.weight"] = (tensor, found[2])
+      number, kind = match.groups()
+      layer = f"model.layers.{number}." if number else ""
+      self._tensors[f"{layer}{NAMES[kind]}.weight"] = (tensor, kind)
 
   def __iter__(self) -> Iterator[str]:
     return iter(self._tensors)
@@ -59,71 +85,74 @@ class Weights:
   def __getitem__(self, name: str) -> np.ndarray:
     tensor, kind = self._tensors[name]
     rows = np.asarray(quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
-    if kind in self._heads:  # stored for interleaved rotary positions: pairs back into halves
-      rows = (
-        rows.reshape(self._heads[kind], -1, 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
-      )
-    return rows
+    if kind not in self._heads:
+      return rows
+    # GGUF pairs the rows for rotary positions as (0, 1), (2, 3), ..; transformers pairs each row of
+    # a head's first half with one of its second half.
+    by_pair = rows.reshape(self._heads[kind], -1, 2, rows.shape[-1])
+    return by_pair.swapaxes(1, 2).reshape(rows.shape)
 
 
-def _tokenizer(path: pathlib.Path, field) -> tokenizer_lib.Tokenizer:
-  kind, cut = field("tokenizer.ggml.model"), field("tokenizer.ggml.pre")
-  if kind != "gpt2" or cut not in PRE_TOKENIZERS:
+def _tokenizer(path: pathlib.Path, header: _Header) -> tokenizer_lib.Tokenizer:
+  """The BPE tokenizer of a file. Raises UserError on any other kind."""
+  kind = header["tokenizer.ggml.model"]
+  splitting = header["tokenizer.ggml.pre"]
+  if kind != "gpt2" or splitting not in PRE_TOKENIZERS:
     raise UserError(
-      f"{path}: a tokenizer of kind {kind!r} cut by {cut!r} is not supported, only gpt2 cut by "
-      f"{', '.join(PRE_TOKENIZERS)}"
+      f"{path}: a tokenizer of kind {kind!r} with the pre-tokenizer {splitting!r} is not "
+      f"supported, only gpt2 with one of {', '.join(PRE_TOKENIZERS)}"
     )
-  pieces = field("tokenizer.ggml.tokens")
-  merges = [tuple(merge.split(" ")) for merge in field("tokenizer.ggml.merges")]
-  made = tokenizers.Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
-  made.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[cut])
-  made.decoder = decoders.ByteLevel()
-  made.add_special_tokens(
-    [p for p, kind in zip(pieces, field("tokenizer.ggml.token_type")) if kind == CONTROL]
+  pieces = header["tokenizer.ggml.tokens"]
+  merges = [tuple(merge.split(" ")) for merge in header["tokenizer.ggml.merges"]]
+  fast = tokenizers.Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
+  fast.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[splitting])
+  fast.decoder = decoders.ByteLevel()
+  token_types = header["tokenizer.ggml.token_type"]
+  fast.add_special_tokens([piece for piece, kind in zip(pieces, token_types) if kind == CONTROL])
+  tokenizer = tokenizer_lib.HuggingFaceTokenizer(
+    fast.to_str().encode(), special=_special_pieces(header, pieces)
   )
-  ids = {
-    ours: field(f"tokenizer.ggml.{theirs}_token_id", -1)
-    for ours, theirs in (("pad", "padding"), ("unk", "unknown"), ("eos", "eos"), ("bos", "bos"))
-  }
-  found = tokenizer_lib.HuggingFaceTokenizer(
-    made.to_str().encode(), special={name: pieces[i] for name, i in ids.items() if i >= 0}
-  )
-  found.template = field("tokenizer.chat_template", "")
-  return found
+  tokenizer.template = header.get("tokenizer.chat_template", "")
+  return tokenizer
+
+
+def _special_pieces(header: _Header, pieces: list[str]) -> dict[str, str]:
+  """pad, unk, eos, bos -> piece, for those that the file names."""
+  special = {}
+  for name, key in (("pad", "padding"), ("unk", "unknown"), ("eos", "eos"), ("bos", "bos")):
+    i = header.get(f"tokenizer.ggml.{key}_token_id", -1)
+    if i >= 0:
+      special[name] = pieces[i]
+  return special
 
 
 def read(path: pathlib.Path) -> huggingface.Converted:
-  """A Llama-type GGUF file, ours. Raises UserError on another architecture or tokenizer, or a damaged file."""
+  """The (params, config, tokenizer) of a Llama-type GGUF file.
+
+  Raises UserError on another architecture or tokenizer, and on a damaged file.
+  """
   try:
     reader = gguf.GGUFReader(path)
   except (OSError, ValueError, IndexError, KeyError) as error:
     raise UserError(f"{path} cannot be read as GGUF: {str(error) or type(error).__name__}")
-
-  def field(name, default=None):
-    if name not in reader.fields:
-      if default is None:
-        raise UserError(f"{path} lacks the key {name}")
-      return default
-    return reader.fields[name].contents()
-
-  if field("general.architecture") != "llama":
-    raise UserError(
-      f"{path}: the architecture {field('general.architecture')!r} is not supported, only 'llama'"
-    )
-  heads = field("llama.attention.head_count")
-  kv_heads = field("llama.attention.head_count_kv", heads)
+  header = _Header(path, reader)
+  architecture = header["general.architecture"]
+  if architecture != "llama":
+    raise UserError(f"{path}: the architecture {architecture!r} is not supported, only 'llama'")
+  heads = header["llama.attention.head_count"]
+  kv_heads = header.get("llama.attention.head_count_kv", heads)
   weights = Weights(path, reader, heads, kv_heads)
-  theirs = {
+  transformers_config = {
     "model_type": "llama",
-    "num_hidden_layers": field("llama.block_count"),
-    "hidden_size": field("llama.embedding_length"),
+    "num_hidden_layers": header["llama.block_count"],
+    "hidden_size": header["llama.embedding_length"],
     "num_attention_heads": heads,
     "num_key_value_heads": kv_heads,
-    "intermediate_size": field("llama.feed_forward_length"),
-    "vocab_size": len(field("tokenizer.ggml.tokens")),
-    "max_position_embeddings": field("llama.context_length"),
-    "rms_norm_eps": field("llama.attention.layer_norm_rms_epsilon"),
-    "rope_theta": field("llama.rope.freq_base", 10_000.0),
+    "intermediate_size": header["llama.feed_forward_length"],
+    "vocab_size": len(header["tokenizer.ggml.tokens"]),
+    "max_position_embeddings": header["llama.context_length"],
+    "rms_norm_eps": header["llama.attention.layer_norm_rms_epsilon"],
+    "rope_theta": header.get("llama.rope.freq_base", 10_000.0),
     "tie_word_embeddings": "lm_head.weight" not in set(weights),
   }
-  return huggingface.assemble(theirs, _tokenizer(path, field), weights)
+  return huggingface.assemble(transformers_config, _tokenizer(path, header), weights)

@@ -1,19 +1,21 @@
-"""Checkpoints in the layout of `transformers`, in and out, without torch.
+"""Checkpoints in the layout of `transformers`: import and export, without torch.
 
-A folder of config.json, *.safetensors and tokenizer files becomes a checkpoint of ours, or is made from
-one; what goes where stands in families.py.
+`read` turns a folder of config.json, *.safetensors and tokenizer files into parameters, a config
+and a tokenizer. `export` writes such a folder from a checkpoint. The tables in families.py say
+which tensor becomes which parameter.
 """
 
 import dataclasses
 import json
 import pathlib
 import re
-from typing import Any, Callable, Iterator, Mapping
+from typing import Any, Callable, Iterator, Mapping, Protocol
 
 import jax
 import numpy as np
 import safetensors
 import tokenizers
+from etils import epath
 from sentencepiece import sentencepiece_model_pb2
 
 from llm import config as config_lib
@@ -27,86 +29,99 @@ from llm.objectives import base, chat
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 MOST_PADDING = 1024  # rows of an embedding without a piece: Qwen3 has 267 of them
 
+SENTENCEPIECE_PROTOS: Any = sentencepiece_model_pb2  # protobuf adds its classes at import
+
 
 def is_layout(folder: pathlib.Path) -> bool:
-  """Whether a folder is one of transformers: its config.json says what model it is."""
+  """Whether a folder holds a checkpoint of transformers: a config.json with a model_type."""
   return (folder / "config.json").is_file() and "model_type" in _json(folder / "config.json")
 
 
 def _json(path: pathlib.Path) -> dict[str, Any]:
   try:
-    found = json.loads(path.read_text(encoding="utf-8"))
+    content = json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError) as error:
     raise UserError(f"{path} cannot be read as JSON: {error}")
-  if not isinstance(found, dict):
-    raise UserError(f"{path} must hold an object")
-  return found
+  if not isinstance(content, dict):
+    raise UserError(f"{path} must hold a JSON object")
+  return content
 
 
 def fetch(name: str) -> pathlib.Path:
-  """A checkpoint of the hub, ORG/NAME, in the hub's own cache. Raises UserError without network."""
+  """Downloads the checkpoint ORG/NAME into the hub's cache and returns its folder.
+
+  Raises UserError where the download fails or the package huggingface_hub is missing.
+  """
   try:
     import huggingface_hub
   except ImportError:
     raise UserError(f"hf:{name} needs the package huggingface_hub: pip install -e '.[hf]'")
+  patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
   try:
-    return pathlib.Path(
-      huggingface_hub.snapshot_download(
-        name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-      )
-    )
+    return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
   except Exception as error:  # its network, name and cache errors have no common base
     raise UserError(f"hf:{name} cannot be fetched: {first_line(error)}")
 
 
+class TensorReader(Protocol):
+  """Tensors by name, read one at a time, and the path that errors name."""
+
+  @property
+  def folder(self) -> pathlib.Path: ...
+
+  def __iter__(self) -> Iterator[str]: ...
+
+  def __getitem__(self, name: str) -> np.ndarray: ...
+
+
 class Weights:
-  """The tensors of a folder by name, read one at a time. Raises UserError on what is damaged or unsafe."""
+  """The tensors of a folder by name, read one at a time as float32.
+
+  Raises UserError on files that are missing, damaged, pickled or outside the folder.
+  """
 
   def __init__(self, folder: pathlib.Path):
-    self.folder, self._files = folder, {}
-    if (folder / INDEX).is_file():
-      where = _json(folder / INDEX).get("weight_map")
-      if not isinstance(where, dict):
-        raise UserError(f"{folder / INDEX} has no weight_map")
-      names = set(where.values())
-    elif (folder / WEIGHTS).is_file():
-      names = {WEIGHTS}
-    else:
-      pickles = sorted(
-        p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")
-      )
-      raise UserError(
-        f"{folder} has no {WEIGHTS}"
-        + (
-          f": {pickles[0]} is a pickle, which can run code when it is read; convert it where you trust it, "
-          "with save_pretrained(..., safe_serialization=True)"
-          if pickles
-          else ""
-        )
-      )
-    for name in sorted(names):
-      for key in self._open(name).keys():
-        self._files[key] = name
+    self.folder = folder
+    self._files: dict[str, str] = {}  # tensor -> file
+    for file_name in sorted(self._file_names()):
+      for tensor_name in self._open(file_name).keys():
+        self._files[tensor_name] = file_name
 
-  def _open(self, name):
-    if not isinstance(name, str) or pathlib.PurePath(name).name != name:
-      raise UserError(
-        f"{self.folder / INDEX}: the shard {name!r} must be a file of the same folder"
+  def _file_names(self) -> set[str]:
+    if (self.folder / INDEX).is_file():
+      weight_map = _json(self.folder / INDEX).get("weight_map")
+      if not isinstance(weight_map, dict):
+        raise UserError(f"{self.folder / INDEX} has no weight_map")
+      return set(weight_map.values())
+    if (self.folder / WEIGHTS).is_file():
+      return {WEIGHTS}
+    message = f"{self.folder} has no {WEIGHTS}"
+    pickles = sorted(path.name for path in self.folder.iterdir() if path.suffix in PICKLES)
+    if pickles:
+      message += (
+        f": {pickles[0]} is a pickle, and reading a pickle can run code; convert it on a machine "
+        "where you trust it, with save_pretrained(..., safe_serialization=True)"
       )
+    raise UserError(message)
+
+  def _open(self, name: str) -> Any:
+    if not isinstance(name, str) or pathlib.PurePath(name).name != name:
+      raise UserError(f"{self.folder / INDEX}: the shard {name!r} must be in the same folder")
     path = self.folder / name
     if not path.is_file():
       raise UserError(f"{self.folder / INDEX} names {name}, which is not there")
-    # The hub's cache links to its own folder of blobs; a link to anywhere else is refused.
+    # The hub's cache links to its own folder of blobs. A link to any other folder is refused.
     roots = (self.folder.resolve(), self.folder.resolve().parent.parent / "blobs")
     if path.resolve().parent not in roots:
       raise UserError(f"{path} is a link to a file outside its folder")
     try:
       return safetensors.safe_open(path, framework="numpy")
-    except Exception as error:  # SafetensorError, and MemoryError or OSError on a lying header
-      raise UserError(f"{path} is damaged or no safetensors file: {first_line(error)}")
+    except Exception as error:  # SafetensorError, or MemoryError or OSError on a false header
+      raise UserError(f"{path} is damaged or not a safetensors file: {first_line(error)}")
 
   def __iter__(self) -> Iterator[str]:
     return iter(self._files)
@@ -120,14 +135,17 @@ def shapes(model: ModelConfig, objective: base.Objective) -> dict[str, tuple[int
   """path -> shape of every parameter of a model with the head of an objective."""
   model = dataclasses.replace(model, dtype="float32", scan="unroll", attention="reference")
   spec = objective.batch_spec(model, min(8, model.max_length))
-  row = {name: np.zeros((1, *array.shape), array.dtype) for name, array in spec.items()}
+  batch = {name: np.zeros((1, *array.shape), array.dtype) for name, array in spec.items()}
   network = objective.model(model)
-  tree = jax.eval_shape(lambda: network.init(jax.random.key(0), row, train=False)["params"])
+  tree = jax.eval_shape(lambda: network.init(jax.random.key(0), batch, train=False)["params"])
   return {path: leaf.shape for path, leaf in flatten(tree).items()}
 
 
 def _objective(family: Family, names: set[str], config: Mapping[str, Any]) -> base.Objective:
-  """What the checkpoint was made for, by the heads that it has."""
+  """The objective that the heads of a checkpoint serve.
+
+  names: of its tensors. config: its config.json.
+  """
   if "classifier.weight" in names:
     labels = config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
     classes = tuple(labels[key] for key in sorted(labels, key=int))
@@ -149,125 +167,178 @@ def _objective(family: Family, names: set[str], config: Mapping[str, Any]) -> ba
 
 
 def _stack(
-  family: Family, weights: Weights, wanted: dict[str, tuple[int, ...]], model: ModelConfig
+  family: Family, weights: TensorReader, wanted: dict[str, tuple[int, ...]], model: ModelConfig
 ) -> Params:
-  """Our parameters, layers stacked and the vocabulary padded."""
-  theirs = {families.full_name(family, name): name for name in weights}
-  for name, original in list(theirs.items()):
-    if re.search(family.buffers, name):
-      del theirs[name]
-    elif (
-      name in family.tied
-      and family.tied[name] in theirs
-      and (model.tied or name != "lm_head.weight")
-    ):
-      if not np.array_equal(weights[original], weights[theirs[family.tied[name]]]):
-        raise UserError(
-          f"{original} is not tied to {family.tied[name]}: untied output layers are not supported"
-        )
-      del theirs[name]
+  """The parameters of a checkpoint of transformers: layers stacked, the vocabulary padded.
+
+  wanted: path -> shape of the parameters to fill. Raises UserError on a tensor that is missing,
+  has another shape, has no place here, or is not the copy that the family says it is.
+  """
+  unread = _names_to_read(family, weights, model)
   leaves = {}
   for tensor in family.tensors:
-    if not all(path in wanted for path in tensor.ours):
-      continue
-    stacked = STACKED in tensor.ours[0]
-    numbers = range(tensor.first, model.num_layers) if stacked else range(1)
-    found = [theirs.pop(tensor.theirs.format(i), None) for i in numbers]
-    if None in found:
-      if tensor.ours[0].startswith("head/"):
-        continue  # a checkpoint without this head; transfer says what then stays fresh
-      missing = tensor.theirs.format(numbers[found.index(None)])
-      raise UserError(f"{weights.folder}: the tensor {missing} is missing")
-    one = [wanted[path][1:] if stacked else wanted[path] for path in tensor.ours]
-    layers = [[np.ones(shape, np.float32) for shape in one]] * tensor.first
-    layers += [_parts(family, tensor, weights, name, one, model) for name in found]
-    for path, parts in zip(tensor.ours, zip(*layers)):
-      leaves[path] = np.stack(parts) if stacked else parts[0]
-  if theirs:
-    raise UserError(
-      f"{weights.folder}: no place for {', '.join(sorted(theirs.values())[:4])}"
-      + (f" and {len(theirs) - 4} more tensors" if len(theirs) > 4 else "")
-    )
+    if all(path in wanted for path in tensor.ours):
+      leaves |= _read_leaves(family, tensor, weights, unread, wanted, model)
+  if unread:
+    message = f"{weights.folder}: no place for {', '.join(sorted(unread.values())[:4])}"
+    if len(unread) > 4:
+      message += f" and {len(unread) - 4} more tensors"
+    raise UserError(message)
   return unflatten(leaves)
 
 
+def _names_to_read(family: Family, weights: TensorReader, model: ModelConfig) -> dict[str, str]:
+  """Name in the family's table -> name in the file, without buffers and tied copies.
+
+  Raises UserError where a tied tensor differs from what it copies.
+  """
+  names = {families.full_name(family, name): name for name in weights}
+  for name, file_name in list(names.items()):
+    if re.search(family.buffers, name):
+      del names[name]
+      continue
+    source = family.tied.get(name)
+    if source not in names or (name == "lm_head.weight" and not model.tied):
+      continue
+    if not np.array_equal(weights[file_name], weights[names[source]]):
+      raise UserError(f"{file_name} differs from {source}: for this model_type they must be tied")
+    del names[name]
+  return names
+
+
+def _read_leaves(
+  family: Family,
+  tensor: families.Tensor,
+  weights: TensorReader,
+  unread: dict[str, str],
+  wanted: dict[str, tuple[int, ...]],
+  model: ModelConfig,
+) -> dict[str, np.ndarray]:
+  """path -> array of one entry of the table. Removes what it reads from `unread`."""
+  stacked = STACKED in tensor.ours[0]
+  file_names = []
+  for number in range(tensor.first, model.num_layers) if stacked else range(1):
+    name = tensor.theirs.format(number)
+    if name not in unread:
+      if tensor.ours[0].startswith("head/"):
+        return {}  # the checkpoint has no such head; the transfer reports what stays fresh
+      raise UserError(f"{weights.folder}: the tensor {name} is missing")
+    file_names.append(unread.pop(name))
+  layer_shapes = [wanted[path][1:] if stacked else wanted[path] for path in tensor.ours]
+  layers = [[np.ones(shape, np.float32) for shape in layer_shapes]] * tensor.first
+  layers += [_parts(family, tensor, weights, name, layer_shapes, model) for name in file_names]
+  leaves = {}
+  for path, parts in zip(tensor.ours, zip(*layers)):
+    leaves[path] = np.stack(parts) if stacked else parts[0]
+  return leaves
+
+
 def _parts(
-  family: Family, tensor: families.Tensor, weights: Weights, name: str, one, model: ModelConfig
+  family: Family,
+  tensor: families.Tensor,
+  weights: TensorReader,
+  name: str,
+  layer_shapes: list[tuple[int, ...]],
+  model: ModelConfig,
 ) -> list[np.ndarray]:
-  found = weights[name]
+  """The arrays of one layer, one for every path of `tensor`."""
+  array = weights[name]
   if tensor.ours[0] in vocabulary.PATHS:
     rows = padded_vocab(model.vocab_size)
     if family.padded:
-      found = found[:rows]
-    if len(found) == model.vocab_size:
-      found = np.pad(found, [(0, rows - len(found))] + [(0, 0)] * (found.ndim - 1))
+      array = array[:rows]
+    if len(array) == model.vocab_size:
+      array = np.pad(array, [(0, rows - len(array))] + [(0, 0)] * (array.ndim - 1))
   try:
-    return tensor.to_ours(found, one)
+    return tensor.to_ours(array, layer_shapes)
   except ValueError:
     raise UserError(
-      f"{weights.folder}: {name} has shape {found.shape}, which does not fit config.json"
+      f"{weights.folder}: {name} has shape {array.shape}, which does not fit config.json"
     )
 
 
 def read_tokenizer(folder: pathlib.Path) -> tokenizer_lib.Tokenizer:
-  """The tokenizer of a folder, and its chat template if it has one."""
+  """The tokenizer of a folder, with its chat template where it has one.
+
+  Raises UserError where the folder holds no tokenizer.
+  """
   path = folder / "tokenizer_config.json"
-  said = _json(path) if path.is_file() else {}
-  made, template, alone = (
-    _pieces(folder, said),
-    said.get("chat_template", ""),
-    folder / "chat_template.jinja",
-  )
-  if isinstance(template, list):  # several by name
+  settings = _json(path) if path.is_file() else {}
+  tokenizer = _tokenizer_without_template(folder, settings)
+  template = settings.get("chat_template", "")
+  if isinstance(template, list):  # several templates, each with a name
     template = next((t["template"] for t in template if t.get("name") == "default"), "")
-  made.template = alone.read_text(encoding="utf-8") if alone.is_file() else template
-  return made
+  template_file = folder / "chat_template.jinja"
+  if template_file.is_file():
+    template = template_file.read_text(encoding="utf-8")
+  tokenizer.template = template
+  return tokenizer
 
 
-def _pieces(folder: pathlib.Path, said: Mapping[str, Any]) -> tokenizer_lib.Tokenizer:
-  """Of tokenizer.json, vocab.txt, vocab.json with merges.txt, or spiece.model; said: tokenizer_config.json."""
-  has = lambda *names: all((folder / name).is_file() for name in names)
+def _tokenizer_without_template(
+  folder: pathlib.Path, settings: Mapping[str, Any]
+) -> tokenizer_lib.Tokenizer:
+  """Reads the first of tokenizer.json, vocab.txt, vocab.json with merges.txt, and spiece.model.
+
+  settings: tokenizer_config.json.
+  """
+
+  def has(*names: str) -> bool:
+    return all((folder / name).is_file() for name in names)
+
   if has("tokenizer.json"):
-    tokens = {name: said.get(f"{name}_token") for name in (*tokenizer_lib.SPECIAL, "bos")}
-    special = {
-      name: token["content"] if isinstance(token, dict) else token
-      for name, token in tokens.items()
-      if token
-    }
-    return tokenizer_lib.HuggingFaceTokenizer(
-      (folder / "tokenizer.json").read_bytes(), special=special
-    )
+    definition = (folder / "tokenizer.json").read_bytes()
+    return tokenizer_lib.HuggingFaceTokenizer(definition, special=_special_pieces(settings))
   if has("vocab.txt"):
-    return tokenizer_lib.WordPieceTokenizer(
-      (folder / "vocab.txt").read_bytes(), said.get("do_lower_case", True)
-    )
+    pieces = (folder / "vocab.txt").read_bytes()
+    return tokenizer_lib.WordPieceTokenizer(pieces, settings.get("do_lower_case", True))
   if has("vocab.json", "merges.txt"):
     fast = tokenizers.ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
     fast.add_special_tokens([t for t in ("<|endoftext|>",) if fast.token_to_id(t) is not None])
     return tokenizer_lib.HuggingFaceTokenizer(fast.to_str().encode())
   if has("spiece.model"):
     family = families.find(_json(folder / "config.json"))
-    extra = said.get("extra_ids", family.sentinels if family else 0)
+    extra = settings.get("extra_ids", family.sentinels if family else 0)
     return tokenizer_lib.SentencePieceTokenizer((folder / "spiece.model").read_bytes(), extra=extra)
   raise UserError(
-    f"{folder} has no tokenizer: tokenizer.json, vocab.txt, vocab.json with merges.txt, or spiece.model"
+    f"{folder} has no tokenizer: expected tokenizer.json, vocab.txt, vocab.json with merges.txt, "
+    "or spiece.model"
   )
+
+
+def _special_pieces(settings: Mapping[str, Any]) -> dict[str, str]:
+  """pad, unk, ... -> piece, by tokenizer_config.json."""
+  special = {}
+  for name in (*tokenizer_lib.SPECIAL, "bos"):
+    token = settings.get(f"{name}_token")
+    if token:
+      special[name] = token["content"] if isinstance(token, dict) else token
+  return special
 
 
 Converted = tuple[Params, config_lib.Config, tokenizer_lib.Tokenizer]
 
 
 def read(folder: pathlib.Path) -> Converted:
-  """A folder of transformers, ours. Raises UserError on what cannot be exact."""
+  """Parameters, config and tokenizer of a checkpoint of transformers.
+
+  Raises UserError where the conversion would not be exact.
+  """
   if not is_layout(folder):
     raise UserError(
-      f"{folder} is no folder of transformers: it has no config.json with a model_type"
+      f"{folder} holds no checkpoint of transformers: it has no config.json with a model_type"
     )
   return assemble(_json(folder / "config.json"), read_tokenizer(folder), Weights(folder))
 
 
-def assemble(theirs: Mapping[str, Any], tokenizer: tokenizer_lib.Tokenizer, weights) -> Converted:
-  """Their config, tensors by name (with the `folder` they came from) and tokenizer, ours."""
+def assemble(
+  theirs: Mapping[str, Any], tokenizer: tokenizer_lib.Tokenizer, weights: TensorReader
+) -> Converted:
+  """Parameters, config and tokenizer from what stands in a checkpoint of transformers.
+
+  theirs: config.json. weights: the tensors by name. Raises UserError where the conversion would not
+  be exact.
+  """
   folder = weights.folder
   family = families.find(theirs)
   if family is None:
@@ -275,14 +346,11 @@ def assemble(theirs: Mapping[str, Any], tokenizer: tokenizer_lib.Tokenizer, weig
       f"{folder}: model_type {theirs.get('model_type')!r} is not supported; supported: "
       f"{', '.join(families.MODEL_TYPES)}"
     )
-  model = family.model(theirs)
-  if family.padded and 0 <= model.vocab_size - tokenizer.vocab_size < MOST_PADDING:
-    model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
-  if family.tied_unscaled and not model.tied and "lm_head.weight" not in set(weights):
-    model = dataclasses.replace(model, tied=True, scaled_output=False)
+  model = _model_config(family, theirs, tokenizer.vocab_size, set(weights))
   if tokenizer.vocab_size != model.vocab_size:
     raise UserError(
-      f"{folder}: the tokenizer has {tokenizer.vocab_size} pieces and the embedding {model.vocab_size} rows"
+      f"{folder}: the tokenizer has {tokenizer.vocab_size} pieces, but the embedding has "
+      f"{model.vocab_size} rows"
     )
   objective = _objective(family, set(weights), theirs)
   wanted = shapes(model, objective)
@@ -297,6 +365,18 @@ def assemble(theirs: Mapping[str, Any], tokenizer: tokenizer_lib.Tokenizer, weig
   return params, dataclasses.replace(config, model=model, training=training), tokenizer
 
 
+def _model_config(
+  family: Family, theirs: Mapping[str, Any], num_pieces: int, names: set[str]
+) -> ModelConfig:
+  """The model of a config.json, corrected by the size of the tokenizer and the tensors' names."""
+  model = family.model(theirs)
+  if family.padded and 0 <= model.vocab_size - num_pieces < MOST_PADDING:
+    model = dataclasses.replace(model, vocab_size=num_pieces)
+  if family.tied_unscaled and not model.tied and "lm_head.weight" not in names:
+    model = dataclasses.replace(model, tied=True, scaled_output=False)
+  return model
+
+
 def write(
   params: Params,
   config: config_lib.Config,
@@ -304,14 +384,17 @@ def write(
   workdir: pathlib.Path,
   source: str,
 ):
-  """A checkpoint of ours with parameters alone."""
+  """Writes parameters as step 0 of a new workdir, without an optimizer state.
+
+  source: where they come from, for the description of the checkpoint.
+  """
   writer = manager.Manager(workdir, keep=1, keep_best="", tokenizer=tokenizer)
   writer.save(0, params, None, {"config": config_lib.thaw(config), "metrics": {}, "source": source})
   writer.close()
 
 
 def _architecture(family: Family, objective: Mapping[str, Any]) -> str:
-  """Their class with the head of an objective."""
+  """The class of transformers that has the head of an objective. Raises UserError without one."""
   kind = families.PAIRS if objective.get("next_sentence") else objective["name"]
   pooling = objective.get("pooling", "auto")
   if kind in family.classes and pooling in ("auto", "first"):
@@ -323,13 +406,35 @@ def _architecture(family: Family, objective: Mapping[str, Any]) -> str:
   )
 
 
-def export(step: pathlib.Path, folder: pathlib.Path):
-  """Writes a verified checkpoint as a folder that `from_pretrained` loads, adapters merged. Raises
-  UserError where transformers has no such class."""
+def export(step: epath.Path, folder: pathlib.Path):
+  """Writes a verified checkpoint as a folder that `from_pretrained` loads, adapters merged.
+
+  Raises UserError where transformers has no such class or no place for a parameter.
+  """
   config = config_lib.freeze(manager.describe(step)["config"])
-  model, tokenizer = config.model, manager.load_tokenizer(step)
+  model = config.model
+  tokenizer = manager.load_tokenizer(step)
   family = families.of_model(model)
-  theirs = family.config(model) | {
+  theirs = _exported_config(family, config, tokenizer)
+  leaves = flatten(adapters.merge(manager.restore(step, "params"), model.lora_alpha))
+  leaves = {path: leaf for path, leaf in leaves.items() if not re.search(family.dropped, path)}
+  exportable = {path for tensor in family.tensors for path in tensor.ours}
+  if unknown := sorted(set(leaves) - exportable):
+    raise UserError(f"{step}: transformers has no place for {', '.join(unknown)}")
+  _save(folder / WEIGHTS, lambda: _tensors(family, leaves, model))
+  (folder / "config.json").write_text(json.dumps(theirs, indent=2))
+  template = chat.template_of(base.build(config.objective), tokenizer)
+  entries = {"chat_template": template} if template else {}
+  write_tokenizer(
+    tokenizer, folder, model.max_length, as_definition=family.tokenizer_json, **entries
+  )
+
+
+def _exported_config(
+  family: Family, config: config_lib.Config, tokenizer: tokenizer_lib.Tokenizer
+) -> dict[str, Any]:
+  """The content of config.json."""
+  theirs = family.config(config.model) | {
     "architectures": [_architecture(family, config.objective)],
     "dtype": "float32",
   }
@@ -342,71 +447,72 @@ def export(step: pathlib.Path, folder: pathlib.Path):
       "label2id": {c: i for i, c in enumerate(classes)},
       "problem_type": "single_label_classification" if len(classes) > 1 else "regression",
     }
-  leaves = flatten(adapters.merge(manager.restore(step, "params"), model.lora_alpha))
-  held = {path for tensor in family.tensors for path in tensor.ours}
-  if strange := sorted(set(leaves) - held):
-    raise UserError(f"{step}: transformers has no place for {', '.join(strange)}")
-  _save(folder / WEIGHTS, lambda: _tensors(family, leaves, model))
-  (folder / "config.json").write_text(json.dumps(theirs, indent=2))
-  template = chat.template_of(base.build(config.objective), tokenizer)
-  more = {"chat_template": template} if template else {}
-  write_tokenizer(tokenizer, folder, model.max_length, as_definition=family.tokenizer_json, **more)
+  return theirs
 
 
-def export_adapters(step: pathlib.Path, folder: pathlib.Path):
-  """Writes the adapters of a verified checkpoint, and its head, alone, in the layout of the `peft` package.
+def export_adapters(step: epath.Path, folder: pathlib.Path):
+  """Writes the adapters and the head of a verified checkpoint in the layout of the `peft` package.
 
-  They stand beside the checkpoint that the run was transferred from. Raises UserError where there are none, or
-  theirs is a fused layer.
+  They apply to the checkpoint from which the run was transferred. Raises UserError where the
+  checkpoint has no adapters, or where transformers fuses the adapted layer with others.
   """
   config = config_lib.freeze(manager.describe(step)["config"])
-  family, leaves = families.of_model(config.model), flatten(manager.restore(step, "params"))
+  family = families.of_model(config.model)
+  leaves = flatten(manager.restore(step, "params"))
   if not any(adapters.is_adapter(path) for path in leaves):
     raise UserError(f"{step} has no adapters: it was trained without config.model.lora_rank")
-  made, targets, heads = {}, set(), set()
+  arrays: dict[str, np.ndarray] = {}
+  targets: set[str] = set()
+  heads: set[str] = set()
   for tensor in family.tensors:
-    stem = [path.removesuffix("kernel") for path in tensor.ours]
-    if any(f"{s}lora_a" in leaves for s in stem):
-      if len(stem) > 1:
-        raise UserError(
-          f"transformers keeps {', '.join(tensor.ours)} as one layer, to which peft knows no separate adapters: "
-          "export the merged checkpoint with `llm.convert to_hf`"
-        )
-      a, b = (np.asarray(leaves[f"{stem[0]}lora_{x}"]) for x in "ab")
-      for layer in range(config.model.num_layers):
-        name = tensor.theirs.removesuffix(".weight").format(layer)
-        targets.add(name)
-        made |= {
-          f"base_model.model.{name}.lora_A.weight": a[layer].T,
-          f"base_model.model.{name}.lora_B.weight": b[layer].T,
-        }
+    if _is_adapted(tensor, leaves):
+      pairs = _adapter_pairs(tensor, leaves, config.model.num_layers)
+      targets |= pairs.keys()
+      for name, (a, b) in pairs.items():
+        arrays[f"base_model.model.{name}.lora_A.weight"] = a
+        arrays[f"base_model.model.{name}.lora_B.weight"] = b
     elif tensor.ours[0].startswith("head/") and tensor.ours[0] in leaves:
+      parts = [np.asarray(leaves[path]) for path in tensor.ours]
       heads.add(tensor.theirs.rpartition(".")[0])
-      made[f"base_model.model.{tensor.theirs}"] = tensor.to_theirs(
-        [np.asarray(leaves[path]) for path in tensor.ours]
-      )
-  _save(folder / "adapter_model.safetensors", lambda: iter(made.items()))
-  (folder / "adapter_config.json").write_text(
-    json.dumps(
-      {
-        "peft_type": "LORA",
-        "r": config.model.lora_rank,
-        "lora_alpha": config.model.lora_alpha,
-        "bias": "none",
-        "target_modules": sorted(targets),
-        "lora_dropout": config.model.lora_dropout,
-        "modules_to_save": sorted(heads) or None,
-        "base_model_name_or_path": config.transfer.checkpoint,
-      },
-      indent=2,
+      arrays[f"base_model.model.{tensor.theirs}"] = tensor.to_theirs(parts)
+  _save(folder / "adapter_model.safetensors", lambda: iter(arrays.items()))
+  adapter_config = {
+    "peft_type": "LORA",
+    "r": config.model.lora_rank,
+    "lora_alpha": config.model.lora_alpha,
+    "bias": "none",
+    "target_modules": sorted(targets),
+    "lora_dropout": config.model.lora_dropout,
+    "modules_to_save": sorted(heads) or None,
+    "base_model_name_or_path": config.transfer.checkpoint,
+  }
+  (folder / "adapter_config.json").write_text(json.dumps(adapter_config, indent=2))
+
+
+def _is_adapted(tensor: families.Tensor, leaves: Mapping[str, Any]) -> bool:
+  return any(f"{path.removesuffix('kernel')}lora_a" in leaves for path in tensor.ours)
+
+
+def _adapter_pairs(
+  tensor: families.Tensor, leaves: Mapping[str, Any], num_layers: int
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+  """Module of transformers -> (A of rank x inputs, B of outputs x rank), for every layer."""
+  if len(tensor.ours) != 1:
+    raise UserError(
+      f"transformers keeps {', '.join(tensor.ours)} as one layer, and peft has no "
+      "adapters for parts of a layer: export the merged checkpoint with `llm.convert to_hf`"
     )
-  )
+  stem = tensor.ours[0].removesuffix("kernel")
+  a_layers = np.asarray(leaves[f"{stem}lora_a"])
+  b_layers = np.asarray(leaves[f"{stem}lora_b"])
+  module = tensor.theirs.removesuffix(".weight")
+  return {module.format(i): (a_layers[i].T, b_layers[i].T) for i in range(num_layers)}
 
 
 def _tensors(
   family: Family, leaves: Mapping[str, np.ndarray], model: ModelConfig
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """Their tensors by name, made one at a time."""
+  """Names and tensors of transformers, converted one at a time."""
   for tensor in family.tensors:
     if any(path not in leaves for path in tensor.ours):
       continue
@@ -421,8 +527,13 @@ def _tensors(
 
 
 def _save(path: pathlib.Path, tensors: Callable[[], Iterator[tuple[str, np.ndarray]]]):
-  """A safetensors file of float32, tensor by tensor: the package's own writer wants all of them at once."""
-  header, end = {"__metadata__": {"format": "pt"}}, 0
+  """Writes a safetensors file of float32, one tensor at a time.
+
+  The package's own writer needs all tensors in memory. `tensors` is called twice: for the header
+  and for the data.
+  """
+  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+  end = 0
   for name, tensor in tensors():
     header[name] = {
       "dtype": "F32",
@@ -439,44 +550,57 @@ def _save(path: pathlib.Path, tensors: Callable[[], Iterator[tuple[str, np.ndarr
 
 
 def unigram_definition(tokenizer: tokenizer_lib.SentencePieceTokenizer) -> bytes:
-  """tokenizer.json of a SentencePiece unigram model: the same pieces, scores and normalisation. Raises UserError."""
-  proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.files[tokenizer.FILE])
+  """tokenizer.json of a SentencePiece unigram model: the same pieces, scores and normalisation.
+
+  Raises UserError where the model is not a unigram model.
+  """
+  proto = SENTENCEPIECE_PROTOS.ModelProto.FromString(tokenizer.files[tokenizer.FILE])
   if proto.trainer_spec.model_type != proto.trainer_spec.UNIGRAM:
     raise UserError("only unigram models of SentencePiece can be written as tokenizer.json")
   pieces = [(p.piece, p.score) for p in proto.pieces]
-  in_bytes = proto.trainer_spec.byte_fallback
+  byte_fallback = proto.trainer_spec.byte_fallback
   fast = tokenizers.Tokenizer(
-    tokenizers.models.Unigram(pieces, unk_id=tokenizer.unk, byte_fallback=in_bytes)
+    tokenizers.models.Unigram(pieces, unk_id=tokenizer.unk, byte_fallback=byte_fallback)
   )
-  charsmap = proto.normalizer_spec.precompiled_charsmap
-  normalizers = tokenizers.normalizers
-  # Line breaks that are pieces of their own pass the normalisation as a private-use character, which is in no text.
-  own = any(p.piece == "\n" for p in proto.pieces)
-  hide, show = (
-    [normalizers.Replace(a, b)] if own else [] for a, b in (("\n", "\ue001"), ("\ue001", "\n"))
-  )
-  fast.normalizer = normalizers.Sequence(
-    [
-      *hide,
-      *([normalizers.Precompiled(charsmap)] if charsmap else []),
-      normalizers.Strip(),
-      normalizers.Replace(tokenizers.Regex(" {2,}"), " "),
-      *show,
-    ]
-  )
+  fast.normalizer = _unigram_normalizer(proto)
   fast.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
-  decoders = tokenizers.decoders
-  spell = [
-    decoders.Replace("▁", " "),
-    decoders.ByteFallback(),
-    decoders.Fuse(),
-    decoders.Strip(" ", 1, 0),
-  ]
-  fast.decoder = (
-    decoders.Sequence(spell) if in_bytes else decoders.Metaspace(prepend_scheme="always")
-  )
+  fast.decoder = _unigram_decoder(byte_fallback)
   fast.add_special_tokens([tokenizer.pieces[i] for i in tokenizer.special_ids])
   return fast.to_str().encode()
+
+
+def _unigram_normalizer(proto: Any) -> Any:
+  """The normalisation of a SentencePiece model.
+
+  Where the line break is a piece, a private-use character carries it through the normalisation.
+  No text has that character.
+  """
+  normalizers = tokenizers.normalizers
+  line_break_is_piece = any(p.piece == "\n" for p in proto.pieces)
+  steps = []
+  if line_break_is_piece:
+    steps.append(normalizers.Replace("\n", "\ue001"))
+  if charsmap := proto.normalizer_spec.precompiled_charsmap:
+    steps.append(normalizers.Precompiled(charsmap))
+  steps.append(normalizers.Strip())
+  steps.append(normalizers.Replace(tokenizers.Regex(" {2,}"), " "))
+  if line_break_is_piece:
+    steps.append(normalizers.Replace("\ue001", "\n"))
+  return normalizers.Sequence(steps)
+
+
+def _unigram_decoder(byte_fallback: bool) -> Any:
+  decoders = tokenizers.decoders
+  if not byte_fallback:
+    return decoders.Metaspace(prepend_scheme="always")
+  return decoders.Sequence(
+    [
+      decoders.Replace("▁", " "),
+      decoders.ByteFallback(),
+      decoders.Fuse(),
+      decoders.Strip(" ", 1, 0),
+    ]
+  )
 
 
 def write_tokenizer(
@@ -485,41 +609,44 @@ def write_tokenizer(
   max_length: int,
   *,
   as_definition: bool = False,
-  **more: str,
+  **entries: str,
 ):
-  """The tokenizer's files, as AutoTokenizer reads them.
+  """Writes the tokenizer's files as AutoTokenizer reads them.
 
-  as_definition: a WordPiece vocabulary becomes a tokenizer.json. more: other keys of
+  as_definition: writes a WordPiece vocabulary as tokenizer.json. entries: additional keys of
   tokenizer_config.json.
   """
-  files, kind = (
-    tokenizer.files,
-    {"wordpiece": "BertTokenizer"}.get(tokenizer.name, "PreTrainedTokenizerFast"),
-  )
-  if tokenizer.name == "sentencepiece":
-    kind = (
-      "T5Tokenizer" if tokenizer.pieces[0] == "<pad>" else kind
-    )  # theirs knows T5's own special pieces alone
-    files = files if kind == "T5Tokenizer" else {"tokenizer.json": unigram_definition(tokenizer)}
-  elif as_definition and tokenizer.name == "wordpiece":
-    files, kind = {"tokenizer.json": tokenizer.definition()}, "PreTrainedTokenizerFast"
+  tokenizer_class, files = _tokenizer_files(tokenizer, as_definition)
   for name, data in files.items():
     (folder / name).write_bytes(data)
-  special = {
+  special: dict[str, Any] = {
     f"{name}_token": tokenizer.pieces[getattr(tokenizer, name)]
     for name in ("pad", "unk", "cls", "sep", "mask", "eos")
     if getattr(tokenizer, name) >= 0
   }
-  special |= {"extra_ids": tokenizer.extra} if tokenizer.extra else {}
-  (folder / "tokenizer_config.json").write_text(
-    json.dumps(
-      {
-        "tokenizer_class": kind,
-        "do_lower_case": tokenizer.lowercase,
-        "model_max_length": max_length,
-        **special,
-        **more,
-      },
-      indent=2,
-    )
-  )
+  if tokenizer.extra:
+    special["extra_ids"] = tokenizer.extra
+  settings = {
+    "tokenizer_class": tokenizer_class,
+    "do_lower_case": tokenizer.lowercase,
+    "model_max_length": max_length,
+    **special,
+    **entries,
+  }
+  (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+
+
+def _tokenizer_files(
+  tokenizer: tokenizer_lib.Tokenizer, as_definition: bool
+) -> tuple[str, Mapping[str, bytes]]:
+  """The class of transformers that reads a tokenizer, and its files by name."""
+  if isinstance(tokenizer, tokenizer_lib.SentencePieceTokenizer):
+    # T5Tokenizer supports no special pieces but those of T5, whose first piece is <pad>.
+    if tokenizer.pieces[0] == "<pad>":
+      return "T5Tokenizer", tokenizer.files
+    return "PreTrainedTokenizerFast", {"tokenizer.json": unigram_definition(tokenizer)}
+  if isinstance(tokenizer, tokenizer_lib.WordPieceTokenizer):
+    if as_definition:
+      return "PreTrainedTokenizerFast", {"tokenizer.json": tokenizer.definition()}
+    return "BertTokenizer", tokenizer.files
+  return "PreTrainedTokenizerFast", tokenizer.files

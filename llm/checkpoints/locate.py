@@ -1,10 +1,12 @@
-"""From what a user types as a checkpoint to a verified step of ours.
+"""From the checkpoint that a user names to a verified step in this package's layout.
 
-A workdir, its checkpoints/ or one step; a folder in the layout of transformers, a GGUF file, hf:ORG/NAME on the hub,
-embedded:minilm or embedded:smollm2, which are converted once and kept in the cache.
+A name is a workdir, its checkpoints/ or one step; a folder in the layout of transformers, a GGUF
+file, hf:ORG/NAME on the hub, embedded:minilm or embedded:smollm2. Checkpoints in other layouts are
+converted once and kept in the cache.
 """
 
 import pathlib
+from typing import Callable
 
 import jax
 from etils import epath
@@ -14,9 +16,14 @@ from llm.checkpoints import gguf, huggingface, manager
 from llm.core import UserError
 from llm.data import cache, embedded
 
+LAYOUT_FILES = (".json", ".jinja", ".safetensors", ".txt", ".model")  # of transformers
+
 
 def foreign(name: str, cache_folder: pathlib.Path) -> pathlib.Path | None:
-  """The folder or file that hf:... or embedded:... stands for, fetched if need be; None for a path."""
+  """The folder or file of hf:... or embedded:..., fetched where needed; None for a path.
+
+  Raises UserError where it cannot be fetched.
+  """
   if name.startswith("hf:"):
     return huggingface.fetch(name.removeprefix("hf:"))
   if name.startswith("embedded:"):
@@ -24,31 +31,48 @@ def foreign(name: str, cache_folder: pathlib.Path) -> pathlib.Path | None:
   return None
 
 
-def find(name: str | pathlib.PurePath, say=print, cache_folder: str = "") -> epath.Path:
-  """The step folder. Raises UserError where there is none, or it is damaged or not supported."""
-  kept = cache.cache_dir(cache_folder)
+def find(
+  name: str | pathlib.PurePath, say: Callable[[str], object] = print, cache_folder: str = ""
+) -> epath.Path:
+  """The verified step folder of a checkpoint. `say` reports steps that are passed over.
+
+  Raises UserError where there is no checkpoint, or it is damaged or not supported.
+  """
+  cache_path = cache.cache_dir(cache_folder)
   if storage.is_bucket(name):
     return manager.find(name, say)
-  path = foreign(str(name), kept) or pathlib.Path(name).expanduser().absolute()
+  path = foreign(str(name), cache_path) or pathlib.Path(name).expanduser().absolute()
   if path.is_file():
-    read, files = gguf.read, [path]
+    workdir = _converted(name, path, gguf.read, [path], cache_path)
   elif huggingface.is_layout(path):
-    read = huggingface.read
-    files = sorted(
-      p for p in path.iterdir() if p.suffix in (".json", ".jinja", ".safetensors", ".txt", ".model")
-    )
+    files = sorted(file for file in path.iterdir() if file.suffix in LAYOUT_FILES)
+    workdir = _converted(name, path, huggingface.read, files, cache_path)
   else:
-    return manager.find(path, say)
-  key = cache.digest(
-    "converted 2", *(part for p in files for part in (p.name, cache.file_digest(p)))
-  )
-  if jax.distributed.is_initialized() and not (kept / "converted" / key[:32]).exists():
-    raise UserError(
-      f"{name} is not converted on every machine: make a workdir of it by `python -m llm.convert from_hf` (or from_gguf), "
-      "in a place that all processes share, and give that"
-    )
-  workdir = cache.made_once(
-    kept / "converted" / key[:32],
-    lambda scratch: huggingface.write(*read(path), scratch, str(path)),
-  )
+    workdir = path
   return manager.find(workdir, say)
+
+
+def _converted(
+  name: str | pathlib.PurePath,
+  path: pathlib.Path,
+  read: Callable[[pathlib.Path], huggingface.Converted],
+  files: list[pathlib.Path],
+  cache_path: pathlib.Path,
+) -> pathlib.Path:
+  """The workdir in the cache with the checkpoint that `read` converts from `path`.
+
+  files: the files whose content decides whether the cache has it.
+  """
+  parts: list[str] = []
+  for file in files:
+    parts += [file.name, cache.file_digest(file)]
+  key = cache.digest("converted 2", *parts)
+  workdir = cache_path / "converted" / key[:32]
+  if jax.distributed.is_initialized() and not workdir.exists():
+    raise UserError(
+      f"{name} is not converted on every machine: make a workdir of it by `python -m llm.convert "
+      "from_hf` (or from_gguf), in a place that all processes share, and give that"
+    )
+  return cache.made_once(
+    workdir, lambda scratch: huggingface.write(*read(path), scratch, str(path))
+  )

@@ -1,17 +1,24 @@
-"""Checkpoints: written by Orbax in the background, self-describing, a digest for every file.
+"""Checkpoints: self-describing, with a digest of every file, written by Orbax in the background.
 
-checkpoints/STEP/ holds params/ and opt_state/ (Orbax), description.json (config, objective, step,
-metrics), tokenizer/ and manifest.json (size and SHA-256 of every other file). The manifest is
-written last: before Orbax renames the folder to its final name, so a step that has its name is
-whole, or, in a bucket, which knows no renaming, so that a step without one is not. It is verified
-when the step is read; in a bucket by the sizes alone, for the store keeps checksums of its own.
+The folder checkpoints/STEP/ has these parts:
+
+  params/, opt_state/  as Orbax writes them
+  description.json     step, config (with the objective), metrics
+  tokenizer/           as data/tokenizer.py saves it
+  manifest.json        the size and SHA-256 of every other file
+
+The manifest is written last. On a disk, Orbax then renames the folder to its final name, so a step
+with that name is complete. A bucket cannot rename: there, a step with a manifest is complete.
+
+A step is verified against its manifest when it is read. In a bucket, only sizes are compared: the
+store keeps checksums of its own.
 """
 
 import contextlib
 import json
 import os
 import pathlib
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 import jax
 import numpy as np
@@ -24,15 +31,18 @@ from llm.data import cache
 from llm.data import tokenizer as tokenizer_lib
 
 MANIFEST = "manifest.json"
-# Orbax touches these after the manifest is written; they carry no state.
+# Orbax changes these after the manifest is written. They hold no state.
 CHANGING = {"_CHECKPOINT_METADATA", "commit_success.txt", MANIFEST}
+# While Orbax writes a step, this follows the step's number in the name of the folder.
+TEMPORARY = ".orbax-checkpoint-tmp"
 
 
 class Damaged(UserError):
-  """A checkpoint that is incomplete or not what was written."""
+  """A checkpoint is incomplete, or its files are not as they were written."""
 
 
 def _files(folder: epath.Path) -> Iterator[epath.Path]:
+  """All files of a step that the manifest lists."""
   for path in sorted(folder.iterdir()):
     if path.is_dir():
       yield from _files(path)
@@ -41,24 +51,28 @@ def _files(folder: epath.Path) -> Iterator[epath.Path]:
 
 
 def _size(path: epath.Path) -> int:
-  # epath would also look up the name of a local file's owner, who may have none.
-  return path.stat().length if storage.is_bucket(path) else os.path.getsize(path)
+  if storage.is_bucket(path):
+    return path.stat().length
+  # epath's stat() also looks up the user name of a local file's owner, and there may be none.
+  return os.path.getsize(path)
 
 
-def write_manifest(folder: epath.Path):
-  """Size and digest of every file of a step."""
-  told = lambda path: "" if storage.is_bucket(path) else cache.file_digest(path)
-  entries = {str(path.relative_to(folder)): [_size(path), told(path)] for path in _files(folder)}
+def write_manifest(folder: epath.Path) -> None:
+  """Writes the size and digest of every file of a step. In a bucket, digests are empty."""
+  entries = {}
+  for path in _files(folder):
+    digest = "" if storage.is_bucket(path) else cache.file_digest(path)
+    entries[str(path.relative_to(folder))] = [_size(path), digest]
   (folder / MANIFEST).write_text(json.dumps(entries, indent=0))
 
 
 def digest(folder: epath.Path) -> str:
-  """A name for the content of a step."""
+  """The digest of a step's manifest, and so of its content."""
   return cache.digest((folder / MANIFEST).read_bytes())
 
 
-def verify(folder: epath.Path):
-  """Raises Damaged, naming the file, unless the step is exactly what was written."""
+def verify(folder: epath.Path) -> None:
+  """Raises Damaged, naming the file, unless the files of a step are as they were written."""
   try:
     entries = json.loads((folder / MANIFEST).read_text())
   except FileNotFoundError:
@@ -69,23 +83,22 @@ def verify(folder: epath.Path):
     path = folder / name
     if not path.exists():
       raise Damaged(f"{folder}: {name} is missing")
-    if (found := _size(path)) != size:
-      raise Damaged(f"{folder}: {name} has {found} bytes, {size} were written")
+    if (actual_size := _size(path)) != size:
+      raise Damaged(f"{folder}: {name} has {actual_size} bytes, {size} were written")
     if digest and not storage.is_bucket(path) and cache.file_digest(path) != digest:
       raise Damaged(f"{folder}: {name} is damaged (its SHA-256 is not the one that was written)")
 
 
 def steps(root: epath.Path) -> list[int]:
-  """The steps with a folder under checkpoints/, newest first."""
-  return sorted(
-    (int(p.name) for p in root.glob("*") if p.name.isdigit() and p.is_dir()), reverse=True
-  )
+  """The numbers of the step folders under checkpoints/, newest first."""
+  numbers = [int(path.name) for path in root.glob("*") if path.name.isdigit() and path.is_dir()]
+  return sorted(numbers, reverse=True)
 
 
-def newest_valid(root: epath.Path, say=print) -> epath.Path | None:
-  """The newest whole step; those passed over are named."""
-  for leftover in sorted(root.glob("*.orbax-checkpoint-tmp*")):
-    say(f"passing over {leftover.name}: its writing was cut off")
+def newest_valid(root: epath.Path, say: Callable[[str], object] = print) -> epath.Path | None:
+  """The newest valid step under checkpoints/, or None. `say` reports the steps passed over."""
+  for leftover in sorted(root.glob(f"*{TEMPORARY}*")):
+    say(f"passing over {leftover.name}: its save was interrupted")
   for step in steps(root):
     try:
       verify(root / str(step))
@@ -95,12 +108,16 @@ def newest_valid(root: epath.Path, say=print) -> epath.Path | None:
   return None
 
 
-def find(path: str | pathlib.PurePath, say=print) -> epath.Path:
-  """A workdir, its checkpoints/ or one step -> a verified step folder. Raises UserError."""
+def find(path: str | pathlib.PurePath, say: Callable[[str], object] = print) -> epath.Path:
+  """The verified step folder of a workdir, of its checkpoints/ or of one step.
+
+  `say` reports the steps passed over. Raises UserError where there is no valid step.
+  """
   path = storage.folder(path)
   if not path.is_dir():
     raise UserError(f"{path}: no such checkpoint folder")
-  if (path / MANIFEST).exists() or path.name.isdigit() and path.parent.name == "checkpoints":
+  is_step = path.name.isdigit() and path.parent.name == "checkpoints"
+  if is_step or (path / MANIFEST).exists():
     verify(path)
     return path
   root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
@@ -113,7 +130,7 @@ def find(path: str | pathlib.PurePath, say=print) -> epath.Path:
 
 
 def describe(step: epath.Path) -> dict[str, Any]:
-  """description.json of a step: step, config, metrics, what the tokenizer is."""
+  """The content of a step's description.json. Raises Damaged where it cannot be read."""
   try:
     return json.loads((step / "description.json").read_text())
   except (OSError, ValueError) as error:
@@ -125,9 +142,12 @@ def load_tokenizer(step: epath.Path) -> tokenizer_lib.Tokenizer:
   return tokenizer_lib.load(step / "tokenizer")
 
 
-def restore(step: epath.Path, item: str, like=None):
-  """`params` or `opt_state` of a step. like: a tree of ShapeDtypeStructs with shardings, or None
-  for host arrays as they were saved. The step must have been verified. Raises Damaged."""
+def restore(step: epath.Path, item: str, like: Any = None) -> Any:
+  """The `params` or the `opt_state` of a verified step.
+
+  like: a tree of ShapeDtypeStructs with shardings. None gives host arrays of the saved shapes.
+  Raises Damaged where the step does not fit `like`.
+  """
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
     try:
       if like is None:
@@ -142,7 +162,10 @@ def restore(step: epath.Path, item: str, like=None):
 
 
 class Manager:
-  """Saves the steps of one run and removes the old ones: the newest `keep` stay, and the best."""
+  """Saves the steps of a run, and removes all but the newest `keep` and the best.
+
+  keep_best: "max:METRIC" or "min:METRIC" says which step is the best; "" keeps none for that.
+  """
 
   def __init__(
     self,
@@ -153,67 +176,76 @@ class Manager:
   ):
     self.root = storage.folder(workdir) / "checkpoints"
     self.root.mkdir(parents=True, exist_ok=True)
-    self.keep, self.tokenizer = keep, tokenizer
+    self.keep = keep
+    self.tokenizer = tokenizer
     self.best_mode, _, self.best_metric = keep_best.partition(":")
+    # The step being written, or written last, and its description.
     self._pending: tuple[int, dict] | None = None
     self._writer = ocp.AsyncCheckpointer(
       ocp.CompositeCheckpointHandler("params", "opt_state"),
       async_options=ocp.AsyncOptions(post_finalization_callback=self._finish),
     )
 
-  def save(self, step: int, params: Params, opt_state, description: dict):
-    """Starts saving; waits for the save before this one. opt_state None: parameters alone.
+  def save(self, step: int, params: Params, opt_state: Any, description: dict[str, Any]) -> None:
+    """Waits for the previous save, then starts this one. opt_state None saves parameters alone.
 
-    Raises UserError on a full disk.
+    Raises UserError where the step cannot be written, as on a full disk.
     """
     self.wait()
     self._prune()
     self._pending = step, description
     folder = self.root / str(step)
+    items = {"params": ocp.args.PyTreeSave(params)}
+    if opt_state is not None:
+      items["opt_state"] = ocp.args.PyTreeSave(opt_state)
     try:
-      if folder.exists() and jax.process_index() == 0:  # a damaged one that was passed over
+      # A folder of this step can only be a damaged one, which the run passed over.
+      if folder.exists() and jax.process_index() == 0:
         folder.rmtree()
-      items = (
-        {"params": params} if opt_state is None else {"params": params, "opt_state": opt_state}
-      )
-      self._writer.save(
-        folder, ocp.args.Composite(**{k: ocp.args.PyTreeSave(v) for k, v in items.items()})
-      )
-    except Exception as error:  # those of stores have no common base
-      raise self._failed(error)
+      self._writer.save(folder, ocp.args.Composite(**items))
+    except Exception as error:  # the errors of object stores have no common base
+      raise self._failure(error)
 
-  def _finish(self):
-    """Runs in Orbax's thread, inside the temporary folder, before it gets its final name (which it has in a bucket)."""
+  def _finish(self) -> None:
+    """Adds the description, the tokenizer and the manifest. Orbax's thread calls this.
+
+    The folder still has its temporary name; in a bucket, it has its final name from the start.
+    """
+    assert self._pending is not None  # `save` set it
     step, description = self._pending
-    folder = next(iter(self.root.glob(f"{step}.orbax-checkpoint-tmp*")), self.root / str(step))
+    folder = next(iter(self.root.glob(f"{step}{TEMPORARY}*")), self.root / str(step))
     (folder / "description.json").write_text(json.dumps({"step": step, **description}, indent=1))
     self.tokenizer.save(folder / "tokenizer")
     write_manifest(folder)
 
-  def wait(self):
-    """Until the last save is on disk. Raises UserError if it failed."""
+  def wait(self) -> None:
+    """Waits until the last save is on disk. Raises UserError if it failed."""
     try:
       self._writer.wait_until_finished()
-    except Exception as error:  # Orbax wraps what its threads raise in kinds of its own
-      raise self._failed(error)
+    except Exception as error:  # Orbax wraps the errors of its threads in several types
+      raise self._failure(error)
 
-  def _failed(self, error: BaseException) -> UserError:
-    step, self._pending = self._pending[0] if self._pending else "?", None
-    kept = []
-    with contextlib.suppress(Exception):  # the store may be what failed
-      kept = self._whole()
-    return UserError(
-      f"cannot save step {step} in {self.root}: {core.first_line(error)}; "
-      + (
-        f"the newest complete checkpoint is step {kept[0]}"
-        if kept
-        else "no earlier checkpoint is seen"
-      )
-      + ("" if storage.is_bucket(self.root) else "; free space and start again")
-    )
+  def _failure(self, error: BaseException) -> UserError:
+    """The error to raise for a failed save. It names the newest step that is complete."""
+    step = self._pending[0] if self._pending else "?"
+    self._pending = None
+    complete = []
+    with contextlib.suppress(Exception):  # where the store has failed, listing it fails too
+      complete = self._complete_steps()
+    message = f"cannot save step {step} in {self.root}: {core.first_line(error)}; "
+    if complete:
+      message += f"the newest complete checkpoint is step {complete[0]}"
+    else:
+      message += "no earlier complete checkpoint was found"
+    if not storage.is_bucket(self.root):
+      message += "; free space and start again"
+    return UserError(message)
 
-  def _whole(self) -> list[int]:
-    """The steps that were written to their end, newest first. Those after the last save were damaged, and passed over."""
+  def _complete_steps(self) -> list[int]:
+    """The steps with a manifest, newest first.
+
+    Steps after the last save are left out: they are damaged, and the run passed them over.
+    """
     last = self._pending[0] if self._pending else float("inf")
     return [
       step
@@ -222,9 +254,9 @@ class Manager:
     ]
 
   def best(self) -> int | None:
-    """The step with the best metric, of those on disk that have it."""
-    scores = {}
-    for step in self._whole():
+    """The step on disk with the best metric, or None where no step has the metric."""
+    scores: dict[int, float] = {}
+    for step in self._complete_steps():
       try:
         value = describe(self.root / str(step))["metrics"].get(self.best_metric)
       except UserError:
@@ -233,20 +265,25 @@ class Manager:
         scores[step] = value
     if not scores:
       return None
-    return (max if self.best_mode == "max" else min)(scores, key=scores.get)
+    choose = max if self.best_mode == "max" else min
+    return choose(scores, key=lambda step: scores[step])
 
-  def _prune(self):
-    if jax.process_index() or not self._pending:  # nothing goes before something new is there
+  def _prune(self) -> None:
+    """Removes the steps that need not be kept, and the folders of interrupted saves."""
+    # Before the first save of this run, nothing is removed.
+    if jax.process_index() or not self._pending:
       return
-    stay = {*self._whole()[: self.keep], self.best() if self.best_metric else None}
-    for step in set(steps(self.root)) - stay:
+    kept: set[int | None] = set(self._complete_steps()[: self.keep])
+    if self.best_metric:
+      kept.add(self.best())
+    for step in set(steps(self.root)) - kept:
       (self.root / str(step)).rmtree()
-    for leftover in self.root.glob("*.orbax-checkpoint-tmp*"):
+    for leftover in self.root.glob(f"*{TEMPORARY}*"):
       with contextlib.suppress(OSError):
         leftover.rmtree()
 
-  def close(self):
-    """Waits for the last save and tidies up."""
+  def close(self) -> None:
+    """Waits for the last save, removes old steps and ends Orbax's threads."""
     self.wait()
     self._prune()
     self._writer.close()

@@ -1,13 +1,13 @@
-"""From one run to another: which parameters are taken over, and a record of every one.
+"""Transfer of parameters from a checkpoint to a new model, with an audit of every parameter.
 
-Nothing happens that no rule names. A parameter of the new model must find one of the same path and
-shape in the checkpoint, a parameter of the checkpoint must find its place in the new model, and
-every rule must match something; anything else stops the run with the whole list.
+Both must have the same parameters, with the same paths and shapes. Rules name every exception, and
+every rule must match something. Otherwise the run stops with the list of all problems.
 """
 
 import collections
 import dataclasses
 import re
+from typing import Any, Iterable
 
 import numpy as np
 import tabulate
@@ -19,7 +19,11 @@ from llm.core import Params, UserError, flatten, unflatten, virtual_paths
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """One line of the audit. action: copied, renamed, resized, matched, fresh or dropped."""
+  """One line of the audit.
+
+  action: copied, renamed, resized, matched, fresh or dropped. source: the path in the checkpoint
+  and, of a resized parameter, the shape there; or how rows of a vocabulary were matched.
+  """
 
   path: str
   action: str
@@ -28,15 +32,17 @@ class Entry:
 
   @property
   def size(self) -> int:
+    """The number of values."""
     return int(np.prod(self.shape))
 
 
-class _Rules:
-  """Compiled regexes that remember whether they matched."""
+class _Patterns:
+  """The regular expressions of one config key. They remember which of them matched."""
 
-  def __init__(self, name: str, patterns):
-    self.name, self.used = name, set()
+  def __init__(self, name: str, patterns: Iterable[str]):
+    self.name = name
     self.patterns = list(patterns)
+    self.used: set[str] = set()
     for pattern in self.patterns:
       try:
         re.compile(pattern)
@@ -44,152 +50,216 @@ class _Rules:
         raise UserError(f"config.transfer.{name}: {pattern!r} is no regular expression: {error}")
 
   def match(self, path: str) -> bool:
-    hits = [p for p in self.patterns if re.search(p, path)]
-    self.used.update(hits)
-    return bool(hits)
+    matching = [pattern for pattern in self.patterns if re.search(pattern, path)]
+    self.used.update(matching)
+    return bool(matching)
 
-  def unused(self) -> list[str]:
-    return [
-      f"the rule {self.name}={p!r} matches nothing" for p in self.patterns if p not in self.used
-    ]
-
-
-def _renames(rules: TransferConfig) -> list[tuple[str, str]]:
-  pairs = [tuple(text.split("=>")) for text in rules.rename]
-  if bad := [text for text, pair in zip(rules.rename, pairs) if len(pair) != 2]:
-    raise UserError(f"config.transfer.rename: {bad[0]!r} is not of the form 'pattern=>replacement'")
-  return pairs
+  def problems(self) -> list[str]:
+    """A line for every pattern that matched nothing."""
+    unused = [pattern for pattern in self.patterns if pattern not in self.used]
+    return [f"the rule {self.name}={pattern!r} matches nothing" for pattern in unused]
 
 
-def _overlap(fresh: np.ndarray, loaded: np.ndarray) -> np.ndarray:
-  """`fresh` with the corner that both have taken from `loaded`."""
-  corner = tuple(slice(0, min(a, b)) for a, b in zip(fresh.shape, loaded.shape))
-  out = np.array(fresh)
-  out[corner] = loaded[corner]
-  return out
+class _Rules:
+  """The rules of a config. Raises UserError where one is malformed."""
+
+  def __init__(self, config: TransferConfig):
+    self.skip = _Patterns("skip", config.skip)
+    self.adapt = _Patterns("adapt", config.adapt)
+    self.replacements = [_pattern_and_replacement(text) for text in config.rename]
+    self.rename = _Patterns("rename", [pattern for pattern, _ in self.replacements])
+
+  def renamed(self, path: str) -> str:
+    """The path in the new model of a parameter of the checkpoint."""
+    for pattern, replacement in self.replacements:
+      if self.rename.match(path):
+        path = re.sub(pattern, replacement, path)
+    return path
+
+  def problems(self) -> list[str]:
+    """A line for every rule that matched nothing."""
+    return self.skip.problems() + self.rename.problems() + self.adapt.problems()
 
 
-def _layers(params: Params) -> dict[str, tuple]:
-  """Virtual path -> (leaf, layer), layer None where the leaf is no stack. Nothing is copied."""
-  out = {}
+def _pattern_and_replacement(text: str) -> tuple[str, str]:
+  parts = text.split("=>")
+  if len(parts) != 2:
+    raise UserError(f"config.transfer.rename: {text!r} is not of the form 'pattern=>replacement'")
+  return parts[0], parts[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parameter:
+  """A parameter at a virtual path. layer: its number in a stacked leaf; None in any other leaf."""
+
+  leaf: Any
+  layer: int | None
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    shape = tuple(self.leaf.shape)
+    return shape if self.layer is None else shape[1:]
+
+  @property
+  def value(self) -> np.ndarray:
+    return np.asarray(self.leaf if self.layer is None else self.leaf[self.layer])
+
+
+def _by_virtual_path(params: Params) -> dict[str, _Parameter]:
+  """Virtual path -> parameter. Nothing is copied."""
+  parameters = {}
   for path, leaf in flatten(params).items():
     paths = virtual_paths(path, leaf)
-    for layer, virtual in enumerate(paths):
-      out[virtual] = (leaf, layer if paths != [path] else None)
-  return out
-
-
-def _value(leaf, layer) -> np.ndarray:
-  return np.asarray(leaf) if layer is None else np.asarray(leaf[layer])
-
-
-def _shape(leaf, layer) -> tuple[int, ...]:
-  return tuple(leaf.shape) if layer is None else tuple(leaf.shape[1:])
-
-
-def _renamed(old: dict, renames, rename: _Rules) -> dict[str, str]:
-  """New path -> path in the checkpoint."""
-  sources = {}
-  for path in old:
-    new = path
-    for pattern, replacement in renames:
-      if rename.match(new):
-        new = re.sub(pattern, replacement, new)
-    if new in sources:
-      raise UserError(f"config.transfer.rename gives {new} to both {sources[new]} and {path}")
-    sources[new] = path
-  return sources
+    is_stacked = paths != [path]
+    for layer, virtual_path in enumerate(paths):
+      parameters[virtual_path] = _Parameter(leaf, layer if is_stacked else None)
+  return parameters
 
 
 def transfer(
   params: Params, loaded: Params, rules: TransferConfig, matching: vocabulary.Matching | None = None
 ) -> tuple[Params, list[Entry]]:
-  """Fresh parameters with those of `loaded` put in their place, and the audit, a line a layer.
+  """Transfers the parameters of a checkpoint (`loaded`) into those of a new model (`params`).
 
-  matching: how the rows of the vocabulary follow from the checkpoint's, where it is another one. Raises
-  UserError with the list of every mismatch that no rule explains and every idle rule.
+  matching: the old rows of each new vocabulary row, where the vocabularies differ.
+
+  Returns the parameters, and the audit with a line for every parameter of every layer. Raises
+  UserError with the list of all mismatches that no rule explains and all rules without a match.
   """
-  fresh, old = _layers(params), _layers(loaded)
-  skip, adapt = _Rules("skip", rules.skip), _Rules("adapt", rules.adapt)
-  renames = _renames(rules)
-  rename = _Rules("rename", [pattern for pattern, _ in renames])
-  sources = _renamed(old, renames, rename)
-  taken, audit, problems = {}, [], []
-  for path, (leaf, layer) in fresh.items():
-    shape = _shape(leaf, layer)
-    if skip.match(path) or adapters.is_adapter(path):  # config.model.lora_rank asked for these
+  fresh = _by_virtual_path(params)
+  saved = _by_virtual_path(loaded)
+  patterns = _Rules(rules)
+  sources = _new_paths(saved, patterns)
+  taken: dict[str, np.ndarray] = {}
+  audit: list[Entry] = []
+  problems: list[str] = []
+  for path, parameter in fresh.items():
+    shape = parameter.shape
+    # The adapters that config.model.lora_rank asks for start fresh.
+    if patterns.skip.match(path) or adapters.is_adapter(path):
       audit.append(Entry(path, "fresh", "", shape))
     elif path not in sources:
       problems.append(
         f"{path} {shape} is not in the checkpoint (skip it to start it fresh, or rename)"
       )
     else:
-      source = old[sources[path]]
-      if matching and path in vocabulary.PATHS:
-        taken[path] = matching.apply(_value(leaf, layer), _value(*source))
-        audit.append(Entry(path, "matched", str(matching), shape))
-      elif _shape(*source) == shape:
-        taken[path] = _value(*source)
-        audit.append(
-          Entry(path, "copied" if path == sources[path] else "renamed", sources[path], shape)
-        )
-      elif len(_shape(*source)) == len(shape) and adapt.match(path):
-        taken[path] = _overlap(_value(leaf, layer), _value(*source))
-        audit.append(Entry(path, "resized", f"{sources[path]} {_shape(*source)}", shape))
+      source = sources[path]
+      if fitted := _fitted(path, parameter, source, saved[source], patterns.adapt, matching):
+        taken[path], entry = fitted
+        audit.append(entry)
       else:
         problems.append(
-          f"{path} has shape {shape} here and {_shape(*source)} in the checkpoint "
+          f"{path} has shape {shape} here and {saved[source].shape} in the checkpoint "
           "(adapt it, or skip it)"
         )
   for path, source in sources.items():
-    if path in fresh and not skip.match(path):
-      continue
-    if skip.match(path):
-      audit.append(Entry(source, "dropped", source, _shape(*old[source])))
-    else:
+    if patterns.skip.match(path):
+      audit.append(Entry(source, "dropped", source, saved[source].shape))
+    elif path not in fresh:
       problems.append(
-        f"{source} {_shape(*old[source])} of the checkpoint has no place here "
+        f"{source} {saved[source].shape} of the checkpoint has no place here "
         "(skip it to drop it, or rename)"
       )
-  problems += skip.unused() + rename.unused() + adapt.unused()
+  problems += patterns.problems()
   if problems:
     raise UserError("the checkpoint does not fit the model:\n  " + "\n  ".join(_grouped(problems)))
   return _stacked(params, taken), audit
 
 
+def _new_paths(saved: dict[str, _Parameter], rules: _Rules) -> dict[str, str]:
+  """Path in the new model -> path in the checkpoint, for every parameter of the checkpoint."""
+  sources = {}
+  for source in saved:
+    path = rules.renamed(source)
+    if path in sources:
+      raise UserError(f"config.transfer.rename gives {path} to both {sources[path]} and {source}")
+    sources[path] = source
+  return sources
+
+
+def _fitted(
+  path: str,
+  parameter: _Parameter,
+  source: str,
+  saved: _Parameter,
+  adapt: _Patterns,
+  matching: vocabulary.Matching | None,
+) -> tuple[np.ndarray, Entry] | None:
+  """The value that a parameter takes from its source, and its line in the audit.
+
+  None where the shapes differ and no rule says how the value fits.
+  """
+  shape = parameter.shape
+  if matching and path in vocabulary.PATHS:
+    value = matching.apply(parameter.value, saved.value)
+    return value, Entry(path, "matched", str(matching), shape)
+  if saved.shape == shape:
+    return saved.value, Entry(path, "copied" if path == source else "renamed", source, shape)
+  if len(saved.shape) == len(shape) and adapt.match(path):
+    value = _overlap(parameter.value, saved.value)
+    return value, Entry(path, "resized", f"{source} {saved.shape}", shape)
+  return None
+
+
+def _overlap(fresh: np.ndarray, loaded: np.ndarray) -> np.ndarray:
+  """`fresh`, with the values of `loaded` at the indices that both arrays have."""
+  corner = tuple(slice(0, min(a, b)) for a, b in zip(fresh.shape, loaded.shape))
+  resized = np.array(fresh)
+  resized[corner] = loaded[corner]
+  return resized
+
+
 def _stacked(params: Params, taken: dict[str, np.ndarray]) -> Params:
-  """`params` with what was taken in its place, layers stacked again."""
+  """`params` with the values that were taken, by virtual path. Layers are stacked again."""
   result = {}
   for path, leaf in flatten(params).items():
     paths = virtual_paths(path, leaf)
-    if not any(p in taken for p in paths):
+    if not any(virtual_path in taken for virtual_path in paths):
       result[path] = leaf
     elif paths == [path]:
       result[path] = taken[path]
     else:
-      result[path] = np.stack(
-        [taken[p] if p in taken else np.asarray(leaf[i]) for i, p in enumerate(paths)]
-      )
+      layers = []
+      for layer, virtual_path in enumerate(paths):
+        if virtual_path in taken:
+          layers.append(taken[virtual_path])
+        else:
+          layers.append(np.asarray(leaf[layer]))
+      result[path] = np.stack(layers)
   return unflatten(result)
 
 
 _LAYER = re.compile(r"(?<=/layers/)\d+(?=/)")
 
 
+def _split_at_layer(text: str) -> tuple[str, int | None, str]:
+  """The text before the number of a layer, the number, and the text after it.
+
+  Text without such a number is all before it, and the number is None.
+  """
+  match = _LAYER.search(text)
+  if not match:
+    return text, None, ""
+  return text[: match.start()], int(match[0]), text[match.end() :]
+
+
+def _join_at_layer(before: str, layers: list[int | None], after: str) -> str:
+  """The inverse of `_split_at_layer`, for several layers at once."""
+  return before + _span([layer for layer in layers if layer is not None]) + after
+
+
 def _grouped(lines: list[str]) -> list[str]:
-  """Lines that differ in the number of a layer alone become one."""
-  numbers = {}
+  """Lines that differ only in the number of a layer become one line."""
+  groups: dict[tuple[str, str], list[int | None]] = {}
   for line in lines:
-    numbers.setdefault(_LAYER.sub("{}", line, count=1), []).append(_LAYER.search(line))
-  return [
-    text.replace("{}", _span([int(n[0]) for n in found])) if found[0] else text
-    for text, found in numbers.items()
-  ]
+    before, layer, after = _split_at_layer(line)
+    groups.setdefault((before, after), []).append(layer)
+  return [_join_at_layer(before, layers, after) for (before, after), layers in groups.items()]
 
 
 def _span(numbers: list[int]) -> str:
   """[0, 1, 2, 5] -> "0..2,5"."""
-  parts = []
+  parts: list[list[int]] = []
   for n in numbers:
     if parts and parts[-1][1] == n - 1:
       parts[-1][1] = n
@@ -199,31 +269,28 @@ def _span(numbers: list[int]) -> str:
 
 
 def table(audit: list[Entry]) -> str:
-  """The audit for the console: a line a parameter, layers of one fate together, and counts."""
-  lines = {}
-  for e in audit:
-    generic = _LAYER.sub("*", e.path, count=1)
-    number = _LAYER.search(e.path)
-    source = "" if e.source == e.path else _LAYER.sub("*", e.source, count=1)
-    lines.setdefault((e.action, generic, e.shape, source), []).append(
-      (int(number[0]) if number else None, e.size)
-    )
-  rows = [
-    (
-      action,
-      path.replace("*", _span([n for n, _ in found])) if found[0][0] is not None else path,
-      "x".join(map(str, shape)),
-      f"{sum(size for _, size in found):,}",
-      source,
-    )
-    for (action, path, shape, source), found in lines.items()
-  ]
-  counts, sizes = collections.Counter(e.action for e in audit), collections.Counter()
+  """The audit for the console. Layers with equal entries share a line; the last line has counts."""
+  groups: dict[tuple, list[Entry]] = {}
   for entry in audit:
+    before, _, after = _split_at_layer(entry.path)
+    source = "" if entry.source == entry.path else _LAYER.sub("*", entry.source, count=1)
+    key = (entry.action, before, after, entry.shape, source)
+    groups.setdefault(key, []).append(entry)
+  rows = []
+  for (action, before, after, shape, source), entries in groups.items():
+    layers = [_split_at_layer(entry.path)[1] for entry in entries]
+    path = _join_at_layer(before, layers, after)
+    size = sum(entry.size for entry in entries)
+    rows.append((action, path, "x".join(map(str, shape)), f"{size:,}", source))
+  headers = ("transfer", "parameter", "shape", "size", "from")
+  return f"{tabulate.tabulate(rows, headers=headers)}\n{_summary(audit)}"
+
+
+def _summary(audit: list[Entry]) -> str:
+  """The number of parameters of each action."""
+  counts: collections.Counter[str] = collections.Counter()
+  sizes: collections.Counter[str] = collections.Counter()
+  for entry in audit:
+    counts[entry.action] += 1
     sizes[entry.action] += entry.size
-  summary = ", ".join(f"{counts[a]} {a} ({sizes[a]:,} parameters)" for a in counts)
-  return (
-    tabulate.tabulate(rows, headers=("transfer", "parameter", "shape", "size", "from"))
-    + "\n"
-    + summary
-  )
+  return ", ".join(f"{counts[a]} {a} ({sizes[a]:,} parameters)" for a in counts)

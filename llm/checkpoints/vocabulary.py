@@ -1,4 +1,4 @@
-"""The rows of one vocabulary from those of another: same pieces by their string, new ones by their text."""
+"""Rows of a new vocabulary from the rows of another: by equal pieces, else by the pieces' text."""
 
 import dataclasses
 
@@ -6,45 +6,53 @@ import numpy as np
 
 from llm.data.tokenizer import SPECIAL, Tokenizer
 
-PATHS = ("backbone/token/embedding", "backbone/output/embedding", "head/lm/bias")  # a row a piece
+PATHS = (  # the parameters with a row for every piece
+  "backbone/token/embedding",
+  "backbone/output/embedding",
+  "head/lm/bias",
+  "generator/head/lm/bias",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Matching:
   """For every piece of a new vocabulary, the rows of an old one that it starts from.
 
-  rows: one id where the piece is shared, several where its text was several pieces, none where the old
-  tokenizer had no word for it: that row stays fresh.
+  rows: the old ids of each new piece. A piece that both vocabularies have gets one id. Any other
+  piece gets the ids that the old tokenizer gives its text. A row without old ids stays fresh.
   """
 
   rows: tuple[tuple[int, ...], ...]
 
   def apply(self, fresh: np.ndarray, loaded: np.ndarray) -> np.ndarray:
-    """`fresh` (V x ...) with its rows taken from `loaded`, the mean where there are several."""
-    out = np.array(fresh)
+    """`fresh` (V x ...) with each row replaced by the mean of its old rows in `loaded`."""
+    matched = np.array(fresh)
     for row, ids in enumerate(self.rows):
       if ids:
-        out[row] = loaded[list(ids)].mean(0)
-    return out
+        matched[row] = loaded[list(ids)].mean(0)
+    return matched
 
   def __str__(self) -> str:
-    count = [len(ids) for ids in self.rows]
+    counts = [len(ids) for ids in self.rows]
     return (
-      f"{sum(n == 1 for n in count):,} rows from one piece, {sum(n > 1 for n in count):,} from the mean of "
-      f"several, {count.count(0):,} fresh"
+      f"{sum(n == 1 for n in counts):,} rows from one piece, "
+      f"{sum(n > 1 for n in counts):,} from the mean of several, {counts.count(0):,} fresh"
     )
 
 
 def match(new: Tokenizer, old: Tokenizer) -> Matching:
-  """Special pieces by what they are for, others by their string, the rest by what their text was."""
-  known = {piece: i for i, piece in enumerate(old.pieces)}
-  rows = [(known[piece],) if piece in known else () for piece in new.pieces]
-  unsaid = [i for i, found in enumerate(rows) if not found]
-  texts = [new.decode([i]).strip() for i in unsaid]
-  for i, ids in zip(unsaid, old.encode(texts)):
+  """Matches special pieces by their purpose, others by their string, and the rest by their text."""
+  old_ids = {piece: i for i, piece in enumerate(old.pieces)}
+  rows: list[tuple[int, ...]] = [
+    (old_ids[piece],) if piece in old_ids else () for piece in new.pieces
+  ]
+  new_pieces = [i for i, ids in enumerate(rows) if not ids]
+  texts = [new.decode([i]).strip() for i in new_pieces]
+  for i, ids in zip(new_pieces, old.encode(texts)):
     rows[i] = tuple(int(t) for t in ids if t != old.unk)
   for name in SPECIAL:
-    here, there = getattr(new, name), getattr(old, name)
-    if here >= 0:
-      rows[here] = (there,) if there >= 0 else ()
+    new_id = new.id_of(name)
+    old_id = old.id_of(name)
+    if new_id >= 0:
+      rows[new_id] = (old_id,) if old_id >= 0 else ()
   return Matching(tuple(rows))

@@ -1,7 +1,7 @@
 """Batches by number: `batches[step]` depends on the seed and the step alone.
 
-So a run that resumes at a step sees what the uninterrupted one saw, whatever the number of
-processes, and the data position of a run is its step.
+So a run that resumes at a step sees the same batches as an uninterrupted run, whatever the number
+of processes. The data position of a run is its step.
 """
 
 import dataclasses
@@ -23,13 +23,15 @@ from jax.sharding import Mesh
 from llm.core import Batch
 from llm.sharding import batch_sharding
 
+Part = tuple[int, int]  # rows of a batch: from, to
+
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-  """The batches of a run: rows shuffled anew in every epoch, sources mixed by weight.
+  """The batches of a run. Rows are shuffled in every epoch, and sources are mixed by weight.
 
-  rows: one `Rows` a source. weights: their shares of the rows. batch_size: rows of a batch, whatever
-  the number of examples that share each.
+  rows: the `Rows` of each source. weights: the share of each source in the rows. batch_size: rows
+  of a batch, however many examples share each row.
   """
 
   rows: Sequence
@@ -59,127 +61,159 @@ class Batches:
     return self.read(step, range(self.batch_size))
 
   def steps_an_epoch(self) -> float:
-    """Batches until every row of the first source was seen once."""
+    """The number of batches in which every row of the first source occurs once."""
     return len(self.rows[0]) * sum(self.weights) / self.weights[0] / self.batch_size
 
   def examples(self) -> float:
-    """Examples of a batch, on average."""
+    """The mean number of examples in a batch."""
     return self.batch_size * examples_a_row(self.rows, self.weights)
 
   def tokens(self) -> float:
-    """Tokens of a batch, on average: what is real of its rows, without padding."""
+    """The mean number of tokens in a batch, without padding."""
     return sum(tokens for _, tokens in self.usage(1))
 
   def usage(self, steps: int) -> list[tuple[float, float]]:
-    """(epochs, tokens) that each source gives in `steps` batches."""
+    """The (epochs, tokens) that `steps` batches take from each source."""
     drawn = [steps * self.batch_size * w / sum(self.weights) for w in self.weights]
     return [(n / len(rows), n / len(rows) * rows.tokens) for n, rows in zip(drawn, self.rows)]
 
 
 def examples_a_row(rows: Sequence, weights: Sequence[float]) -> float:
-  """Examples that share a row of a mixture, on average."""
+  """The mean number of examples that share a row of a mixture."""
   shares = [w * (r.examples / len(r)) for w, r in zip(weights, rows)]
   return sum(shares) / sum(weights)
 
 
 def rows_a_batch(examples: int, parts: int, rows: Sequence, weights: Sequence[float]) -> int:
-  """The rows of a batch that come nearest to so many examples; as many where a row is one example.
+  """The number of rows that holds about `examples` examples.
 
-  A batch is worked through in `parts`. Each of them has 1, 2, 4 or a multiple of 8 rows, which most
-  meshes can share. The number does not depend on the mesh, so that batches are equal on every mesh.
+  It is `examples` where each row is one example. Otherwise, each of the `parts` of a batch
+  (accumulation) gets 1, 2, 4 or a multiple of 8 rows, which most meshes can share. The number does
+  not depend on the mesh, so batches are equal on every mesh.
   """
-  together = examples_a_row(rows, weights)
-  if together == 1:
+  per_row = examples_a_row(rows, weights)
+  if per_row == 1:
     return examples
-  wanted = examples / together / parts
-  of_part = 8 * round(wanted / 8) if wanted > 6 else min((1, 2, 4), key=lambda n: abs(n - wanted))
-  return parts * of_part
+  ideal = examples / per_row / parts
+  if ideal > 6:
+    rows_a_part = 8 * round(ideal / 8)
+  else:
+    rows_a_part = min((1, 2, 4), key=lambda n: abs(n - ideal))
+  return parts * rows_a_part
 
 
-def stack(examples) -> dict[str, np.ndarray]:
-  """Examples -> one batch."""
+def stack(examples: Sequence[Any]) -> dict[str, np.ndarray]:
+  """B examples, each a dict of arrays -> one batch, with B as the first dimension."""
   return {key: np.stack([e[key] for e in examples]) for key in examples[0]}
 
 
 def pad_rows(batch: dict[str, np.ndarray], batch_size: int) -> dict[str, np.ndarray]:
-  """A short last batch, filled up with rows of zeros, which have no weight."""
-  return {
-    k: np.pad(v, [(0, batch_size - len(v))] + [(0, 0)] * (v.ndim - 1)) for k, v in batch.items()
-  }
+  """Fills up a short last batch with rows of zeros, which have weight 0."""
+  padded = {}
+  for key, values in batch.items():
+    missing = batch_size - len(values)
+    padded[key] = np.pad(values, [(0, missing)] + [(0, 0)] * (values.ndim - 1))
+  return padded
 
 
-def own_rows(batch_size: int, mesh: Mesh) -> list[tuple[int, int]]:
-  """The parts (from, to) of a batch that lie on this process's devices, each once."""
+def own_rows(batch_size: int, mesh: Mesh) -> list[Part]:
+  """The parts of a batch that this process's devices hold, each part once."""
   index_map = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
-  return sorted({rows.indices(batch_size)[:2] for (rows,) in index_map.values()})
+  parts = set()
+  for index in index_map.values():
+    assert index is not None  # every device of the mesh holds rows of a batch
+    parts.add(index[0].indices(batch_size)[:2])
+  return sorted(parts)
 
 
-def to_mesh(
-  parts: dict[tuple[int, int], dict[str, np.ndarray]], batch_size: int, mesh: Mesh
-) -> Batch:
-  """A global batch from this process's parts of it, by (from, to)."""
+def to_mesh(parts: dict[Part, dict[str, np.ndarray]], batch_size: int, mesh: Mesh) -> Batch:
+  """A global batch, made from the parts of it that this process holds."""
   sharding = batch_sharding(mesh)
-  first = next(iter(parts.values()))
+  first_part = next(iter(parts.values()))
 
-  def array(key):
-    part = lambda index: parts[index[0].indices(batch_size)[:2]][key]
-    return jax.make_array_from_callback((batch_size, *first[key].shape[1:]), sharding, part)
+  def global_array(key: str) -> jax.Array:
+    def rows_of_device(index):
+      part = index[0].indices(batch_size)[:2]
+      return parts[part][key]
 
-  return {key: array(key) for key in first}
+    shape = (batch_size, *first_part[key].shape[1:])
+    return jax.make_array_from_callback(shape, sharding, rows_of_device)
 
-
-def _of_the_run(worker: int, workers: int):
-  """A worker ends with its run: not by a signal to all processes of a job, which the run saves after, and not after it."""
-  for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, signal.SIG_IGN)
-
-  def watch():
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-  threading.Thread(target=watch, daemon=True).start()
+  return {key: global_array(key) for key in first_part}
 
 
 def stream(
   batches: Batches, start: int, stop: int, mesh: Mesh, prefetch: int, workers: int = 0
-) -> Any:
-  """The batches of steps start .. stop-1 on the mesh, made and placed ahead by Grain: by a thread, or by processes for it."""
-  if (
-    not flags.FLAGS.is_parsed()
-  ):  # Grain reads flags of its own, of which a library's user knows nothing
+) -> grain.DatasetIterator[Batch]:
+  """The batches of steps start .. stop-1 on the mesh, prepared ahead by Grain.
+
+  A thread reads them and places them on devices. With `workers`, that many processes read for it.
+  prefetch: the number of batches that wait on the mesh, and in each worker.
+  """
+  # Grain reads absl's flags, which nobody has parsed where this package is used as a library.
+  if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
-  size, own = batches.batch_size, own_rows(batches.batch_size, mesh)
-  made = grain.MapDataset.range(start, stop).map(
-    lambda step: {part: batches.read(step, range(*part)) for part in own}
+  batch_size = batches.batch_size
+  local_parts = own_rows(batch_size, mesh)
+
+  def read_parts(step: int) -> dict[Part, dict[str, np.ndarray]]:
+    return {part: batches.read(step, range(*part)) for part in local_parts}
+
+  host_batches = grain.MapDataset.range(start, stop).map(read_parts)
+  host_batches = host_batches.to_iter_dataset(
+    grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
   )
-  made = made.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-  # Through pipes: of shared memory, Grain would leave pieces behind.
-  piped = grain.experimental.WithOptionsIterDataset(
-    made, grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+  # Workers send batches through pipes: Grain leaves pieces of shared memory behind.
+  host_batches = grain.experimental.WithOptionsIterDataset(
+    host_batches, grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
   )
-  ahead = piped.mp_prefetch(
+  host_batches = host_batches.mp_prefetch(
     grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch),
-    worker_init_fn=_of_the_run,
+    worker_init_fn=_start_worker,
   )
-  placed = ahead.map(lambda parts: to_mesh(parts, size, mesh))
+  placed = host_batches.map(lambda parts: to_mesh(parts, batch_size, mesh))
   return iter(grain.experimental.ThreadPrefetchIterDataset(placed, prefetch_buffer_size=prefetch))
 
 
-def passes(rows: Any, batch_size: int, mesh: Mesh, limit: int = 0) -> Iterator[Batch]:
-  """Every row once, in order, the last batch filled up with rows of no weight: for evaluation.
+def _start_worker(worker: int, workers: int) -> None:
+  """Makes a worker process end with its run, and not before.
 
-  Chance is drawn from the row's number, so that every evaluation sees the same. limit: batches.
+  Workers ignore SIGINT and SIGTERM, which reach every process of a job: the run still needs their
+  batches for its last save. When the run's process ends, the worker exits.
   """
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
 
-  def read(step: int, first: int, last: int) -> dict[str, np.ndarray]:
-    numbers = range(step * batch_size + first, step * batch_size + last)
-    examples = [rows.example(i, np.random.default_rng((0, i))) for i in numbers if i < len(rows)]
-    if examples:
-      return pad_rows(stack(examples), len(numbers))
-    example = rows.example(0, np.random.default_rng((0, 0)))
-    return {k: np.zeros((len(numbers), *v.shape), v.dtype) for k, v in example.items()}
+  def exit_with_run():
+    run = multiprocessing.parent_process()
+    assert run is not None  # a worker has a parent
+    run.join()
+    os._exit(1)
 
+  threading.Thread(target=exit_with_run, daemon=True).start()
+
+
+def passes(rows: Any, batch_size: int, mesh: Mesh, limit: int = 0) -> Iterator[Batch]:
+  """Every row once and in order, for evaluation. Rows of weight 0 fill up the last batch.
+
+  The row's number seeds its random generator, so that all evaluations see the same rows. limit: the
+  largest number of batches; 0 is all.
+  """
   count = -(-len(rows) // batch_size)
+  if limit:
+    count = min(count, limit)
   parts = own_rows(batch_size, mesh)
-  for step in range(min(count, limit) if limit else count):
-    yield to_mesh({part: read(step, *part) for part in parts}, batch_size, mesh)
+  for step in range(count):
+    first = step * batch_size
+    host_batch = {part: _rows_in_order(rows, first + part[0], first + part[1]) for part in parts}
+    yield to_mesh(host_batch, batch_size, mesh)
+
+
+def _rows_in_order(rows: Any, start: int, stop: int) -> dict[str, np.ndarray]:
+  """Rows start .. stop-1, with rows of zeros after the last."""
+  present = range(start, min(stop, len(rows)))
+  if present:
+    examples = [rows.example(i, np.random.default_rng((0, i))) for i in present]
+    return pad_rows(stack(examples), stop - start)
+  example = rows.example(0, np.random.default_rng((0, 0)))
+  return {key: np.zeros((stop - start, *v.shape), v.dtype) for key, v in example.items()}

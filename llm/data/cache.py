@@ -1,4 +1,4 @@
-"""Where what was made once is kept: archives, token caches, packing plans, compiled programs."""
+"""The cache folder: archives, tokens, packing plans and compiled programs, each made once."""
 
 import hashlib
 import os
@@ -11,7 +11,10 @@ from llm.core import UserError
 
 
 def cache_dir(configured: str = "") -> pathlib.Path:
-  """`configured`, else $PRETUNE_CACHE, else ~/.cache/pretune. Made if it is not there."""
+  """`configured`, else $PRETUNE_CACHE, else ~/.cache/pretune. Creates the folder.
+
+  Raises UserError where the folder cannot be created.
+  """
   path = pathlib.Path(configured or os.environ.get("PRETUNE_CACHE") or "~/.cache/pretune")
   path = path.expanduser().absolute()
   try:
@@ -25,7 +28,10 @@ def cache_dir(configured: str = "") -> pathlib.Path:
 
 
 def digest(*parts: str | bytes) -> str:
-  """SHA-256 over the parts, each with its length, so that no two lists collide."""
+  """SHA-256 of the parts, in hexadecimal. Each part's length is hashed before it.
+
+  So ("ab", "c") and ("a", "bc") have different digests.
+  """
   sha = hashlib.sha256()
   for part in parts:
     data = part.encode() if isinstance(part, str) else part
@@ -34,24 +40,30 @@ def digest(*parts: str | bytes) -> str:
   return sha.hexdigest()
 
 
-def file_digest(path) -> str:
-  """SHA-256 of a file's bytes."""
+def file_digest(path: str | os.PathLike[str]) -> str:
+  """SHA-256 of a file's bytes, in hexadecimal."""
   with open(path, "rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def made_once(folder: pathlib.Path, make: Callable[[pathlib.Path], None]) -> pathlib.Path:
-  """`folder`, filled by `make` if it is not there; a run cut off leaves nothing half made."""
-  if not folder.exists():
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
+  """Returns `folder`. Where it does not exist, `make` fills it first.
+
+  `make` fills a temporary folder, which is then renamed. An interrupted run leaves no incomplete
+  folder.
+  """
+  if folder.exists():
+    return folder
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  scratch = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
+  try:
+    make(scratch)
     try:
-      make(scratch)
-      try:
-        scratch.rename(folder)
-      except OSError as error:  # another process was first: what it made is the same
-        if not folder.exists():
-          raise RuntimeError(f"{scratch} could not be renamed to {folder}") from error
-    finally:
-      shutil.rmtree(scratch, ignore_errors=True)
+      scratch.rename(folder)
+    except OSError as error:
+      # If another process has made the folder meanwhile, its content is the same.
+      if not folder.exists():
+        raise RuntimeError(f"{scratch} could not be renamed to {folder}") from error
+  finally:
+    shutil.rmtree(scratch, ignore_errors=True)
   return folder

@@ -1,7 +1,8 @@
-"""Tokenized documents, made once and kept on disk by the digest of what they were made from."""
+"""Tokenized documents, kept in the cache by the digest of their text and tokenizer."""
 
 import dataclasses
 import pathlib
+from typing import Iterator
 
 import numpy as np
 import sentencex
@@ -12,13 +13,16 @@ from llm.data import cache
 from llm.data.sources import Source
 from llm.data.tokenizer import Tokenizer
 
+DOCUMENTS_AT_ONCE = 256  # tokenized in one call
+
 
 @dataclasses.dataclass(frozen=True)
 class Documents:
-  """All documents as one array of ids and two of offsets; memory-mapped.
+  """All documents of a source, as memory-mapped ids and two arrays of offsets.
 
-  tokens_N: ids. sentences: start of every sentence in tokens_N, and the end. documents: start of
-  every document in `sentences`, and the end. Document i is sentences[documents[i]:documents[i+1]].
+  tokens_N: the ids. sentences: the start of every sentence in tokens_N, and the end. documents: the
+  start of every document in `sentences`, and the end. The sentences of document i start at
+  sentences[documents[i]:documents[i+1]].
   """
 
   tokens_N: np.ndarray
@@ -31,70 +35,28 @@ class Documents:
     return len(self.documents) - 1
 
   def __reduce__(self):
-    """Another process maps the same files."""
-    return _opened, (self.folder, self.tokens_N.dtype, self.digest)
+    """Pickles the folder alone: another process maps the same files."""
+    return _open, (self.folder, self.tokens_N.dtype, self.digest)
 
   def bounds(self) -> np.ndarray:
-    """Start of every document in tokens_N, and the end."""
+    """The start of every document in tokens_N, and the end."""
     return self.sentences[self.documents]
 
 
-def _sentences(text: str, how: str) -> list[str]:
-  """Sentences of one text: `split` finds them, `lines` takes each line, `none` the whole text."""
-  if how == "none":
-    return [text]
-  lines = [line for line in text.splitlines() if line.strip()]
-  if how == "lines":
-    return lines
-  return [s.strip() for line in lines for s in sentencex.segment("en", line) if s.strip()]
-
-
-def _write(source: Source, tokenizer: Tokenizer, how: str, folder: pathlib.Path):
-  dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-  lengths, counts, batch = [], [], []
-  with (
-    open(folder / "tokens.bin", "wb") as out,
-    tqdm.tqdm(
-      desc=f"tokenizing {source.spec}", unit=" tokens", unit_scale=True, disable=None
-    ) as bar,
-  ):
-
-    def flush():
-      ids = tokenizer.encode([s for document in batch for s in document])
-      taken = 0
-      for document in batch:
-        kept = [i for i in ids[taken : taken + len(document)] if i]
-        taken += len(document)
-        if kept:
-          counts.append(len(kept))
-          lengths.extend(len(i) for i in kept)
-      flat = np.array([i for sentence in ids for i in sentence], dtype)
-      out.write(flat.tobytes())
-      bar.update(len(flat))
-      batch.clear()
-
-    for record in source.records():
-      batch.append(_sentences(record["text"], how))
-      if len(batch) >= 256:
-        flush()
-    flush()
-  if not lengths:
-    raise UserError(f"{source.spec}: no text in it")
-  np.save(folder / "sentences.npy", np.cumsum([0, *lengths], dtype=np.int64))
-  np.save(folder / "documents.npy", np.cumsum([0, *counts], dtype=np.int64))
-
-
 def load(source: Source, tokenizer: Tokenizer, how: str) -> Documents:
-  """The documents of a source. how: split, lines, none (a document is one sentence)."""
+  """The documents of a source, tokenized where the cache does not hold them.
+
+  how: "split" splits lines into sentences, "lines" takes a line as a sentence, "none" takes a
+  document as one sentence. Raises UserError where the source has no text.
+  """
   key = cache.digest("documents 1", source.digest(), tokenizer.digest(), how)
   folder = cache.made_once(
     source.cache / "tokens" / key[:32], lambda scratch: _write(source, tokenizer, how, scratch)
   )
-  dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-  return _opened(folder, dtype, key)
+  return _open(folder, _id_type(tokenizer), key)
 
 
-def _opened(folder: pathlib.Path, dtype, digest: str) -> Documents:
+def _open(folder: pathlib.Path, dtype: np.dtype, digest: str) -> Documents:
   return Documents(
     np.memmap(folder / "tokens.bin", dtype, "r"),
     np.load(folder / "sentences.npy"),
@@ -102,3 +64,65 @@ def _opened(folder: pathlib.Path, dtype, digest: str) -> Documents:
     digest,
     folder,
   )
+
+
+def _id_type(tokenizer: Tokenizer) -> np.dtype:
+  return np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+
+
+def _write(source: Source, tokenizer: Tokenizer, how: str, folder: pathlib.Path) -> None:
+  """Writes the ids and the offsets of a source into `folder`."""
+  dtype = _id_type(tokenizer)
+  sentence_lengths: list[int] = []
+  sentence_counts: list[int] = []  # one a document
+  progress = tqdm.tqdm(
+    desc=f"tokenizing {source.spec}", unit=" tokens", unit_scale=True, disable=None
+  )
+  with open(folder / "tokens.bin", "wb") as file, progress:
+    for documents in _groups_of_documents(source, how):
+      for sentence_ids in _encode(documents, tokenizer):
+        lengths = [len(ids) for ids in sentence_ids]
+        sentence_lengths.extend(lengths)
+        sentence_counts.append(len(lengths))
+        flat = np.array([token for ids in sentence_ids for token in ids], dtype)
+        file.write(flat.tobytes())
+        progress.update(len(flat))
+  if not sentence_lengths:
+    raise UserError(f"{source.spec}: no text in it")
+  np.save(folder / "sentences.npy", np.cumsum([0, *sentence_lengths], dtype=np.int64))
+  np.save(folder / "documents.npy", np.cumsum([0, *sentence_counts], dtype=np.int64))
+
+
+def _groups_of_documents(source: Source, how: str) -> Iterator[list[list[str]]]:
+  """The sentences of each document, in groups of DOCUMENTS_AT_ONCE documents."""
+  group = []
+  for record in source.records():
+    group.append(_sentences(record["text"], how))
+    if len(group) == DOCUMENTS_AT_ONCE:
+      yield group
+      group = []
+  yield group
+
+
+def _encode(documents: list[list[str]], tokenizer: Tokenizer) -> Iterator[list[list[int]]]:
+  """The ids of each document's sentences. Sentences and documents without tokens are left out."""
+  ids = iter(tokenizer.encode([sentence for document in documents for sentence in document]))
+  for document in documents:
+    encoded = [next(ids) for _ in document]
+    if with_tokens := [sentence for sentence in encoded if sentence]:
+      yield with_tokens
+
+
+def _sentences(text: str, how: str) -> list[str]:
+  """The sentences of one text; `how` as in `load`."""
+  if how == "none":
+    return [text]
+  lines = [line for line in text.splitlines() if line.strip()]
+  if how == "lines":
+    return lines
+  sentences = []
+  for line in lines:
+    # The package is compiled and has no stubs.
+    parts = sentencex.segment("en", line)  # pyright: ignore[reportAttributeAccessIssue]
+    sentences.extend(part.strip() for part in parts if part.strip())
+  return sentences

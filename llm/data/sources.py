@@ -1,83 +1,110 @@
-"""Where text comes from: one string names a source or a weighted mixture of them.
+"""Sources of text: a string names one source or a weighted mixture.
 
-  embedded:reviews[test]   text:PATH-OR-GLOB   jsonl:PATH-OR-GLOB   csv:PATH-OR-GLOB
-  squad:PATH-OR-GLOB   tfds:glue/mrpc[validation]   hf:ORG/NAME:CONFIG[split]
+  embedded:reviews[test]   tfds:glue/mrpc[validation]   hf:ORG/NAME:CONFIG[split]
+  text:PATH   jsonl:PATH   csv:PATH   squad:PATH   parquet:PATH
   text:a.txt@0.7,embedded:wikipedia@0.3
 
-A source gives records: dicts with `text`, and what the task has besides: `text_pair`, `label`, `target`, or
-`question`, `answers` (text and answer_start) and `id` of a question on the text. A conversation has `messages`, or
-`instruction`, `input` and `output`, in place of `text`; a preference `messages` or `prompt`, `chosen` and `rejected`.
-In text files a blank line parts the documents, and each is a record.
+A PATH is a file, a pattern or a folder. A folder stands for its files that have an ending of the
+source's kind. Hidden files and subfolders are left out. Files may be compressed (.gz, .bz2, .zst),
+except for those of Parquet. `KINDS`, at the end of the file, lists all kinds.
+
+A source yields records. A record is a dict with `text` and the fields of the task:
+
+  classification and pairs: `text_pair`, `label`, `target`
+  a question on the text: `question`, `id`, `answers` (each with text and answer_start)
+  a conversation: `messages`, or `instruction`, `input` and `output`, instead of `text`
+  a preference: `messages` or `prompt`, with `chosen` and `rejected`, instead of `text`
+
+In a text file, blank lines separate the documents. Each document is a record.
 """
 
+import bz2
 import csv
 import dataclasses
 import glob
+import gzip
+import io
 import json
 import pathlib
 import re
-from typing import Iterator
+import zlib
+from typing import Any, BinaryIO, Callable, Iterable, Iterator, cast
 
 from llm.config import DataConfig
 from llm.core import UserError, first_line
 from llm.data import cache, embedded
 
-KINDS = ("embedded", "text", "jsonl", "csv", "squad", "tfds", "hf")
+COMPRESSIONS = (".gz", ".bz2", ".zst")
+
 FIELDS = ("text", "text_pair", "label", "target", "question", "answers", "id")
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """One source, parsed. `weight` is its share of the rows of a mixture (not yet normalised)."""
+  """One parsed source.
+
+  weight: its share of the rows of a mixture, not yet normalised.
+  fields: pairs of a field's name here and its name in the source.
+  cache: the folder of the cache.
+  """
 
   kind: str
   name: str
   split: str
   weight: float
-  fields: tuple[tuple[str, str], ...]  # (our name, theirs)
+  fields: tuple[tuple[str, str], ...]
   cache: pathlib.Path
 
   @property
   def spec(self) -> str:
+    """The source as the config names it, without its weight."""
     return f"{self.kind}:{self.name}" + (f"[{self.split}]" if self.split else "")
 
   def files(self) -> list[pathlib.Path]:
-    """The files of a text, jsonl or csv source. Raises UserError if there are none."""
+    """The files that the path names, each once. Raises UserError if there are none."""
     paths = [pathlib.Path(p) for p in sorted(glob.glob(self.name, recursive=True))]
     if not paths and pathlib.Path(self.name).exists():
       paths = [pathlib.Path(self.name)]
     if not paths:
       raise UserError(f"{self.spec}: no such file, and no file matches it as a pattern")
+    files = {}  # a dict, because a pattern may match both a folder and its files
     for path in paths:
-      if path.is_dir():
-        raise UserError(f"{self.spec}: {path} is a folder; name its files, e.g. {path}/*")
-    return paths
+      files |= dict.fromkeys(self.files_in(path) if path.is_dir() else [path])
+    if not files:
+      raise UserError(
+        f"{self.spec}: no file in the folder {paths[0]} ends in "
+        f"{' or '.join(KINDS[self.kind].endings)}; name the files, e.g. {paths[0]}/*"
+      )
+    return list(files)
+
+  def files_in(self, folder: pathlib.Path) -> list[pathlib.Path]:
+    """The sorted files of a folder that have an ending of this kind and are not hidden.
+
+    Raises UserError if the folder cannot be read.
+    """
+    endings = KINDS[self.kind].endings
+    try:
+      return sorted(
+        path
+        for path in folder.iterdir()
+        if path.name.removesuffix(compression(path)).lower().endswith(endings)
+        and not path.name.startswith(".")
+        and path.is_file()
+      )
+    except OSError as error:
+      raise UserError(f"{folder}: {error.strerror}")
 
   def digest(self) -> str:
-    """A name for the content: what was made from it is valid while this stays the same."""
-    if self.kind in ("text", "jsonl", "csv", "squad"):
-      content = [cache.file_digest(path) for path in self.files()]
-    elif self.kind == "embedded":
-      content = [embedded.ARCHIVES.get(self.name, ("", "", ""))[1], self.split]
-    elif self.kind == "tfds":
-      content = [_tfds_builder(self).info.full_name, self.split]
-    else:
-      content = [_hf_dataset(self)._fingerprint]
-    return cache.digest(self.kind, repr(self.fields), *content)
+    """A hash of the content: what was built from the source is valid while it stays the same."""
+    return cache.digest(self.kind, repr(self.fields), *KINDS[self.kind].content(self))
 
   def records(self) -> Iterator[dict]:
-    """The records, fields renamed. Raises UserError naming file and line of what is broken."""
-    readers = {
-      "embedded": lambda: embedded.records(self.name, self.split or "train", self.cache),
-      "text": lambda: _each_file(self, _text_records),
-      "jsonl": lambda: _each_file(self, _jsonl_records),
-      "csv": lambda: _each_file(self, _csv_records),
-      "squad": lambda: _each_file(self, _squad_records),
-      "tfds": lambda: _tfds_records(self),
-      "hf": lambda: _hf_records(self),
-    }
+    """The records, with fields renamed.
+
+    Raises UserError with file and line of a broken record, or if there is no record.
+    """
     empty = True
-    for record in readers[self.kind]():
+    for record in KINDS[self.kind].records(self):
       empty = False
       yield self._renamed(record)
     if empty:
@@ -87,14 +114,12 @@ class Source:
     for ours, theirs in self.fields:
       if theirs not in record:
         raise UserError(
-          f"{record.get('_where', self.spec)}: no field {theirs!r} (config.data.fields "
-          f"asks for it); the fields are {_field_names(record)}"
+          f"{record.get('_where', self.spec)}: no field {theirs!r}, which config.data.fields "
+          f"names; the fields are {_field_names(record)}"
         )
       record = {**record, ours: record[theirs]}
-    if (
-      not isinstance(record.get("text"), str)
-      and not {"messages", "instruction", "prompt"} & record.keys()
-    ):
+    is_conversation = bool({"messages", "instruction", "prompt"} & record.keys())
+    if not is_conversation and not isinstance(record.get("text"), str):
       raise UserError(
         f"{record.get('_where', self.spec)}: the field 'text' must be a string; the fields are "
         f"{_field_names(record)}; rename with config.data.fields='text=THEIR_NAME'"
@@ -107,69 +132,106 @@ def _field_names(record: dict) -> str:
 
 
 def parse(spec: str, config: DataConfig) -> tuple[Source, ...]:
-  """ "A@0.7,B@0.3" -> the sources. Raises UserError on what is not a source."""
+  """The sources of a string such as "A@0.7,B@0.3".
+
+  Raises UserError on what is not a source.
+  """
+  fields = _parse_fields(config.fields)
+  items = re.split(rf",(?=(?:{'|'.join(KINDS)}):)", spec)
+  return tuple(_parse_source(item, fields, config) for item in items)
+
+
+def _parse_fields(text: str) -> tuple[tuple[str, str], ...]:
+  """Pairs of names: "text=body,label=class" -> (("text", "body"), ("label", "class"))."""
   fields = []
-  for item in filter(None, config.fields.split(",")):
+  for item in filter(None, text.split(",")):
     ours, _, theirs = item.partition("=")
     if ours.strip() not in FIELDS or not theirs.strip():
       raise UserError(
-        f"config.data.fields: {item!r} is not of the form OURS=THEIRS with OURS one of {', '.join(FIELDS)}"
+        f"config.data.fields: {item!r} is not of the form OURS=THEIRS with OURS one of "
+        f"{', '.join(FIELDS)}"
       )
     fields.append((ours.strip(), theirs.strip()))
-  sources = []
-  for item in re.split(rf",(?=(?:{'|'.join(KINDS)}):)", spec):
-    kind, colon, name = item.partition(":")
-    if not colon or kind not in KINDS:
-      raise UserError(
-        f"{item!r} is not a source: expected KIND:NAME with KIND one of "
-        f"{', '.join(KINDS)}, e.g. text:corpus.txt"
-      )
-    weight, split = 1.0, ""
-    if match := re.fullmatch(r"(.*)@([0-9.]+)", name):
-      name = match[1]
-      try:
-        weight = float(match[2])
-      except ValueError:
-        weight = 0.0
-      if weight <= 0:
-        raise UserError(f"{item!r}: the weight after @ must be a positive number")
-    if kind in ("embedded", "tfds", "hf") and (match := re.fullmatch(r"(.*)\[(.*)\]", name)):
-      name, split = match.groups()
-    if not name:
-      raise UserError(f"{item!r}: a name is missing after {kind}:")
-    sources.append(Source(kind, name, split, weight, tuple(fields), cache.cache_dir(config.cache)))
-  return tuple(sources)
+  return tuple(fields)
+
+
+def _parse_source(item: str, fields: tuple[tuple[str, str], ...], config: DataConfig) -> Source:
+  """The source of one item of a mixture, e.g. "embedded:reviews[test]@0.3"."""
+  kind, colon, name = item.partition(":")
+  if not colon or kind not in KINDS:
+    raise UserError(
+      f"{item!r} is not a source: expected KIND:NAME with KIND one of "
+      f"{', '.join(KINDS)}, e.g. text:corpus.txt"
+    )
+  weight = 1.0
+  if match := re.fullmatch(r"(.*)@([0-9.]+)", name):
+    name = match[1]
+    try:
+      weight = float(match[2])
+    except ValueError:
+      weight = 0.0
+    if weight <= 0:
+      raise UserError(f"{item!r}: the weight after @ must be a positive number")
+  split = ""
+  if KINDS[kind].takes_split and (match := re.fullmatch(r"(.*)\[(.*)\]", name)):
+    name, split = match.groups()
+  if not name:
+    raise UserError(f"{item!r}: a name is missing after {kind}:")
+  return Source(kind, name, split, weight, fields, cache.cache_dir(config.cache))
 
 
 def parse_one(spec: str, config: DataConfig) -> Source:
-  """The source of a string that may not be a mixture. Raises UserError."""
+  """The source of a string. Raises UserError on a mixture or what is not a source."""
   source, *others = parse(spec, config)
   if others:
     raise UserError(f"{spec!r} must be one source, not a mixture")
   return source
 
 
-def _each_file(source: Source, read) -> Iterator[dict]:
-  for path in source.files():
-    yield from read(path)
+def compression(path: pathlib.Path) -> str:
+  """The ending of a compressed file; "" for any other file."""
+  return path.suffix if path.suffix in COMPRESSIONS else ""
+
+
+def open_decompressed(path: pathlib.Path) -> BinaryIO:
+  """Opens a file for reading bytes, decompressed by its ending."""
+  if compression(path) == ".gz":
+    return cast(BinaryIO, gzip.open(path))
+  if compression(path) == ".bz2":
+    return cast(BinaryIO, bz2.open(path))
+  if compression(path) == ".zst":
+    import pyarrow
+
+    return pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
+  return open(path, "rb")
 
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
+  """Numbers, from 1, and lines of a text file.
+
+  Raises UserError on a file that is not UTF-8, damaged or not readable.
+  """
   number = 0
   try:
-    with open(path, encoding="utf-8-sig", errors="strict", newline=None) as file:
-      for number, line in enumerate(file, 1):
+    with open_decompressed(path) as file:
+      for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig"), 1):
         yield number, line
   except UnicodeDecodeError as error:
     raise UserError(
       f"{path}: not UTF-8 after line {number} ({error.reason}); "
       "convert it, e.g. with iconv -t utf-8"
     )
-  except OSError as error:
-    raise UserError(f"{path}: {error.strerror}")
+  except (EOFError, OSError, zlib.error) as error:
+    if compression(path) and not getattr(error, "errno", None):
+      raise UserError(
+        f"{path}: cut off or damaged after line {number} ({first_line(error)}); compress or copy "
+        "the file again"
+      )
+    raise UserError(f"{path}: {getattr(error, 'strerror', None) or first_line(error)}")
 
 
-def _text_records(path) -> Iterator[dict]:
+def _text_records(path: pathlib.Path) -> Iterator[dict]:
+  """A record for every document; blank lines separate them."""
   block = []
   for _, line in _lines(path):
     if line.strip():
@@ -181,7 +243,8 @@ def _text_records(path) -> Iterator[dict]:
     yield {"text": "\n".join(block)}
 
 
-def _jsonl_records(path) -> Iterator[dict]:
+def _jsonl_records(path: pathlib.Path) -> Iterator[dict]:
+  """A record for every line that is not blank."""
   for number, line in _lines(path):
     if not line.strip():
       continue
@@ -194,33 +257,34 @@ def _jsonl_records(path) -> Iterator[dict]:
     yield {**record, "_where": f"{path}:{number}"}
 
 
-def _csv_records(path) -> Iterator[dict]:
+def _csv_records(path: pathlib.Path) -> Iterator[dict]:
+  """A record for every row; the first row names the fields."""
   reader = csv.DictReader((line for _, line in _lines(path)), strict=True)
   try:
     for record in reader:
       if None in record or None in record.values():
+        columns = reader.fieldnames or ()
         raise UserError(
-          f"{path}:{reader.line_num}: expected {len(reader.fieldnames)} columns "
-          f"({', '.join(reader.fieldnames)})"
+          f"{path}:{reader.line_num}: expected {len(columns)} columns ({', '.join(columns)})"
         )
       yield {**record, "_where": f"{path}:{reader.line_num}"}
   except csv.Error as error:
     raise UserError(f"{path}:{reader.line_num}: not CSV: {error}")
 
 
-def _squad_records(path) -> Iterator[dict]:
-  """A record a question of a file in SQuAD's layout (versions 1.1 and 2.0)."""
+def _squad_records(path: pathlib.Path) -> Iterator[dict]:
+  """A record for every question of a file in the layout of SQuAD 1.1 or 2.0."""
   try:
-    whole = json.loads("".join(line for _, line in _lines(path)))
-    for article in whole["data"]:
+    content = json.loads("".join(line for _, line in _lines(path)))
+    for article in content["data"]:
       for paragraph in article["paragraphs"]:
-        for asked in paragraph["qas"]:
+        for question in paragraph["qas"]:
           yield {
             "text": paragraph["context"],
-            "question": asked["question"],
-            "id": str(asked["id"]),
-            "answers": asked.get("answers", []),
-            "_where": f"{path}: question {asked['id']}",
+            "question": question["question"],
+            "id": str(question["id"]),
+            "answers": question.get("answers", []),
+            "_where": f"{path}: question {question['id']}",
           }
   except ValueError as error:
     raise UserError(f"{path}: not JSON: {first_line(error)}")
@@ -230,16 +294,36 @@ def _squad_records(path) -> Iterator[dict]:
     )
 
 
-def _tfds_builder(source: Source):
+def _parquet_records(path: pathlib.Path) -> Iterator[dict]:
+  """A record for every row; the columns are the fields. Reads 1,024 rows at a time."""
+  import pyarrow
+  from pyarrow import parquet
+
+  number = 0
+  try:
+    with parquet.ParquetFile(path) as table:
+      for batch in table.iter_batches(batch_size=1024):
+        for record in batch.to_pylist():
+          number += 1
+          yield {**record, "_where": f"{path} row {number}"}
+  except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    raise UserError(
+      f"{path}: not a whole Parquet file after row {number} ({first_line(error)}); copy it again"
+    )
+
+
+def _tfds_builder(source: Source) -> Any:
+  """The data set's builder (`Any`: its annotations lack keywords)."""
   import tensorflow_datasets as tfds
 
   try:
     return tfds.builder(source.name, file_format="array_record")
-  except Exception as error:  # many kinds: unknown name, no network, unreadable folder
+  except Exception as error:  # an unknown name, no network, a folder that cannot be read, ..
     raise UserError(f"{source.spec}: {first_line(error)}")
 
 
 def _tfds_records(source: Source) -> Iterator[dict]:
+  """The records of a data set of TFDS, classes by their names; None for a missing class."""
   import tensorflow_datasets as tfds
 
   builder = _tfds_builder(source)
@@ -248,26 +332,30 @@ def _tfds_records(source: Source) -> Iterator[dict]:
     data = builder.as_data_source(split=source.split or "train")
   except Exception as error:
     raise UserError(f"{source.spec}: {first_line(error)}")
-  names = {
+  classes = {
     key: feature
     for key, feature in builder.info.features.items()
     if isinstance(feature, tfds.features.ClassLabel)
   }
   for number in range(len(data)):
-    record = {}
-    for key, value in data[number].items():
-      if isinstance(value, bytes):
-        record[key] = value.decode("utf-8")
-      elif key in names:
-        record[key] = names[key].int2str(int(value)) if value >= 0 else None
-      else:
-        record[key] = value.item() if hasattr(value, "item") and value.ndim == 0 else value
+    record = {key: _tfds_value(value, classes.get(key)) for key, value in data[number].items()}
     yield {**record, "_where": f"{source.spec} record {number}"}
 
 
-def _hf_dataset(source: Source):
+def _tfds_value(value: Any, label: Any) -> Any:
+  """A value of TFDS as Python's own type. label: the feature of a class, None for other values."""
+  if isinstance(value, bytes):
+    return value.decode("utf-8")
+  if label is not None:
+    return label.int2str(int(value)) if value >= 0 else None
+  if hasattr(value, "item") and value.ndim == 0:
+    return value.item()
+  return value
+
+
+def _hf_dataset(source: Source) -> Any:
   try:
-    import datasets
+    import datasets  # pyright: ignore[reportMissingImports] (part of the extra hf)
   except ImportError:
     raise UserError(f"{source.spec} needs the extra hf: pip install -e '.[hf]'")
   name, _, config = source.name.partition(":")
@@ -278,12 +366,71 @@ def _hf_dataset(source: Source):
 
 
 def _hf_records(source: Source) -> Iterator[dict]:
+  """The records of a data set of the hub, classes by their names; None for a missing class."""
   data = _hf_dataset(source)
-  names = {
+  class_names = {
     key: feature.names for key, feature in data.features.items() if hasattr(feature, "names")
   }
   for number, record in enumerate(data):
-    for key, classes in names.items():
+    for key, names in class_names.items():
       if isinstance(record[key], int):
-        record[key] = classes[record[key]] if record[key] >= 0 else None
+        record[key] = names[record[key]] if record[key] >= 0 else None
     yield {**record, "_where": f"{source.spec} record {number}"}
+
+
+def _embedded_records(source: Source) -> list[dict]:
+  return embedded.records(source.name, source.split or "train", source.cache)
+
+
+def _embedded_content(source: Source) -> list[str]:
+  return [embedded.ARCHIVES.get(source.name, ("", "", ""))[1], source.split]
+
+
+def _tfds_content(source: Source) -> list[str]:
+  return [_tfds_builder(source).info.full_name, source.split]
+
+
+def _hf_content(source: Source) -> list[str]:
+  return [_hf_dataset(source)._fingerprint]
+
+
+def _file_digests(source: Source) -> list[str]:
+  return [cache.file_digest(path) for path in source.files()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """How to read the sources of one kind.
+
+  records: the records, before fields are renamed.
+  content: strings that change when the records change.
+  takes_split: whether a split in brackets may follow the name.
+  endings: of the files that a folder stands for.
+  """
+
+  records: Callable[[Source], Iterable[dict]]
+  content: Callable[[Source], list[str]]
+  takes_split: bool = False
+  endings: tuple[str, ...] = ()
+
+
+def _of_files(read: Callable[[pathlib.Path], Iterator[dict]], *endings: str) -> Kind:
+  """A kind of source that consists of files. read: yields the records of one file."""
+
+  def records(source: Source) -> Iterator[dict]:
+    for path in source.files():
+      yield from read(path)
+
+  return Kind(records, _file_digests, endings=endings)
+
+
+KINDS: dict[str, Kind] = {
+  "embedded": Kind(_embedded_records, _embedded_content, takes_split=True),
+  "text": _of_files(_text_records, ".txt", ".text"),
+  "jsonl": _of_files(_jsonl_records, ".jsonl", ".ndjson"),
+  "csv": _of_files(_csv_records, ".csv"),
+  "squad": _of_files(_squad_records, ".json"),
+  "parquet": _of_files(_parquet_records, ".parquet"),
+  "tfds": Kind(_tfds_records, _tfds_content, takes_split=True),
+  "hf": Kind(_hf_records, _hf_content, takes_split=True),
+}

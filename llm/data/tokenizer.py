@@ -1,31 +1,37 @@
-"""Text to ids and back: SentencePiece (trained here or loaded), WordPiece vocabularies, the tokenizer.json
-of published checkpoints, bytes.
+"""Text to ids and back.
 
-All of them have the attributes of `Tokenizer`; an id that a vocabulary does not have is -1.
+A tokenizer is a SentencePiece model (trained here or loaded), a WordPiece vocabulary, the
+tokenizer.json of a published checkpoint, or bytes. All have the attributes of `Tokenizer`.
 """
 
 import io
 import json
 import pathlib
-from typing import Iterable, Mapping, Sequence
+from typing import Any, Iterable, Mapping, Sequence
 
 import numpy as np
 import sentencepiece
 import tokenizers
+from etils import epath
+from tokenizers.implementations.base_tokenizer import BaseTokenizer
 
 from llm.config import TokenizerConfig
 from llm.core import UserError, first_line
 from llm.data import cache
+from llm.data.sources import Source
 
 META = "tokenizer_config.json"
 SPECIAL = ("pad", "unk", "cls", "sep", "mask", "eos")
 
+Folder = pathlib.Path | epath.Path
+
 
 class Tokenizer:
-  """What the rest of the code knows of a tokenizer.
+  """The attributes and methods of every tokenizer.
 
-  pad, unk, cls, sep, mask, eos: ids or -1. pieces: the V strings. starts_word_V: bool, whether a
-  piece begins a word. files: what `save` writes, by name.
+  pad, unk, cls, sep, mask, eos: the id of the special piece, or -1 where the vocabulary has none.
+  pieces: the V strings of the vocabulary. starts_word_V: bool, whether a piece begins a word.
+  files: file name -> content, as `save` writes them.
   """
 
   name: str
@@ -33,53 +39,56 @@ class Tokenizer:
   starts_word_V: np.ndarray
   files: dict[str, bytes]
   lowercase: bool = False
-  special: dict[str, str] = {}  # pad, unk, ... -> piece, where the files do not say it
-  extra: int = 0  # sentinels after the pieces of the file
-  template: str = ""  # of conversations, in Jinja, where the checkpoint came with one
+  special: dict[str, str] = {}  # pad, unk, ... -> piece, where a checkpoint names its own
+  extra: int = 0  # the number of sentinels after the pieces of the file
+  template: str = ""  # the checkpoint's template of conversations (Jinja), if it has one
   pad = unk = cls = sep = mask = eos = -1
 
   def encode(self, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of each text, no special ones added."""
+    """The ids of each text, without special ones."""
     raise NotImplementedError
 
   def encode_spans(self, texts: Sequence[str]) -> list[tuple[list[int], np.ndarray]]:
-    """Ids of each text and where each stands in it: Nx2 characters, from and to."""
+    """The N ids of each text and their places in it: Nx2 characters, from and to."""
     raise NotImplementedError
 
   def decode(self, ids: Iterable[int]) -> str:
-    """The text of ids; special ones are left out."""
+    """The text of the ids. Special ones are left out."""
     raise NotImplementedError
 
   @property
   def vocab_size(self) -> int:
+    """V, the number of pieces."""
     return len(self.pieces)
 
   @property
   def special_ids(self) -> np.ndarray:
-    """The ids that no mask may hide and no random replacement may be."""
-    return np.array(
-      sorted({*(getattr(self, s) for s in SPECIAL), *self.sentinels} - {-1}), np.int32
-    )
+    """The ids of special pieces and sentinels, in order. Masking neither hides nor inserts them."""
+    ids = {self.id_of(name) for name in SPECIAL}
+    ids.update(self.sentinels)
+    ids.discard(-1)
+    return np.array(sorted(ids), np.int32)
 
   @property
   def sentinels(self) -> list[int]:
-    """T5's <extra_id_0>, <extra_id_1>, ..: they count down from the top of the vocabulary."""
+    """The ids of <extra_id_0>, <extra_id_1>, .. (T5). They count down from the last id."""
     known = {piece: i for i, piece in enumerate(self.pieces) if piece.startswith("<extra_id_")}
     return [known[f"<extra_id_{n}>"] for n in range(len(known)) if f"<extra_id_{n}>" in known]
 
   def id_of(self, name: str) -> int:
-    """The id of a special piece (SPECIAL); -1 where the vocabulary has none."""
+    """The id of the special piece of a name in SPECIAL; -1 where the vocabulary has none."""
     return getattr(self, name)
 
-  def require(self, *names: str):
-    """Raises UserError unless the vocabulary has these special ids."""
-    if missing := [n for n in names if getattr(self, n) == -1]:
+  def require(self, *names: str) -> None:
+    """Raises UserError where the vocabulary lacks one of these special pieces."""
+    if missing := [name for name in names if self.id_of(name) == -1]:
       raise UserError(
         f"the {self.name} vocabulary has no piece for {', '.join(missing)}, which "
         "this objective needs; train one (config.tokenizer.path='')"
       )
 
   def digest(self) -> str:
+    """A digest of the vocabulary: tokenizers of equal digests give equal ids."""
     return cache.digest(
       self.name,
       str(self.lowercase),
@@ -88,19 +97,19 @@ class Tokenizer:
       *(f"{k}={v}" for k, v in self.special.items()),
     )
 
-  def save(self, folder: pathlib.PurePath):
-    """Writes the files, and what they are; `load` reads them."""
+  def save(self, folder: Folder) -> None:
+    """Writes the files and their description into `folder`, for `load`."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in self.files.items():
       (folder / name).write_bytes(data)
-    meta = {
+    description = {
       "name": self.name,
       "lowercase": self.lowercase,
       "special": self.special,
       "extra": self.extra,
       "template": self.template,
     }
-    (folder / META).write_text(json.dumps(meta))
+    (folder / META).write_text(json.dumps(description))
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -110,45 +119,53 @@ class SentencePieceTokenizer(Tokenizer):
   FILE = "spiece.model"
 
   def __init__(self, model: bytes, lowercase: bool = False, extra: int = 0):
-    self.files, self.lowercase, self.extra = {self.FILE: model}, lowercase, extra
-    self._sp = sentencepiece.SentencePieceProcessor()
+    self.files = {self.FILE: model}
+    self.lowercase = lowercase
+    self.extra = extra
+    self._model = sentencepiece.SentencePieceProcessor()
     try:
-      self._sp.LoadFromSerializedProto(model)
+      self._model.LoadFromSerializedProto(model)
     except RuntimeError:
       raise UserError("not a SentencePiece model")
-    size = self._sp.GetPieceSize()
-    self.pieces = [self._sp.IdToPiece(i) for i in range(size)] + _sentinel_pieces(extra)
+    size = self._model.GetPieceSize()
+    self.pieces = [self._model.IdToPiece(i) for i in range(size)] + _sentinel_pieces(extra)
     self.starts_word_V = np.array([p.startswith("▁") for p in self.pieces])
-    self.pad, self.unk, self.eos = self._sp.pad_id(), self._sp.unk_id(), self._sp.eos_id()
-    known = {p: i for i, p in enumerate(self.pieces)}
-    self.cls, self.sep, self.mask = (known.get(p, -1) for p in ("[CLS]", "[SEP]", "[MASK]"))
+    self.pad = self._model.pad_id()
+    self.unk = self._model.unk_id()
+    self.eos = self._model.eos_id()
+    ids = {piece: i for i, piece in enumerate(self.pieces)}
+    self.cls = ids.get("[CLS]", -1)
+    self.sep = ids.get("[SEP]", -1)
+    self.mask = ids.get("[MASK]", -1)
 
   def encode(self, texts):
-    return self._sp.Encode(list(texts))
+    return self._model.Encode(list(texts))
 
   def encode_spans(self, texts):
-    found = self._sp.Encode(list(texts), return_type="offset_mapping")
-    return [(f["ids"], _spans(f["offsets"])) for f in found]
+    mappings = self._model.Encode(list(texts), return_type="offset_mapping")
+    return [(mapping["ids"], _spans(mapping["offsets"])) for mapping in mappings]
 
   def decode(self, ids):
-    return self._sp.Decode([int(i) for i in ids if i < len(self.pieces) - self.extra])
+    size = len(self.pieces) - self.extra  # the model does not know the sentinels
+    return self._model.Decode([int(i) for i in ids if i < size])
 
 
 class FastTokenizer(Tokenizer):
-  """One that the `tokenizers` package computes: `_fast`."""
+  """A tokenizer of the `tokenizers` package."""
+
+  _fast: tokenizers.Tokenizer | BaseTokenizer
 
   def definition(self) -> bytes:
     """All of it as a tokenizer.json."""
     return self._fast.to_str().encode()
 
   def encode(self, texts):
-    return [e.ids for e in self._fast.encode_batch(list(texts), add_special_tokens=False)]
+    encodings = self._fast.encode_batch(list(texts), add_special_tokens=False)
+    return [encoding.ids for encoding in encodings]
 
   def encode_spans(self, texts):
-    return [
-      (e.ids, _spans(e.offsets))
-      for e in self._fast.encode_batch(list(texts), add_special_tokens=False)
-    ]
+    encodings = self._fast.encode_batch(list(texts), add_special_tokens=False)
+    return [(encoding.ids, _spans(encoding.offsets)) for encoding in encodings]
 
   def decode(self, ids):
     return self._fast.decode([int(i) for i in ids])
@@ -161,25 +178,30 @@ class WordPieceTokenizer(FastTokenizer):
   FILE = "vocab.txt"
 
   def __init__(self, vocabulary: bytes, lowercase: bool = True):
-    self.files, self.lowercase = {self.FILE: vocabulary}, lowercase
+    self.files = {self.FILE: vocabulary}
+    self.lowercase = lowercase
     try:
       self.pieces = vocabulary.decode("utf-8").splitlines()
     except UnicodeDecodeError:
       raise UserError("the WordPiece vocabulary is not UTF-8")
-    known = {p: i for i, p in enumerate(self.pieces)}
+    ids = {piece: i for i, piece in enumerate(self.pieces)}
     self.starts_word_V = np.array([not p.startswith("##") for p in self.pieces])
     for name in ("pad", "unk", "cls", "sep", "mask"):
-      setattr(self, name, known.get(f"[{name.upper()}]", -1))
+      setattr(self, name, ids.get(f"[{name.upper()}]", -1))
     if self.unk == -1:
       raise UserError(
-        "the WordPiece vocabulary has no [UNK]: one piece a line, as BERT's vocab.txt"
+        "the WordPiece vocabulary has no [UNK]: it must have one piece a line, as BERT's vocab.txt"
       )
     self.eos = self.sep
-    self._fast = tokenizers.BertWordPieceTokenizer(known, lowercase=lowercase)
+    self._fast = tokenizers.BertWordPieceTokenizer(ids, lowercase=lowercase)
 
 
 class HuggingFaceTokenizer(FastTokenizer):
-  """A tokenizer.json of the `tokenizers` package, whatever is in it. special: as its checkpoint says."""
+  """Any tokenizer.json of the `tokenizers` package.
+
+  special: pad, unk, .. -> piece, as the checkpoint names them. For any other name, the first of its
+  SPELLINGS in the vocabulary counts.
+  """
 
   name = "huggingface"
   FILE = "tokenizer.json"
@@ -193,20 +215,22 @@ class HuggingFaceTokenizer(FastTokenizer):
   }
 
   def __init__(self, definition: bytes, lowercase: bool = False, special: Mapping[str, str] = {}):
-    self.files, self.special = {self.FILE: definition}, dict(special)
+    self.files = {self.FILE: definition}
+    self.special = dict(special)
     try:
       self._fast = tokenizers.Tokenizer.from_buffer(definition)
     except Exception as error:  # the package raises nothing narrower
       raise UserError(f"tokenizer.json cannot be read: {first_line(error)}")
-    self._fast.no_truncation()  # files of published checkpoints may carry both
+    # The files of published checkpoints may ask for truncation and padding.
+    self._fast.no_truncation()
     self._fast.no_padding()
-    known = self._fast.get_vocab(with_added_tokens=True)
-    self.pieces = [""] * (max(known.values()) + 1)
-    for piece, i in known.items():
+    ids = self._fast.get_vocab(with_added_tokens=True)
+    self.pieces = [""] * (max(ids.values()) + 1)
+    for piece, i in ids.items():
       self.pieces[i] = piece
-    for name, spellings in self.SPELLINGS.items():
-      spellings = (special[name],) if name in special else spellings
-      setattr(self, name, next((known[s] for s in spellings if s in known), -1))
+    for name, usual_spellings in self.SPELLINGS.items():
+      spellings = (special[name],) if name in special else usual_spellings
+      setattr(self, name, next((ids[s] for s in spellings if s in ids), -1))
     if any(p.startswith("##") for p in self.pieces):
       self.starts_word_V = np.array([not p.startswith("##") for p in self.pieces])
     else:
@@ -214,47 +238,51 @@ class HuggingFaceTokenizer(FastTokenizer):
 
 
 class ByteTokenizer(Tokenizer):
-  """UTF-8 bytes, and the special ids after them. A word starts with its space."""
+  """The 256 bytes of UTF-8, then the special pieces. A word begins with its space."""
 
   name = "bytes"
 
   def __init__(self, extra: int = 0):
-    self.files, self.extra = {}, extra
-    self.pieces = (
-      [f"<{b:02X}>" for b in range(256)]
-      + [f"[{s.upper()}]" for s in SPECIAL]
-      + _sentinel_pieces(extra)
-    )
-    self.pad, self.unk, self.cls, self.sep, self.mask, self.eos = range(256, 262)
+    self.files = {}
+    self.extra = extra
+    self.pieces = [f"<{byte:02X}>" for byte in range(256)]
+    for name in SPECIAL:
+      setattr(self, name, len(self.pieces))
+      self.pieces.append(f"[{name.upper()}]")
+    self.pieces += _sentinel_pieces(extra)
     self.starts_word_V = np.arange(len(self.pieces)) == ord(" ")
 
   def encode(self, texts):
     return [list(text.encode("utf-8")) for text in texts]
 
   def encode_spans(self, texts):
-    out = []
+    encoded = []
     for text in texts:
-      owner = np.repeat(np.arange(len(text)), [len(c.encode("utf-8")) for c in text])
-      out.append((list(text.encode("utf-8")), np.stack([owner, owner + 1], 1)))
-    return out
+      bytes_of_character = [len(character.encode("utf-8")) for character in text]
+      character = np.repeat(np.arange(len(text)), bytes_of_character)
+      encoded.append((list(text.encode("utf-8")), np.stack([character, character + 1], 1)))
+    return encoded
 
   def decode(self, ids):
     return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
 
 
-def _spans(offsets) -> np.ndarray:
+def _spans(offsets: Sequence[tuple[int, int]]) -> np.ndarray:
+  """Nx2 characters, from and to."""
   return np.array(offsets, np.int64).reshape(-1, 2)
 
 
 def _sentinel_pieces(count: int) -> list[str]:
+  """T5's sentinels in the order of their ids: <extra_id_0> comes last."""
   return [f"<extra_id_{n}>" for n in reversed(range(count))]
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, lowercase: bool) -> bytes:
-  """A unigram model of at most vocab_size pieces, [PAD] [UNK] </s> [CLS] [SEP] [MASK] first.
+  """A serialized unigram model of at most vocab_size pieces (Kudo and Richardson 2018).
 
-  A corpus too small for so many pieces gets fewer. A cased one is for models that write: line breaks are pieces, and
-  what has no piece is spelled in bytes, 256 more.
+  The first pieces are [PAD] [UNK] </s> [CLS] [SEP] [MASK]. A small corpus may give fewer pieces. A
+  cased model (lowercase=False) serves models that write: it has a piece for the line break and 256
+  for bytes, which spell characters without a piece. Raises UserError where training fails.
   """
   model = io.BytesIO()
   lines = (line for text in texts for line in text.splitlines())
@@ -289,35 +317,38 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, lowercase: bool) 
 
 
 def _read(path: str) -> bytes:
+  """The file of config.tokenizer.path."""
   try:
     return pathlib.Path(path).read_bytes()
   except OSError as error:
     raise UserError(f"config.tokenizer.path={path}: {error.strerror}")
 
 
-def load(folder: pathlib.PurePath) -> Tokenizer:
-  """What `save` wrote."""
-  meta = json.loads((folder / META).read_text())
+def load(folder: Folder) -> Tokenizer:
+  """The tokenizer that `save` wrote into `folder`."""
+  description = json.loads((folder / META).read_text())
+  extra = description.get("extra", 0)
+  if description["name"] == ByteTokenizer.name:
+    return ByteTokenizer(extra)
   kinds = {k.name: k for k in (SentencePieceTokenizer, WordPieceTokenizer, HuggingFaceTokenizer)}
-  if meta["name"] == "bytes":
-    return ByteTokenizer(meta.get("extra", 0))
-  kind = kinds[meta["name"]]
-  more = (
-    {"special": meta["special"]}
-    if kind is HuggingFaceTokenizer
-    else {"extra": meta.get("extra", 0)}
-    if kind is SentencePieceTokenizer
-    else {}
-  )
-  made = kind((folder / kind.FILE).read_bytes(), meta["lowercase"], **more)
-  made.template = meta.get("template", "")
-  return made
+  kind = kinds[description["name"]]
+  arguments: dict[str, Any] = {"lowercase": description["lowercase"]}
+  if kind is HuggingFaceTokenizer:
+    arguments["special"] = description["special"]
+  elif kind is SentencePieceTokenizer:
+    arguments["extra"] = extra
+  tokenizer = kind((folder / kind.FILE).read_bytes(), **arguments)
+  tokenizer.template = description.get("template", "")
+  return tokenizer
 
 
-def make(config: TokenizerConfig, sources, cache_folder: pathlib.Path) -> Tokenizer:
-  """The tokenizer of a config: loaded from `path`, or SentencePiece trained on the sources (once).
+def make(
+  config: TokenizerConfig, sources: Sequence[Source], cache_folder: pathlib.Path
+) -> Tokenizer:
+  """The tokenizer of a config: loaded from `path`, or a SentencePiece model trained on the sources.
 
-  Raises UserError on a missing or unreadable file and where a kind cannot be trained.
+  A trained model is kept in the cache. Raises UserError where a file cannot be read, and where a
+  tokenizer without a path cannot be trained.
   """
   if config.name == "bytes":
     return ByteTokenizer(config.sentinels)
@@ -335,6 +366,13 @@ def make(config: TokenizerConfig, sources, cache_folder: pathlib.Path) -> Tokeni
     )
   if config.path:
     return SentencePieceTokenizer(_read(config.path), config.lowercase, config.sentinels)
+  return _trained(config, sources, cache_folder)
+
+
+def _trained(
+  config: TokenizerConfig, sources: Sequence[Source], cache_folder: pathlib.Path
+) -> Tokenizer:
+  """A SentencePiece tokenizer trained on the sources, unless the cache has it."""
   key = cache.digest(
     "unigram 2",
     str(config.vocab_size),
@@ -343,7 +381,7 @@ def make(config: TokenizerConfig, sources, cache_folder: pathlib.Path) -> Tokeni
     *(s.digest() for s in sources),
   )
 
-  def train(folder):
+  def train(folder: pathlib.Path) -> None:
     print(f"training a SentencePiece model of {config.vocab_size} pieces ...", flush=True)
     texts = (record["text"] for source in sources for record in source.records())
     model = train_sentencepiece(texts, config.vocab_size, config.lowercase)

@@ -1,17 +1,18 @@
-"""A fine-tuned checkpoint that labels records, or answers questions on them."""
+"""A fine-tuned checkpoint labels records, or answers questions on them."""
 
 import functools
-from typing import Sequence
+from typing import Any, Sequence
 
 import jax
 import numpy as np
 import tqdm
 from etils import epath
+from flax import linen as nn
 
 from llm import sharding
 from llm.checkpoints import manager
 from llm.config import MeshConfig
-from llm.core import UserError
+from llm.core import Batch, Params, UserError
 from llm.data import batches as batches_lib
 from llm.objectives import base
 from llm.training import experiment as experiment_lib
@@ -21,7 +22,10 @@ BATCH_SIZE = 32  # rows at a time
 
 
 class Labeller:
-  """A verified step ready to label. Raises UserError where it was trained for something else."""
+  """A verified step that is ready to label records.
+
+  Raises UserError if it was trained for an objective that labels nothing.
+  """
 
   def __init__(self, step: epath.Path):
     self.saved = experiment_lib.from_checkpoint(step)
@@ -32,10 +36,11 @@ class Labeller:
         "configs/finetune_classification.py or finetune_qa.py first"
       )
     self.objective: base.Labels = self.saved.objective
-    self.step, self.name = step, name
+    self.step = step
+    self.name = name
 
   def check(self, record: dict):
-    """Raises UserError where a record lacks a field, or has one that would be ignored."""
+    """Raises UserError if a record lacks a field, or has one that would be ignored."""
     known = (*self.objective.fields, *self.objective.optional)
     takes = f"a checkpoint of {self.name} takes {', '.join(known)}"
     where = record.get("_where", "the record")
@@ -46,7 +51,7 @@ class Labeller:
       raise UserError(f"{where} has a {ignored[0]}, which would be ignored: {takes}")
 
   def label(self, records: Sequence[dict]) -> tuple[base.Predictions, base.Rows]:
-    """What `results` and `write` of the objective are made of."""
+    """(predictions, rows), for the objective's `results` and `write`."""
     config = self.saved.config
     length = config.training.sequence_length
     rows = self.objective.encode(records, self.saved.tokenizer, config.model, length)
@@ -64,12 +69,15 @@ class Labeller:
         disable=None,
       )
       predicted = [jax.tree.map(host_rows, forward(params, batch)) for batch in batches]
-    merged = {
-      name: np.concatenate([of_batch[name] for of_batch in predicted])[: len(rows)]
-      for name in predicted[0]
-    }
-    return merged, rows
+    predictions = {}
+    for name in predicted[0]:
+      parts = [of_batch[name] for of_batch in predicted]
+      predictions[name] = np.concatenate(parts)[: len(rows)]  # the last batch was filled up
+    return predictions, rows
 
 
-def _predict(model, objective: base.Objective, params: dict, batch: dict) -> dict[str, jax.Array]:
-  return objective.predict(model.apply({"params": params}, batch, train=False), batch)
+def _predict(
+  model: nn.Module, objective: base.Objective, params: Params, batch: Batch
+) -> dict[str, jax.Array]:
+  outputs: Any = model.apply({"params": params}, batch, train=False)
+  return objective.predict(outputs, batch)

@@ -1,4 +1,4 @@
-"""A checkpoint that writes after prompts."""
+"""A checkpoint continues prompts."""
 
 import dataclasses
 import functools
@@ -14,22 +14,22 @@ from jax.sharding import PartitionSpec as P
 from llm import models, sharding
 from llm.checkpoints import adapters
 from llm.config import MeshConfig, ModelConfig
-from llm.core import UserError, round_up
+from llm.core import Params, UserError, round_up
 from llm.models import decoding, precision, resolve, transformer
 from llm.models.architecture import kv_heads_of, padded_vocab
 from llm.models.decoding import Sampling
 from llm.training import step as step_lib
 from llm.training.experiment import Bundle
 
-CHUNK = 16  # tokens between two looks at what was written
+CHUNK = 16  # tokens between two looks at the text, where a caller reads along or a stop may end it
 
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-  """What a checkpoint wrote after one prompt.
+  """The text that a checkpoint wrote after one prompt.
 
-  ended: by `end` (of text), `stop` (a stop string) or `length`. choices: the likeliest tokens and
-  their probabilities at each step.
+  ended: what ended it: `end` (the end token), `stop` (a stop text) or `length`. choices: the
+  likeliest tokens with their probabilities, at each step.
   """
 
   text: str
@@ -39,7 +39,7 @@ class Written:
 
 
 def _mesh(config: ModelConfig) -> jax.sharding.Mesh:
-  """As many of this process's devices as divide what they share: heads, feed-forward, vocabulary."""
+  """A mesh of this process's devices, as many as divide the heads, feed-forward and vocabulary."""
   devices = jax.local_devices()
   count = math.gcd(
     kv_heads_of(config), config.mlp_dim, padded_vocab(config.vocab_size), len(devices)
@@ -48,170 +48,189 @@ def _mesh(config: ModelConfig) -> jax.sharding.Mesh:
 
 
 class Writer:
-  """A checkpoint ready to write. Programs are compiled once a bucket of prompt lengths and rows."""
+  """A checkpoint that is ready to write.
+
+  A program is compiled once for each number of rows and each bucket of prompt lengths. Raises
+  UserError if the checkpoint is an encoder or its vocabulary has no end token.
+  """
 
   def __init__(self, bundle: Bundle):
-    asked = bundle.config.model
-    kind = models.facts(asked).kind
+    model = bundle.config.model
+    kind = models.facts(model).kind
     if kind == "encoder":
       raise UserError(
-        f"{asked.name} is an encoder and does not write; give a --prompt with [MASK] to be filled"
+        f"{model.name} is an encoder and does not write; give a --prompt with [MASK] to be filled"
       )
     self.tokenizer = bundle.tokenizer
     self.tokenizer.require("eos")
     self.pad = max(self.tokenizer.pad, 0)
-    self.reads_first = kind == "encoder_decoder"
-    self.any_type = asked.dtype == "auto"
-    merged = dataclasses.replace(asked, lora_rank=0, attention="reference")
+    self.has_encoder = kind == "encoder_decoder"
+    self.dtype_is_auto = model.dtype == "auto"
+    merged = dataclasses.replace(model, lora_rank=0, attention="reference")
     self.config = resolve.resolved(merged, 0, jax.default_backend(), trains=False)
     self.mesh = _mesh(self.config)
-    self.layers = transformer.unstacked(adapters.merge(bundle.params, asked.lora_alpha))
-    placed = decoding.shardings(self.mesh)
-    self.start = jax.jit(decoding.start, static_argnums=(0, 3, 4, 5), out_shardings=placed)
+    self.host_params = transformer.unstacked(adapters.merge(bundle.params, model.lora_alpha))
+    shardings = decoding.shardings(self.mesh)
+    self.start = jax.jit(decoding.start, static_argnums=(0, 3, 4, 5), out_shardings=shardings)
     self.advance = jax.jit(
-      decoding.advance, static_argnums=(0, 4, 5, 6), donate_argnums=2, out_shardings=placed
+      decoding.advance, static_argnums=(0, 4, 5, 6), donate_argnums=2, out_shardings=shardings
     )
 
   @functools.cached_property
-  def params(self) -> dict:
+  def params(self) -> Params:
     """The parameters on the mesh."""
-    return jax.device_put(self.layers, sharding.shardings(self.layers, self.mesh))
+    return jax.device_put(self.host_params, sharding.shardings(self.host_params, self.mesh))
 
   @functools.cached_property
-  def for_one_row(self) -> tuple[ModelConfig, dict]:
+  def for_one_row(self) -> tuple[ModelConfig, Params]:
     """(config, parameters) that write one row on one CPU device fastest.
 
-    A token reads every weight once, so half the bytes are half the time where the CPU can multiply
-    bfloat16 numbers, even where its bfloat16 products of many rows are not faster. Many rows are
-    written in the type of training.
+    Every token reads every weight once. Half the bytes take half the time where the CPU can
+    multiply bfloat16 numbers, even where its bfloat16 products of many rows are not faster. So a
+    single row may be written in bfloat16, while many rows are written in the type of training.
     """
-    narrow = self.any_type and precision.native_bfloat16()
+    narrow = self.dtype_is_auto and precision.native_bfloat16()
     name = "bfloat16_operands" if narrow else self.config.dtype
     config = dataclasses.replace(self.config, dtype=name)
     dtype = precision.of(config).operands
-    prepared = jax.jit(decoding.for_one_row, static_argnums=1)(self.layers, dtype)
+    prepared = jax.jit(decoding.for_one_row, static_argnums=1)(self.host_params, dtype)
     return config, jax.device_put(prepared, NamedSharding(self.mesh, P()))
 
   def write(
     self,
     prompts: Sequence[str | list[int]],
-    most: int,
+    max_tokens: int,
     sampling: Sampling = Sampling(),
     seed: int = 0,
     stops: Sequence[str] = (),
-    seen: Callable[[list[str]], None] | None = None,
+    on_progress: Callable[[list[str]], None] | None = None,
   ) -> list[Written]:
-    """Continues each prompt, a text or its ids, by `most` tokens at most.
+    """Continues each prompt, a text or its ids, by `max_tokens` tokens at most.
 
-    stops: texts at which writing ends. seen: called with the texts so far, every CHUNK tokens.
-    Raises UserError on a prompt that is empty or too long.
+    stops: texts at which writing ends. on_progress: is called with all texts so far, every CHUNK
+    tokens. Raises UserError if a prompt is empty or too long.
     """
-    ids = [self._encoded(prompt, most) for prompt in prompts]
-    batch, slots = self._batch(ids, most)
+    ids = [self._encoded(prompt, max_tokens) for prompt in prompts]
+    batch, slots = self._batch(ids, max_tokens)
     on_cpu = self.mesh.size == 1 and jax.default_backend() == "cpu"
-    alone = on_cpu and len(ids) == 1
-    config, params = self.for_one_row if alone else (self.config, self.params)
+    if on_cpu and len(ids) == 1:
+      config, params = self.for_one_row
+    else:
+      config, params = self.config, self.params
 
     def run(program: Callable, *args: Any) -> decoding.Writing:
       return step_lib.one_at_a_time(program)(config, params, *args)
 
     with jax.set_mesh(self.mesh):
       key = jax.random.key(seed)
-      writing = run(self.start, batch, slots, round_up(most, 64), self.pad, key)
-      return self._advanced(run, writing, most, sampling, stops, seen)
+      writing = run(self.start, batch, slots, round_up(max_tokens, 64), self.pad, key)
+      return self._advanced(run, writing, max_tokens, sampling, stops, on_progress)
 
-  def _encoded(self, prompt: str | list[int], most: int) -> list[int]:
-    """The ids of a prompt, checked."""
+  def _encoded(self, prompt: str | list[int], max_tokens: int) -> list[int]:
+    """The ids of a prompt. Raises UserError if it is empty or too long."""
     ids = self.tokenizer.encode([prompt])[0] if isinstance(prompt, str) else prompt
     if not ids:
       raise UserError(f"the prompt {prompt!r} is empty: give it a word at least")
-    if self.reads_first:
+    if self.has_encoder:
       return [*ids, self.tokenizer.eos]
-    if len(ids) + most > self.config.max_length:
+    if len(ids) + max_tokens > self.config.max_length:
       raise UserError(
-        f"the prompt has {len(ids)} tokens and --max_tokens={most} more do not fit the model's "
-        f"{self.config.max_length} positions"
+        f"the prompt has {len(ids)} tokens and --max_tokens={max_tokens} more do not fit the "
+        f"model's {self.config.max_length} positions"
       )
     return ids
 
-  def _batch(self, prompts: Sequence[Sequence[int]], most: int) -> tuple[dict, int]:
-    """Prompts as one batch in a bucket of lengths, and the slots of the cache."""
+  def _batch(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> tuple[dict, int]:
+    """(the prompts as a batch, the slots that the cache needs).
+
+    Lengths are rounded up to powers of two and slots to multiples of 64, so that few programs are
+    compiled.
+    """
     longest = max(map(len, prompts))
     length = max(16, 1 << (longest - 1).bit_length())
     shape = (len(prompts), length)
-    batch = {name: np.zeros(shape, np.int32) for name in ("segments", "positions")}
-    batch["tokens"] = np.full(shape, self.pad, np.int32)
+    batch = {
+      "tokens": np.full(shape, self.pad, np.int32),
+      "segments": np.zeros(shape, np.int32),
+      "positions": np.zeros(shape, np.int32),
+    }
     for row, ids in enumerate(prompts):
-      # A decoder's prompts end in one slot.
-      here = slice(0, len(ids)) if self.reads_first else slice(length - len(ids), length)
-      batch["tokens"][row, here] = ids
-      batch["segments"][row, here] = 1
-      batch["positions"][row, here] = np.arange(len(ids))
-    return batch, round_up(most + (1 if self.reads_first else length), 64)
+      # The prompts of a decoder all end in the last slot.
+      first = 0 if self.has_encoder else length - len(ids)
+      places = slice(first, first + len(ids))
+      batch["tokens"][row, places] = ids
+      batch["segments"][row, places] = 1
+      batch["positions"][row, places] = np.arange(len(ids))
+    cached = 1 if self.has_encoder else length
+    return batch, round_up(max_tokens + cached, 64)
 
   def _advanced(
     self,
     run: Callable,
     writing: decoding.Writing,
-    most: int,
+    max_tokens: int,
     sampling: Sampling,
     stops: Sequence[str],
-    seen: Callable[[list[str]], None] | None,
+    on_progress: Callable[[list[str]], None] | None,
   ) -> list[Written]:
-    """Writes on until all rows have ended."""
+    """Writes until all rows have ended."""
     while True:
-      left = min(CHUNK if stops or seen else most, most - int(writing.count))
-      writing = run(self.advance, writing, left, self.tokenizer.eos, self.pad, sampling)
-      of_rows = jax.device_get(
+      steps = min(CHUNK if stops or on_progress else max_tokens, max_tokens - int(writing.count))
+      writing = run(self.advance, writing, steps, self.tokenizer.eos, self.pad, sampling)
+      count = int(writing.count)
+      arrays = jax.device_get(
         (writing.tokens_BxN, writing.best_BxNxE, writing.odds_BxNxE, writing.finished_B)
       )
-      texts = [self._written(*of_row, int(writing.count), stops) for of_row in zip(*of_rows)]
-      if seen:
-        seen([written.text for written in texts])
-      if int(writing.count) >= most or all(written.ended != "length" for written in texts):
+      texts = []
+      for tokens_N, best_NxE, odds_NxE, finished in zip(*arrays):
+        ids = [int(token) for token in tokens_N[:count]]
+        texts.append(self._written(ids, best_NxE, odds_NxE, bool(finished), stops))
+      if on_progress:
+        on_progress([written.text for written in texts])
+      if count >= max_tokens or all(written.ended != "length" for written in texts):
         return texts
 
   def _written(
     self,
-    tokens: np.ndarray,
-    best: np.ndarray,
-    odds: np.ndarray,
+    ids: list[int],
+    best_NxE: np.ndarray,
+    odds_NxE: np.ndarray,
     finished: bool,
-    count: int,
     stops: Sequence[str],
   ) -> Written:
-    """What stands in one row, up to where it ended."""
-    ids = [int(token) for token in tokens[:count]]
+    """The text of one row, up to its end token or its first stop text."""
     ended = "length"
     if finished:
-      ids, ended = ids[: ids.index(self.tokenizer.eos)], "end"
+      ids = ids[: ids.index(self.tokenizer.eos)]
+      ended = "end"
     text = self.tokenizer.decode(ids)
     if places := [text.find(stop) for stop in stops if stop in text]:
-      text, ended = text[: min(places)], "stop"
-    choices = [
-      list(zip(map(int, tokens), map(float, probabilities)))
-      for tokens, probabilities in zip(best[: len(ids) + finished], odds)
-    ]
+      text = text[: min(places)]
+      ended = "stop"
+    choices = []
+    for best_E, odds_E in zip(best_NxE[: len(ids) + finished], odds_NxE):
+      choices.append(list(zip(best_E.tolist(), odds_E.tolist())))
     return Written(text, ids, ended, choices)
 
 
 def in_batches(bundle: Bundle, rows: int) -> Callable[[Sequence[str], int], list[str]]:
-  """write(prompts, most tokens) -> texts, greedily, `rows` prompts at a time.
+  """A function write(prompts, max_tokens) -> texts that writes greedily, `rows` prompts at a time.
 
-  Prompts of like length are written together.
+  Prompts of similar length are written together.
   """
   writer = Writer(bundle)
 
-  def write(prompts: Sequence[str], most: int) -> list[str]:
+  def write(prompts: Sequence[str], max_tokens: int) -> list[str]:
     texts = [""] * len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-    starts = range(0, len(by_length), rows)
-    for start in tqdm.tqdm(starts, desc="writing", unit=" batches", disable=None):
-      numbers = by_length[start : start + rows]
-      same_shape = [prompts[numbers[0]]] * (rows - len(numbers))
-      written = writer.write([prompts[number] for number in numbers] + same_shape, most)
-      for number, one in zip(numbers, written):
-        texts[number] = one.text
+    firsts = range(0, len(by_length), rows)
+    for first in tqdm.tqdm(firsts, desc="writing", unit=" batches", disable=None):
+      numbers = by_length[first : first + rows]
+      # Every batch has the same number of rows, so that one program serves all.
+      fillers = [prompts[numbers[0]]] * (rows - len(numbers))
+      batch = writer.write([prompts[number] for number in numbers] + fillers, max_tokens)
+      for number, written in zip(numbers, batch):
+        texts[number] = written.text
     return texts
 
   return write

@@ -1,4 +1,4 @@
-"""Architectures (Flax Linen). A file exports FACTS, what it is; SIZES, published shapes; Backbone."""
+"""Architectures (Flax Linen): a file exports FACTS (what it is), SIZES (published) and Backbone."""
 
 import importlib
 from types import ModuleType
@@ -9,7 +9,7 @@ from llm.config import ModelConfig
 from llm.core import UserError
 from llm.models.transformer import Facts
 
-NAMES = ("bert", "gpt", "llama", "modernbert", "qwen3", "t5")
+NAMES = ("bert", "electra", "gpt", "llama", "modernbert", "qwen3", "t5")
 
 
 def _module(name: str) -> ModuleType:

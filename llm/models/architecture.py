@@ -1,4 +1,4 @@
-"""What an architecture publishes and a user does not choose, and shapes that follow from a config."""
+"""What an architecture publishes and a user does not choose; shapes that follow from a config."""
 
 import dataclasses
 
@@ -32,6 +32,8 @@ class Facts:
   scaled_residual_init: bool = False  # output projections start at init_std / sqrt(2 L) (GPT-2)
   fan_in_init: bool = False  # kernels start at init_std / sqrt(inputs) (T5)
   inner_dropout: bool = False  # inside the feed-forward layer too (T5)
+  pooler: bool = True  # a layer over the first token goes before the classifier (BERT)
+  embedding_project: bool = False  # the embedding may be narrower than the layers (ELECTRA)
 
 
 def padded_vocab(vocab_size: int) -> int:
@@ -42,6 +44,11 @@ def padded_vocab(vocab_size: int) -> int:
 def head_width_of(config: ModelConfig) -> int:
   """K."""
   return config.head_width or config.width // config.num_heads
+
+
+def embedding_width_of(config: ModelConfig) -> int:
+  """E: the width of the embedding table."""
+  return config.embedding_width or config.width
 
 
 def kv_heads_of(config: ModelConfig) -> int:

@@ -1,10 +1,8 @@
-"""Who sees whom, and attention over it.
+"""Which tokens see which, and the reference attention.
 
-Visibility is data (segments and positions), not a mask, so that other backends can serve it: splash attention never makes
-one. The reference below and cuDNN make a mask of B x 1 x T x S.
+Visibility is data (segments and positions), not a mask, because splash attention never builds one.
+The reference below and cuDNN build a mask of B x 1 x T x S from it.
 """
-
-import functools
 
 import flax.struct
 import jax
@@ -16,9 +14,9 @@ from llm.models.precision import Precision, dot, einsum
 
 
 class Visibility(flax.struct.PyTreeNode):
-  """A query sees a key of the same segment that is no farther than `reach` positions away.
+  """A query sees the keys of its own segment that are at most `reach` positions away.
 
-  Where it is causal, it sees no later position. A reach of None is as far as the text goes.
+  causal: it sees no later position. reach: a scalar; None is the whole segment.
   """
 
   q_segments_BxT: jax.Array
@@ -30,14 +28,14 @@ class Visibility(flax.struct.PyTreeNode):
 
 
 def self_visibility(batch: Batch, *, causal: bool) -> Visibility:
-  """Visibility of a batch for itself. Positions restart in every packed document."""
+  """The tokens of a batch see one another. Positions restart in every packed document."""
   return Visibility(
     batch["segments"], batch["segments"], batch["positions"], batch["positions"], causal
   )
 
 
 def cache_visibility(batch: Batch, cache: Cache, *, causal: bool) -> Visibility:
-  """Visibility of new tokens for all that is in a cache, themselves included."""
+  """The new tokens of a batch see all tokens in a cache, which holds the new ones too."""
   return Visibility(
     batch["segments"], cache.segments_BxS, batch["positions"], cache.positions_BxS, causal
   )
@@ -56,29 +54,37 @@ def mask_Bx1xTxS(visibility: Visibility) -> jax.Array:
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-  """Zeroes a share `rate` of x and scales the rest up; `key` None means evaluation."""
+  """Zeroes a share `rate` of x and scales the rest up. Without a key, in evaluation, x stays."""
   if key is None or rate == 0.0:
     return x
   keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
   return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
 
 
-def rotary(x_BxTxHxK: jax.Array, positions_BxT: jax.Array, theta: float) -> jax.Array:
-  """Rotary positions (Su et al. 2021, equation 34), component i paired with i + K/2, in float32."""
+def rotary(x_BxTxHxK: jax.Array, positions_BxT: jax.Array, theta: float | jax.Array) -> jax.Array:
+  """Rotary positions (Su et al. 2021, equation 34) -> BxTxHxK, computed in float32.
+
+  Component i is rotated with component i + K/2. theta: base of the wavelengths.
+  """
   half = x_BxTxHxK.shape[-1] // 2
   frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
   angles_BxTx1xK2 = positions_BxT[..., None, None] * frequencies
-  cos, sin = jnp.cos(angles_BxTx1xK2), jnp.sin(angles_BxTx1xK2)
+  cos = jnp.cos(angles_BxTx1xK2)
+  sin = jnp.sin(angles_BxTx1xK2)
   first, second = jnp.split(x_BxTxHxK, 2, axis=-1)
-  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(
-    x_BxTxHxK.dtype
-  )
+  rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+  return rotated.astype(x_BxTxHxK.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def scores(q_BxGxRxTxK, k_BxGxSxK, types: Precision) -> jax.Array:
+# The two products of attention. Below, R are the query heads that share one of G heads of keys.
+
+
+def _scores(q_BxGxRxTxK: jax.Array, k_BxGxSxK: jax.Array, types: Precision) -> jax.Array:
   """q . k of every query and key: BxGxRxTxS."""
   return einsum("BGRTK,BGSK->BGRTS", q_BxGxRxTxK, k_BxGxSxK, types)
+
+
+scores = jax.custom_vjp(_scores, nondiff_argnums=(2,))
 
 
 def _scores_forward(q, k, types):
@@ -88,13 +94,19 @@ def _scores_forward(q, k, types):
 def _scores_backward(types, saved, dscores_BxGxRxTxS):
   q, k = saved
   dq = einsum("BGRTS,BGSK->BGRTK", dscores_BxGxRxTxS, k, types)
-  return dq.astype(q.dtype), _over_queries(dscores_BxGxRxTxS, q, types).astype(k.dtype)
+  dk = _sum_over_queries(dscores_BxGxRxTxS, q, types)
+  return dq.astype(q.dtype), dk.astype(k.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def mix(weights_BxGxRxTxS, v_BxGxSxK, types: Precision) -> jax.Array:
-  """The values of every query's keys, weighted: BxGxRxTxK."""
+scores.defvjp(_scores_forward, _scores_backward)
+
+
+def _mix(weights_BxGxRxTxS: jax.Array, v_BxGxSxK: jax.Array, types: Precision) -> jax.Array:
+  """The values of every query's keys, weighted and summed: BxGxRxTxK."""
   return einsum("BGRTS,BGSK->BGRTK", weights_BxGxRxTxS, v_BxGxSxK, types)
+
+
+mix = jax.custom_vjp(_mix, nondiff_argnums=(2,))
 
 
 def _mix_forward(weights, v, types):
@@ -104,50 +116,53 @@ def _mix_forward(weights, v, types):
 def _mix_backward(types, saved, dmixed_BxGxRxTxK):
   weights, v = saved
   dweights = einsum("BGRTK,BGSK->BGRTS", dmixed_BxGxRxTxK, v, types)
-  dv = _over_queries(weights, dmixed_BxGxRxTxK, types)
+  dv = _sum_over_queries(weights, dmixed_BxGxRxTxK, types)
   return dweights.astype(weights.dtype), dv.astype(v.dtype)
 
 
-def _over_queries(a_BxGxRxTxS, b_BxGxRxTxK, types: Precision) -> jax.Array:
-  """Sum over the queries: BxGxSxK.
+mix.defvjp(_mix_forward, _mix_backward)
 
-  The product is asked for as K x S, of a b that was transposed before it. XLA on CPU runs products
-  over the first dimension of both at half the speed.
+
+def _sum_over_queries(
+  a_BxGxRxTxS: jax.Array, b_BxGxRxTxK: jax.Array, types: Precision
+) -> jax.Array:
+  """The sum of a x b over the queries, R and T: BxGxSxK.
+
+  XLA on CPU runs a product over the first dimension of both operands at half the speed. So b is
+  transposed first, behind a barrier, and the product is computed as K x S.
   """
   b_BxGxRxKxT = jax.lax.optimization_barrier(b_BxGxRxTxK.swapaxes(-1, -2))
-  if b_BxGxRxKxT.shape[2] == 1:  # einsum would move the R that is none
+  if b_BxGxRxKxT.shape[2] == 1:  # einsum would transpose the dimension of size 1
     return dot(b_BxGxRxKxT, a_BxGxRxTxS, types)[:, :, 0].swapaxes(-1, -2)
   return einsum("BGRKT,BGRTS->BGKS", b_BxGxRxKxT, a_BxGxRxTxS, types).swapaxes(-1, -2)
 
 
-scores.defvjp(_scores_forward, _scores_backward)
-mix.defvjp(_mix_forward, _mix_backward)
-
-
 def attend(
-  q_BxTxHxK,
-  k_BxSxGxK,
-  v_BxSxGxK,
+  q_BxTxHxK: jax.Array,
+  k_BxSxGxK: jax.Array,
+  v_BxSxGxK: jax.Array,
   visibility: Visibility,
   types: Precision | None = None,
   *,
   scale: float,
-  bias_HxTxS=None,
+  bias_HxTxS: jax.Array | None = None,
   dropout_rate: float = 0.0,
   key: jax.Array | None = None,
 ) -> jax.Array:
   """Scaled dot-product attention (Vaswani et al. 2017, section 3.2.1) -> BxTxHxK.
 
-  G heads of keys and values serve H / G neighbouring query heads each (Ainslie et al. 2023).
-  types: of the products; None takes that of the queries. bias: added to the scores. Scores and
-  softmax are float32. Padding (segment 0) sees padding, so no row is empty.
+  Each of the G heads of keys and values serves H / G neighbouring query heads (Ainslie et al.
+  2023). types: of the products; None takes the type of the queries. scale: factor of the queries.
+  bias: added to the scores. Scores and softmax are float32 or better. Padding (segment 0) sees
+  padding, so every query sees a key.
   """
   rows, length, heads, width = q_BxTxHxK.shape
-  groups, keys = k_BxSxGxK.shape[2], k_BxSxGxK.shape[1]
+  _, keys, groups, _ = k_BxSxGxK.shape
   types = types or Precision(q_BxTxHxK.dtype, q_BxTxHxK.dtype)
   exact = types._replace(values=jnp.promote_types(types.values, jnp.float32))
   q_BxHxTxK = (q_BxTxHxK * scale).swapaxes(1, 2)
-  k_BxGxSxK, v_BxGxSxK = k_BxSxGxK.swapaxes(1, 2), v_BxSxGxK.swapaxes(1, 2)
+  k_BxGxSxK = k_BxSxGxK.swapaxes(1, 2)
+  v_BxGxSxK = v_BxSxGxK.swapaxes(1, 2)
   by_group = (rows, groups, heads // groups, length)
   scores_BxGxRxTxS = scores(q_BxHxTxK.reshape(*by_group, width), k_BxGxSxK, exact)
   scores_BxHxTxS = scores_BxGxRxTxS.reshape(rows, heads, length, keys)

@@ -1,12 +1,14 @@
 """BERT (Devlin et al. 2019): encoder, post-norm, exact GELU, learned positions, token types."""
 
+from typing import ClassVar
+
 import jax
 from flax import linen as nn
 
 from llm.config import ModelConfig
 from llm.core import Batch
 from llm.models import precision, transformer
-from llm.models.architecture import Facts, padded_vocab
+from llm.models.architecture import Facts, embedding_width_of, padded_vocab
 from llm.models.layers import Embed, normal
 
 FACTS = Facts(
@@ -44,18 +46,31 @@ class Backbone(nn.Module):
   """Embeddings and stack. The output is normalised already."""
 
   config: ModelConfig
+  facts: ClassVar[Facts] = FACTS
+
+  def setup(self):
+    cfg, dtype, width = (
+      self.config,
+      precision.of(self.config).values,
+      embedding_width_of(self.config),
+    )
+    init = normal(cfg.init_std)
+    self.token = Embed(padded_vocab(cfg.vocab_size), width, dtype, init, split="tensor")
+    self.position = Embed(cfg.max_length, width, dtype, init)
+    self.type = Embed(2, width, dtype, init)
+    self.embedding_norm = transformer.norm(cfg, self.facts, "embedding_norm")
+
+  def embed(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """(BxTxE, the table of tokens)."""
+    x_BxTxE, table_VxE = self.token(batch["tokens"])
+    x_BxTxE += self.position(batch["positions"])[0]
+    x_BxTxE += self.type(batch["types"])[0]
+    return self.embedding_norm(x_BxTxE), table_VxE
 
   @nn.compact
   def __call__(
     self, batch: Batch, *, train: bool, cache: None = None
   ) -> tuple[jax.Array, jax.Array, None]:
-    cfg, dtype = self.config, precision.of(self.config).values
-    init = normal(cfg.init_std)
-    x_BxTxD, table_VxD = Embed(
-      padded_vocab(cfg.vocab_size), cfg.width, dtype, init, split="tensor", name="token"
-    )(batch["tokens"])
-    x_BxTxD += Embed(cfg.max_length, cfg.width, dtype, init, name="position")(batch["positions"])[0]
-    x_BxTxD += Embed(2, cfg.width, dtype, init, name="type")(batch["types"])[0]
-    x_BxTxD = transformer.norm(cfg, FACTS, "embedding_norm")(x_BxTxD)
-    x_BxTxD, _ = transformer.trunk(self, FACTS, x_BxTxD, batch, train=train)
+    x_BxTxD, table_VxD = self.embed(batch)
+    x_BxTxD, _ = transformer.trunk(self, self.facts, x_BxTxD, batch, train=train)
     return x_BxTxD, table_VxD, None

@@ -1,6 +1,6 @@
 """What a decoder has seen: keys and values of every layer, in slots."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -17,7 +17,7 @@ class Past(NamedTuple):
   keys_BxGxSxK: jax.Array
   values_BxGxSxK: jax.Array
 
-  def with_new(self, k_BxTxGxK: jax.Array, v_BxTxGxK: jax.Array, index: jax.Array) -> "Past":
+  def with_new(self, k_BxTxGxK: jax.Array, v_BxTxGxK: jax.Array, index: Any) -> "Past":
     """T new tokens written to the slots from `index` on."""
     keys, values = (
       write(old, new.swapaxes(1, 2), index, axis=2)
@@ -53,6 +53,6 @@ def empty(config: ModelConfig, rows: int, slots: int) -> Cache:
   return Cache(past, segments, positions, jnp.zeros((), jnp.int32))
 
 
-def write(old: jax.Array, new: jax.Array, index: jax.Array, axis: int) -> jax.Array:
+def write(old: jax.Array, new: jax.Array, index: Any, axis: int) -> jax.Array:
   """`old` with `new` in its slots from `index` on."""
   return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, axis)

@@ -1,27 +1,31 @@
-"""Self-attention by cuDNN on NVIDIA GPUs, through jax.nn: the scores of the heads never lie in memory, one mask for all does.
+"""Self-attention by cuDNN on NVIDIA GPUs, through jax.nn.
 
-Who sees whom goes in as a mask, one for all heads: cuDNN's own packed layout cannot say that padding stands between documents.
+The scores never lie in memory. The mask does, one for all heads: cuDNN's own layout of packed rows
+cannot express padding between documents.
 """
+
+from typing import Literal
 
 import jax
 
 from llm.models import attention
 
-WIDEST = 128  # head width
+WIDEST = 128  # the largest head width that cuDNN takes
 
 
 def attend(
-  q_BxTxHxK,
-  k_BxTxGxK,
-  v_BxTxGxK,
+  q_BxTxHxK: jax.Array,
+  k_BxTxGxK: jax.Array,
+  v_BxTxGxK: jax.Array,
   visibility: attention.Visibility,
   *,
   scale: float,
-  implementation: str = "cudnn",
+  implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
-  """As attention.attend, in bfloat16, without bias and dropout -> BxTxHxK.
+  """Computes attention.attend in bfloat16, without bias and dropout -> BxTxHxK.
 
-  (cuDNN would take a bias, but gives no gradient of one that a mask was added to.) implementation: "xla" on other platforms.
+  cuDNN takes a bias, but it has no gradient for one that a mask is added to. implementation: "xla"
+  is for platforms without cuDNN.
   """
   return jax.nn.dot_product_attention(
     q_BxTxHxK,

@@ -1,10 +1,10 @@
-"""Writing text: prompts into a cache once, then a token at a time inside the compiled program.
+"""Writing text: the prompts go into a cache at once, then the program writes a token at a time.
 
-Decoders continue their prompts, padded on the left so that all end in one slot; an encoder-decoder reads its
-prompts, padded on the right, and starts from the padding token.
+A decoder continues its prompts. They are padded on the left, so that all end in the same slot. An
+encoder-decoder reads its prompts, padded on the right, and starts from the padding token.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -19,7 +19,11 @@ from llm.models.cache import Cache
 
 
 class Sampling(NamedTuple):
-  """How the next token is drawn. temperature 0 takes the likeliest; top_k 0 and top_p 1 leave all possible."""
+  """How the next token is drawn.
+
+  A temperature of 0 takes the likeliest token. A top_k of 0 and a top_p of 1 leave every token
+  possible.
+  """
 
   temperature: float = 0.0
   top_k: int = 0
@@ -27,61 +31,78 @@ class Sampling(NamedTuple):
 
 
 class Writing(flax.struct.PyTreeNode):
-  """Rows being written: N tokens at most, `count` of them done. `finished`: those that wrote the end token."""
+  """Rows that are being written: `count` of at most N tokens are there.
+
+  E are the EXPLAINED likeliest tokens of each step. read: what an encoder-decoder has read, as its
+  states, segments and positions; {} for a decoder.
+  """
 
   cache: Cache
-  logits_BxV: jax.Array  # of the token to come; real pieces only
-  positions_B: jax.Array  # of the token to come
+  logits_BxV: jax.Array  # of the next token, without the vocabulary's padding
+  positions_B: jax.Array  # of the next token
   tokens_BxN: jax.Array
-  best_BxNxE: jax.Array  # the likeliest tokens at every step, and their probabilities
-  odds_BxNxE: jax.Array
-  finished_B: jax.Array
+  best_BxNxE: jax.Array  # the likeliest tokens
+  odds_BxNxE: jax.Array  # their probabilities
+  finished_B: jax.Array  # whether the row has its end token
   count: jax.Array
   key: jax.Array
-  read: dict  # of an encoder-decoder: what was read
+  read: dict
 
 
 def shardings(mesh: Mesh) -> Writing:
-  """How rows being written lie on a mesh: keys and values by heads, the rest on every device."""
-  whole, by_head = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, "tensor"))
+  """A sharding in the place of each array: keys and values by heads, the rest on every device."""
+  replicated: Any = NamedSharding(mesh, P())
+  by_head: Any = NamedSharding(mesh, P(None, "tensor"))
   return Writing(
-    Cache(by_head, whole, whole, whole), *(whole,) * (len(Writing.__dataclass_fields__) - 1)
+    cache=Cache(by_head, replicated, replicated, replicated),
+    logits_BxV=replicated,
+    positions_B=replicated,
+    tokens_BxN=replicated,
+    best_BxNxE=replicated,
+    odds_BxNxE=replicated,
+    finished_B=replicated,
+    count=replicated,
+    key=replicated,
+    read=replicated,
   )
 
 
-EXPLAINED = 5  # likeliest tokens kept at every step
+EXPLAINED = 5  # likeliest tokens that are kept at every step
 
 
-def for_one_row(params, dtype: jnp.dtype):
-  """Parameters with which one row is written: weights that every token reads, cast to dtype.
+def for_one_row(params: Any, dtype: jnp.dtype) -> Any:
+  """The parameters in the form that writes a single row fastest.
 
-  Kernels are transposed, O x I. Norms, biases and positions stay as they are. params: with the
-  layers of every stack as a tuple.
+  Weights that every token reads are cast to dtype, and kernels are transposed to O x I. Norms,
+  biases and positions stay as they are. params: with the layers of every stack as a tuple.
   """
   if isinstance(params, tuple):
     return tuple(for_one_row(layer, dtype) for layer in params)
-  narrow = {}
+  prepared = {}
   for name, value in params.items():
     if name in ("token", "output"):
-      narrow[name] = {"embedding": jnp.asarray(value["embedding"], dtype)}
+      prepared[name] = {"embedding": jnp.asarray(value["embedding"], dtype)}
     elif isinstance(value, dict) and "kernel" in value:
-      kernel = value["kernel"]
-      if kernel.ndim == 3 and name not in ("query", "key", "value", "out"):
-        raise ValueError(f"{name}: which dimensions of its kernel are inputs is not known")
-      inputs = kernel.shape[0] if name in ("query", "key", "value") else -1
-      outputs = -1 if inputs > 0 else kernel.shape[-1]
-      transposed = jnp.asarray(kernel, dtype).reshape(inputs, outputs).T
-      rest = {key: leaf for key, leaf in value.items() if key != "kernel"}
-      narrow[name] = {layers.TRANSPOSED: transposed, **rest}
+      other = {key: leaf for key, leaf in value.items() if key != "kernel"}
+      prepared[name] = {layers.TRANSPOSED: _transposed(name, value["kernel"], dtype), **other}
     elif isinstance(value, (dict, tuple)):
-      narrow[name] = for_one_row(value, dtype)
+      prepared[name] = for_one_row(value, dtype)
     else:
-      narrow[name] = value
-  return narrow
+      prepared[name] = value
+  return prepared
 
 
-def _logits(config: ModelConfig, hidden_BxTxD, table_VxD) -> jax.Array:
-  """Of the last position, BxV float32, without the padding of the vocabulary."""
+def _transposed(name: str, kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  """The kernel of a linear layer as O x I, its dimensions of heads flattened."""
+  splits_heads = name in ("query", "key", "value")  # D x H x K; "out" is H x K x D
+  if kernel.ndim == 3 and not splits_heads and name != "out":
+    raise ValueError(f"{name}: which dimensions of its kernel are inputs is not known")
+  shape = (kernel.shape[0], -1) if splits_heads else (-1, kernel.shape[-1])
+  return jnp.asarray(kernel, dtype).reshape(shape).T
+
+
+def _logits(config: ModelConfig, hidden_BxTxD: jax.Array, table_VxD: jax.Array) -> jax.Array:
+  """Logits after the last position: BxV float32, without the vocabulary's padding."""
   hidden_BxD = hidden_BxTxD[:, -1]
   types = precision.of(config)
   if hidden_BxD.shape[0] == 1 and jax.default_backend() == "cpu":
@@ -100,9 +121,10 @@ def start(
   pad: int,
   key: jax.Array,
 ) -> Writing:
-  """Reads the prompts of a batch (tokens, segments, positions).
+  """Reads the prompts of a batch (tokens, segments, positions: BxT).
 
-  slots: of the cache. new: the most tokens that are written.
+  slots: the length of the cache. new: N, the most tokens that will be written. pad: the id of the
+  padding token. key: of the draws.
   """
   rows = batch["tokens"].shape[0]
   read = {}
@@ -112,22 +134,20 @@ def start(
       {"params": params["backbone"]}, batch, train=False, method="encode"
     )
     read = {"states": states_BxSxD, "segments": batch["segments"], "positions": batch["positions"]}
-    first = (rows, 1)
     batch = {
-      "tokens": jnp.full(first, pad, jnp.int32),
-      "segments": jnp.ones(first, jnp.int32),
-      "positions": jnp.zeros(first, jnp.int32),
+      "tokens": jnp.full((rows, 1), pad, jnp.int32),
+      "segments": jnp.ones((rows, 1), jnp.int32),
+      "positions": jnp.zeros((rows, 1), jnp.int32),
     }
     positions_B = jnp.ones(rows, jnp.int32)
   logits_BxV, filled = _step(config, params, batch, cache.empty(config, rows, slots), read)
-  explained = (rows, new, EXPLAINED)
   return Writing(
     cache=filled,
     logits_BxV=logits_BxV,
     positions_B=positions_B,
     tokens_BxN=jnp.full((rows, new), pad, jnp.int32),
-    best_BxNxE=jnp.zeros(explained, jnp.int32),
-    odds_BxNxE=jnp.zeros(explained),
+    best_BxNxE=jnp.zeros((rows, new, EXPLAINED), jnp.int32),
+    odds_BxNxE=jnp.zeros((rows, new, EXPLAINED)),
     finished_B=jnp.zeros(rows, bool),
     count=jnp.zeros((), jnp.int32),
     key=key,
@@ -136,25 +156,27 @@ def start(
 
 
 def _step(
-  config: ModelConfig, params: Params, batch: Batch, seen: Cache, read: Batch
+  config: ModelConfig, params: Params, batch: Batch, past: Cache, read: Batch
 ) -> tuple[jax.Array, Cache]:
-  """Logits after new tokens, which are written into the cache."""
+  """(logits BxV after the new tokens of a batch, the cache with these tokens)."""
   states = {}
   if read:
     states["states_BxSxD"] = read["states"]
     decoder = {f"decoder_{name}": array for name, array in batch.items()}
     batch = {**decoder, "segments": read["segments"], "positions": read["positions"]}
-  hidden_BxTxD, table_VxD, seen = build_backbone(config).apply(
-    {"params": params["backbone"]}, batch, train=False, cache=seen, **states
+  outputs: Any = build_backbone(config).apply(
+    {"params": params["backbone"]}, batch, train=False, cache=past, **states
   )
-  return _logits(config, hidden_BxTxD, table_VxD), seen
+  hidden_BxTxD, table_VxD, filled = outputs
+  return _logits(config, hidden_BxTxD, table_VxD), filled
 
 
-def draw(logits_BxV, key, sampling: Sampling) -> jax.Array:
+def draw(logits_BxV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
   """The next token of each row: B int32.
 
-  top_k: only the k likeliest (Fan et al. 2018, section 5.4). top_p: only the likeliest whose probabilities reach p
-  together, the one that reaches it included (Holtzman et al. 2020, section 3.1), after the temperature.
+  top_k keeps the k likeliest tokens (Fan et al. 2018, section 5.4). top_p keeps the fewest of the
+  likeliest tokens whose probabilities, after the temperature, sum to p or more (Holtzman et al.
+  2020, section 3.1).
   """
   if sampling.temperature == 0:
     return logits_BxV.argmax(-1).astype(jnp.int32)
@@ -164,8 +186,8 @@ def draw(logits_BxV, key, sampling: Sampling) -> jax.Array:
     logits_BxV = jnp.where(logits_BxV >= least_Bx1, logits_BxV, -jnp.inf)
   if sampling.top_p < 1:
     ordered_BxV = jnp.sort(logits_BxV, axis=-1, descending=True)
-    odds_BxV = jax.nn.softmax(ordered_BxV)
-    kept_BxV = jnp.cumsum(odds_BxV, -1) - odds_BxV < sampling.top_p
+    probabilities_BxV = jax.nn.softmax(ordered_BxV)
+    kept_BxV = jnp.cumsum(probabilities_BxV, -1) - probabilities_BxV < sampling.top_p
     least_Bx1 = jnp.where(kept_BxV, ordered_BxV, jnp.inf).min(-1, keepdims=True)
     logits_BxV = jnp.where(logits_BxV >= least_Bx1, logits_BxV, -jnp.inf)
   return jax.random.categorical(key, logits_BxV).astype(jnp.int32)
@@ -180,38 +202,46 @@ def advance(
   pad: int,
   sampling: Sampling,
 ) -> Writing:
-  """Up to `steps` (may be traced) more tokens, fewer where all rows have finished or N is reached.
+  """Writes up to `steps` more tokens: fewer once all rows have finished or N tokens are there.
 
-  A row that wrote `eos` goes on with `pad`.
+  steps may be traced. A finished row, which has its `eos`, is filled with `pad`.
   """
   stop = jnp.minimum(writing.count + steps, writing.tokens_BxN.shape[1])
 
-  def write_one(w: Writing) -> Writing:
-    def put(array: jax.Array, value: jax.Array) -> jax.Array:
-      value = value.astype(array.dtype)
-      return jax.lax.dynamic_update_index_in_dim(array, value, w.count, axis=1)
-
-    odds, best = jax.lax.top_k(jax.nn.softmax(w.logits_BxV), EXPLAINED)
-    drawn_B = draw(w.logits_BxV, jax.random.fold_in(w.key, w.count), sampling)
-    token_B = jnp.where(w.finished_B, pad, drawn_B)
-    batch = {
-      "tokens": token_B[:, None],
-      "positions": w.positions_B[:, None],
-      "segments": jnp.ones_like(token_B)[:, None],
-    }
-    logits_BxV, seen = _step(config, params, batch, w.cache, w.read)
-    return w.replace(
-      cache=seen,
-      logits_BxV=logits_BxV,
-      positions_B=w.positions_B + 1,
-      tokens_BxN=put(w.tokens_BxN, token_B),
-      best_BxNxE=put(w.best_BxNxE, best),
-      odds_BxNxE=put(w.odds_BxNxE, odds),
-      finished_B=w.finished_B | (token_B == eos),
-      count=w.count + 1,
-    )
-
-  def goes_on(w: Writing) -> jax.Array:
+  def is_unfinished(w: Writing) -> jax.Array:
     return (w.count < stop) & ~w.finished_B.all()
 
-  return jax.lax.while_loop(goes_on, write_one, writing)
+  def write_one(w: Writing) -> Writing:
+    return _with_one_more(config, params, w, eos, pad, sampling)
+
+  return jax.lax.while_loop(is_unfinished, write_one, writing)
+
+
+def _with_one_more(
+  config: ModelConfig, params: Params, w: Writing, eos: int, pad: int, sampling: Sampling
+) -> Writing:
+  """The rows with one more token each."""
+
+  def put(array: jax.Array, value: jax.Array) -> jax.Array:
+    value = value.astype(array.dtype)
+    return jax.lax.dynamic_update_index_in_dim(array, value, w.count, axis=1)
+
+  odds_BxE, best_BxE = jax.lax.top_k(jax.nn.softmax(w.logits_BxV), EXPLAINED)
+  drawn_B = draw(w.logits_BxV, jax.random.fold_in(w.key, w.count), sampling)
+  token_B = jnp.where(w.finished_B, pad, drawn_B)
+  batch = {
+    "tokens": token_B[:, None],
+    "positions": w.positions_B[:, None],
+    "segments": jnp.ones_like(token_B)[:, None],
+  }
+  logits_BxV, filled = _step(config, params, batch, w.cache, w.read)
+  return w.replace(
+    cache=filled,
+    logits_BxV=logits_BxV,
+    positions_B=w.positions_B + 1,
+    tokens_BxN=put(w.tokens_BxN, token_B),
+    best_BxNxE=put(w.best_BxNxE, best_BxE),
+    odds_BxNxE=put(w.odds_BxNxE, odds_BxE),
+    finished_B=w.finished_B | (token_B == eos),
+    count=w.count + 1,
+  )

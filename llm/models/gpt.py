@@ -18,8 +18,8 @@ FACTS = Facts(
   scaled_residual_init=True,
 )
 
-# small to xl are the published shapes (124M, 355M, 774M, 1.56B), 175b is that of GPT-3 (Brown et al.
-# 2020, table 2.1), tiny is for a laptop.
+# small to xl are the published shapes (124M, 355M, 774M, 1.56B). 175b is that of GPT-3 (Brown et
+# al. 2020, table 2.1). tiny is for a laptop.
 SIZES = {
   name: dict(
     num_layers=layers,

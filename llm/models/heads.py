@@ -3,6 +3,9 @@
 A head is called as `head(hidden_BxTxD, batch, table_VxD, train=)` and returns a dict of arrays.
 """
 
+import math
+from typing import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -11,7 +14,7 @@ from llm import models
 from llm.config import ModelConfig
 from llm.core import Batch
 from llm.models import attention, precision, transformer
-from llm.models.architecture import padded_vocab
+from llm.models.architecture import embedding_width_of, padded_vocab
 from llm.models.layers import ACTIVATIONS, Linear, matmul, normal
 from llm.models.precision import Precision
 from llm.sharding import BATCH, constrain
@@ -45,29 +48,73 @@ def token_losses(
   """
 
   def losses(hidden_BxTxD, targets_BxT):
-    exact = jnp.promote_types(hidden_BxTxD.dtype, jnp.float32)
-    logits_BxTxV = matmul(hidden_BxTxD, table_VxD.T, types).astype(exact)
-    if bias_V is not None:
-      logits_BxTxV += bias_V
-    logits_BxTxV = constrain(logits_BxTxV, BATCH, None, "tensor")
-    real_V = jnp.arange(table_VxD.shape[0]) < vocab_size
-    logits_BxTxV = jnp.where(real_V, logits_BxTxV, -1e30)
+    logits_BxTxV = token_logits(hidden_BxTxD, table_VxD, bias_V, types, vocab_size)
     target_BxT = jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None], axis=-1)[..., 0]
     best_BxT = jax.lax.stop_gradient(logits_BxTxV.max(-1))
     total_BxT = jnp.exp(logits_BxTxV - best_BxT[..., None]).sum(-1)
-    return best_BxT + jnp.log(total_BxT) - target_BxT, (target_BxT >= best_BxT).astype(exact)
+    correct_BxT = (target_BxT >= best_BxT).astype(logits_BxTxV.dtype)
+    return best_BxT + jnp.log(total_BxT) - target_BxT, correct_BxT
 
-  length = targets_BxT.shape[1]
+  losses_BxT, correct_BxT = in_chunks(losses, chunk, hidden_BxTxD, targets_BxT)
+  return losses_BxT, correct_BxT
+
+
+def token_draws(
+  hidden_BxTxD: jax.Array,
+  table_VxD: jax.Array,
+  bias_V: jax.Array | None,
+  key: jax.Array,
+  types: Precision,
+  *,
+  vocab_size: int,
+  chunk: int,
+) -> jax.Array:
+  """BxT: a token for each position, drawn from what its logits say. No gradient passes."""
+  hidden_BxTxD, table_VxD, bias_V = jax.lax.stop_gradient((hidden_BxTxD, table_VxD, bias_V))
+
+  def draw(number, logits_V):
+    return jax.random.categorical(jax.random.fold_in(key, number), logits_V).astype(jnp.int32)
+
+  def draws(hidden_BxTxD, numbers_BxT):
+    logits_BxTxV = token_logits(hidden_BxTxD, table_VxD, bias_V, types, vocab_size)
+    return (jax.vmap(jax.vmap(draw))(numbers_BxT, logits_BxTxV),)
+
+  numbers_BxT = jnp.arange(math.prod(hidden_BxTxD.shape[:2])).reshape(hidden_BxTxD.shape[:2])
+  return in_chunks(draws, chunk, hidden_BxTxD, numbers_BxT)[0]
+
+
+def token_logits(
+  hidden_BxTxD: jax.Array,
+  table_VxD: jax.Array,
+  bias_V: jax.Array | None,
+  types: Precision,
+  vocab_size: int,
+) -> jax.Array:
+  """BxTxV in float32 or better, without probability for the rows that pad the vocabulary."""
+  exact = jnp.promote_types(hidden_BxTxD.dtype, jnp.float32)
+  logits_BxTxV = matmul(hidden_BxTxD, table_VxD.T, types).astype(exact)
+  if bias_V is not None:
+    logits_BxTxV += bias_V
+  logits_BxTxV = constrain(logits_BxTxV, BATCH, None, "tensor")
+  real_V = jnp.arange(table_VxD.shape[0]) < vocab_size
+  return jnp.where(real_V, logits_BxTxV, -1e30)
+
+
+def in_chunks(
+  function: Callable[..., tuple[jax.Array, ...]], chunk: int, *arrays_BxT: jax.Array
+) -> tuple[jax.Array, ...]:
+  """function(*arrays), arrays BxT, `chunk` positions at a time; 0 is all at once."""
+  length = arrays_BxT[0].shape[1]
   if not chunk or chunk >= length:
-    return losses(hidden_BxTxD, targets_BxT)
+    return function(*arrays_BxT)
   rest = -length % chunk
   pieces = [
     jnp.pad(a, ((0, 0), (0, rest)) + ((0, 0),) * (a.ndim - 2))
     .reshape(a.shape[0], -1, chunk, *a.shape[2:])
     .swapaxes(0, 1)
-    for a in (hidden_BxTxD, targets_BxT)
+    for a in arrays_BxT
   ]
-  chunks = jax.lax.map(lambda piece: jax.checkpoint(losses)(*piece), tuple(pieces))
+  chunks = jax.lax.map(lambda piece: jax.checkpoint(function)(*piece), tuple(pieces))
   return tuple(a.swapaxes(0, 1).reshape(a.shape[1], -1)[:, :length] for a in chunks)
 
 
@@ -92,38 +139,48 @@ class CausalLMHead(nn.Module):
     return {"losses": losses, "correct": correct}
 
 
+def at_positions(hidden_BxTxD: jax.Array, positions_BxN: jax.Array) -> jax.Array:
+  """BxNxD: the states of some positions of each row."""
+  return jnp.take_along_axis(hidden_BxTxD, positions_BxN[..., None], axis=1)
+
+
 def pooler(hidden_BxTxD: jax.Array, firsts_BxN: jax.Array, types: Precision) -> jax.Array:
   """BxNxD: tanh(W h + b) of the first token of each example of a row: of BERT's published code,
   where both phases share it."""
   width = hidden_BxTxD.shape[-1]
-  first_BxNxD = jnp.take_along_axis(hidden_BxTxD, firsts_BxN[..., None], axis=1)
+  first_BxNxD = at_positions(hidden_BxTxD, firsts_BxN)
   return jnp.tanh(Linear((width, width), precision=types, name="pooler")(first_BxNxD))
 
 
 class MaskedLMHead(nn.Module):
-  """Losses at the masked positions (transform, tied decoder) and of next-sentence prediction."""
+  """Losses at the masked positions (transform, tied decoder) and of next-sentence prediction.
+
+  draws: a token for each masked position too, drawn from its probabilities. Its randomness is of
+  the stream `dropout` in training, and always the same in evaluation.
+  """
 
   config: ModelConfig
   next_sentence: bool
+  draws: bool = False
 
   @nn.compact
   def __call__(
     self, hidden_BxTxD: jax.Array, batch: Batch, table_VxD: jax.Array, *, train: bool
   ) -> dict[str, jax.Array]:
     cfg, types, facts = self.config, precision.of(self.config), models.facts(self.config)
-    masked_BxMxD = jnp.take_along_axis(hidden_BxTxD, batch["masked_positions"][..., None], axis=1)
     transform = Linear(
-      (cfg.width, cfg.width),
+      (cfg.width, embedding_width_of(cfg)),
       precision=types,
       kernel_init=normal(cfg.init_std),
       bias=facts.bias,
       name="transform",
     )
-    masked_BxMxD = ACTIVATIONS[facts.activation](transform(masked_BxMxD))
-    masked_BxMxD = transformer.norm(cfg, facts, "transform_norm")(masked_BxMxD)
+    masked_BxMxD = at_positions(hidden_BxTxD, batch["masked_positions"])
+    masked_BxMxE = ACTIVATIONS[facts.activation](transform(masked_BxMxD))
+    masked_BxMxE = transformer.norm(cfg, facts, "transform_norm")(masked_BxMxE)
     bias_V = LMBias(padded_vocab(cfg.vocab_size), name="lm")()
     losses, correct = token_losses(
-      masked_BxMxD,
+      masked_BxMxE,
       table_VxD,
       bias_V,
       batch["masked_targets"],
@@ -132,12 +189,41 @@ class MaskedLMHead(nn.Module):
       chunk=cfg.loss_chunk,
     )
     outputs = {"losses": losses, "correct": correct}
+    if self.draws:
+      outputs["drawn"] = token_draws(
+        masked_BxMxE,
+        table_VxD,
+        bias_V,
+        self.make_rng("dropout") if train else jax.random.key(0),
+        types,
+        vocab_size=cfg.vocab_size,
+        chunk=cfg.loss_chunk,
+      )
     if self.next_sentence:
       pooled_BxNxD = pooler(hidden_BxTxD, batch["firsts"], types)
       outputs["pair_logits"] = Linear((cfg.width, 2), precision=types, name="next_sentence")(
         pooled_BxNxD
       ).astype(losses.dtype)
     return outputs
+
+
+class DetectionHead(nn.Module):
+  """A logit BxT for each token: whether it was replaced."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(
+    self, hidden_BxTxD: jax.Array, batch: Batch, table_VxD: jax.Array, *, train: bool
+  ) -> dict[str, jax.Array]:
+    cfg, types, facts = self.config, precision.of(self.config), models.facts(self.config)
+    init = normal(cfg.init_std)
+    transform = Linear(
+      (cfg.width, cfg.width), precision=types, kernel_init=init, name="detection_transform"
+    )
+    detection = Linear((cfg.width, 1), precision=types, kernel_init=init, name="detection")
+    logits_BxT = detection(ACTIVATIONS[facts.activation](transform(hidden_BxTxD)))[..., 0]
+    return {"detection_logits": logits_BxT.astype(jnp.promote_types(types.values, jnp.float32))}
 
 
 class SpanHead(nn.Module):
@@ -168,8 +254,8 @@ class LMBias(nn.Module):
 class ClassificationHead(nn.Module):
   """Logits BxNxC from one vector an example: segment n + 1 of a row begins at firsts_BxN[:, n].
 
-  pooling: first (BERT's pooled first token), last (the last token of a decoder), mean (of all
-  tokens of the example).
+  pooling: first (the first token, through BERT's pooler where the architecture has one), last (the
+  last token of a decoder), mean (of all tokens of the example).
   """
 
   config: ModelConfig
@@ -182,14 +268,15 @@ class ClassificationHead(nn.Module):
   ) -> dict[str, jax.Array]:
     cfg, types = self.config, precision.of(self.config)
     firsts_BxN = batch["firsts"]
-    if self.pooling == "first":
+    if self.pooling == "first" and models.facts(cfg).pooler:
       pooled_BxNxD = pooler(hidden_BxTxD, firsts_BxN, types)
+    elif self.pooling == "first":
+      pooled_BxNxD = at_positions(hidden_BxTxD, firsts_BxN)
     else:
       of_example_BxTxN = batch["segments"][..., None] == 1 + jnp.arange(firsts_BxN.shape[1])
       lengths_BxN = jnp.maximum(of_example_BxTxN.sum(1), 1)  # slots may be empty
       if self.pooling == "last":
-        last_BxN = firsts_BxN + lengths_BxN - 1
-        pooled_BxNxD = jnp.take_along_axis(hidden_BxTxD, last_BxN[..., None], axis=1)
+        pooled_BxNxD = at_positions(hidden_BxTxD, firsts_BxN + lengths_BxN - 1)
       else:
         total_BxNxD = jnp.einsum(
           "BTD,BTN->BND", hidden_BxTxD, of_example_BxTxN.astype(hidden_BxTxD.dtype)

@@ -1,4 +1,4 @@
-"""The parts of a block: linear, layer norm, embedding, feed-forward."""
+"""The parts of a block: linear layers, norms, the embedding and the feed-forward layer."""
 
 import dataclasses
 import functools
@@ -16,24 +16,34 @@ from llm.sharding import constrain
 
 normal = nn.initializers.normal
 
+
+def _gelu(x: jax.Array) -> jax.Array:
+  """GELU (Hendrycks and Gimpel 2016, section 2).
+
+  jax.nn.gelu computes it by erfc, which is several times slower than erf on CPU.
+  """
+  return 0.5 * x * (1.0 + jax.lax.erf(x * 2**-0.5))
+
+
 ACTIVATIONS = {
-  # Written with erf: jax.nn.gelu takes erfc, which is several times slower on CPU.
-  "gelu": lambda x: 0.5 * x * (1.0 + jax.lax.erf(x * 2**-0.5)),
-  "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+  "gelu": _gelu,
+  "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
   "silu": jax.nn.silu,
   "relu": jax.nn.relu,
 }
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def matmul(x, kernel_IxO, precision: Precision):
-  """x @ kernel -> the leading dimensions of x, then O. All three products have the precision.
+def _matmul(x: jax.Array, kernel_IxO: jax.Array, precision: Precision) -> jax.Array:
+  """x @ kernel -> the leading dimensions of x, then O. Its gradients have the same precision.
 
-  The gradient of the kernel is written as x^T dy. JAX's own rule computes (dy^T x)^T, for which
-  XLA on CPU makes a transposed copy of dy, fused with all the sums that dy came from: at 6 layers of
-  width 384 that was a fifth of the step.
+  The gradient of the kernel is computed as x^T dy. JAX's own rule computes (dy^T x)^T. For that,
+  XLA on CPU makes a transposed copy of dy, fused with all the sums that dy comes from. With 6
+  layers of width 384, the copy took a fifth of the step.
   """
   return dot(x, kernel_IxO, precision)
+
+
+matmul = jax.custom_vjp(_matmul, nondiff_argnums=(2,))
 
 
 def _matmul_forward(x, kernel_IxO, precision):
@@ -49,13 +59,14 @@ def _matmul_backward(precision, saved, dy):
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-TRANSPOSED = "kernel_OxI"  # in place of `kernel`, where one token at a time is computed
+TRANSPOSED = "kernel_OxI"  # stands for `kernel` where one row is written, a token at a time
 
 
-def read_once(x, kernel_OxI):
-  """x @ kernel^T in float32 or better, for an x of one row: as fast as a CPU reads the kernel.
+def read_once(x: jax.Array, kernel_OxI: jax.Array) -> jax.Array:
+  """x @ kernel^T in float32 or better, for an x of one row, as fast as a CPU reads the kernel.
 
-  The compiler must not fuse what comes after: its fused products use one core, and no wide loads.
+  The barrier keeps XLA from fusing the product with what follows. A fused product uses one core and
+  no wide loads.
   """
   y = jax.lax.dot_general(
     x.astype(kernel_OxI.dtype),
@@ -68,9 +79,10 @@ def read_once(x, kernel_OxI):
 
 @dataclasses.dataclass(frozen=True)
 class LoRA:
-  """Low-rank adapters (Hu et al. 2021, section 4.1): y += (x A) B alpha / rank, A normal, B zero at first.
+  """Low-rank adapters (Hu et al. 2021, section 4.1): y += (x A) B alpha / rank.
 
-  targets: regex of the paths of the linear layers that get one.
+  A starts normal and B zero. targets: a regex of the paths of the linear layers that get an
+  adapter. dropout: rate for the input of the adapter.
   """
 
   rank: int
@@ -80,9 +92,10 @@ class LoRA:
 
 
 class Linear(nn.Module):
-  """Contracts the last dimensions of x with those of `shape` not in `out`: x @ kernel + bias.
+  """x @ kernel + bias, over the last dimensions of x.
 
-  shape: of the kernel, e.g. (D, H, K). out: how many of its trailing dimensions are new.
+  shape: of the kernel, inputs before outputs, e.g. (D, H, K). out: how many of its dimensions are
+  outputs.
   """
 
   shape: tuple[int, ...]
@@ -93,35 +106,31 @@ class Linear(nn.Module):
   lora: LoRA | None = None
 
   @nn.compact
-  def __call__(self, x):
-    inside = len(self.shape) - self.out
-    # One matrix product whatever the number of head dimensions: the compiler then needs no
-    # transposes.
-    rows = math.prod(self.shape[:inside])
-    x = x.reshape(*x.shape[: x.ndim - inside], rows)
+  def __call__(self, x: jax.Array) -> jax.Array:
+    values = self.precision.values
+    input_dims = len(self.shape) - self.out
+    output_shape = self.shape[input_dims:]
+    # All dimensions of heads are flattened into one matrix product, which needs no transposes.
+    inputs = math.prod(self.shape[:input_dims])
+    x = x.reshape(*x.shape[: x.ndim - input_dims], inputs)
     if self.has_variable("params", TRANSPOSED):
-      y = read_once(x, self.get_variable("params", TRANSPOSED)).astype(self.precision.values)
+      y = read_once(x, self.get_variable("params", TRANSPOSED)).astype(values)
     else:
-      kernel = self.param("kernel", self.kernel_init, self.shape).astype(self.precision.values)
-      y = matmul(x, kernel.reshape(rows, -1), self.precision)
+      kernel = self.param("kernel", self.kernel_init, self.shape).astype(values)
+      y = matmul(x, kernel.reshape(inputs, -1), self.precision)
     if self.lora and re.search(self.lora.targets, "/".join(self.path)):
-      y += self.adapter(x, y.shape[-1])
-    y = y.reshape(*x.shape[:-1], *self.shape[inside:])
-    if not self.bias:
-      return y
-    return y + self.param("bias", nn.initializers.zeros, self.shape[inside:]).astype(
-      self.precision.values
-    )
+      y += self.adapter(x, y.shape[-1], self.lora)
+    y = y.reshape(*x.shape[:-1], *output_shape)
+    if self.bias:
+      y = y + self.param("bias", nn.initializers.zeros, output_shape).astype(values)
+    return y
 
-  def adapter(self, x, width: int):
-    """What the low-rank adapter adds. Dropout where there is a key for it: in training."""
-    lora = self.lora
-    a_IxR = self.param("lora_a", normal(x.shape[-1] ** -0.5), (x.shape[-1], lora.rank)).astype(
-      self.precision.values
-    )
-    b_RxO = self.param("lora_b", nn.initializers.zeros, (lora.rank, width)).astype(
-      self.precision.values
-    )
+  def adapter(self, x: jax.Array, width: int, lora: LoRA) -> jax.Array:
+    """What the low-rank adapter adds to the output. It has dropout in training alone."""
+    values = self.precision.values
+    inputs = x.shape[-1]
+    a_IxR = self.param("lora_a", normal(inputs**-0.5), (inputs, lora.rank)).astype(values)
+    b_RxO = self.param("lora_b", nn.initializers.zeros, (lora.rank, width)).astype(values)
     if lora.dropout and self.has_rng("dropout"):
       x = attention.dropout(x, lora.dropout, self.make_rng("dropout"))
     down = matmul(x, a_IxR, self.precision)
@@ -146,7 +155,7 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-  """x over its root mean square, scaled (Zhang and Sennrich 2019), in float32 or better."""
+  """x over its root mean square, times a scale (Zhang and Sennrich 2019), in float32 or better."""
 
   epsilon: float
 
@@ -159,7 +168,10 @@ class RMSNorm(nn.Module):
 
 
 class Embed(nn.Module):
-  """A table of rows. Returns (rows at the ids, the table). split: mesh axis of the rows."""
+  """A table of vectors. Called with ids, it returns (the vectors BxTxD of the ids, the table VxD).
+
+  num_rows: V. width: D. dtype: type of both results. split: the mesh axis of the rows.
+  """
 
   num_rows: int
   width: int
@@ -171,21 +183,24 @@ class Embed(nn.Module):
     self.embedding = self.param("embedding", self.embedding_init, (self.num_rows, self.width))
 
   def table(self) -> jax.Array:
-    """VxD, in the type of the computation."""
+    """VxD in `dtype`."""
     return self.embedding.astype(self.dtype)
 
-  def __call__(self, ids_BxT):
-    # Gathering one table over fsdp first is cheap; otherwise the activations of the whole batch are.
-    table = self.table()
-    narrow = self.embedding.dtype.itemsize < table.dtype.itemsize
-    gathered = constrain(self.embedding if narrow else table, self.split, None)
-    return jnp.take(gathered, ids_BxT, axis=0).astype(self.dtype), table
+  def __call__(self, ids_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    table_VxD = self.table()
+    # Without this constraint, XLA gathers the activations of the whole batch over fsdp. Gathering
+    # the table is cheap, and cheapest in the narrower type.
+    parameter_is_narrower = self.embedding.dtype.itemsize < table_VxD.dtype.itemsize
+    source = self.embedding if parameter_is_narrower else table_VxD
+    gathered_VxD = constrain(source, self.split, None)
+    return jnp.take(gathered_VxD, ids_BxT, axis=0).astype(self.dtype), table_VxD
 
 
 class MLP(nn.Module):
   """down(activation(up(x))) (Vaswani et al. 2017, section 3.3).
 
-  gated: down(activation(gate(x)) * up(x)) (Shazeer 2020, equation 5). drop: applied to what enters `down`.
+  gated: down(activation(gate(x)) * up(x)) (Shazeer 2020, equation 5). drop: a function that is
+  applied to the input of `down`.
   """
 
   mlp_dim: int
@@ -198,25 +213,31 @@ class MLP(nn.Module):
   lora: LoRA | None
 
   @nn.compact
-  def __call__(self, x_BxTxD, drop: Callable = lambda h: h):
+  def __call__(self, x_BxTxD: jax.Array, drop: Callable = lambda h: h) -> jax.Array:
     width = x_BxTxD.shape[-1]
-    wide = lambda name: Linear(
-      (width, self.mlp_dim),
-      precision=self.precision,
-      kernel_init=self.kernel_init,
-      bias=self.bias,
-      lora=self.lora,
-      name=name,
-    )(x_BxTxD)
+    activation = ACTIVATIONS[self.activation]
+
+    def widened(name: str) -> jax.Array:
+      linear = Linear(
+        (width, self.mlp_dim),
+        precision=self.precision,
+        kernel_init=self.kernel_init,
+        bias=self.bias,
+        lora=self.lora,
+        name=name,
+      )
+      return linear(x_BxTxD)
+
     if self.gated:
-      h_BxTxF = ACTIVATIONS[self.activation](wide("gate")) * wide("up")
+      h_BxTxF = activation(widened("gate")) * widened("up")
     else:
-      h_BxTxF = ACTIVATIONS[self.activation](wide("up"))
-    return Linear(
+      h_BxTxF = activation(widened("up"))
+    down = Linear(
       (self.mlp_dim, width),
       precision=self.precision,
       kernel_init=self.out_init,
       bias=self.bias,
       lora=self.lora,
       name="down",
-    )(drop(h_BxTxF))
+    )
+    return down(drop(h_BxTxF))

@@ -1,4 +1,4 @@
-"""The types of a computation: of its activations, and of the operands of its matrix products."""
+"""The types of a computation: that of activations, and that of the operands of matrix products."""
 
 import functools
 import pathlib
@@ -7,14 +7,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llm.config import ModelConfig
 
 
 class Precision(NamedTuple):
-  """Activations have the type `values`; both operands of a matrix product are cast to `operands`.
+  """The types of activations and of the operands of matrix products.
 
-  Products accumulate in float32 or better and give `values`.
+  Both operands of a product are cast to `operands`. It accumulates in float32 or better, and its
+  result has the type `values`, that of the activations.
   """
 
   values: jnp.dtype
@@ -25,54 +27,55 @@ TYPES = {
   "float32": Precision(jnp.dtype("float32"), jnp.dtype("float32")),
   "float64": Precision(jnp.dtype("float64"), jnp.dtype("float64")),
   "bfloat16": Precision(jnp.dtype("bfloat16"), jnp.dtype("bfloat16")),
-  # For CPUs: their bfloat16 products are fast only where the result is float32.
+  # On CPUs, bfloat16 products are fast only where the result is float32.
   "bfloat16_operands": Precision(jnp.dtype("float32"), jnp.dtype("bfloat16")),
 }
 
-WORTHWHILE = 1.2  # bfloat16 products must be this much faster to be taken
+MIN_SPEEDUP = 1.2  # bfloat16 operands are taken on CPU where products are this much faster
 
 
 def of(config: ModelConfig) -> Precision:
-  """The types that the dtype of a config names. "auto" must be resolved (models/resolve.py)."""
+  """The types that config.dtype names. "auto" must be resolved before (models/resolve.py)."""
   return TYPES[config.dtype]
 
 
 def auto(platform: str) -> str:
-  """bfloat16 on accelerators; on CPU bfloat16 operands where they are measured to be faster.
+  """The dtype that "auto" stands for on a platform: cpu, gpu or tpu.
 
-  Processes that train together must agree, so several on CPU take float32.
+  Accelerators take bfloat16. A CPU takes bfloat16 operands where a measurement finds them faster,
+  else float32. Several processes on CPU take float32, because their measurements could differ.
   """
   if platform != "cpu":
     return "bfloat16"
   if jax.process_count() > 1 or not native_bfloat16():
     return "float32"
   speeds = product_speeds()
-  faster = speeds["bfloat16_operands"] > WORTHWHILE * speeds["float32"]
+  faster = speeds["bfloat16_operands"] > MIN_SPEEDUP * speeds["float32"]
   return "bfloat16_operands" if faster else "float32"
 
 
-def explained(asked: str, taken: str, platform: str) -> str:
-  """One line for the header of a run: which types were taken for what was asked, and why."""
+def explained(configured: str, resolved: str, platform: str) -> str:
+  """The resolved dtype and why it was chosen, as a line for the header of a run."""
   if platform != "cpu":
-    return taken
-  if "bfloat16" in taken and not native_bfloat16():
-    return f"{taken}: this CPU has no bfloat16 products and emulates them, which is slow"
-  if asked != "auto":
-    return taken
+    return resolved
+  if "bfloat16" in resolved and not native_bfloat16():
+    return f"{resolved}: this CPU has no bfloat16 products and emulates them, which is slow"
+  if configured != "auto":
+    return resolved
   if not native_bfloat16():
-    return f"{taken}: this CPU has no bfloat16 products"
+    return f"{resolved}: this CPU has no bfloat16 products"
   if jax.process_count() > 1:
-    return f"{taken}: several processes must agree"
+    return f"{resolved}: several processes must agree"
   speeds = product_speeds()
   return (
-    f"{taken}: products of float32 run at {speeds['float32'] / 1e9:,.0f} GFLOP/s here, "
+    f"{resolved}: products of float32 run at {speeds['float32'] / 1e9:,.0f} GFLOP/s here, "
     f"of bfloat16 operands at {speeds['bfloat16_operands'] / 1e9:,.0f}"
   )
 
 
 @functools.cache
 def native_bfloat16() -> bool:
-  """Whether the CPU multiplies bfloat16 numbers itself, according to /proc/cpuinfo."""
+  """Whether the CPU has instructions for bfloat16 products, according to /proc/cpuinfo."""
   try:
     words = set(pathlib.Path("/proc/cpuinfo").read_text().split())
   except OSError:
@@ -82,10 +85,14 @@ def native_bfloat16() -> bool:
 
 @functools.cache
 def product_speeds(rows: int = 2048, width: int = 512, repeats: int = 5) -> dict[str, float]:
-  """FLOP/s of rows x width x width products on the first device, casts of operands included."""
+  """Dtype -> FLOP/s of a product of (rows, width) and (width, width), casts of operands included.
+
+  The best of `repeats` runs on the first device.
+  """
   speeds = {}
-  with jax.ensure_compile_time_eval():  # the first question may come while a model is traced
-    x, kernel = jnp.ones((rows, width)), jnp.ones((width, width))
+  with jax.ensure_compile_time_eval():  # the first call may come while a model is traced
+    x = jax.device_put(np.ones((rows, width), np.float32))
+    kernel = jax.device_put(np.ones((width, width), np.float32))
     for name in ("float32", "bfloat16_operands"):
       multiply = jax.jit(functools.partial(dot, precision=TYPES[name]))
       multiply(x, kernel).block_until_ready()
@@ -98,7 +105,7 @@ def product_speeds(rows: int = 2048, width: int = 512, repeats: int = 5) -> dict
   return speeds
 
 
-def dot(a, b, precision: Precision) -> jax.Array:
+def dot(a: jax.Array, b: jax.Array, precision: Precision) -> jax.Array:
   """a @ b in a precision."""
   return jnp.matmul(
     a.astype(precision.operands),
@@ -107,8 +114,8 @@ def dot(a, b, precision: Precision) -> jax.Array:
   )
 
 
-def einsum(equation: str, a, b, precision: Precision) -> jax.Array:
-  """The sum of products of an equation in a precision."""
+def einsum(equation: str, a: jax.Array, b: jax.Array, precision: Precision) -> jax.Array:
+  """jnp.einsum of two arrays in a precision."""
   return jnp.einsum(
     equation,
     a.astype(precision.operands),

@@ -1,7 +1,7 @@
 """Self-attention by JAX's Pallas kernel for TPUs (splash attention): no T x T array ever exists.
 
-Under a mesh each device works on its own rows and heads, and along `context` on its own queries with all
-keys.
+Under a mesh each device works on its own rows and heads. Along `context` it has its own queries and
+all keys.
 """
 
 from typing import Any

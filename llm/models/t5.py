@@ -1,7 +1,7 @@
 """T5 (Raffel et al. 2020): encoder and decoder, RMS norms, relative position biases, no others.
 
-v1.1, the released checkpoints of that name, has gated GELU and an output layer of its own. v1.0 has ReLU
-and a tied output.
+v1.1, the released checkpoints of that name, has gated GELU and an output layer of its own. v1.0 has
+ReLU and a tied output.
 """
 
 import dataclasses
@@ -35,8 +35,8 @@ FACTS = Facts(
 BUCKETS, FARTHEST = 32, 128  # of relative positions, in all published models
 
 # The published shapes (google-research/text-to-text-transfer-transformer); tiny is for a laptop.
-# num_layers: of the encoder, and of the decoder. v1.1 was pretrained without dropout and is fine-tuned
-# with 0.1.
+# num_layers: of the encoder, and of the decoder. v1.1 was pretrained without dropout and is
+# fine-tuned with 0.1.
 SIZES = {
   name: dict(
     num_layers=layers,
@@ -67,10 +67,10 @@ SIZES = {
 
 
 def bucket(relative: jax.Array, *, causal: bool) -> jax.Array:
-  """Bucket of key position - query position (section 2.1; mesh_tensorflow's code has the exact rule).
+  """Bucket of key position - query position (section 2.1; mesh_tensorflow's code has the rule).
 
-  Half of the buckets are a distance each, the rest grow by a constant factor up to FARTHEST; without
-  causality, half of all serve later keys.
+  Half of the buckets are a distance each; the others grow by a constant factor up to FARTHEST.
+  Without causality, half of all buckets serve later keys.
   """
   number = BUCKETS if causal else BUCKETS // 2
   later = jnp.zeros_like(relative) if causal else jnp.where(relative > 0, number, 0)

@@ -1,10 +1,11 @@
 """One transformer: attention, block, and a stack of blocks with stacked parameters.
 
-Every parameter of the stack carries a leading layer axis, whether the stack is scanned or unrolled, so
-that there is one layout of checkpoints.
+Every parameter of the stack carries a leading layer axis, whether the stack is scanned or unrolled:
+there is one layout of checkpoints.
 """
 
-from typing import Callable, NamedTuple
+import operator
+from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,8 +60,8 @@ def pattern_of(config: ModelConfig, facts: Facts) -> Pattern | None:
 class Attention(nn.Module):
   """Multi-head attention of x to itself, or to `source`.
 
-  past: keys and values of what was seen before; those of x go to the slots from `index` on. layer: the
-  entries of a `Pattern`. Returns (y_BxTxD, the past with what is new in it).
+  past: keys and values of what was seen before; those of x go to the slots from `index` on. layer:
+  the entries of a `Pattern`. Returns (y_BxTxD, the past with what is new in it).
   """
 
   config: ModelConfig
@@ -96,9 +97,8 @@ class Attention(nn.Module):
     if past is not None:
       past = past.with_new(k_BxSxGxK, v_BxSxGxK, index)
       k_BxSxGxK, v_BxSxGxK = (a.swapaxes(1, 2) for a in past)
-      types = types._replace(
-        operands=types.values
-      )  # what was seen is read in the type it is kept in
+      # What was seen is read in the type in which it is kept.
+      types = types._replace(operands=types.values)
     # Context parallelism: queries stay split over positions, keys and values are gathered.
     q_BxTxHxK = constrain(q_BxTxHxK, BATCH, "context", "tensor", None)
     k_BxSxGxK = constrain(k_BxSxGxK, BATCH, None, "tensor", None)
@@ -271,7 +271,7 @@ def unstacked(params: Params) -> Params:
 
   def layers(stacked: Params) -> tuple:
     count = len(jax.tree.leaves(stacked)[0])
-    return tuple(jax.tree.map(lambda leaf: leaf[i], stacked) for i in range(count))
+    return tuple(jax.tree.map(operator.itemgetter(layer), stacked) for layer in range(count))
 
   return {
     name: layers(tree) if name == "layers" else unstacked(tree) for name, tree in params.items()
@@ -296,10 +296,12 @@ def stack(
   if config.remat in policies:
     block = nn.remat(Block, prevent_cse=unroll, policy=policies[config.remat])
   pattern = pattern_of(config, facts)
+  by_layer: Any = nn.broadcast if pattern is None else 0
+  in_axes: Any = (nn.broadcast, nn.broadcast, nn.broadcast, by_layer)
   layers = nn.scan(
     block,
     variable_axes={"params": 0},
-    in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast if pattern is None else 0),
+    in_axes=in_axes,
     split_rngs={"params": True, "dropout": True},
     length=config.num_layers,
     unroll=config.num_layers if unroll else 1,
@@ -319,8 +321,8 @@ def one_by_one(
 ) -> tuple[jax.Array, tuple[Past, ...]]:
   """The same of `unstacked` parameters, for writing -> (BxTxD, the past of each layer).
 
-  A token reads each parameter once, and would spend most of its time on cutting the layers, and their
-  pasts, out of one array.
+  A token reads each parameter once. Cutting the layers, and their pasts, out of one array would
+  take most of its time.
   """
   layers = module.variables["params"]["layers"]
   index, pasts = (None, (None,) * len(layers)) if cache is None else (cache.index, cache.past)
@@ -347,7 +349,7 @@ def trunk(
 ) -> tuple[jax.Array, Cache | None]:
   """Dropout of what is embedded, then the stack. Called inside a backbone with a `config`.
 
-  Of the batch, segments and positions are read. bias: of the self-attention. memory: what each block
+  Reads segments and positions of the batch. bias: of the self-attention. memory: what each block
   looks at. cache: what was seen before; x is written into it.
   """
   config = backbone.config

@@ -1,8 +1,8 @@
-"""The contract between a task and the rest: the loop and the step name no task.
+"""The contract between a task and the rest of the code, which knows no task by its name.
 
-An objective is a frozen dataclass called `Objective`; its fields are its hyper-parameters, with their
-bounds (config.key). It lives in a file of this folder, or in any module that can be imported, and
-`config.objective.name` names the file or the module. One file and one config are a new task.
+An objective is a frozen dataclass called `Objective`. Its fields are its hyper-parameters, with
+their bounds (config.key). It lives in a file of this folder, or in any module that can be imported;
+`config.objective.name` names the file or the module. A new task is one file and one config.
 """
 
 import abc
@@ -24,18 +24,19 @@ from llm.core import Batch, UserError
 from llm.data.sources import Source
 from llm.data.tokenizer import Tokenizer
 from llm.models import heads
+from llm.models.architecture import Facts
 
-Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight): divided once, at the end
+Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight), divided at the end
 Outputs = dict[str, jax.Array]  # what the network computes
-Spec = dict[str, jax.ShapeDtypeStruct]  # array of a batch -> its shape and type
-Predictions = dict[str, np.ndarray]
+Spec = dict[str, jax.ShapeDtypeStruct]  # the shape and type of each array of a row
+Predictions = dict[str, np.ndarray]  # what `predict` gives, for all rows of a source
 
 
 class Rows(Protocol):
-  """The rows of a source, planned or encoded once.
+  """The rows of a source, which are planned or encoded once.
 
-  tokens, examples: how many an epoch holds. A row that labelled examples do not share is one
-  example. note: a line for the header of a run.
+  tokens: how many an epoch has. examples: how many labelled examples an epoch has, where several
+  share a row, else how many rows. note: a line about the rows for the header of a run.
   """
 
   @property
@@ -47,15 +48,15 @@ class Rows(Protocol):
   def __len__(self) -> int: ...
 
   def example(self, i: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Row i as the arrays of a batch, without the B dimension. All chance comes from rng."""
+    """Row i as the arrays of a batch, without the dimension B. All randomness is that of rng."""
     ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective(abc.ABC):
-  """The methods that every objective has; a subclass is a frozen dataclass.
+  """What every objective can do. A subclass is a frozen dataclass.
 
-  kinds: the kinds of architecture that it trains (models.transformer.Facts).
+  kinds: the kinds of architecture that it trains (models.architecture.Facts).
   """
 
   kinds: ClassVar[tuple[str, ...]] = ("encoder", "decoder", "encoder_decoder")
@@ -64,9 +65,9 @@ class Objective(abc.ABC):
     config_lib.check_bounds(self, "config.objective")
 
   def fit(self, sources: Sequence[Source], tokenizer: Tokenizer) -> "Objective":
-    """This objective with what only the data or the tokenizer can tell (classes, a template).
+    """This objective with the fields that come from data or tokenizer, such as the classes.
 
-    Without sources, what the data would tell is assumed: enough to know the shapes of a batch.
+    Without sources, default values stand for those of the data: the shapes of a batch are known.
     """
     return self
 
@@ -79,7 +80,7 @@ class Objective(abc.ABC):
     model: ModelConfig,
     length: int,
   ) -> Rows:
-    """All rows of a source. `length` is T. Raises UserError on data that does not fit the task."""
+    """The rows of a source, `length` tokens each. Raises UserError if the data do not fit."""
 
   def eval_rows(
     self,
@@ -89,22 +90,27 @@ class Objective(abc.ABC):
     model: ModelConfig,
     length: int,
   ) -> Rows:
-    """The rows that an evaluation reads, where they are others."""
+    """The rows of an evaluation source, where they differ from those of training."""
     return self.rows(source, tokenizer, data, model, length)
 
   def with_reference(self, rows: Rows, predict: Callable[[Rows], Predictions]) -> Rows:
-    """`rows` with what the checkpoint that the run starts from predicts of them.
+    """The rows with the predictions of the reference, the checkpoint that the run starts from.
 
-    An objective that needs no reference does not call `predict`, which costs a pass over all rows.
+    predict: computes them, in one pass over all rows. An objective without a reference does not
+    call it.
     """
     return rows
 
+  def trains(self, facts: Facts) -> bool:
+    """Whether it trains an architecture of these facts."""
+    return facts.kind in self.kinds
+
   @abc.abstractmethod
   def batch_spec(self, model: ModelConfig, length: int) -> Spec:
-    """The arrays of one row, as `Rows.example` makes them. No data is read."""
+    """The shape and type of each array of `Rows.example`. It reads no data."""
 
   def model(self, config: ModelConfig) -> nn.Module:
-    """The network: called with a batch and `train=`, it gives what `loss` and `predict` need."""
+    """The network: called with a batch and `train=`, it returns the outputs for `loss`."""
     return heads.Model(models.build_backbone(config), self.head(config))
 
   def head(self, config: ModelConfig) -> nn.Module:
@@ -113,120 +119,138 @@ class Objective(abc.ABC):
 
   @abc.abstractmethod
   def totals(self, batch: Batch) -> dict[str, jax.Array]:
-    """The weight of each loss term over the global batch, before it is cut for accumulation."""
+    """The weight of each loss term over the global batch of a step.
+
+    A step that accumulates gradients cuts the batch into parts after this.
+    """
 
   @abc.abstractmethod
   def loss(
     self, outputs: Outputs, batch: Batch, totals: dict[str, jax.Array]
   ) -> tuple[jax.Array, Metrics]:
-    """The loss (this part of the batch over the totals of the whole) and its metrics."""
+    """(loss, metrics) of a part of the batch.
+
+    The loss is a sum over this part, divided by the totals of the whole batch. So the losses of all
+    parts add up to the loss of the step.
+    """
 
   def predict(self, outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
-    """What `outcomes` needs, B rows each."""
+    """The predictions for a batch, B rows each."""
     return {}
 
   def outcomes(self, predictions: Predictions, rows: Rows) -> dict[str, np.ndarray]:
-    """What became of each record of an evaluation source, on the host: arrays of one length."""
+    """The outcome of each record of an evaluation source, such as whether it is right.
+
+    All arrays have the same length. It runs on the host.
+    """
     return {}
 
   def summary(self, outcomes: dict[str, np.ndarray]) -> dict[str, float]:
-    """Figures of merit of these outcomes, or of a draw of them (for intervals)."""
+    """The figures of merit of these outcomes. For intervals, they are a random draw of all."""
     return {}
 
   def score(self, predictions: Predictions, rows: Rows) -> dict[str, float]:
-    """Figures of merit over a whole evaluation source."""
+    """The figures of merit over an evaluation source."""
     return self.summary(self.outcomes(predictions, rows))
 
   def chat_template(self) -> str:
-    """The template of conversations that it trains on; empty where it trains on none."""
+    """The template of the conversations that it trains on; "" if it trains on none."""
     return ""
 
   def label_name(self, label: float) -> str:
-    """What a label of a batch stands for."""
+    """The name of a label of a batch."""
     return str(label)
 
 
 class Labels(Objective):
-  """An objective whose checkpoints label records (llm.predict)."""
+  """An objective whose checkpoints label records (llm.predict).
 
-  fields: ClassVar[tuple[str, ...]] = ("text",)  # what a record must have
-  optional: ClassVar[tuple[str, ...]] = ()  # and what it may have besides
+  fields: those that a record must have. optional: those that it may have too.
+  """
+
+  fields: ClassVar[tuple[str, ...]] = ("text",)
+  optional: ClassVar[tuple[str, ...]] = ()
 
   @abc.abstractmethod
   def encode(
     self, records: Sequence[dict], tokenizer: Tokenizer, model: ModelConfig, length: int
   ) -> Rows:
-    """The rows of records whose labels are not known, or not looked at."""
+    """The rows of records without their labels."""
 
   @abc.abstractmethod
   def results(self, predictions: Predictions, rows: Rows) -> list[dict]:
-    """The label of each record, as it is printed and written."""
+    """The label of each record, as llm.predict prints and writes it."""
 
 
 class Answers(Labels):
-  """One that labels questions, and writes files that the official scorer of SQuAD reads."""
+  """An objective that answers questions, in files that the official scorer of SQuAD reads."""
 
   @abc.abstractmethod
   def write(self, predictions: Predictions, rows: Rows, path: pathlib.Path):
-    """Writes the answers to `path`, and what else is known of them beside it."""
+    """Writes the answers to `path`, and further files about them beside it."""
 
 
 class Writes(Objective):
-  """An objective whose checkpoints are also judged by the text that they write."""
+  """An objective whose checkpoints are also scored by the text that they write."""
 
   @abc.abstractmethod
   def written(
     self, write: Callable[[Sequence[str], int], list[str]], rows: Rows
   ) -> dict[str, np.ndarray]:
-    """More outcomes of an evaluation source. write: (inputs, most tokens) -> texts."""
+    """Outcomes of the texts that `write(inputs, max_tokens)` writes for an evaluation source."""
 
 
 def int_spec(*shape: int) -> jax.ShapeDtypeStruct:
-  """An int32 array of a row."""
+  """The spec of an int32 array of this shape."""
   return jax.ShapeDtypeStruct(shape, np.int32)
 
 
 def float_spec(*shape: int) -> jax.ShapeDtypeStruct:
-  """A float32 array of a row."""
+  """The spec of a float32 array of this shape."""
   return jax.ShapeDtypeStruct(shape, np.float32)
 
 
 def row_spec(length: int, *names: str) -> Spec:
-  """Arrays of T ids, besides tokens, segments and positions."""
+  """The specs of tokens, segments, positions and the named arrays: T int32 each."""
   return {name: int_spec(length) for name in ("tokens", "segments", "positions", *names)}
 
 
 def row_sums(values_BxN: jax.Array, weights_BxN: jax.Array) -> jax.Array:
-  """Bx2 of (weighted sum, weight): what a row adds to a mean, for `predict`."""
+  """(weighted sum, weight) of each row, for `predict`: Bx2."""
   return jax.numpy.stack([(values_BxN * weights_BxN).sum(-1), weights_BxN.sum(-1)], -1)
 
 
 def mean_of_sums(outcomes: dict[str, np.ndarray]) -> dict[str, float]:
-  """name -> mean, of such sums over all rows."""
-  return {
-    name: float(sums[:, 0].sum() / max(sums[:, 1].sum(), 1e-9)) for name, sums in outcomes.items()
-  }
+  """The mean over all rows of each array of `row_sums`."""
+  means = {}
+  for name, sums_Rx2 in outcomes.items():
+    total, weight = sums_Rx2[:, 0].sum(), sums_Rx2[:, 1].sum()
+    means[name] = float(total / max(weight, 1e-9))
+  return means
 
 
 def cross_entropy(logits_BxNxC: jax.Array, labels_BxN: jax.Array) -> jax.Array:
-  """BxN: minus the log-probability of each label, in nats."""
+  """Minus the log-probability of each label, in nats: BxN."""
   log_probs_BxNxC = jax.nn.log_softmax(logits_BxNxC)
   return -jax.numpy.take_along_axis(log_probs_BxNxC, labels_BxN[..., None], axis=-1)[..., 0]
 
 
 def weighted_mean(values: jax.Array, weights: jax.Array, total: jax.Array) -> jax.Array:
-  """sum(values * weights) / total, 0 where the total is 0."""
+  """sum(values * weights) / total; 0 if the total is 0."""
   return (values * weights).sum() / jax.numpy.maximum(total, 1)
 
 
 def build(mapping: Mapping[str, Any]) -> Objective:
-  """{"name": "masked_lm", ...} -> the Objective of that file. Raises UserError on what is unknown."""
-  fields = {k: v for k, v in mapping.items() if k != "name"}
+  """{"name": "masked_lm", ...} -> the Objective of that file.
+
+  Raises UserError if there is no such objective or field, or a value is out of its bounds.
+  """
+  fields = {field: value for field, value in mapping.items() if field != "name"}
   return config_lib.build(_class(mapping["name"]), fields, "config.objective")
 
 
 def defaults(name: str) -> dict[str, Any]:
-  """The objective's mapping with every field at its default, for files in configs/."""
+  """The mapping of an objective with every field at its default, for files in configs/."""
   return {"name": name, **dataclasses.asdict(_class(name)())}
 
 
@@ -239,9 +263,9 @@ def to_mapping(objective: Objective) -> dict[str, Any]:
 
 def check_kind(objective: Objective, model: ModelConfig):
   """Raises UserError where an objective does not train a model's kind of architecture."""
-  if models.facts(model).kind in objective.kinds:
+  if objective.trains(models.facts(model)):
     return
-  fitting = [name for name in models.NAMES if models.facts_of(name).kind in objective.kinds]
+  fitting = [name for name in models.NAMES if objective.trains(models.facts_of(name))]
   raise UserError(
     f"config.objective.name={to_mapping(objective)['name']} trains "
     f"{' or '.join(kind.replace('_', '-') for kind in objective.kinds)} models, not "
@@ -250,7 +274,9 @@ def check_kind(objective: Objective, model: ModelConfig):
 
 
 def _class(name: str) -> type[Objective]:
-  known = [m.name for m in pkgutil.iter_modules(llm.objectives.__path__) if m.name != "base"]
+  """The class that config.objective.name names. Raises UserError if there is none."""
+  modules = [module.name for module in pkgutil.iter_modules(llm.objectives.__path__)]
+  known = [module for module in modules if module != "base"]
   if name in known:
     return importlib.import_module(f"llm.objectives.{name}").Objective
   hint = f"config.objective.name must be one of {', '.join(known)}, or a module with an Objective"

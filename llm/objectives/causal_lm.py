@@ -13,11 +13,11 @@ from llm.objectives import base
 
 @dataclasses.dataclass(frozen=True)
 class PackedRows(packing.PlannedRows):
-  """Rows of a packing plan, as T ids, segments and positions; targets look one further.
+  """Rows of packed documents. The target of each token is the token after it.
 
-  A document is followed by the end token, as a target only: after it comes another document, which
-  must not see it. A document longer than a row goes on in another one, and its last target there is
-  the next piece's first token, so no token is dropped.
+  The target of a document's last token is the end token, which is never an input. A document that
+  is longer than a row is cut into pieces in several rows. The last target of a piece is the first
+  token of the next, so no target is lost.
   """
 
   end: int
@@ -36,7 +36,7 @@ class PackedRows(packing.PlannedRows):
     return {**row, "weights": (row["segments"] > 0).astype(np.float32)}
 
   def next_token(self, stop: int) -> int:
-    """What follows a piece that ends at `stop`."""
+    """The token after a piece that ends before token `stop` of the source."""
     return self.end if stop in self._ends else int(self.documents.tokens_N[stop])
 
 

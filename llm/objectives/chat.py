@@ -1,7 +1,7 @@
-"""Prompt and response: next-token prediction of the assistant's turns alone, end of turn included."""
+"""Prompt and response: next-token prediction of the assistant's turns and their ends alone."""
 
 import dataclasses
-from typing import Callable, NamedTuple
+from typing import Callable, Iterator, NamedTuple
 
 import jinja2
 import jinja2.sandbox
@@ -14,9 +14,9 @@ from llm.data.tokenizer import Tokenizer
 from llm.objectives import base, causal_lm
 
 ROLES = ("system", "user", "assistant")
-END = (
-  "\ue000"  # stands for the end token while a template renders: a private-use character, in no text
-)
+
+# Stands for the end token while a template renders: a private-use character, which no text has.
+END = "\ue000"
 
 TEMPLATE = (
   "{% for message in messages %}"
@@ -28,57 +28,69 @@ TEMPLATE = (
 
 
 def conversation(record: dict) -> list[dict]:
-  """[{"role", "content", "weight"}] of a record: `messages` (OpenAI's fine-tuning) or Alpaca's fields.
+  """The turns of a record, as [{"role", "content", "weight"}]. Weight 1 marks a turn to learn.
 
-  Raises UserError naming what is wrong.
+  A record has `messages`, as OpenAI's fine-tuning takes them, or the fields of Alpaca. Raises
+  UserError if it has neither, or no assistant turn to learn from.
   """
   where = record.get("_where", "a record")
   if "messages" not in record:
-    fields = [record.get(k, "") for k in ("instruction", "input", "output")]
-    if (
-      not all(isinstance(f, str) for f in fields) or not fields[0].strip() or not fields[2].strip()
-    ):
-      raise UserError(
-        f"{where}: expected `messages`, or the texts `instruction`, `input` (may be empty) and `output`"
-      )
-    asked = fields[0] + (f"\n\n{fields[1]}" if fields[1].strip() else "")
-    return [
-      {"role": "user", "content": asked, "weight": 0},
-      {"role": "assistant", "content": fields[2], "weight": 1},
-    ]
-  turns = []
+    return _alpaca_turns(record, where)
   if not isinstance(record["messages"], list):
     raise UserError(f"{where}: messages must be a list of objects with role and content")
-  for number, message in enumerate(record["messages"], 1):
-    if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-      raise UserError(
-        f"{where}: message {number} must be an object with the texts role and content"
-      )
-    if message.get("role") not in ROLES:
-      raise UserError(
-        f"{where}: message {number} has the unknown role {message.get('role')!r}; known: {', '.join(ROLES)}"
-      )
-    weight = message.get("weight", 1)
-    if weight not in (0, 1):
-      raise UserError(f"{where}: message {number} has weight {weight!r}; it must be 0 or 1")
-    turns.append(
-      {
-        "role": message["role"],
-        "content": message["content"],
-        "weight": weight if message["role"] == "assistant" else 0,
-      }
-    )
+  turns = [
+    _turn(message, f"{where}: message {number}")
+    for number, message in enumerate(record["messages"], 1)
+  ]
   if not any(turn["weight"] for turn in turns):
     raise UserError(f"{where}: the conversation has no assistant turn to learn from")
   return turns
 
 
+def _alpaca_turns(record: dict, where: str) -> list[dict]:
+  """The two turns of a record with Alpaca's fields. Raises UserError if one is missing."""
+  fields = [record.get(name, "") for name in ("instruction", "input", "output")]
+  are_texts = all(isinstance(field, str) for field in fields)
+  if not are_texts or not fields[0].strip() or not fields[2].strip():
+    raise UserError(
+      f"{where}: expected `messages`, or the texts `instruction`, `input` (may be empty) and "
+      "`output`"
+    )
+  instruction, context, output = fields
+  prompt = f"{instruction}\n\n{context}" if context.strip() else instruction
+  return [
+    {"role": "user", "content": prompt, "weight": 0},
+    {"role": "assistant", "content": output, "weight": 1},
+  ]
+
+
+def _turn(message: object, where: str) -> dict:
+  """One of `messages` as a turn. Raises UserError if it is none."""
+  if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+    raise UserError(f"{where} must be an object with the texts role and content")
+  role = message.get("role")
+  if role not in ROLES:
+    raise UserError(f"{where} has the unknown role {role!r}; known: {', '.join(ROLES)}")
+  weight = message.get("weight", 1)
+  if weight not in (0, 1):
+    raise UserError(f"{where} has weight {weight!r}; it must be 0 or 1")
+  return {
+    "role": role,
+    "content": message["content"],
+    "weight": weight if role == "assistant" else 0,
+  }
+
+
 class Template:
-  """A chat template in the Jinja form of tokenizer_config.json, rendered in a sandbox."""
+  """A chat template in Jinja, as in tokenizer_config.json, which is rendered in a sandbox.
+
+  source: the template. bos: the text of the token that opens a conversation. Raises UserError if
+  the source is no template.
+  """
 
   def __init__(self, source: str, bos: str = ""):
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = _refuse  # as transformers gives it to templates
+    environment.globals["raise_exception"] = _refuse  # templates of transformers may call it
     self._bos = bos
     try:
       self._template = environment.from_string(source)
@@ -86,92 +98,111 @@ class Template:
       raise UserError(f"config.objective.template is no Jinja template: {error}")
 
   def render(self, turns: list[dict], answering: bool = False) -> str:
-    """The text of the turns; answering: up to where the assistant begins. Raises UserError."""
+    """The text of the turns. Raises UserError if the template fails.
+
+    answering: the text goes on to where the assistant begins its answer.
+    """
     try:
       return self._template.render(
         messages=turns, add_generation_prompt=answering, eos_token=END, bos_token=self._bos
       )
-    except (
-      Exception
-    ) as error:  # a template may raise anything; the sandbox refuses what is not rendering
+    except Exception as error:  # a template may raise anything, and so does the sandbox
       raise UserError(
         f"config.objective.template does not render: {type(error).__name__}: {first_line(error)}"
       )
 
-  def encode(self, text: str, tokenizer) -> list[int]:
-    """Ids of a rendered text, with the end token where the template put it."""
-    parts = tokenizer.encode(text.split(END))
-    return [*parts[0], *(i for part in parts[1:] for i in (tokenizer.eos, *part))]
+  def encode(self, text: str, tokenizer: Tokenizer) -> list[int]:
+    """The ids of a rendered text, with the end token in the place of END."""
+    first, *others = tokenizer.encode(text.split(END))
+    ids = list(first)
+    for part in others:
+      ids += [tokenizer.eos, *part]
+    return ids
 
-  def opening(self, turns: list[dict], tokenizer) -> list[int]:
-    """Ids of the turns, up to where the assistant answers."""
+  def opening(self, turns: list[dict], tokenizer: Tokenizer) -> list[int]:
+    """The ids of the turns, up to where the assistant begins its answer."""
     return self.encode(self.render(turns, answering=True), tokenizer)
 
   def tokens(self, turns: list[dict], tokenizer: Tokenizer) -> "Encoded":
-    """A conversation as ids. Raises UserError where the assistant's tokens cannot be told apart."""
+    """The ids of a conversation, and which of them are learned.
+
+    Raises UserError if the template mixes the assistant's text with that of other turns.
+    """
+    ids = []
+    learned = []
+    for text, weight in self._parts(turns, tokenizer):
+      encoded = self.encode(text, tokenizer)
+      ids += encoded
+      learned += [weight] * len(encoded)
+    return Encoded(np.array(ids, np.int32), np.array(learned, np.float32))
+
+  def _parts(self, turns: list[dict], tokenizer: Tokenizer) -> Iterator[tuple[str, int]]:
+    """The rendered conversation in parts: (text, 1 if it is learned, else 0)."""
     whole = self.render(turns)
-    ids, learned, at = [], [], 0
-
-    def add(text: str, weight: int):
-      more = self.encode(text, tokenizer)
-      ids.extend(more)
-      learned.extend([weight] * len(more))
-
+    done = 0  # characters of `whole`
     for number, turn in enumerate(turns):
       if not turn["weight"]:
         continue
-      before, after = self.render(turns[:number], True), self.render(turns[: number + 1])
+      before = self.render(turns[:number], answering=True)
+      after = self.render(turns[: number + 1])
       if not whole.startswith(before) or not whole.startswith(after):
         raise UserError(
-          "config.objective.template must render the turns one after another: what comes later "
-          "changes what came before, so that the assistant's tokens cannot be told apart"
+          "config.objective.template must render the turns one after another: here a later turn "
+          "changes the text of an earlier one, so that the assistant's tokens cannot be told apart"
         )
       end = len(before) + _end_of_turn(whole[len(before) : len(after)], tokenizer)
-      add(whole[at : len(before)], 0)
-      add(whole[len(before) : end], 1)
-      at = end
-    add(whole[at:], 0)
-    return Encoded(np.array(ids, np.int32), np.array(learned, np.float32))
+      yield whole[done : len(before)], 0
+      yield whole[len(before) : end], 1
+      done = end
+    yield whole[done:], 0
 
 
 def _end_of_turn(reply: str, tokenizer: Tokenizer) -> int:
-  """Where a rendered turn ends: after its end token, the template's variable or spelled out."""
-  marks = (END, tokenizer.pieces[tokenizer.eos])
-  return max(
-    (reply.rindex(mark) + len(mark) for mark in marks if mark in reply), default=len(reply)
-  )
+  """The characters of a rendered turn up to its last end token, or all if it has none.
+
+  A template writes the end token as END, its variable, or as text.
+  """
+  ends = [
+    reply.rindex(end) + len(end) for end in (END, tokenizer.pieces[tokenizer.eos]) if end in reply
+  ]
+  return max(ends, default=len(reply))
 
 
 def _refuse(message: str):
+  """Ends the rendering of a template that calls raise_exception."""
   raise jinja2.TemplateError(message)
 
 
 def template_of(objective: base.Objective, tokenizer: Tokenizer) -> str:
-  """The template that a checkpoint was trained with or came with; empty where it has none."""
+  """The template that a checkpoint was trained with or came with; "" if it has none."""
   return objective.chat_template() or tokenizer.template
 
 
 class Encoded(NamedTuple):
-  """One conversation: its ids, and whether each of them is learned."""
+  """One conversation: its ids, and for each of them 1 if it is learned, else 0."""
 
   ids: np.ndarray
   learned: np.ndarray
 
   @property
   def size(self) -> int:
-    """Tokens of a row that it takes: the last id is a target only."""
+    """The tokens that it takes in a row. The last id is a target only."""
     return len(self.ids) - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatRows:
-  """Conversations packed into rows."""
+  """Conversations packed into rows of `length` tokens.
+
+  packed: the numbers of the conversations of each row. others: a note about those that are too
+  long.
+  """
 
   encoded: list[Encoded]
-  packed: list[np.ndarray]  # row -> numbers of conversations
+  packed: list[np.ndarray]
   length: int
   pad: int
-  others: str  # what became of the conversations that are too long
+  others: str
 
   @property
   def tokens(self) -> int:
@@ -200,10 +231,11 @@ class ChatRows:
 
 @dataclasses.dataclass(frozen=True)
 class Objective(causal_lm.Objective):
-  """Cross-entropy of the assistant's tokens (Ouyang et al. 2022, section 3.5: supervised fine-tuning).
+  """Cross-entropy of the assistant's tokens, in nats.
 
-  template: Jinja, with `messages`, `eos_token` and `add_generation_prompt`; it is kept with the
-  checkpoint. Empty: that of the checkpoint that the run starts from, or TEMPLATE.
+  It is the supervised fine-tuning of Ouyang et al. 2022, section 3.5. template: Jinja, with
+  `messages`, `eos_token` and `add_generation_prompt`; the checkpoint keeps it. "" takes that of the
+  checkpoint that the run starts from, or else TEMPLATE.
   """
 
   template: str = ""
@@ -219,24 +251,32 @@ class Objective(causal_lm.Objective):
     return dataclasses.replace(self, template=self.template or tokenizer.template or TEMPLATE)
 
   def encoded(
-    self, source: Source, tokenizer: Tokenizer, length: int, talks: Callable
+    self,
+    source: Source,
+    tokenizer: Tokenizer,
+    length: int,
+    talks: Callable[[dict], list[list[dict]]],
   ) -> tuple[list[Encoded], str]:
-    """Every conversation that fits a row, and what became of the others.
+    """(the conversations of a source that fit into rows, a note about the others).
 
-    talks: record -> the conversations that must fit a row together.
+    talks: gives the conversations of a record that must share a row.
     """
     tokenizer.require("eos")
     template = Template(self.template, tokenizer.special.get("bos", ""))
-    encoded, shortened, dropped = [], 0, 0
+    encoded = []
+    shortened = 0
+    dropped = 0
     for record in source.records():
-      fitting, cut = fitted(talks(record), template, tokenizer, length)
+      fitting, was_shortened = fitted(talks(record), template, tokenizer, length)
       encoded += fitting
-      shortened += cut and bool(fitting)
-      dropped += not fitting
+      if not fitting:
+        dropped += 1
+      elif was_shortened:
+        shortened += 1
     return encoded, f"{shortened} lost their first turns, {dropped} left out as too long"
 
   def rows(self, source, tokenizer, data, model, length):
-    encoded, others = self.encoded(source, tokenizer, length, lambda r: [conversation(r)])
+    encoded, others = self.encoded(source, tokenizer, length, lambda record: [conversation(record)])
     if not encoded:
       raise UserError(
         f"{source.spec}: no conversation fits config.training.sequence_length={length}"
@@ -248,23 +288,28 @@ class Objective(causal_lm.Objective):
 def fitted(
   talks: list[list[dict]], template: Template, tokenizer: Tokenizer, room: int
 ) -> tuple[list[Encoded], bool]:
-  """The talks encoded, all of them together in `room` tokens, and whether they lost their first turns.
+  """(conversations that fit into `room` tokens together, whether they were shortened).
 
-  Talks begin alike. As long as they are too long, each loses its first exchange; [] where nothing to
-  learn is left.
+  The conversations begin with the same turns. While they are too long, each loses its first
+  exchange. The list is empty if no turn to learn is left.
   """
   shortened = False
   while all(talks):
     encoded = [template.tokens(turns, tokenizer) for turns in talks]
     if sum(conversation.size for conversation in encoded) <= room:
       return encoded, shortened
-    talks, shortened = [_later(turns) for turns in talks], True
+    talks = [_without_first_exchange(turns) for turns in talks]
+    shortened = True
   return [], shortened
 
 
-def _later(turns: list[dict]) -> list[dict]:
-  """The conversation without its first exchange; [] where no assistant turn to learn from is left."""
-  kept, rest = ([turns[0]], turns[1:]) if turns[0]["role"] == "system" else ([], turns)
-  after = next((n + 1 for n, turn in enumerate(rest) if turn["role"] == "assistant"), len(rest))
-  rest = rest[after:]
-  return kept + rest if any(turn["weight"] for turn in rest) else []
+def _without_first_exchange(turns: list[dict]) -> list[dict]:
+  """The turns without those up to the first answer; a system turn stays.
+
+  The list is empty if no turn to learn is left.
+  """
+  system = turns[:1] if turns[0]["role"] == "system" else []
+  turns = turns[len(system) :]
+  answers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
+  later = turns[answers[0] + 1 :] if answers else []
+  return system + later if any(turn["weight"] for turn in later) else []

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import NamedTuple, Sequence
+from typing import Any, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,11 @@ from llm.models import heads
 from llm.models.architecture import Facts
 from llm.objectives import base
 
-LEAST = 8  # tokens of a row that a text takes at least
+LEAST = 8  # a text takes at least so many tokens of a row
 
 
 class Labelled(NamedTuple):
-  """One record: its ids, their types, and its label (0 where it is not known)."""
+  """A record: its ids, their types, and its label, 0 if it is not known."""
 
   tokens: list[int]
   types: list[int]
@@ -33,10 +33,13 @@ class Labelled(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LabelledRows:
-  """Encoded records packed into rows, at most `slots` in one."""
+  """Encoded records packed into rows of `length` tokens, at most `slots` in one.
+
+  packed: the numbers of the records of each row. truncated: how many records were cut.
+  """
 
   encoded: list[Labelled]
-  packed: list[np.ndarray]  # row -> numbers of records
+  packed: list[np.ndarray]
   length: int
   slots: int
   pad: int
@@ -53,6 +56,7 @@ class LabelledRows:
 
   @property
   def labels(self) -> np.ndarray:
+    """The label of each record."""
     return np.array([record.label for record in self.encoded])
 
   @property
@@ -64,7 +68,7 @@ class LabelledRows:
     )
 
   def apart(self) -> "LabelledRows":
-    """The same records, one a row, in order."""
+    """The same records in order, each in a row of its own."""
     return dataclasses.replace(self, packed=list(np.arange(self.examples)[:, None]), slots=1)
 
   def __len__(self) -> int:
@@ -85,11 +89,11 @@ class LabelledRows:
 
 @dataclasses.dataclass(frozen=True)
 class Objective(base.Labels):
-  """Cross-entropy over classes, or squared error where num_classes is 1 (BERT, section 4.1).
+  """Cross-entropy over classes, or squared error on a score (Devlin et al. 2019, section 4.1).
 
-  num_classes: 0 counts them in the training data; 1 is regression. classes: their names, in order;
-  empty takes them from the data. pooling: see heads.ClassificationHead; auto is first for encoders
-  and last for decoders.
+  num_classes: 0 counts the labels of the training data, and 1 is regression. classes: the names in
+  order; () takes the labels of the training data. pooling: see heads.ClassificationHead; auto is
+  first for encoders and last for decoders.
   """
 
   num_classes: int = key(0, at_least=0)
@@ -109,28 +113,31 @@ class Objective(base.Labels):
 
   @property
   def regression(self) -> bool:
+    """Whether a score is predicted, not a class."""
     return self.num_classes == 1
 
   @property
   def label_type(self) -> type:
+    """The NumPy type of a label."""
     return np.float32 if self.regression else np.int32
 
   def fit(self, sources, tokenizer):
     if self.regression or self.classes:
       return self
-    if not sources:  # two classes are assumed where nobody says how many
+    if not sources:
       return dataclasses.replace(self, num_classes=self.num_classes or 2)
     labels = {_label(record, source) for source in sources for record in source.records()}
     try:
-      classes = tuple(sorted(labels, key=int))
+      classes = sorted(labels, key=int)
     except ValueError:
-      classes = tuple(sorted(labels))
+      classes = sorted(labels)
     if len(classes) < 2:
       raise UserError(
         f"{sources[0].spec}: only the label {classes[0]!r} occurs; classification needs "
         "two (for a score to predict, set config.objective.num_classes=1)"
       )
-    return dataclasses.replace(self, classes=classes, num_classes=self.num_classes or len(classes))
+    num_classes = self.num_classes or len(classes)
+    return dataclasses.replace(self, classes=tuple(classes), num_classes=num_classes)
 
   def rows(self, source, tokenizer, data, model, length):
     records = list(source.records())
@@ -138,20 +145,22 @@ class Objective(base.Labels):
     return self.encode(records, tokenizer, model, length, labels)
 
   def encode(self, records, tokenizer, model, length, labels: Sequence[float] = ()) -> LabelledRows:
+    """The rows of records. labels: of each record; () is for labels that are not known."""
     facts = models.facts(model)
     tokenizer.require(*filter(None, (facts.begin, facts.end)))
     for record in records:
       if not isinstance(record.get("text_pair", ""), str):
         raise UserError(f"{_where(record)}: the field 'text_pair' must be a string")
-    first = tokenizer.encode([record["text"] for record in records])
-    second = [None] * len(first)
+    texts = tokenizer.encode([record["text"] for record in records])
+    text_pairs = [None] * len(texts)
     if any("text_pair" in record for record in records):
-      second = tokenizer.encode([record.get("text_pair", "") for record in records])
-    encoded, truncated = [], 0
-    for a, b, label in zip(first, second, labels or [0.0] * len(records)):
-      tokens, types, cut = _assemble(a, b, tokenizer, facts, length)
+      text_pairs = tokenizer.encode([record.get("text_pair", "") for record in records])
+    encoded = []
+    truncated = 0
+    for text, text_pair, label in zip(texts, text_pairs, labels or [0.0] * len(records)):
+      tokens, types, was_cut = _assemble(text, text_pair, tokenizer, facts, length)
       encoded.append(Labelled(tokens, types, label))
-      truncated += cut
+      truncated += was_cut
     sizes = np.array([len(record.tokens) for record in encoded])
     return LabelledRows(
       encoded,
@@ -176,18 +185,19 @@ class Objective(base.Labels):
     return self.classes[int(label)] if self.classes else str(float(label))
 
   def _target(self, record: dict, source: Source) -> float:
+    """The score of a record, or the number of its class. Raises UserError."""
     label = _label(record, source)
     if self.regression:
       try:
-        value = float(label)
+        score = float(label)
       except ValueError:
-        value = math.nan
-      if not math.isfinite(value):
+        score = math.nan
+      if not math.isfinite(score):
         raise UserError(
           f"{_where(record, source)}: the label {label!r} is no number, which regression "
           "(num_classes=1) needs"
         )
-      return value
+      return score
     if label not in self.classes:
       raise UserError(
         f"{_where(record, source)}: unknown label {label!r}; the classes are "
@@ -205,23 +215,20 @@ class Objective(base.Labels):
     return {"examples": batch["label_weights"].sum()}
 
   def loss(self, outputs, batch, totals):
-    logits_BxNxC, labels_BxN = outputs["logits"], batch["labels"]
-    weights_BxN, weight = batch["label_weights"], batch["label_weights"].sum()
+    logits_BxNxC = outputs["logits"]
+    labels_BxN = batch["labels"]
+    weights_BxN = batch["label_weights"]
+    weight = weights_BxN.sum()
     if self.regression:
       losses_BxN = jnp.square(logits_BxNxC[..., 0] - labels_BxN)
-      return (
-        base.weighted_mean(losses_BxN, weights_BxN, totals["examples"]),
-        {"loss": ((losses_BxN * weights_BxN).sum(), weight)},
-      )
-    losses_BxN = base.cross_entropy(logits_BxNxC, labels_BxN)
-    correct_BxN = logits_BxNxC.argmax(-1) == labels_BxN
-    return (
-      base.weighted_mean(losses_BxN, weights_BxN, totals["examples"]),
-      {
-        "loss": ((losses_BxN * weights_BxN).sum(), weight),
-        "accuracy": ((correct_BxN * weights_BxN).sum(), weight),
-      },
-    )
+    else:
+      losses_BxN = base.cross_entropy(logits_BxNxC, labels_BxN)
+    loss = base.weighted_mean(losses_BxN, weights_BxN, totals["examples"])
+    metrics = {"loss": ((losses_BxN * weights_BxN).sum(), weight)}
+    if not self.regression:
+      correct_BxN = logits_BxNxC.argmax(-1) == labels_BxN
+      metrics["accuracy"] = ((correct_BxN * weights_BxN).sum(), weight)
+    return loss, metrics
 
   def predict(self, outputs, batch):
     if self.regression:
@@ -230,45 +237,53 @@ class Objective(base.Labels):
 
   def results(self, predictions, rows: LabelledRows):
     if self.regression:
-      return [{"score": float(s)} for s in packing.by_example(rows.packed, predictions["score"])[1]]
-    return [
-      {
-        "label": self.classes[int(p.argmax())],
-        "probabilities": {c: round(float(x), 6) for c, x in zip(self.classes, p)},
-      }
-      for p in packing.by_example(rows.packed, predictions["probabilities"])[1]
-    ]
+      _, scores = packing.by_example(rows.packed, predictions["score"])
+      return [{"score": float(score)} for score in scores]
+    _, probabilities_NxC = packing.by_example(rows.packed, predictions["probabilities"])
+    results = []
+    for probabilities_C in probabilities_NxC:
+      label = self.classes[int(probabilities_C.argmax())]
+      rounded = [round(float(probability), 6) for probability in probabilities_C]
+      results.append({"label": label, "probabilities": dict(zip(self.classes, rounded))})
+    return results
 
   def outcomes(self, predictions, rows: LabelledRows):
-    found_RxN = predictions["score"] if self.regression else predictions["probabilities"].argmax(-1)
-    numbers, found = packing.by_example(rows.packed, found_RxN)
-    return {"labels": rows.labels[numbers], "found": found}
+    if self.regression:
+      predicted_RxN = predictions["score"]
+    else:
+      predicted_RxN = predictions["probabilities"].argmax(-1)
+    numbers, predicted = packing.by_example(rows.packed, predicted_RxN)
+    return {"labels": rows.labels[numbers], "found": predicted}
 
   def summary(self, outcomes):
-    labels, guesses = outcomes["labels"], outcomes["found"]
+    labels = outcomes["labels"]
+    predicted = outcomes["found"]
     if self.regression:
-      scores = guesses
-      return {
-        "pearson": float(scipy.stats.pearsonr(scores, labels)[0]) if len(labels) > 1 else math.nan,
-        "spearman": float(scipy.stats.spearmanr(scores, labels)[0])
-        if len(labels) > 1
-        else math.nan,
-      }
+      if len(labels) < 2:
+        return {"pearson": math.nan, "spearman": math.nan}
+      pearson: Any = scipy.stats.pearsonr(predicted, labels)
+      spearman: Any = scipy.stats.spearmanr(predicted, labels)
+      return {"pearson": float(pearson.statistic), "spearman": float(spearman.statistic)}
+    undefined: Any = 0  # the F1 of a class that is never predicted, without a warning
     figures = {
-      "accuracy": sklearn.metrics.accuracy_score(labels, guesses),
-      "macro_f1": sklearn.metrics.f1_score(labels, guesses, average="macro", zero_division=0),
-      "mcc": sklearn.metrics.matthews_corrcoef(labels, guesses),
+      "accuracy": sklearn.metrics.accuracy_score(labels, predicted),
+      "macro_f1": sklearn.metrics.f1_score(
+        labels, predicted, average="macro", zero_division=undefined
+      ),
+      "mcc": sklearn.metrics.matthews_corrcoef(labels, predicted),
     }
     if len(self.classes) == 2:  # GLUE's F1 is that of the second class
-      figures["f1"] = sklearn.metrics.f1_score(labels, guesses, zero_division=0)
+      figures["f1"] = sklearn.metrics.f1_score(labels, predicted, zero_division=undefined)
     return {name: float(value) for name, value in figures.items()}
 
 
 def _where(record: dict, source: Source | None = None) -> str:
+  """Where a record stands, for errors."""
   return record.get("_where") or (source.spec if source else "a record")
 
 
 def _label(record: dict, source: Source) -> str:
+  """The label of a record, as text. Raises UserError if it has none."""
   if record.get("label") is None:
     raise UserError(
       f"{_where(record, source)}: no label; the field 'label' is needed "
@@ -278,28 +293,42 @@ def _label(record: dict, source: Source) -> str:
 
 
 def _assemble(
-  a: list[int], b: list[int] | None, tokenizer: Tokenizer, facts: Facts, length: int
+  text: list[int], text_pair: list[int] | None, tokenizer: Tokenizer, facts: Facts, length: int
 ) -> tuple[list[int], list[int], bool]:
-  """Token ids and types of one text or pair, the longer part cut first, and whether it was cut.
+  """(ids, types, whether something was cut) of one text or pair, in at most `length` tokens.
 
-  Of BERT: [CLS] a [SEP] b [SEP]. Of a decoder: a end b end.
+  For BERT: [CLS] text [SEP] text_pair [SEP]. For a decoder: text end text_pair end.
   """
   start = [tokenizer.id_of(facts.begin)] if facts.begin else []
   end = tokenizer.id_of(facts.end)
-  room = length - len(start) - (1 if b is None else 2)
-  if room < (1 if b is None else 2):
+  parts = 1 if text_pair is None else 2
+  room = length - len(start) - parts
+  if room < parts:
     raise UserError(f"config.training.sequence_length={length} leaves no room for text")
-  cut = len(a) + len(b or ()) > room
-  while len(a) + len(b or ()) > room:  # as BERT: the longer of the two loses its end
-    if b and len(b) > len(a):
-      b = b[: max(len(a), room - len(a))]
-      b = b[:-1] if len(a) + len(b) > room else b
-    else:
-      a = a[: max(len(b or ()), room - len(b or ()))]
-      a = a[:-1] if len(a) + len(b or ()) > room else a
-  tokens = [*start, *a, end]
+  text, second, was_cut = _cut(text, text_pair or [], room)
+  tokens = [*start, *text, end]
   types = [0] * len(tokens)
-  if b is not None:
-    tokens += [*b, end]
-    types += [1] * (len(b) + 1)
-  return tokens, types, cut
+  if text_pair is not None:
+    tokens += [*second, end]
+    types += [1] * (len(second) + 1)
+  return tokens, types, was_cut
+
+
+def _cut(first: list[int], second: list[int], room: int) -> tuple[list[int], list[int], bool]:
+  """(first, second, whether they were cut) in at most `room` tokens together.
+
+  As in BERT's published code, the longer of the two loses its last token, and the first where they
+  are equal, until both fit.
+  """
+  was_cut = len(first) + len(second) > room
+  while len(first) + len(second) > room:
+    if len(second) > len(first):
+      # At once, as long as it stays the longer one.
+      second = second[: max(len(first), room - len(first))]
+      if len(first) + len(second) > room:
+        second = second[:-1]
+    else:
+      first = first[: max(len(second), room - len(second))]
+      if len(first) + len(second) > room:
+        first = first[:-1]
+  return first, second, was_cut

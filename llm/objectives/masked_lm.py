@@ -7,35 +7,37 @@ import numpy as np
 from llm.config import key
 from llm.core import UserError
 from llm.data import documents as documents_lib
-from llm.data import masking, packing, sentence_pairs
+from llm.data import masking as masking_lib
+from llm.data import packing, sentence_pairs
+from llm.data.sources import Source
+from llm.data.tokenizer import Tokenizer
 from llm.models import heads
 from llm.objectives import base
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedRows(packing.PlannedRows):
-  """Rows without pairs: [CLS] piece [SEP] after one another, each a segment of its own."""
+  """Rows without sentence pairs. Each piece is a segment of its own: [CLS] piece [SEP]."""
 
-  masking: masking.Masking
+  masking: masking_lib.Masking
 
   def example(self, i, rng):
-    hides = self.masking
     examples = []
     for piece in self.pieces(i):
-      tokens = [hides.cls, *piece, hides.sep]
+      tokens = [self.masking.cls, *piece, self.masking.sep]
       examples.append({"tokens": tokens, "types": np.zeros(len(tokens), np.int32)})
-    row, _ = packing.lay_out(examples, self.length, hides.pad)
-    return hides.hide(row, rng)
+    row, _ = packing.lay_out(examples, self.length, self.masking.pad)
+    return self.masking.hide(row, rng)
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective(base.Objective):
   """BERT's pretraining (Devlin et al. 2019, section 3.1 and appendix A.1).
 
-  mask_rate of the tokens are predicted: of these mask_share become [MASK], random_share another
-  token, the rest stay. next_sentence: half of the pairs are true, half have their second part from
-  another document; without it there are no pairs. short_share of the pairs aim at a random shorter
-  length (0.1 in the published code). Rows are packed either way.
+  mask_rate: share of the tokens that are predicted. mask_share of these become [MASK], random_share
+  another token, and the others stay. next_sentence: half of the pairs are true, and half have a
+  second part from another document; False makes no pairs. short_share: share of the pairs that aim
+  at a random shorter length (0.1 in the published code). Rows are packed with pairs and without.
   """
 
   mask_rate: float = key(0.15, above=0, at_most=1)
@@ -53,19 +55,30 @@ class Objective(base.Objective):
       raise UserError("config.objective.mask_share + random_share must be at most 1")
 
   def rows(self, source, tokenizer, data, model, length):
-    hides = masking.masking(
+    masking = masking_lib.masking(
       tokenizer, self.mask_rate, self.mask_share, self.random_share, self.whole_word
     )
     if length < 8:
       raise UserError(
         f"config.training.sequence_length={length} is too short for masked_lm: 8 at least"
       )
-    if not self.next_sentence:
-      documents = documents_lib.load(source, tokenizer, "none")
-      sizes = np.arange(length - 1) + 2  # [CLS] and [SEP] with every piece
-      plan = packing.plan(documents, length, sizes, source.cache)
-      return PackedRows(documents, plan, length, hides)
-    documents = documents_lib.load(source, tokenizer, data.sentences)
+    if self.next_sentence:
+      return self._pair_rows(source, tokenizer, data.sentences, length, masking)
+    documents = documents_lib.load(source, tokenizer, "none")
+    sizes = np.arange(length - 1) + 2  # a piece takes two tokens more: [CLS] and [SEP]
+    plan = packing.plan(documents, length, sizes, source.cache)
+    return PackedRows(documents, plan, length, masking)
+
+  def _pair_rows(
+    self,
+    source: Source,
+    tokenizer: Tokenizer,
+    sentences: str,
+    length: int,
+    masking: masking_lib.Masking,
+  ) -> sentence_pairs.PairRows:
+    """Rows of sentence pairs. sentences: config.data.sentences."""
+    documents = documents_lib.load(source, tokenizer, sentences)
     if len(documents) < 2:
       raise UserError(
         f"{source.spec}: next-sentence prediction needs two documents at least (a blank "
@@ -74,10 +87,10 @@ class Objective(base.Objective):
     anchors, offsets = sentence_pairs.plan_pairs(documents, length, self.short_share, source.cache)
     if not len(anchors):
       raise UserError(f"{source.spec}: no document has two tokens, which a pair needs")
-    return sentence_pairs.PairRows(documents, anchors, offsets, length, hides)
+    return sentence_pairs.PairRows(documents, anchors, offsets, length, masking)
 
   def batch_spec(self, model, length):
-    masked = masking.masked_slots(self.mask_rate, length)
+    masked = masking_lib.masked_slots(self.mask_rate, length)
     spec = {
       **base.row_spec(length, "types"),
       "masked_positions": base.int_spec(masked),
@@ -103,7 +116,8 @@ class Objective(base.Objective):
     return totals
 
   def loss(self, outputs, batch, totals):
-    weights, weight = batch["masked_weights"], batch["masked_weights"].sum()
+    weights = batch["masked_weights"]
+    weight = weights.sum()
     loss = base.weighted_mean(outputs["losses"], weights, totals["masked"])
     metrics = {
       "mlm_loss": ((outputs["losses"] * weights).sum(), weight),
@@ -112,7 +126,8 @@ class Objective(base.Objective):
     if self.next_sentence:
       losses_BxN = base.cross_entropy(outputs["pair_logits"], batch["next_sentence"])
       correct_BxN = outputs["pair_logits"].argmax(-1) == batch["next_sentence"]
-      weights_BxN, pairs = batch["pair_weights"], batch["pair_weights"].sum()
+      weights_BxN = batch["pair_weights"]
+      pairs = weights_BxN.sum()
       loss += base.weighted_mean(losses_BxN, weights_BxN, totals["pairs"])
       metrics |= {
         "nsp_loss": ((losses_BxN * weights_BxN).sum(), pairs),

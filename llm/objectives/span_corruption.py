@@ -13,7 +13,10 @@ from llm.objectives import causal_lm
 
 @dataclasses.dataclass(frozen=True)
 class CorruptedRows(packing.PlannedRows):
-  """Rows of a packing plan; how each piece is corrupted is drawn anew in every epoch."""
+  """Rows of packed pieces of documents. Each epoch corrupts a piece anew.
+
+  sentinels: the ids of <extra_id_0>, <extra_id_1>, ...
+  """
 
   objective: "Objective"
   pad: int
@@ -26,31 +29,34 @@ class CorruptedRows(packing.PlannedRows):
     return pairs.row(corrupted, self.length, self.objective.target_length(self.length), self.pad)
 
   def _cut(self, piece: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """(input, target): the piece cut at a random place."""
     where = int(rng.integers(1, len(piece)))
     return piece[:where], np.r_[piece[where:], self.eos]
 
   def _corrupt(self, piece: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    cut, count = self.objective.noise(len(piece))
-    # Kept and cut spans take turns, a kept one first, all of random lengths of 1 or more.
-    kept_lengths, cut_lengths = (
-      _partition(len(piece) - cut, count, rng),
-      _partition(cut, count, rng),
-    )
+    """(input, target): the piece without random spans, and these spans."""
+    cut_tokens, count = self.objective.noise(len(piece))
+    # Kept and cut spans take turns, a kept one first. All have random lengths of 1 or more.
+    kept_lengths = _partition(len(piece) - cut_tokens, count, rng)
+    cut_lengths = _partition(cut_tokens, count, rng)
     ends = np.cumsum(np.stack([kept_lengths, cut_lengths], 1).ravel())
     spans = np.split(piece, ends[:-1])
-    marks = self.sentinels[:count, None]
-    inputs = np.concatenate([np.r_[kept, mark] for kept, mark in zip(spans[::2], marks)])
-    targets = np.concatenate([np.r_[mark, cut] for cut, mark in zip(spans[1::2], marks)])
-    return np.r_[inputs, self.eos], np.r_[targets, self.eos]
+    inputs = []
+    targets = []
+    for kept, cut, sentinel in zip(spans[::2], spans[1::2], self.sentinels[:count]):
+      inputs += [kept, [sentinel]]
+      targets += [[sentinel], cut]
+    return np.concatenate([*inputs, [self.eos]]), np.concatenate([*targets, [self.eos]])
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective(causal_lm.Objective):
-  """T5's pretraining (Raffel et al. 2020, sections 3.1.4 and 3.3.4): the decoder writes what was cut.
+  """T5's pretraining (Raffel et al. 2020, sections 3.1.4 and 3.3.4): the decoder writes cut spans.
 
-  noise_density of the tokens are cut, in spans of mean_span on average. A sentinel marks each span in
-  the input, and stands before it in the target; both end with the end token. prefix: instead, the
-  text is cut once and its second part is the target (section 3.2.1).
+  noise_density: share of the tokens that are cut. mean_span: mean length of the cut spans. In the
+  input, a sentinel stands for each span; in the target, it stands before the span. Both end with
+  the end token. prefix: the text is cut once instead, and its second part is the target (section
+  3.2.1).
   """
 
   noise_density: float = key(0.15, above=0, below=1)
@@ -60,26 +66,26 @@ class Objective(causal_lm.Objective):
   kinds = ("encoder_decoder",)
 
   def noise(self, length: int) -> tuple[int, int]:
-    """(tokens that are cut, spans they are cut in) of a piece of `length` tokens, two at least."""
+    """(tokens that are cut, number of spans) of a piece of `length` tokens, at least two."""
     cut = min(max(round(length * self.noise_density), 1), length - 1)
     return cut, min(max(round(cut / self.mean_span), 1), length - cut)
 
   def lengths(self, piece: int) -> tuple[int, int]:
-    """Tokens of input and target of a piece, at most: sentinels and end tokens included."""
+    """The most tokens of (input, target) of a piece, with sentinels and end tokens."""
     if self.prefix:
       return piece, piece
     cut, spans = self.noise(piece)
     return piece - cut + spans + 1, cut + spans + 1
 
   def longest(self, input_length: int) -> int:
-    """The longest piece whose input fits."""
+    """The length of the longest piece whose input fits into `input_length` tokens."""
     piece = 2
     while self.lengths(piece + 1)[0] <= input_length:
       piece += 1
     return piece
 
   def target_length(self, input_length: int) -> int:
-    """T, of inputs of S tokens: the longest target of a piece whose input fits."""
+    """T: the longest target of a piece whose input fits into `input_length` tokens, S."""
     return max(self.lengths(n)[1] for n in range(2, self.longest(input_length) + 1))
 
   def rows(self, source, tokenizer, data, model, length):
@@ -111,6 +117,6 @@ class Objective(causal_lm.Objective):
 
 
 def _partition(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
-  """`parts` positive lengths that sum to `total`, each such choice as likely."""
+  """`parts` random positive lengths that sum to `total`, all choices equally likely."""
   ends = np.sort(rng.permutation(total - 1)[: parts - 1]) + 1
   return np.diff(np.r_[0, ends, total])

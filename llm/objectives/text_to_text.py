@@ -1,8 +1,12 @@
-"""Any task as text to text (T5): an input, a target, and for tasks with few answers the likelihood of each."""
+"""Any task as text to text (T5): from an input the model writes a target.
+
+A task with few possible targets is scored by the likelihood of each of them, too.
+"""
 
 import dataclasses
 import re
 import string
+from typing import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,22 +18,29 @@ from llm.data.sources import Source
 from llm.data.tokenizer import Tokenizer
 from llm.objectives import base, causal_lm
 
-LEAST = 16  # tokens of a row that a pair takes at least
+LEAST = 16  # a pair takes at least so many tokens of a row
+
+
+Targets = list[tuple[str, bool]]  # (text, whether it is right) of a record
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-  """Ids of an input and a target of one record. gold: whether the target is the record's own."""
+  """The ids of an input and of a target. record: its number. gold: whether the target is right."""
 
   record: int
   gold: bool
-  given: np.ndarray
+  input: np.ndarray
   target: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class PairRows:
-  """Pairs packed into rows, at most `slots` in one."""
+  """Pairs packed into rows, at most `slots` in one.
+
+  packed: the numbers of the pairs of each row. truncated: how many inputs were cut. inputs: the
+  input of each record, as text. gold: the right targets of each record.
+  """
 
   pairs: list[Pair]
   packed: list[np.ndarray]
@@ -38,12 +49,12 @@ class PairRows:
   slots: int
   pad: int
   truncated: int
-  inputs: list[str]  # of each record, as the template has it
-  gold: list[tuple[str, ...]]  # what may be written for it
+  inputs: list[str]
+  gold: list[tuple[str, ...]]
 
   @property
   def tokens(self) -> int:
-    return sum(len(pair.given) + len(pair.target) for pair in self.pairs)
+    return sum(len(pair.input) + len(pair.target) for pair in self.pairs)
 
   @property
   def examples(self) -> int:
@@ -60,21 +71,21 @@ class PairRows:
     return len(self.packed)
 
   def example(self, i, rng):
-    of_row = [self.pairs[number] for number in self.packed[i]]
-    texts = [(pair.given, pair.target) for pair in of_row]
+    pairs_of_row = [self.pairs[number] for number in self.packed[i]]
+    texts = [(pair.input, pair.target) for pair in pairs_of_row]
     row = pairs.row(texts, self.input_length, self.target_length, self.pad)
-    # Targets that are not the record's are scored, not learned.
-    gold = np.r_[0.0, [pair.gold for pair in of_row]].astype(np.float32)
-    return {**row, "weights": gold[row["decoder_segments"]]}
+    # Wrong targets are scored but not learned. Segment 0 is padding.
+    weights = np.array([0.0, *(pair.gold for pair in pairs_of_row)], np.float32)
+    return {**row, "weights": weights[row["decoder_segments"]]}
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective(causal_lm.Objective, base.Writes):
-  """Cross-entropy of the target given the input (Raffel et al. 2020, section 2.4).
+  """Cross-entropy of the target given the input, in nats (Raffel et al. 2020, section 2.4).
 
-  template: the input, with the fields of a record in braces. targets: "label=text", what is written
-  for each label, and the choices whose likelihoods are compared; without them the target is the
-  record's `target`, or its first answer. target_length: tokens of a row's targets.
+  template: the input, with the fields of a record in braces. targets: "label=text", the target of
+  each label; evaluations compare their likelihoods. () takes the field `target` of a record, or
+  else its first answer. target_length: the tokens of a row's targets.
   """
 
   template: str = "{text}"
@@ -85,14 +96,16 @@ class Objective(causal_lm.Objective, base.Writes):
 
   def __post_init__(self):
     super().__post_init__()
-    if bad := [t for t in self.targets if not re.fullmatch(r"[^=]+=.+", t)]:
-      raise UserError(f"config.objective.targets: {bad[0]!r} is not of the form 'label=text'")
+    for target in self.targets:
+      if not re.fullmatch(r"[^=]+=.+", target):
+        raise UserError(f"config.objective.targets: {target!r} is not of the form 'label=text'")
     try:
       self.template.format_map(dict.fromkeys(self._fields(), ""))
     except (ValueError, KeyError, IndexError) as error:
       raise UserError(f"config.objective.template={self.template!r} is no template: {error}")
 
   def _fields(self) -> list[str]:
+    """The fields of a record that the template names."""
     return [name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None]
 
   def rows(self, source, tokenizer, data, model, length):
@@ -105,13 +118,15 @@ class Objective(causal_lm.Objective, base.Writes):
     return pairs.row_spec(length, self.target_length)
 
   def _rows(self, source: Source, tokenizer: Tokenizer, length: int, choices: bool) -> PairRows:
+    """The rows of a source. choices: with a pair for each of `targets`, right or wrong."""
     tokenizer.require("pad", "eos")
     records = list(source.records())
     inputs = [self._input(record, source) for record in records]
-    texts = [self._texts(record, source, choices) for record in records]
-    encoded, truncated = self._encoded(inputs, texts, records, source, tokenizer, length)
+    targets = [self._targets(record, source, choices) for record in records]
+    where = [record.get("_where", source.spec) for record in records]
+    encoded, truncated = self._encoded(inputs, targets, where, tokenizer, length)
     sizes = pairs.sizes(
-      np.array([len(pair.given) for pair in encoded]),
+      np.array([len(pair.input) for pair in encoded]),
       np.array([len(pair.target) for pair in encoded]),
       length,
       self.target_length,
@@ -125,49 +140,65 @@ class Objective(causal_lm.Objective, base.Writes):
       tokenizer.pad,
       truncated,
       inputs,
-      [self._gold(record, of_record) for record, of_record in zip(records, texts)],
+      [self._gold(record, of_record) for record, of_record in zip(records, targets)],
     )
 
-  def _encoded(self, inputs, texts, records, source, tokenizer, length) -> tuple[list[Pair], int]:
-    """A pair for each target of each record, and how many inputs were cut."""
-    targets = iter(tokenizer.encode([text for of_record in texts for text, _ in of_record]))
-    encoded, truncated = [], 0
-    for number, (ids, of_record) in enumerate(zip(tokenizer.encode(inputs), texts)):
-      truncated += len(ids) >= length
-      given = np.array([*ids[: length - 1], tokenizer.eos], np.int32)
-      for _, gold in of_record:
-        target = np.array([*next(targets), tokenizer.eos], np.int32)
+  def _encoded(
+    self,
+    inputs: Sequence[str],
+    targets: Sequence[Targets],
+    where: Sequence[str],
+    tokenizer: Tokenizer,
+    length: int,
+  ) -> tuple[list[Pair], int]:
+    """(a pair for each target of each record, how many inputs were cut).
+
+    where: the place of each record, for errors.
+    """
+    target_texts = [text for of_record in targets for text, _ in of_record]
+    target_ids = iter(tokenizer.encode(target_texts))
+    encoded = []
+    truncated = 0
+    for number, input_ids in enumerate(tokenizer.encode(inputs)):
+      truncated += len(input_ids) >= length
+      input = np.array([*input_ids[: length - 1], tokenizer.eos], np.int32)
+      for _, gold in targets[number]:
+        target = np.array([*next(target_ids), tokenizer.eos], np.int32)
         if len(target) > self.target_length:
           raise UserError(
-            f"{records[number].get('_where', source.spec)}: the target has {len(target)} tokens, "
-            f"more than config.objective.target_length={self.target_length}"
+            f"{where[number]}: the target has {len(target)} tokens, more than "
+            f"config.objective.target_length={self.target_length}"
           )
-        encoded.append(Pair(number, gold, given, target))
+        encoded.append(Pair(number, gold, input, target))
     return encoded, truncated
 
-  def _gold(self, record: dict, texts: list[tuple[str, bool]]) -> tuple[str, ...]:
-    """What may be written for a record."""
+  def _gold(self, record: dict, targets: Targets) -> tuple[str, ...]:
+    """The texts that are right for a record: all of its answers, or its target."""
     if record.get("answers") and not self.targets:
       return tuple(text for text, _ in answers.given(record))
-    return tuple(text for text, right in texts if right)
+    return tuple(text for text, is_gold in targets if is_gold)
 
-  def _input(self, record, source) -> str:
+  def _input(self, record: dict, source: Source) -> str:
+    """The text of a record by the template. Raises UserError if it lacks a field."""
     where = record.get("_where", source.spec)
     if missing := [name for name in self._fields() if name not in record]:
       raise UserError(f"{where}: no field {missing[0]!r}, which config.objective.template asks for")
     return self.template.format_map(record)
 
-  def _texts(self, record, source, choices: bool) -> list[tuple[str, bool]]:
-    """(target, whether it is the record's): that alone, or each of the choices."""
+  def _targets(self, record: dict, source: Source, choices: bool) -> Targets:
+    """The right target of a record, or with `choices` all of `targets`. Raises UserError."""
     where = record.get("_where", source.spec)
     if self.targets:
-      known = dict(t.split("=", 1) for t in self.targets)
+      text_of_label = dict(target.split("=", 1) for target in self.targets)
       label = str(record.get("label"))
-      if label not in known:
+      if label not in text_of_label:
         raise UserError(
-          f"{where}: unknown label {label!r}; config.objective.targets knows {', '.join(known)}"
+          f"{where}: unknown label {label!r}; config.objective.targets knows "
+          f"{', '.join(text_of_label)}"
         )
-      return [(text, name == label) for name, text in known.items() if choices or name == label]
+      if not choices:
+        return [(text_of_label[label], True)]
+      return [(text, name == label) for name, text in text_of_label.items()]
     target = record.get("target")
     if target is None and record.get("answers"):
       target = answers.given(record)[0][0]
@@ -179,48 +210,54 @@ class Objective(causal_lm.Objective, base.Writes):
     return [(target, True)]
 
   def predict(self, outputs, batch):
-    """BxKx2 a target: its log-likelihood in nats, and 1 where greedy decoding writes exactly it."""
+    """(log-likelihood in nats, 1 if greedy decoding writes it exactly) of each target: BxKx2."""
     slots = packing.slots(batch["tokens"].shape[1], LEAST)
     of_pair_BxKxT = batch["decoder_segments"][:, None] == 1 + jnp.arange(slots)[:, None]
-    likelihood = -(outputs["losses"][:, None] * of_pair_BxKxT).sum(-1)
-    # Greedy decoding stays on the target as long as each next token of it is the likeliest.
-    written = jnp.where(of_pair_BxKxT, outputs["correct"][:, None] > 0, True).all(-1)
-    return {"pairs": jnp.stack([likelihood, written], -1)}
+    likelihood_BxK = -(outputs["losses"][:, None] * of_pair_BxKxT).sum(-1)
+    # Greedy decoding writes the target if each of its tokens is the likeliest after those before.
+    is_written_BxK = jnp.where(of_pair_BxKxT, outputs["correct"][:, None] > 0, True).all(-1)
+    return {"pairs": jnp.stack([likelihood_BxK, is_written_BxK], -1)}
 
   def outcomes(self, predictions, rows: PairRows):
-    scores = {
-      n: predictions["pairs"][row, slot]
-      for row, numbers in enumerate(rows.packed[: len(predictions["pairs"])])
-      for slot, n in enumerate(numbers)
-    }
-    best, written, length = {}, {}, {}
-    for n, (likelihood, exact) in scores.items():
-      pair = rows.pairs[n]
-      best[pair.record] = max(best.get(pair.record, (-np.inf, False)), (likelihood, pair.gold))
-      if pair.gold:
-        written[pair.record], length[pair.record] = exact, (-likelihood, len(pair.target))
-    records = sorted(written)
-    out = {
-      "exact_match": np.array([written[r] for r in records]),
-      "loss": np.array([length[r] for r in records]),
+    likeliest = {}  # record -> (log-likelihood, whether it is right) of its likeliest target
+    is_written = {}  # record -> whether greedy decoding writes its right target
+    losses = {}  # record -> (loss, tokens) of its right target
+    for row, numbers in enumerate(rows.packed[: len(predictions["pairs"])]):
+      for slot, number in enumerate(numbers):
+        likelihood, exact = predictions["pairs"][row, slot]
+        pair = rows.pairs[number]
+        scored = (likelihood, pair.gold)
+        likeliest[pair.record] = max(likeliest.get(pair.record, (-np.inf, False)), scored)
+        if pair.gold:
+          is_written[pair.record] = exact
+          losses[pair.record] = (-likelihood, len(pair.target))
+    records = sorted(is_written)
+    outcomes = {
+      "exact_match": np.array([is_written[record] for record in records]),
+      "loss": np.array([losses[record] for record in records]),
     }
     if self.targets:
-      out["choice_accuracy"] = np.array([best[r][1] for r in records], float)
-    return out
+      outcomes["choice_accuracy"] = np.array([likeliest[record][1] for record in records], float)
+    return outcomes
 
   def written(self, write, rows: PairRows):
-    """Outcomes of the texts that the model writes itself: exact match and F1 as SQuAD has them, the best of several
-    gold targets. write: inputs -> texts, of at most target_length tokens."""
+    """Exact match and F1 of the texts that the model writes, as SQuAD defines them.
+
+    Where several texts are right, the best score counts. The texts have at most target_length
+    tokens.
+    """
     texts = write(rows.inputs, self.target_length)
-    return {
-      f"written_{name}": np.array([score(text, gold) for text, gold in zip(texts, rows.gold)])
-      for name, score in (("exact_match", answers.exact_match), ("f1", answers.f1))
-    }
+    outcomes = {}
+    for name, score in (("exact_match", answers.exact_match), ("f1", answers.f1)):
+      scores = [score(text, gold) for text, gold in zip(texts, rows.gold)]
+      outcomes[f"written_{name}"] = np.array(scores)
+    return outcomes
 
   def summary(self, outcomes):
-    return {
-      name: float(values[:, 0].sum() / values[:, 1].sum())
-      if name == "loss"
-      else float(values.mean())
-      for name, values in outcomes.items()
-    }
+    figures = {}
+    for name, values in outcomes.items():
+      if name == "loss":  # a mean over tokens
+        figures[name] = float(values[:, 0].sum() / values[:, 1].sum())
+      else:
+        figures[name] = float(values.mean())
+    return figures

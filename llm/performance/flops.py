@@ -1,16 +1,20 @@
-"""The FLOPs of a model, counted in its traced program, and the peak that they are held against."""
+"""The FLOPs of a model, counted in its traced program, and the peak to compare them with."""
 
 import functools
 import math
 import time
+from typing import Any, Iterator, cast
 
 import jax
 import numpy as np
 from flax import linen as nn
+from jax.core import ShapedArray
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llm import models
+from llm.checkpoints import vocabulary
 from llm.config import ModelConfig
 from llm.core import Batch, Params, flatten
 from llm.models import precision
@@ -19,11 +23,12 @@ from llm.models.precision import Precision
 from llm.performance import hardware
 
 
-def dot_flops(jaxpr) -> float:
-  """2 x multiplications of every dot_general of a jaxpr.
+def dot_flops(jaxpr: Jaxpr) -> float:
+  """FLOPs of all matrix products of a traced program: 2 for every multiplication.
 
-  Scanned bodies count as often as they run, kernels as often as their grid has places, what each
-  device does for itself as often as there are devices. Of branches, the dearest counts.
+  The body of a scan counts as often as it runs, a kernel once for every cell of its grid, and what
+  each device computes for itself once for every device. Of the branches of a condition, the most
+  expensive one counts.
   """
   total = 0.0
   for eqn in jaxpr.eqns:
@@ -32,45 +37,62 @@ def dot_flops(jaxpr) -> float:
       continue
     if eqn.primitive.name == "dot_general":
       (contracted, _), _ = eqn.params["dimension_numbers"]
-      depth = np.prod([eqn.invars[0].aval.shape[i] for i in contracted])
-      total += 2.0 * depth * np.prod(eqn.outvars[0].aval.shape)
-    times = {
-      "scan": lambda p: p["length"],
-      "pallas_call": lambda p: math.prod(p["grid_mapping"].grid),
-      "shard_map": lambda p: p["mesh"].size,
-    }.get(eqn.primitive.name, lambda p: 1)(eqn.params)
-    for value in jax.tree.leaves(
-      eqn.params, is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")
-    ):
-      inner = getattr(value, "jaxpr", value)
-      if hasattr(inner, "eqns"):
-        total += times * dot_flops(inner)
+      left = cast(ShapedArray, eqn.invars[0].aval)
+      product = cast(ShapedArray, eqn.outvars[0].aval)
+      depth = np.prod([left.shape[axis] for axis in contracted])
+      total += 2.0 * depth * np.prod(product.shape)
+    for inner in _inner_jaxprs(eqn):
+      total += _executions(eqn) * dot_flops(inner)
   return total
 
 
-def model_flops(model: nn.Module, params: Params, batch: Batch, config: ModelConfig) -> float:
-  """FLOPs that one training step on `batch` needs: 3 x those of the forward pass.
+def _inner_jaxprs(eqn: JaxprEqn) -> Iterator[Jaxpr]:
+  """The programs among the parameters of an equation."""
 
-  Forward FLOPs are 2 a multiply-add of every matrix product, counted in the traced program: heads
-  included, at the positions where they are computed, over the padded vocabulary. A decoder needs half
-  of its attention products: of 4 B T^2 D L FLOPs forward, half are taken off (PaLM, appendix B, counts
-  without this halving). Recomputation does not count.
+  def is_jaxpr(value: Any) -> bool:
+    return isinstance(value, Jaxpr | ClosedJaxpr)
+
+  for value in jax.tree.leaves(eqn.params, is_leaf=is_jaxpr):
+    if is_jaxpr(value):
+      yield getattr(value, "jaxpr", value)
+
+
+def _executions(eqn: JaxprEqn) -> int:
+  """How often an equation runs the programs among its parameters."""
+  match eqn.primitive.name:
+    case "scan":
+      return eqn.params["length"]
+    case "pallas_call":
+      return math.prod(eqn.params["grid_mapping"].grid)
+    case "shard_map":
+      return eqn.params["mesh"].size
+  return 1
+
+
+def model_flops(model: nn.Module, params: Params, batch: Batch, config: ModelConfig) -> float:
+  """FLOPs that one training step on `batch` needs: 3 times those of the forward pass.
+
+  The forward pass needs 2 for every multiplication of its matrix products, counted in the traced
+  program: the heads at the positions where they are computed, over the padded vocabulary. A causal
+  mask makes half of the attention products needless, so half of the 4 B T^2 H K L FLOPs of a
+  decoder's attention are taken off (PaLM, Chowdhery et al. 2022, appendix B, does not halve them).
+  Recomputation does not count.
   """
   traced = jax.make_jaxpr(lambda p, b: model.apply({"params": p}, b, train=False))(params, batch)
   forward = dot_flops(traced.jaxpr)
   kind = models.facts(config).kind
   if kind != "encoder":
-    tokens = batch["tokens" if kind == "decoder" else "decoder_tokens"]
-    rows, length = tokens.shape
+    tokens_BxT = batch["tokens" if kind == "decoder" else "decoder_tokens"]
+    rows, length = tokens_BxT.shape
     forward -= 2.0 * rows * length**2 * config.num_heads * head_width_of(config) * config.num_layers
   return 3.0 * forward
 
 
 def peak_flops(mesh: Mesh, types: Precision) -> tuple[float, str]:
-  """FLOP/s that the devices of the mesh can reach together, and where the figure comes from.
+  """FLOP/s that the devices of a mesh reach together at best, and where the figure comes from.
 
-  Of an accelerator, its data sheet; on CPU a matrix product of these types measured once, all devices
-  together; (nan, "unknown") for a device that is not in the table.
+  For an accelerator the figure is that of its data sheet; (nan, "unknown") where the tables lack
+  it. On CPU it is measured once: a matrix product of these types on all devices at the same time.
   """
   device = mesh.devices.flat[0]
   if device.platform == "cpu":
@@ -83,17 +105,19 @@ def peak_flops(mesh: Mesh, types: Precision) -> tuple[float, str]:
 
 @functools.cache
 def _matmul_ceiling(mesh: Mesh, types: Precision, size: int = 1024) -> float:
-  rows = NamedSharding(mesh, P(mesh.axis_names))
-  a = jax.device_put(np.ones((size * mesh.size, size), np.float32), rows)
-  b = jax.device_put(np.ones((size, size), np.float32), NamedSharding(mesh, P()))
+  """FLOP/s of the fastest of five products of size x size matrices, one on each device."""
+  by_device = NamedSharding(mesh, P(mesh.axis_names))
+  replicated = NamedSharding(mesh, P())
+  a = jax.device_put(np.ones((size * mesh.size, size), np.float32), by_device)
+  b = jax.device_put(np.ones((size, size), np.float32), replicated)
   multiply = jax.jit(functools.partial(precision.dot, precision=types))
   multiply(a, b).block_until_ready()
-  best = 0.0
+  fastest = 0.0
   for _ in range(5):
     start = time.perf_counter()
     multiply(a, b).block_until_ready()
-    best = max(best, 2.0 * size**3 * mesh.size / (time.perf_counter() - start))
-  return best
+    fastest = max(fastest, 2.0 * size**3 * mesh.size / (time.perf_counter() - start))
+  return fastest
 
 
 def count_parameters(params: Params, vocab_size: int) -> int:
@@ -102,8 +126,6 @@ def count_parameters(params: Params, vocab_size: int) -> int:
   total = 0
   for path, leaf in flatten(params).items():
     total += math.prod(leaf.shape)
-    if path in ("backbone/token/embedding", "backbone/output/embedding"):
-      total -= padding * leaf.shape[1]
-    elif path == "head/lm/bias":
-      total -= padding
+    if path in vocabulary.PATHS:
+      total -= padding * math.prod(leaf.shape[1:])
   return total

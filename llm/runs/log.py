@@ -1,26 +1,35 @@
-"""What a run tells: console lines, a progress bar, metrics.jsonl, TensorBoard events."""
+"""What a run reports: console lines, a progress bar, metrics.jsonl and TensorBoard events."""
 
+import functools
 import json
 import math
 import os
+import pathlib
 import sys
 import time
+from typing import Any
 
 import jax
 import tqdm
 
-from llm.runs.workdir import Growing
+from llm.runs.workdir import LogFolder
 
-COPY_EVERY = 60  # seconds between two copies of the lines to a bucket
+# Seconds between two copies of the logs to a bucket.
+COPY_EVERY = 60
+
+# Figures that stand in metrics.jsonl alone.
+NOT_ON_CONSOLE = ("grad_norm",)
 
 
 def duration(seconds: float) -> str:
-  """75 -> "1:15"."""
+  """75 -> "1:15", 3675 -> "1:01:15"; "?" where the number is not finite."""
   if not math.isfinite(seconds):
     return "?"
-  minutes, rest = divmod(int(seconds + 0.5), 60)
+  minutes, seconds_left = divmod(int(seconds + 0.5), 60)
   hours, minutes = divmod(minutes, 60)
-  return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+  if hours:
+    return f"{hours}:{minutes:02}:{seconds_left:02}"
+  return f"{minutes}:{seconds_left:02}"
 
 
 def _figure(name: str, value: float) -> str:
@@ -31,81 +40,113 @@ def _figure(name: str, value: float) -> str:
   return f"{name} {value:.4g}"
 
 
-class Log:
-  """Writes of process 0; every method is empty on the others.
+def _keep_lines_up_to(step: int, path: pathlib.Path):
+  """Drops the lines of metrics.jsonl after `step`, and a last line that a killed run cut off."""
+  if not path.exists():
+    return
+  kept = []
+  for line in path.read_text().splitlines():
+    try:
+      if json.loads(line)["step"] <= step:
+        kept.append(line + "\n")
+    except (ValueError, KeyError):
+      pass  # cut off
+  scratch = path.with_suffix(".tmp")
+  scratch.write_text("".join(kept))
+  os.replace(scratch, path)
 
-  On resuming, metrics.jsonl keeps the lines up to `start` and loses those of lost steps.
+
+class Log:
+  """The logs of a run. Process 0 writes them; on the others every method does nothing.
+
+  A resumed run keeps the lines of metrics.jsonl up to `first_step` and drops those of lost steps.
   """
 
-  def __init__(self, growing: Growing, start: int, steps: int):
+  def __init__(self, folder: LogFolder, first_step: int, steps: int):
     self.writes = jax.process_index() == 0
     if not self.writes:
       return
-    import tensorboardX  # which imports torch where it is: a second that other commands need not wait
-
-    self.growing, self.steps, self.began, self.start = growing, steps, time.time(), start
-    self.path, self.copied = growing.folder / "metrics.jsonl", time.time()
-    kept = []
-    if self.path.exists():
-      for line in self.path.read_text().splitlines():
-        try:
-          if json.loads(line)["step"] <= start:
-            kept.append(line + "\n")
-        except (ValueError, KeyError):
-          pass  # the last line of a killed run, cut off
-    scratch = self.path.with_suffix(".tmp")
-    scratch.write_text("".join(kept))
-    os.replace(scratch, self.path)
-    self.file = open(self.path, "a", buffering=1)
-    self.events = tensorboardX.SummaryWriter(
-      str(growing.folder / "events"), purge_step=start or None
-    )
+    self.folder = folder
+    self.first_step = first_step
+    self.steps = steps
+    self.started_at = time.time()
+    self.copied_at = time.time()
+    metrics_path = folder.path / "metrics.jsonl"
+    _keep_lines_up_to(first_step, metrics_path)
+    self.file = open(metrics_path, "a", buffering=1)
     self.bar = tqdm.tqdm(
-      total=steps, initial=start, unit=" steps", disable=None, leave=False, dynamic_ncols=True
+      total=steps,
+      initial=first_step,
+      unit=" steps",
+      disable=None,
+      leave=False,
+      dynamic_ncols=True,
     )
+
+  @functools.cached_property
+  def events(self) -> Any:
+    """The writer of TensorBoard events, made with the first figures.
+
+    Its package takes a second to import where torch is installed, which it imports too.
+    """
+    import tensorboardX
+
+    folder = str(self.folder.path / "events")
+    return tensorboardX.SummaryWriter(folder, purge_step=self.first_step or None)
 
   def say(self, text: str):
-    """A line on the console, above the bar."""
+    """Prints a line above the progress bar."""
     if self.writes:
       with tqdm.tqdm.external_write_mode(sys.stdout):
         print(text, flush=True)
 
   def advance(self):
-    """One step is done."""
+    """Moves the progress bar by one step."""
     if self.writes:
       self.bar.update()
 
   def eta(self, step: int) -> float:
-    """Seconds left, at the mean pace since the start (the time for evaluation included)."""
-    done = step - self.start
-    return (time.time() - self.began) / done * (self.steps - step) if done else math.inf
+    """Seconds left after `step`, at the mean pace since the start. Evaluation counts too."""
+    steps_done = step - self.first_step
+    if not steps_done:
+      return math.inf
+    return (time.time() - self.started_at) / steps_done * (self.steps - step)
 
   def metrics(self, step: int, figures: dict[str, float], split: str = "train"):
-    """One logged step: console, metrics.jsonl and events."""
+    """Logs the figures of a step to the console, metrics.jsonl and TensorBoard.
+
+    split: "train" or "eval".
+    """
     if not self.writes:
       return
-    shown = ", ".join(
-      _figure(k, v) for k, v in figures.items() if k not in ("grad_norm", "seconds")
-    )
-    tail = f", {duration(self.eta(step))} left" if split == "train" else ""
-    self.say(f"{'eval ' if split == 'eval' else ''}step {step}/{self.steps}: {shown}{tail}")
-    clean = {k: v if math.isfinite(v) else None for k, v in figures.items()}
-    self.file.write(json.dumps({"step": step, "split": split, **clean}) + "\n")
+    self.say(self._console_line(step, figures, split))
+    # JSON has no NaN and no infinity.
+    finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+    self.file.write(json.dumps({"step": step, "split": split, **finite}) + "\n")
     for name, value in figures.items():
       self.events.add_scalar(f"{split}/{name}", value, step)
-    if time.time() - self.copied > COPY_EVERY:
+    if time.time() - self.copied_at > COPY_EVERY:
       self.flush()
 
+  def _console_line(self, step: int, figures: dict[str, float], split: str) -> str:
+    shown = [_figure(name, value) for name, value in figures.items() if name not in NOT_ON_CONSOLE]
+    prefix = "eval " if split == "eval" else ""
+    if split == "train":
+      shown.append(f"{duration(self.eta(step))} left")
+    return f"{prefix}step {step}/{self.steps}: {', '.join(shown)}"
+
   def flush(self):
-    """What was logged stands in the workdir."""
+    """Brings everything that was logged so far to the workdir."""
     if self.writes:
-      self.events.flush()
-      self.growing.copy()
-      self.copied = time.time()
+      if "events" in vars(self):
+        self.events.flush()
+      self.folder.copy()
+      self.copied_at = time.time()
 
   def close(self):
-    """Closes what is open."""
+    """Closes the bar and the files."""
     if self.writes:
       self.bar.close()
       self.file.close()
-      self.events.close()
+      if "events" in vars(self):
+        self.events.close()

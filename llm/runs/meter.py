@@ -1,78 +1,102 @@
-"""What the steps of a run gave, and where its time went."""
+"""The metrics of a run's steps, and where its time went."""
 
 import collections
 import contextlib
 import dataclasses
 import math
 import time
+from typing import Any, Iterator
 
 import jax
 
 from llm.core import UserError
 from llm.runs import metrics as metrics_lib
 
+# What a run can spend time on, besides training.
+ACTIVITIES = ("input", "compile", "evaluation", "checkpoint")
 
-def _check_finite(history: list[dict], first: int):
+
+def _check_finite(history: list[dict], first_step: int):
   """Raises UserError naming the first step whose metrics are not finite."""
-  for number, found in enumerate(history, first):
-    bad = [name for name, (value, _) in found.items() if not math.isfinite(value)]
-    if bad:
-      raise UserError(
-        f"{bad[0]} is not finite at step {number + 1} (batch {number}); nothing was saved after it. Look at "
-        f"it with `python -m llm.show batch --step={number} --config=...`; a lower optimizer.learning_rate "
-        "or a longer warm-up may help"
-      )
+  for step, metrics in enumerate(history, first_step):
+    for name, (value, _) in metrics.items():
+      if not math.isfinite(value):
+        raise UserError(
+          f"{name} is not finite at step {step + 1} (batch {step}); nothing was saved after it. "
+          f"Look at it with `python -m llm.show batch --step={step} --config=...`; a lower "
+          "optimizer.learning_rate or a longer warm-up may help"
+        )
+
+
+def _zeros() -> dict[str, float]:
+  """Seconds by activity, 0 for each that has not happened."""
+  return collections.defaultdict(float)
 
 
 @dataclasses.dataclass
 class Meter:
-  """What the steps since the last log line were: their metrics and their time."""
+  """Collects the metrics and the time of the steps since the last log line.
 
-  checked: int  # steps known to be finite
-  tokens: float  # a step, without padding
-  waiting: list = dataclasses.field(default_factory=list)  # on the device, not looked at
-  unlogged: list = dataclasses.field(default_factory=list)  # on the host, finite
-  paces: list = dataclasses.field(default_factory=list)  # tokens a second
-  mark: float = dataclasses.field(default_factory=time.perf_counter)
-  since: dict = dataclasses.field(
-    default_factory=collections.Counter
-  )  # seconds since the mark spent on what is not training
-  spent: dict = dataclasses.field(default_factory=collections.Counter)  # the same of the whole run
+  Metrics stay on the device until they are needed, so that no step waits for the one before.
+  """
+
+  # Steps whose metrics are known to be finite.
+  checked_steps: int
+  # Tokens of a step, without padding.
+  tokens_per_step: float
+  on_device: list = dataclasses.field(default_factory=list)
+  on_host: list = dataclasses.field(default_factory=list)
+  # Tokens a second, of each log line.
+  paces: list[float] = dataclasses.field(default_factory=list)
+  # When the last log line was written.
+  logged_at: float = dataclasses.field(default_factory=time.perf_counter)
+  # Seconds by activity: since the last log line, and of the whole run.
+  recent_seconds: dict[str, float] = dataclasses.field(default_factory=_zeros)
+  total_seconds: dict[str, float] = dataclasses.field(default_factory=_zeros)
+
+  def add(self, metrics: dict[str, Any]):
+    """Takes the metrics of one more step, without waiting for them."""
+    self.on_device.append(metrics)
 
   def settle(self, step: int):
-    """Brings the waiting metrics to the host. Raises UserError if one is not finite."""
-    found, self.waiting = jax.device_get(self.waiting), []
-    _check_finite(found, self.checked)
-    self.unlogged += found
-    self.checked = step
+    """Fetches the metrics of all steps up to `step`. Raises UserError if one is not finite."""
+    fetched = jax.device_get(self.on_device)
+    self.on_device = []
+    _check_finite(fetched, self.checked_steps)
+    self.on_host += fetched
+    self.checked_steps = step
 
   def figures(self, step: int) -> dict[str, float]:
-    """Means and pace since the last call."""
+    """Mean metrics, tokens a second and the share of time spent on input, since the last call."""
     self.settle(step)
-    seconds = time.perf_counter() - self.mark
-    waited, first = self.since.pop("input", 0.0), "compile" in self.since
-    at_work = seconds - sum(self.since.values())
-    # The first step stands in the time of its compilation: it does not count, unless there is no other.
-    steps = len(self.unlogged) - first
-    pace = steps * self.tokens / at_work if steps else self.tokens / seconds
+    elapsed = time.perf_counter() - self.logged_at
+    input_seconds = self.recent_seconds.pop("input", 0.0)
+    compiled = "compile" in self.recent_seconds
+    training_seconds = elapsed - sum(self.recent_seconds.values())
+    # The time of the first step is counted as compilation. So that step does not count, unless it
+    # is the only one.
+    steps = len(self.on_host) - compiled
+    if steps:
+      pace = steps * self.tokens_per_step / training_seconds
+    else:
+      pace = self.tokens_per_step / elapsed
     self.paces.append(pace)
-    means = metrics_lib.means(self.unlogged)
-    self.unlogged, self.mark = [], time.perf_counter()
-    self.since.clear()
-    return {**means, "tokens_per_second": pace, "input_wait": waited / at_work}
+    means = metrics_lib.means(self.on_host)
+    self.on_host = []
+    self.logged_at = time.perf_counter()
+    self.recent_seconds.clear()
+    return {**means, "tokens_per_second": pace, "input_wait": input_seconds / training_seconds}
 
   @contextlib.contextmanager
-  def spending(self, on: str):
-    """Time in here is spent on: input (waited for), compile, evaluation or checkpoint."""
-    began = time.perf_counter()
+  def timed(self, activity: str) -> Iterator[None]:
+    """Counts the time inside as that of one of ACTIVITIES."""
+    start = time.perf_counter()
     yield
-    seconds = time.perf_counter() - began
-    self.since[on] += seconds
-    self.spent[on] += seconds
+    seconds = time.perf_counter() - start
+    self.recent_seconds[activity] += seconds
+    self.total_seconds[activity] += seconds
 
   def shares(self, seconds: float) -> dict[str, float]:
-    """What the wall clock went to, as shares of it; the rest was training."""
-    shares = {
-      on: self.spent[on] / seconds for on in ("input", "compile", "evaluation", "checkpoint")
-    }
+    """The share of a run of so many seconds that each activity took; the rest is training."""
+    shares = {activity: self.total_seconds[activity] / seconds for activity in ACTIVITIES}
     return {"training": 1 - sum(shares.values()), **shares}

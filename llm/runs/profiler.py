@@ -11,14 +11,15 @@ from llm.core import UserError
 
 @contextlib.contextmanager
 def profiling(steps: str, folder: pathlib.Path) -> Iterator[Callable[[int, Any], None]]:
-  """Gives a function to call before every step, which profiles those of `steps`, e.g. "10:15".
+  """Yields a function (step, state) to call before every step. It starts and stops the profile.
 
-  The profile is written to `folder`. Raises UserError where the range is none.
+  steps: which steps to profile, e.g. "10:15" for 10 to 14; "" for none. The profile is written to
+  folder/profile. Raises UserError where `steps` is not of that form.
   """
-  first, last = _range(steps)
+  first, last = _step_range(steps)
   running = False
 
-  def before(step: int, state: Any):
+  def before_step(step: int, state: Any):
     nonlocal running
     if step == first:
       jax.profiler.start_trace(str(folder / "profile"))
@@ -29,13 +30,13 @@ def profiling(steps: str, folder: pathlib.Path) -> Iterator[Callable[[int, Any],
       running = False
 
   try:
-    yield before
+    yield before_step
   finally:
     if running:
       jax.profiler.stop_trace()
 
 
-def _range(text: str) -> tuple[int, int]:
+def _step_range(text: str) -> tuple[int, int]:
   if not text:
     return -1, -1
   first, _, last = text.partition(":")

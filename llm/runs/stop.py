@@ -1,31 +1,33 @@
-"""Signals: a run that is asked to stop saves first, on all processes at one step."""
+"""Signals: a run that is told to stop saves first, on all processes at the same step."""
 
 import contextlib
 import dataclasses
 import signal
 import sys
+from typing import Iterator
 
 import jax
 from jax.experimental import multihost_utils
 
 
 class Stopped(SystemExit):
-  """A signal asked the run to stop; it has saved."""
+  """A signal stopped the run, which has saved."""
 
 
 @dataclasses.dataclass
 class Stop:
   """Set by SIGINT and SIGTERM, polled between steps and between the batches of an evaluation.
 
-  Of many processes, one that gets SIGTERM has all stop at the same poll: JAX listens, and they agree. SIGINT ends such a
-  process at once; launch/local.sh sends SIGTERM for it.
+  In a run of several processes, SIGTERM to one of them stops all: JAX catches it, and the
+  processes agree on the poll at which they stop. SIGINT ends such a process at once, so
+  launch/local.sh sends SIGTERM in its place.
   """
 
   signal: int = 0
   polls: int = 0
 
-  def asked(self) -> int:
-    """The signal, 0 if there was none. Every process must poll equally often."""
+  def requested(self) -> int:
+    """The number of the signal, 0 if there was none. All processes must poll equally often."""
     if jax.distributed.is_initialized():
       self.polls += 1
       if not self.signal and multihost_utils.reached_preemption_sync_point(self.polls):
@@ -33,26 +35,26 @@ class Stop:
     return self.signal
 
   @contextlib.contextmanager
-  def listening(self):
-    """Catches the signals; a second one ends the process at once."""
-
-    def catch(number, frame):
-      if self.signal:
-        raise KeyboardInterrupt
-      self.signal = number
-      print(
-        f"\n{signal.Signals(number).name}: saving, then stopping ...", file=sys.stderr, flush=True
-      )
-
+  def listening(self) -> Iterator[None]:
+    """Catches the signals. A second one ends the process at once."""
     if jax.distributed.is_initialized():
       yield
       return
     try:
-      old = {n: signal.signal(n, catch) for n in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: signals are somebody else's
-      old = {}
+      previous = {
+        number: signal.signal(number, self._catch) for number in (signal.SIGINT, signal.SIGTERM)
+      }
+    except ValueError:  # only the main thread may catch signals
+      previous = {}
     try:
       yield
     finally:
-      for number, handler in old.items():
+      for number, handler in previous.items():
         signal.signal(number, handler)
+
+  def _catch(self, number: int, frame: object):
+    if self.signal:
+      raise KeyboardInterrupt
+    self.signal = number
+    name = signal.Signals(number).name
+    print(f"\n{name}: saving, then stopping ...", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The workdir of a run: whose it is, and the records that stand in it."""
+"""The workdir of a run: its lock, the check of its config, and the records in it."""
 
 import contextlib
 import dataclasses
@@ -11,6 +11,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from typing import Any, Iterator
 
 import jax
 import numpy as np
@@ -25,114 +26,109 @@ from llm.objectives import base
 
 # What may differ between a run and its continuation.
 MAY_CHANGE = {
+  "mesh",
+  "data.cache",
   "data.prefetch",
   "data.workers",
-  "data.cache",
-  "mesh",
-  "model.scan",
-  "model.remat",
   "model.loss_chunk",
-  *(
-    f"training.{k}"
-    for k in (
-      "steps",
-      "epochs",
-      "log_every",
-      "eval_every",
-      "eval_batches",
-      "save_every",
-      "keep",
-      "keep_best",
-      "profile",
-    )
-  ),
+  "model.remat",
+  "model.scan",
+  "training.epochs",
+  "training.eval_batches",
+  "training.eval_every",
+  "training.keep",
+  "training.keep_best",
+  "training.log_every",
+  "training.profile",
+  "training.save_every",
+  "training.steps",
 }
+# Packages whose versions run.json names.
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
 
 
-def _revision() -> dict:
-  """The source revision and whether the working tree was clean; unknown outside a checkout."""
+def _git(*args: str) -> str:
   root = pathlib.Path(__file__).resolve().parents[2]
-  git = lambda *args: subprocess.run(
-    ["git", "-C", str(root), *args], capture_output=True, text=True
-  )
+  command = ["git", "-C", str(root), *args]
+  return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def _revision() -> dict[str, Any]:
+  """The source revision ("unknown" outside a checkout), and whether the working tree is clean."""
   try:
-    head = git("rev-parse", "HEAD")
     return {
-      "revision": head.stdout.strip() or "unknown",
-      "clean": not git("status", "--porcelain").stdout,
+      "revision": _git("rev-parse", "HEAD") or "unknown",
+      "clean": not _git("status", "--porcelain"),
     }
-  except OSError:
+  except OSError:  # no git
     return {"revision": "unknown", "clean": None}
 
 
-def write_json(path: epath.Path, value):
-  """Written whole or not at all, by process 0."""
-  if jax.process_index() == 0:
-    scratch = (
-      path if storage.is_bucket(path) else path.with_suffix(".tmp")
-    )  # in a bucket a file is whole or not there
-    scratch.write_text(json.dumps(value, indent=1))
-    if scratch != path:
-      scratch.replace(path)
+def write_json(path: epath.Path, value: Any):
+  """Writes a file whole or not at all. Only process 0 writes."""
+  if jax.process_index():
+    return
+  text = json.dumps(value, indent=1)
+  if storage.is_bucket(path):  # a bucket never holds half a file
+    path.write_text(text)
+    return
+  scratch = path.with_suffix(".tmp")
+  scratch.write_text(text)
+  scratch.replace(path)
 
 
-def run_record() -> dict:
-  """run.json: what ran where."""
-  packages = (
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "grain",
-    "numpy",
-    "sentencepiece",
-  )
+def run_record() -> dict[str, Any]:
+  """What run.json holds: the command, the source revision, versions and devices."""
   return {
     "command": sys.argv,
     **_revision(),
     "python": platform.python_version(),
-    "versions": {p: importlib.metadata.version(p) for p in packages},
-    "devices": [str(d) for d in jax.devices()],
+    "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+    "devices": [str(device) for device in jax.devices()],
     "processes": jax.process_count(),
     "xla_flags": os.environ.get("XLA_FLAGS", ""),
   }
 
 
 def _differences(old: dict, new: dict) -> list[str]:
-  found = []
+  """A line for every key that two configs set to different values and that may not change."""
+  lines = []
   for group in sorted({*old, *new} - MAY_CHANGE):
-    a, b = old.get(group, {}), new.get(group, {})
-    for key in sorted({*a, *b}):
-      left, right = (json.dumps(x.get(key)) for x in (a, b))
-      if left != right and f"{group}.{key}" not in MAY_CHANGE:
-        found.append(f"{group}.{key} was {left}, is {right}")
-  return found
+    old_group = old.get(group, {})
+    new_group = new.get(group, {})
+    for key in sorted({*old_group, *new_group}):
+      before = json.dumps(old_group.get(key))
+      after = json.dumps(new_group.get(key))
+      if before != after and f"{group}.{key}" not in MAY_CHANGE:
+        lines.append(f"{group}.{key} was {before}, is {after}")
+  return lines
 
 
-def agree(config: Config, workdir: epath.Path):
-  """Raises UserError, naming the process, unless all were started with one config and one workdir."""
+def check_processes_agree(config: Config, workdir: epath.Path):
+  """Raises UserError unless all processes were started with the same config and workdir."""
   if jax.process_count() == 1:
     return
   from jax.experimental import multihost_utils
 
-  told = cache.digest(json.dumps(config_lib.thaw(config), sort_keys=True), str(workdir))
-  digests = multihost_utils.process_allgather(np.frombuffer(bytes.fromhex(told), np.uint8))
-  if different := [n for n, other in enumerate(digests) if (other != digests[0]).any()]:
-    raise UserError(
-      f"process {different[0]} was started with another config or --workdir than process 0: start all with the same"
-    )
+  digest = cache.digest(json.dumps(config_lib.thaw(config), sort_keys=True), str(workdir))
+  digests = multihost_utils.process_allgather(np.frombuffer(bytes.fromhex(digest), np.uint8))
+  for process, other in enumerate(digests):
+    if (other != digests[0]).any():
+      raise UserError(
+        f"process {process} was started with another config or --workdir than process 0: start "
+        "all with the same"
+      )
 
 
 @contextlib.contextmanager
-def locked(workdir: epath.Path):
-  """The workdir, made if need be, is this run's while it lasts. Raises UserError where another run has it."""
-  if storage.is_bucket(workdir):  # its folders are names
-    if not jax.process_index():
-      print(
-        f"{workdir} cannot be locked, for it is a bucket: see to it that no other run uses it",
-        file=sys.stderr,
-      )
+def locked(workdir: epath.Path) -> Iterator[None]:
+  """Creates the workdir and keeps other runs out of it.
+
+  Raises UserError where another run is in it, or the folder cannot be created. Warns where it
+  cannot be locked.
+  """
+  if storage.is_bucket(workdir):
+    _warn_unlocked(workdir, "it is a bucket")
     yield
     return
   try:
@@ -147,16 +143,21 @@ def locked(workdir: epath.Path):
       raise UserError(
         f"another run is at work in {workdir}: choose another --workdir, or stop it first"
       )
-    except OSError as error:  # not every shared file system knows locks
-      print(
-        f"{workdir} cannot be locked ({error.strerror}): see to it that no other run uses it",
-        file=sys.stderr,
-      )
+    except OSError as error:  # some shared file systems have no locks
+      _warn_unlocked(workdir, error.strerror)
     yield
 
 
+def _warn_unlocked(workdir: epath.Path, reason: str | None):
+  if not jax.process_index():
+    print(
+      f"{workdir} cannot be locked ({reason}): make sure that no other run uses it",
+      file=sys.stderr,
+    )
+
+
 def with_new_keys(config: dict) -> dict:
-  """A config of an earlier revision, with the keys that came since at their defaults."""
+  """The config of an earlier revision, with the keys that are new since then at their defaults."""
   current = config_lib.freeze(config)
   objective = {**base.defaults(current.objective["name"]), **current.objective}
   plain = config_lib.thaw(dataclasses.replace(current, objective=objective))
@@ -164,53 +165,72 @@ def with_new_keys(config: dict) -> dict:
 
 
 def claim(workdir: epath.Path, config: Config, go_on: bool):
-  """Makes the workdir, which is there, this config's. Raises UserError if it holds a run of another one."""
+  """Writes config.json into an existing workdir.
+
+  Raises UserError where it holds a run of another config, unless `go_on`, and where it cannot be
+  written.
+  """
   path = workdir / "config.json"
   if path.exists() and not go_on:
-    try:
-      old = with_new_keys(json.loads(path.read_text()))
-    except (ValueError, UserError):
-      raise UserError(f"{path} is damaged; --go_on replaces it")
-    if found := _differences(old, json.loads(json.dumps(config_lib.thaw(config)))):
-      raise UserError(
-        f"{workdir} holds a run of another config ({'; '.join(found[:4])}): choose another "
-        "--workdir, or --go_on to go on with the new one"
-      )
+    _check_same_config(path, config)
   try:
     write_json(path, config_lib.thaw(config))
-  except Exception as error:
+  except Exception as error:  # those of stores have no common base
     if not storage.is_bucket(workdir):
       raise
     raise UserError(f"{workdir} cannot be written: {core.first_line(error)}")
 
 
-class Growing:
-  """The folder of a workdir for files that grow (metrics.jsonl, events, profiles).
+def _check_same_config(path: epath.Path, config: Config):
+  """Raises UserError where a config.json holds another config, or cannot be read."""
+  try:
+    old = with_new_keys(json.loads(path.read_text()))
+  except (ValueError, UserError):
+    raise UserError(f"{path} is damaged; --go_on replaces it")
+  differences = _differences(old, json.loads(json.dumps(config_lib.thaw(config))))
+  if differences:
+    raise UserError(
+      f"{path.parent} holds a run of another config ({'; '.join(differences[:4])}): choose another "
+      "--workdir, or --go_on to go on with the new one"
+    )
 
-  A bucket takes whole files alone: there they grow in a folder of this machine, and `copy` brings them over.
+
+class LogFolder:
+  """The local folder of the files that grow during a run: metrics.jsonl, events, profiles.
+
+  It is the workdir, unless that is a bucket. A bucket takes only whole files: there the files grow
+  in a temporary folder, and `copy` writes them to the bucket.
   """
 
   def __init__(self, workdir: epath.Path):
-    self._away = storage.is_bucket(workdir)
-    self._scratch = tempfile.TemporaryDirectory(prefix="pretune-") if self._away else None
-    self.workdir, self.folder, self._copied = (
-      workdir,
-      pathlib.Path(self._scratch.name if self._away else workdir),
-      {},
-    )
-    metrics = workdir / "metrics.jsonl"
-    if self._away and metrics.exists():
-      self._copied[self.folder / metrics.name] = (self.folder / metrics.name).write_bytes(
-        metrics.read_bytes()
-      )
+    self.workdir = workdir
+    self._scratch: tempfile.TemporaryDirectory | None = None
+    # Bytes that were copied to the bucket, by local path.
+    self._copied_sizes: dict[pathlib.Path, int] = {}
+    if not storage.is_bucket(workdir):
+      self.path = pathlib.Path(workdir)
+      return
+    self._scratch = tempfile.TemporaryDirectory(prefix="pretune-")
+    self.path = pathlib.Path(self._scratch.name)
+    remote = workdir / "metrics.jsonl"
+    if remote.exists():
+      local = self.path / remote.name
+      self._copied_sizes[local] = local.write_bytes(remote.read_bytes())
 
   def copy(self):
-    """What changed since the last call, to the bucket. What fails is said, and tried again by the next call."""
-    for path in filter(pathlib.Path.is_file, self.folder.rglob("*") if self._away else ()):
-      if self._copied.get(path) != (size := path.stat().st_size):
-        there = self.workdir / path.relative_to(self.folder).as_posix()
-        try:
-          there.write_bytes(path.read_bytes())
-          self._copied[path] = size
-        except Exception as error:  # a log is not worth the run
-          print(f"{there} cannot be written now: {core.first_line(error)}", file=sys.stderr)
+    """Writes to the bucket what changed since the last call.
+
+    A failure is printed and costs nothing: the next call tries again.
+    """
+    if not self._scratch:
+      return
+    for path in filter(pathlib.Path.is_file, self.path.rglob("*")):
+      size = path.stat().st_size
+      if self._copied_sizes.get(path) == size:
+        continue
+      remote = self.workdir / path.relative_to(self.path).as_posix()
+      try:
+        remote.write_bytes(path.read_bytes())
+        self._copied_sizes[path] = size
+      except Exception as error:  # a log is not worth the run
+        print(f"{remote} cannot be written now: {core.first_line(error)}", file=sys.stderr)

@@ -1,34 +1,49 @@
 """How many labels is pretraining worth? Two arms of one architecture, and the classical models.
 
-For each number of labels several draws of the training labels; the arms (pretrained and scratch)
-see the same draws, batches and fresh head. Learning rate and epochs of each arm, and the
-regularisation of the classical models, are chosen on the validation split; the test split is looked
-at once, with what was chosen.
+For each number of labels, several draws of the training labels are fine-tuned on. The arms,
+pretrained and scratch, see the same draws, batches and fresh head. The learning rate and the epochs
+of each arm, and the regularisation of the classical models, are chosen on the validation split. The
+test split is scored once, with what was chosen.
 """
 
 import dataclasses
 import itertools
-from typing import Sequence
+from typing import Any, Mapping, Protocol, Sequence, cast
 
 import jax
 import numpy as np
+import optax
 import scipy.stats
 import tqdm
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llm.config import DataConfig, OptimizerConfig
-from llm.core import flatten
-from llm.objectives import classification
+from llm.config import DataConfig, ModelConfig, OptimizerConfig
+from llm.core import Batch, Leaves, Params, TrainState, flatten
+from llm.data.sources import Source
+from llm.data.tokenizer import Tokenizer
+from llm.objectives import base, classification
 from llm.studies import classical
 from llm.training import experiment, partition
 from llm.training import optimizer as optimizer_lib
 from llm.training import step as step_lib
 
+# Rows of held-out text at a time.
+EVAL_ROWS = 256
+
+
+class Bar(Protocol):
+  """A progress bar."""
+
+  def update(self) -> Any: ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """One point of the label curve. labels: 0 is all. searched: draws that the search runs on."""
+  """One point of the label curve.
+
+  labels: 0 is all. searched: the number of draws that the search runs on.
+  """
 
   labels: int
   draws: int
@@ -36,10 +51,14 @@ class Setting:
   learning_rates: tuple[float, ...]
   epochs: tuple[int, ...]
 
+  def distinct_draws(self) -> int:
+    """Draws that differ: with all labels, a linear model gives the same each time."""
+    return self.draws if self.labels else 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """One fine-tuning: an arm, the rows it is trained on, how."""
+  """One fine-tuning of an arm. rows: of the training split."""
 
   arm: str
   rows: tuple[int, ...]
@@ -50,218 +69,250 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-  """A split as texts, labels and the arrays of a batch over all of its rows."""
+  """A split: texts, labels, and the arrays of a batch that holds all of its rows."""
 
   texts: list[str]
   labels: np.ndarray
   arrays: dict[str, np.ndarray]
 
 
-def encode(objective: classification.Objective, source, tokenizer, model, length: int) -> Split:
-  """All records of a source as one batch on the host, one a row, as draws pick single records."""
+def encode(
+  objective: classification.Objective,
+  source: Source,
+  tokenizer: Tokenizer,
+  model: ModelConfig,
+  length: int,
+) -> Split:
+  """All records of a source as one batch on the host. Draws pick records, so each has a row."""
   records = list(source.records())
   rows = objective.rows(source, tokenizer, DataConfig(), model, length).apart()
-  chance = np.random.default_rng(0)  # of which none is drawn
-  examples = [rows.example(i, chance) for i in range(len(rows))]
+  unused_rng = np.random.default_rng(0)  # rows of this objective are not random
+  examples = [rows.example(i, unused_rng) for i in range(len(rows))]
   return Split(
-    [r["text"] for r in records],
-    rows.labels.astype(int),
-    {k: np.stack([e[k] for e in examples]) for k in examples[0]},
+    texts=[record["text"] for record in records],
+    labels=rows.labels.astype(int),
+    arrays={name: np.stack([e[name] for e in examples]) for name in examples[0]},
   )
 
 
 class FineTuner:
   """Fine-tunes many small runs, one on each device at a time, with one compiled step for all.
 
-  Learning rate, length and warm-up of the schedule are arguments of the step, so a search compiles
-  nothing. starts: arm -> parameters at step 0.
+  Learning rate, length and warm-up of the schedule are arguments of that step, so a search compiles
+  nothing new.
   """
 
-  def __init__(self, objective, model_config, starts: dict, batch_size: int, mesh: Mesh):
+  def __init__(
+    self,
+    objective: classification.Objective,
+    model_config: ModelConfig,
+    starts: Mapping[str, Params],
+    batch_size: int,
+    mesh: Mesh,
+  ):
+    """starts: arm -> parameters at step 0. batch_size: of one run."""
+    self.objective = objective
+    self.num_layers = model_config.num_layers
     self.model = experiment.build(objective, model_config, trains=True)
-    self.batch_size, self.mesh = batch_size, mesh
+    self.batch_size = batch_size
+    self.mesh = mesh
     self.by_device = NamedSharding(mesh, P(mesh.axis_names))
     self.starts = {arm: jax.tree.map(np.asarray, flatten(params)) for arm, params in starts.items()}
-    self.marks = {path: [False] for path in next(iter(self.starts.values()))}
+    self.none_frozen = {path: [False] for path in next(iter(self.starts.values()))}
     self.settings = OptimizerConfig(schedule="linear")
-    layers = model_config.num_layers
+    # Each takes one run a device, along the first axis of its arguments.
+    self.init_states = jax.jit(jax.vmap(self._init_state))
+    self.train_steps = jax.jit(jax.vmap(self._train_step), donate_argnums=0)
+    self.predictions = jax.jit(jax.vmap(self._predictions))
 
-    def optimizer(rate, steps, trained):
-      return optimizer_lib.make(self.settings, trained, layers, steps, rate, warmup=steps // 10)
+  def _optimizer(self, rate: Any, steps: Any, trained: Leaves) -> optax.GradientTransformation:
+    """rate, steps: numbers, or arguments of the compiled step."""
+    return optimizer_lib.make(
+      self.settings, trained, self.num_layers, steps, rate, warmup=steps // 10
+    )
 
-    def first(params):
-      return step_lib.init_state(params, {}, optimizer(0.0, 1, params))
+  def _init_state(self, params: Leaves) -> TrainState:
+    return step_lib.init_state(params, {}, self._optimizer(0.0, 1, params))
 
-    def train(state, batch, rate, steps, seed):
-      return step_lib.train_step(
-        self.model,
-        objective,
-        optimizer(rate, steps, state.trained),
-        self.marks,
-        1,
-        state,
-        batch,
-        seed,
-      )[0]
+  def _train_step(
+    self, state: TrainState, batch: Batch, rate: jax.Array, steps: jax.Array, seed: jax.Array
+  ) -> TrainState:
+    optimizer = self._optimizer(rate, steps, state.trained)
+    state, _ = step_lib.train_step(
+      self.model, self.objective, optimizer, self.none_frozen, 1, state, batch, seed
+    )
+    return state
 
-    def guess(params, batch):
-      outputs = self.model.apply(
-        {"params": partition.merge(params, {}, self.marks)}, batch, train=False
-      )
-      return outputs["logits"][:, 0].argmax(-1)
+  def _predictions(self, params: Leaves, batch: Batch) -> jax.Array:
+    """The most probable class of every row."""
+    merged = partition.merge(params, {}, self.none_frozen)
+    outputs = cast(base.Outputs, self.model.apply({"params": merged}, batch, train=False))
+    logits_BxNxC = outputs["logits"]  # a row is one example
+    return logits_BxNxC[:, 0].argmax(-1)
 
-    self.first = jax.jit(jax.vmap(first))
-    self.train = jax.jit(jax.vmap(train), donate_argnums=0)
-    self.guess = jax.jit(jax.vmap(guess))
-
-  def accuracies(self, runs: Sequence[Run], train: Split, held_out: Split, bar) -> list[float]:
-    """Accuracy of every run on held_out, in order."""
-    order = sorted(range(len(runs)), key=lambda i: self._steps(runs[i]))
-    out = [0.0] * len(runs)
-    lanes = self.mesh.size
-    while order:
-      steps = self._steps(runs[order[0]])
-      together = [i for i in order[:lanes] if self._steps(runs[i]) == steps]
-      order = order[len(together) :]
-      filled = [runs[i] for i in together] + [runs[together[0]]] * (lanes - len(together))
-      for i, value in zip(together, self._accuracies(filled, steps, train, held_out)):
-        out[i] = value
+  def accuracies(self, runs: Sequence[Run], train: Split, held_out: Split, bar: Bar) -> list[float]:
+    """The accuracy of every run on `held_out`, in the order of `runs`."""
+    waiting = sorted(range(len(runs)), key=lambda number: self._steps(runs[number]))
+    accuracies = [0.0] * len(runs)
+    devices = self.mesh.size
+    while waiting:
+      # Runs of equal length go side by side. Copies of the first one fill the other devices.
+      steps = self._steps(runs[waiting[0]])
+      group = [number for number in waiting[:devices] if self._steps(runs[number]) == steps]
+      waiting = waiting[len(group) :]
+      side_by_side = [runs[number] for number in group]
+      side_by_side += [side_by_side[0]] * (devices - len(group))
+      for number, accuracy in zip(group, self._accuracies(side_by_side, steps, train, held_out)):
+        accuracies[number] = accuracy
         bar.update()
-    return out
+    return accuracies
 
   def _steps(self, run: Run) -> int:
     return -(-len(run.rows) // self.batch_size) * run.epochs
 
-  def _put(self, tree):
-    return jax.device_put(tree, self.by_device)
+  def _stacked(self, of_runs: Sequence[Any]) -> jax.Array:
+    """A value of each run -> one array, each value on the device of its run."""
+    return jax.device_put(np.stack(of_runs), self.by_device)
 
-  def _accuracies(self, runs, steps, train, held_out):
-    stacked = lambda values: self._put(np.stack(values))
-    params = {path: stacked([self.starts[r.arm][path] for r in runs]) for path in self.marks}
-    state = self.first(params)
-    rates, seeds = (
-      stacked([np.float32(r.learning_rate) for r in runs]),
-      stacked([r.seed for r in runs]),
-    )
-    lengths = stacked([np.int32(steps)] * len(runs))
+  def _accuracies(
+    self, runs: Sequence[Run], steps: int, train: Split, held_out: Split
+  ) -> list[float]:
+    """Trains one run on each device, all of the same length, and scores them."""
+    params = {
+      path: self._stacked([self.starts[run.arm][path] for run in runs]) for path in self.none_frozen
+    }
+    states = self.init_states(params)
+    rates = self._stacked([np.float32(run.learning_rate) for run in runs])
+    seeds = self._stacked([run.seed for run in runs])
+    lengths = self._stacked([np.int32(steps)] * len(runs))
     orders = [self._order(run) for run in runs]
-    for number in range(steps):
-      here = slice(number * self.batch_size, (number + 1) * self.batch_size)
-      batch = {k: stacked([v[o[here]] for o in orders]) for k, v in train.arrays.items()}
-      state = jax.block_until_ready(self.train(state, batch, rates, lengths, seeds))
-    return self._score(state.trained, len(runs), held_out)
+    for step in range(steps):
+      now = slice(step * self.batch_size, (step + 1) * self.batch_size)
+      batch = {
+        name: self._stacked([array[order[now]] for order in orders])
+        for name, array in train.arrays.items()
+      }
+      states = jax.block_until_ready(self.train_steps(states, batch, rates, lengths, seeds))
+    return self._score(states.trained, len(runs), held_out)
 
   def _order(self, run: Run) -> np.ndarray:
-    """Rows of all batches: each epoch shuffled, its last batch filled up from its beginning."""
+    """The rows of all batches: each epoch shuffled, its last batch filled up from its beginning."""
     rng = np.random.default_rng((run.seed, 1))
-    rows, size = np.array(run.rows), -(-len(run.rows) // self.batch_size) * self.batch_size
+    rows = np.array(run.rows)
+    size = -(-len(run.rows) // self.batch_size) * self.batch_size
     return np.concatenate([np.resize(rng.permutation(rows), size) for _ in range(run.epochs)])
 
-  def _score(self, params, lanes, held_out) -> list[float]:
-    guesses, size = [], 256
-    for start in range(0, len(held_out.labels), size):
-      rows = np.arange(start, start + size) % len(held_out.labels)
-      batch = {k: self._put(np.stack([v[rows]] * lanes)) for k, v in held_out.arrays.items()}
-      guesses.append(np.asarray(self.guess(params, batch)))
-    found = np.concatenate(guesses, axis=1)[:, : len(held_out.labels)]
-    return [float(v) for v in (found == held_out.labels).mean(1)]
+  def _score(self, params: Leaves, runs: int, held_out: Split) -> list[float]:
+    """The accuracy of each of so many runs."""
+    count = len(held_out.labels)
+    predictions = []
+    for start in range(0, count, EVAL_ROWS):
+      rows = np.arange(start, start + EVAL_ROWS) % count
+      batch = {name: self._stacked([array[rows]] * runs) for name, array in held_out.arrays.items()}
+      predictions.append(np.asarray(self.predictions(params, batch)))
+    predicted = np.concatenate(predictions, axis=1)[:, :count]
+    return [float(accuracy) for accuracy in (predicted == held_out.labels).mean(1)]
 
 
 def draw(train: Split, labels: int, number: int) -> tuple[int, ...]:
-  """The rows of one draw of the labels; all rows where labels is 0."""
+  """The rows of one draw of so many labels; all rows where `labels` is 0."""
   if not labels:
     return tuple(range(len(train.labels)))
   rng = np.random.default_rng((labels, number))
-  return tuple(int(i) for i in rng.choice(len(train.labels), labels, replace=False))
-
-
-def measure(
-  tuner: FineTuner, setting: Setting, train: Split, validation: Split, test: Split, bar
-) -> list[dict]:
-  """A result row of each arm: {"model", "labels", ...}. The search is left out where there is one choice."""
-  draws = _draws(setting, train)
-  choices = list(itertools.product(setting.learning_rates, setting.epochs))
-  best = dict.fromkeys(tuner.starts, {"learning_rate": choices[0][0], "epochs": choices[0][1]})
-  if len(choices) > 1:
-    # All arms at once, so that runs of equal length fill the devices.
-    searched = [
-      Run(arm, draws[n], rate, epochs, n)
-      for arm in tuner.starts
-      for rate, epochs in choices
-      for n in range(setting.searched)
-    ]
-    found = np.array(tuner.accuracies(searched, train, validation, bar))
-    for arm, scores in zip(
-      tuner.starts, found.reshape(len(tuner.starts), len(choices), -1).mean(-1)
-    ):
-      rate, epochs = choices[int(scores.argmax())]
-      best[arm] = {"learning_rate": rate, "epochs": epochs, "validation": float(scores.max())}
-  final = [
-    Run(arm, rows, best[arm]["learning_rate"], best[arm]["epochs"], n)
-    for arm in tuner.starts
-    for n, rows in enumerate(draws)
-  ]
-  measured = np.array(tuner.accuracies(final, train, test, bar)).reshape(len(tuner.starts), -1)
-  return [
-    _row(arm, len(draws[0]), list(map(float, of_arm)), best[arm])
-    for arm, of_arm in zip(tuner.starts, measured)
-  ]
-
-
-def measure_classical(
-  setting: Setting, train: Split, validation: Split, test: Split, bar
-) -> list[dict]:
-  """A result row of each classical model, its regularisation chosen on the validation split."""
-  draws = _draws(setting, train)[: _distinct(setting)]
-
-  def taken(split: Split, rows):
-    return [split.texts[i] for i in rows], split.labels[list(rows)]
-
-  def accuracy(name, strength, rows, held_out):
-    bar.update()
-    return classical.accuracy(name, strength, taken(train, rows), (held_out.texts, held_out.labels))
-
-  out = []
-  for name in classical.MODELS:
-    found = [
-      np.mean([accuracy(name, s, rows, validation) for rows in draws[: setting.searched]])
-      for s in classical.STRENGTHS
-    ]
-    strength = classical.STRENGTHS[int(np.argmax(found))]
-    out.append(
-      _row(
-        name,
-        len(draws[0]),
-        [accuracy(name, strength, rows, test) for rows in draws],
-        {"strength": strength, "validation": float(max(found))},
-      )
-    )
-  return out
-
-
-def work(setting: Setting, arms: int) -> int:
-  """How many fits `measure` makes: for the progress bar."""
-  choices = len(setting.learning_rates) * len(setting.epochs)
-  return arms * (setting.draws + (choices * setting.searched if choices > 1 else 0))
-
-
-def work_classical(setting: Setting) -> int:
-  """How many fits `measure_classical` makes."""
-  return len(classical.MODELS) * (
-    _distinct(setting) + len(classical.STRENGTHS) * min(setting.searched, _distinct(setting))
-  )
+  return tuple(int(row) for row in rng.choice(len(train.labels), labels, replace=False))
 
 
 def _draws(setting: Setting, train: Split) -> list[tuple[int, ...]]:
-  return [draw(train, setting.labels, n) for n in range(setting.draws)]
+  return [draw(train, setting.labels, number) for number in range(setting.draws)]
 
 
-def _distinct(setting: Setting) -> int:
-  """Draws that differ: with all labels, a linear model gives the same each time."""
-  return setting.draws if setting.labels else 1
+def measure(
+  tuner: FineTuner, setting: Setting, train: Split, validation: Split, test: Split, bar: Bar
+) -> list[dict]:
+  """A result row for each arm. Where there is only one choice, nothing is searched."""
+  draws = _draws(setting, train)
+  chosen = _search(tuner, setting, draws, train, validation, bar)
+  runs = [
+    Run(arm, rows, chosen[arm]["learning_rate"], chosen[arm]["epochs"], seed)
+    for arm in tuner.starts
+    for seed, rows in enumerate(draws)
+  ]
+  accuracies = np.array(tuner.accuracies(runs, train, test, bar))
+  return [
+    _row(arm, len(draws[0]), of_arm.tolist(), chosen[arm])
+    for arm, of_arm in zip(tuner.starts, accuracies.reshape(len(tuner.starts), -1))
+  ]
 
 
-def _row(model, labels, accuracies, chosen):
+def _search(
+  tuner: FineTuner,
+  setting: Setting,
+  draws: list[tuple[int, ...]],
+  train: Split,
+  validation: Split,
+  bar: Bar,
+) -> dict[str, dict[str, Any]]:
+  """Arm -> the learning rate and epochs that are best on the validation split, and how good."""
+  choices = list(itertools.product(setting.learning_rates, setting.epochs))
+  if len(choices) == 1:
+    rate, epochs = choices[0]
+    return {arm: {"learning_rate": rate, "epochs": epochs} for arm in tuner.starts}
+  # All arms in one call, so that runs of equal length fill the devices.
+  runs = [
+    Run(arm, draws[seed], rate, epochs, seed)
+    for arm in tuner.starts
+    for rate, epochs in choices
+    for seed in range(setting.searched)
+  ]
+  accuracies = np.array(tuner.accuracies(runs, train, validation, bar))
+  by_choice = accuracies.reshape(len(tuner.starts), len(choices), -1).mean(-1)
+  chosen = {}
+  for arm, scores in zip(tuner.starts, by_choice):
+    rate, epochs = choices[int(scores.argmax())]
+    best_score = float(scores.max())
+    chosen[arm] = {"learning_rate": rate, "epochs": epochs, "validation": best_score}
+  return chosen
+
+
+def measure_classical(
+  setting: Setting, train: Split, validation: Split, test: Split, bar: Bar
+) -> list[dict]:
+  """A result row for each classical model, its regularisation chosen on the validation split."""
+  draws = _draws(setting, train)[: setting.distinct_draws()]
+
+  def accuracy(name: str, strength: float, rows: tuple[int, ...], held_out: Split) -> float:
+    bar.update()
+    drawn = [train.texts[row] for row in rows], train.labels[list(rows)]
+    return classical.accuracy(name, strength, drawn, (held_out.texts, held_out.labels))
+
+  results = []
+  for name in classical.MODELS:
+    scores = []
+    for strength in classical.STRENGTHS:
+      of_draws = [accuracy(name, strength, rows, validation) for rows in draws[: setting.searched]]
+      scores.append(np.mean(of_draws))
+    best = classical.STRENGTHS[int(np.argmax(scores))]
+    accuracies = [accuracy(name, best, rows, test) for rows in draws]
+    chosen = {"strength": best, "validation": float(max(scores))}
+    results.append(_row(name, len(draws[0]), accuracies, chosen))
+  return results
+
+
+def count_fits(setting: Setting, arms: int) -> int:
+  """How many runs `measure` trains: for the progress bar."""
+  choices = len(setting.learning_rates) * len(setting.epochs)
+  searched = choices * setting.searched if choices > 1 else 0
+  return arms * (setting.draws + searched)
+
+
+def count_classical_fits(setting: Setting) -> int:
+  """How many models `measure_classical` fits."""
+  draws = setting.distinct_draws()
+  searched = len(classical.STRENGTHS) * min(setting.searched, draws)
+  return len(classical.MODELS) * (draws + searched)
+
+
+def _row(model: str, labels: int, accuracies: list[float], chosen: dict[str, Any]) -> dict:
   return {
     "model": model,
     "labels": labels,
@@ -274,46 +325,43 @@ def _row(model, labels, accuracies, chosen):
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
-  """Mean of a - b and its 95% interval (Student's t over the pairs)."""
+  """(mean, low, high) of a - b, with the 95% interval of Student's t over the pairs."""
   difference = np.asarray(a) - np.asarray(b)
+  count = len(difference)
   mean = float(difference.mean())
-  if len(difference) < 2 or difference.std() == 0:
+  if count < 2 or difference.std() == 0:
     return mean, mean, mean
-  half = (
-    scipy.stats.t.ppf(0.975, len(difference) - 1) * difference.std(ddof=1) / len(difference) ** 0.5
-  )
-  return mean, mean - float(half), mean + float(half)
+  half = float(scipy.stats.t.ppf(0.975, count - 1) * difference.std(ddof=1) / count**0.5)
+  return mean, mean - half, mean + half
 
 
 def run(
   tuner: FineTuner, settings: Sequence[Setting], train: Split, validation: Split, test: Split
-):
-  """All settings, with a progress bar -> (rows, differences)."""
-  rows, differences = [], []
-  total = sum(work(s, len(tuner.starts)) + work_classical(s) for s in settings)
+) -> tuple[list[dict], list[dict]]:
+  """All settings, with a progress bar -> (a row a model and setting, a difference a setting)."""
+  rows = []
+  differences = []
+  total = sum(count_fits(s, len(tuner.starts)) + count_classical_fits(s) for s in settings)
   with tqdm.tqdm(desc="fine-tuning", total=total, unit=" runs", disable=None) as bar:
     for setting in settings:
-      found = {
-        r["model"]: r
-        for r in (
-          *measure(tuner, setting, train, validation, test, bar),
-          *measure_classical(setting, train, validation, test, bar),
-        )
-      }
-      rows += found.values()
-      mean, low, high = paired_difference(
-        found["pretrained"]["accuracies"], found["scratch"]["accuracies"]
-      )
-      differences.append(
-        {
-          "labels": found["pretrained"]["labels"],
-          "pretrained_minus_scratch": mean,
-          "low": low,
-          "high": high,
-        }
-      )
-      tqdm.tqdm.write(
-        f"{differences[-1]['labels']} labels: "
-        + ", ".join(f"{r['model']} {100 * r['accuracy_mean']:.1f}" for r in found.values())
-      )
+      of_setting = measure(tuner, setting, train, validation, test, bar)
+      of_setting += measure_classical(setting, train, validation, test, bar)
+      difference = _difference(of_setting)
+      rows += of_setting
+      differences.append(difference)
+      means = [f"{row['model']} {100 * row['accuracy_mean']:.1f}" for row in of_setting]
+      tqdm.tqdm.write(f"{difference['labels']} labels: {', '.join(means)}")
   return rows, differences
+
+
+def _difference(rows: list[dict]) -> dict[str, float]:
+  """The gain of pretraining, with its interval, from the rows of one setting."""
+  by_model = {row["model"]: row for row in rows}
+  pretrained = by_model["pretrained"]
+  mean, low, high = paired_difference(pretrained["accuracies"], by_model["scratch"]["accuracies"])
+  return {
+    "labels": pretrained["labels"],
+    "pretrained_minus_scratch": mean,
+    "low": low,
+    "high": high,
+  }

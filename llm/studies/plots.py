@@ -7,6 +7,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+# Model -> its name in the legend, its colour, its marker and line.
 STYLES = {
   "pretrained": ("pretrained, then fine-tuned", "#1b6ca8", "o-"),
   "scratch": ("same architecture from scratch", "#d1495b", "s-"),
@@ -17,23 +18,27 @@ STYLES = {
 
 
 def label_curve(rows: list[dict], path: pathlib.Path, title: str):
-  """Accuracy against the number of labels, mean and standard deviation over the draws, to a PNG."""
+  """Writes a PNG of accuracy against the number of labels: mean and standard deviation over draws.
+
+  rows: results of `label_efficiency.run`.
+  """
   figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
   for model, (label, colour, style) in STYLES.items():
-    points = sorted((r for r in rows if r["model"] == model), key=lambda r: r["labels"])
+    points = [row for row in rows if row["model"] == model]
+    points.sort(key=lambda row: row["labels"])
     if points:
       axes.errorbar(
-        [r["labels"] for r in points],
-        [100 * r["accuracy_mean"] for r in points],
-        yerr=[100 * r["accuracy_std"] for r in points],
+        [row["labels"] for row in points],
+        [100 * row["accuracy_mean"] for row in points],
+        yerr=[100 * row["accuracy_std"] for row in points],
         fmt=style,
         color=colour,
         capsize=3,
         label=label,
       )
-  counts = sorted({r["labels"] for r in rows})
+  counts = sorted({row["labels"] for row in rows})
   axes.set_xscale("log")
-  axes.set_xticks(counts, [f"{n:,}" for n in counts])
+  axes.set_xticks(counts, [f"{count:,}" for count in counts])
   axes.minorticks_off()
   axes.axhline(50, color="black", linewidth=0.5, linestyle=":")
   axes.set(xlabel="labels", ylabel="test accuracy, %", title=title)
@@ -43,7 +48,10 @@ def label_curve(rows: list[dict], path: pathlib.Path, title: str):
 
 
 def reply_loss(curves: dict[str, list[tuple[int, float]]], path: pathlib.Path):
-  """The loss of held-out replies, in nats a token, against the steps of fine-tuning, to a PNG."""
+  """Writes a PNG of the loss of held-out replies against the steps of fine-tuning.
+
+  curves: (step, nats a token) of each evaluation, by the name of the model.
+  """
   figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
   for (name, points), colour in zip(curves.items(), ("#1b6ca8", "#d1495b")):
     axes.plot(*zip(*points), "o-", color=colour, label=name)

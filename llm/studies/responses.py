@@ -1,8 +1,8 @@
 """What pretraining buys a GPT: prompt and response, and a published decoder beside it.
 
-Pretrains on Wikipedia text, then learns to answer from the Alpaca prompt-responses: from the pretrained parameters and
-from random ones. Then the same with the published SmolLM2-135M, for a few steps and by low-rank adapters alone. Writes
-report.md, reply_loss.png and result.json.
+Pretrains on Wikipedia text, then learns to answer from the Alpaca prompt-response pairs: from the
+pretrained parameters and from random ones. Then does the same with the published SmolLM2-135M, for
+a few steps and by low-rank adapters alone. Writes report.md, reply_loss.png and result.json.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import json
 import math
 import pathlib
 import time
-from typing import Callable
+from typing import Any, Callable, Mapping
 
 import jax
 import tabulate
@@ -19,7 +19,7 @@ import tqdm
 from llm import config as config_lib
 from llm import sharding
 from llm.checkpoints import locate, manager
-from llm.config import MeshConfig, TransferConfig
+from llm.config import Config, DataConfig, MeshConfig, TransferConfig
 from llm.data import cache as cache_lib
 from llm.data import embedded, sources
 from llm.inference.writer import Writer
@@ -29,13 +29,16 @@ from llm.runs.log import duration
 from llm.studies import plots
 from llm.training import evaluation, experiment, loop
 
-LENGTH = 512  # holds nearly all prompts with their replies
+# Tokens of a row: nearly all prompts fit with their replies.
+LENGTH = 512
 HELD_OUT = "embedded:alpaca[test]"
-SHOWN = 3  # held-out prompts that are answered
-ANSWER = 60  # tokens at most
+# Held-out prompts that are answered.
+NUM_PROMPTS = 3
+# Tokens of an answer, at most.
+ANSWER_LENGTH = 60
 
 
-def pretraining_config(quick: bool, cache: str) -> config_lib.Config:
+def pretraining_config(quick: bool, cache: str) -> Config:
   """A GPT of four layers and width 192."""
   config = config_lib.defaults(base.defaults("causal_lm"))
   config.model.update(
@@ -50,11 +53,11 @@ def pretraining_config(quick: bool, cache: str) -> config_lib.Config:
   return config_lib.freeze(config)
 
 
-def tuning_config(start: str, cache: str, **training) -> config_lib.Config:
-  """Fine-tuning on the Alpaca pairs."""
+def tuning_config(checkpoint: str, cache: str, **training: Any) -> Config:
+  """Fine-tuning of a checkpoint on the Alpaca pairs. training: keys of config.training."""
   config = config_lib.defaults(base.defaults("chat"))
   config.data.update(train="embedded:alpaca", eval="embedded:alpaca[validation]", cache=cache)
-  config.transfer.checkpoint = start
+  config.transfer.checkpoint = checkpoint
   config.optimizer.update(learning_rate=1e-3, schedule="cosine", beta2=0.98, weight_decay=0.0)
   config.training.update(
     {"epochs": 3.0, "batch_size": 4, "sequence_length": LENGTH, "log_every": 10, **training}
@@ -62,15 +65,29 @@ def tuning_config(start: str, cache: str, **training) -> config_lib.Config:
   return config_lib.freeze(config)
 
 
-def evaluated_by_epoch(config: config_lib.Config) -> config_lib.Config:
-  """The same, evaluated at the end of every epoch."""
-  an_epoch = math.ceil(experiment.prepare(config, say=lambda *_: None).batches.steps_an_epoch())
+def adapters_config(cache: str, steps: int) -> Config:
+  """A few steps of the published SmolLM2-135M by low-rank adapters, without evaluation."""
+  config = tuning_config(
+    "embedded:smollm2", cache, epochs=0.0, steps=steps, batch_size=2, log_every=2
+  )
   return dataclasses.replace(
-    config, training=dataclasses.replace(config.training, eval_every=an_epoch)
+    config,
+    model=dataclasses.replace(config.model, lora_rank=8),
+    data=dataclasses.replace(config.data, eval=""),
+    optimizer=dataclasses.replace(config.optimizer, learning_rate=5e-4),
   )
 
 
-def from_scratch(config: config_lib.Config) -> config_lib.Config:
+def evaluated_by_epoch(config: Config) -> Config:
+  """The same config, evaluated at the end of every epoch."""
+  batches = experiment.prepare(config, say=lambda *_: None).batches
+  eval_every = math.ceil(batches.steps_an_epoch())
+  return dataclasses.replace(
+    config, training=dataclasses.replace(config.training, eval_every=eval_every)
+  )
+
+
+def from_scratch(config: Config) -> Config:
   """The same model and tokenizer, with none of the checkpoint's parameters."""
   return dataclasses.replace(
     config, transfer=TransferConfig(checkpoint=config.transfer.checkpoint, skip=("",))
@@ -79,177 +96,189 @@ def from_scratch(config: config_lib.Config) -> config_lib.Config:
 
 @dataclasses.dataclass(frozen=True)
 class Replies:
-  """The loss of a checkpoint on held-out replies."""
+  """The loss of a checkpoint on held-out replies, in nats.
 
-  per_token: float  # nats
-  low: float  # 95% bootstrap interval over the rows
+  low, high: 95% bootstrap interval of `per_token` over the rows. `per_character` compares models
+  with different tokens.
+  """
+
+  per_token: float
+  low: float
   high: float
-  per_character: float  # nats, for models with other tokens
+  per_character: float
 
 
 def reply_loss(
   bundle: experiment.Bundle,
   template: str,
-  data: config_lib.DataConfig,
+  data: DataConfig,
   batch_size: int,
   held_out: str = HELD_OUT,
   length: int = LENGTH,
 ) -> Replies:
-  """Over a split, conversations rendered by `template` in rows of `length`."""
+  """The loss on the replies of a split.
+
+  The conversations are rendered by `template`, in rows of `length` tokens.
+  """
   (source,) = sources.parse(held_out, data)
   objective = chat.Objective(template=template)
   rows = objective.rows(source, bundle.tokenizer, data, bundle.config.model, length)
   mesh = sharding.make_mesh(MeshConfig())
   with jax.set_mesh(mesh):
-    predictions = evaluation.of_checkpoint(
-      bundle, objective, rows, length, batch_size, mesh
-    ).predictions
-  outcomes = objective.outcomes(predictions, rows)
+    evaluated = evaluation.of_checkpoint(bundle, objective, rows, length, batch_size, mesh)
+  outcomes = objective.outcomes(evaluated.predictions, rows)
   low, high = metrics.bootstrap(objective.summary, outcomes)["loss"]
-  learned = [bundle.tokenizer.decode(ids[weights > 0].tolist()) for ids, weights in rows.encoded]
+  replies = [bundle.tokenizer.decode(ids[weights > 0].tolist()) for ids, weights in rows.encoded]
+  total_loss = float(outcomes["loss"][:, 0].sum())
   return Replies(
-    objective.summary(outcomes)["loss"],
-    low,
-    high,
-    float(outcomes["loss"][:, 0].sum()) / sum(map(len, learned)),
+    per_token=objective.summary(outcomes)["loss"],
+    low=low,
+    high=high,
+    per_character=total_loss / sum(map(len, replies)),
   )
 
 
 def answers(bundle: experiment.Bundle, template: str, prompts: list[str]) -> list[str]:
-  """What a checkpoint answers, greedily."""
-  made = chat.Template(template, bundle.tokenizer.special.get("bos", ""))
-  ids = [
-    made.opening([{"role": "user", "content": prompt}], bundle.tokenizer) for prompt in prompts
-  ]
-  return [written.text.strip() for written in Writer(bundle).write(ids, ANSWER)]
+  """The greedy answer of a checkpoint to every prompt."""
+  rendering = chat.Template(template, bundle.tokenizer.special.get("bos", ""))
+  ids = []
+  for prompt in prompts:
+    conversation = [{"role": "user", "content": prompt}]
+    ids.append(rendering.opening(conversation, bundle.tokenizer))
+  return [written.text.strip() for written in Writer(bundle).write(ids, ANSWER_LENGTH)]
 
 
 def by_epoch(workdir: pathlib.Path) -> list[tuple[int, float]]:
   """(step, reply loss on the validation split) of every evaluation of a run."""
-  lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-  return [(line["step"], line["loss"]) for line in lines if line.get("split") == "eval"]
+  points = []
+  for text in (workdir / "metrics.jsonl").read_text().splitlines():
+    line = json.loads(text)
+    if line.get("split") == "eval":
+      points.append((line["step"], line["loss"]))
+  return points
 
 
 def tune(
   pretrained: pathlib.Path, workdir: pathlib.Path, cache: str, small_steps: int
-) -> dict[str, pathlib.Path]:
-  """Name -> checkpoint of every model: the foundations, and what was fine-tuned from them."""
+) -> dict[str, pathlib.PurePath]:
+  """Fine-tunes all arms. Name -> checkpoint of every model, the foundations included.
+
+  small_steps: steps of the published decoder.
+  """
   config = evaluated_by_epoch(tuning_config(str(pretrained), cache))
-  arms = {"fine-tuned": config, "from scratch": from_scratch(config)}
-  made = {"foundation": pretrained}
-  for name, arm in arms.items():
-    made[name] = workdir / name.replace(" ", "_")
-    loop.train(arm, made[name])
+  tuned = workdir / "fine-tuned"
+  loop.train(config, tuned)
+  scratch = workdir / "from_scratch"
+  loop.train(from_scratch(config), scratch)
   print(
     "the same for a few steps with a published decoder of 135 M parameters, by low-rank adapters",
     flush=True,
   )
-  small = tuning_config(
-    "embedded:smollm2", cache, epochs=0.0, steps=small_steps, batch_size=2, log_every=2
-  )
-  small = dataclasses.replace(
-    small,
-    model=dataclasses.replace(small.model, lora_rank=8),
-    data=dataclasses.replace(small.data, eval=""),
-    optimizer=dataclasses.replace(small.optimizer, learning_rate=5e-4),
-  )
-  made |= {
-    "SmolLM2": locate.find("embedded:smollm2", print, cache),
-    "SmolLM2 tuned": workdir / "smollm2_tuned",
+  published = locate.find("embedded:smollm2", print, cache)
+  published_tuned = workdir / "smollm2_tuned"
+  loop.train(adapters_config(cache, small_steps), published_tuned)
+  return {
+    "foundation": pretrained,
+    "fine-tuned": tuned,
+    "from scratch": scratch,
+    "SmolLM2": published,
+    "SmolLM2 tuned": published_tuned,
   }
-  loop.train(small, made["SmolLM2 tuned"])
-  return made
 
 
 def report(
-  losses: dict[str, Replies],
+  losses: Mapping[str, Replies],
   prompts: list[str],
-  said: dict[str, list[str]],
-  pretraining: dict,
+  answers_by_model: Mapping[str, list[str]],
+  pretraining: dict[str, Any],
   small_steps: int,
   seconds: float,
 ) -> str:
-  """report.md."""
-  rows = [
-    (name, f"{r.per_token:.2f} [{r.low:.2f}, {r.high:.2f}]", f"{r.per_character:.3f}")
-    for name, r in losses.items()
-  ]
-  tokens = sum(d["tokens"] for d in pretraining["data"].values())
-  shown = [
-    part
-    for n, prompt in enumerate(prompts)
-    for part in (
-      f"## {prompt.strip()}",
-      "",
-      tabulate.tabulate(
-        [(name, " ".join(texts[n].split()) or "(nothing)") for name, texts in said.items()],
-        headers=("model", "answer"),
-        tablefmt="github",
-      ),
-      "",
-    )
-  ]
-  return "\n".join(
-    [
-      "# Prompt and response",
-      "",
-      f"The loss of held-out replies (Alpaca, test split). A GPT of {pretraining['parameters']:,} parameters, pretrained for "
-      f"{duration(pretraining['seconds'])} on {tokens / 1e6:.1f} M tokens of Wikipedia (foundation), then fine-tuned for three "
-      "epochs on the prompt-responses that fit; the same fine-tuning from random parameters; and SmolLM2-135M-Instruct, which has seen "
-      f"such replies, with {small_steps} steps of low-rank adapters. {duration(seconds)} in all.",
-      "",
-      tabulate.tabulate(
-        rows, headers=("model", "nats a token [95%]", "nats a character"), tablefmt="github"
-      ),
-      "",
-      "![reply loss](reply_loss.png)",
-      "",
-      *shown,
-    ]
+  """report.md. pretraining: the result.json of the pretraining run. seconds: of the whole study."""
+  tokens = sum(source["tokens"] for source in pretraining["data"].values())
+  introduction = (
+    "The loss of held-out replies (Alpaca, test split). A GPT of "
+    f"{pretraining['parameters']:,} parameters, pretrained for "
+    f"{duration(pretraining['seconds'])} on {tokens / 1e6:.1f} M tokens of Wikipedia (foundation), "
+    "then fine-tuned for three epochs on the prompt-response pairs that fit; the same fine-tuning "
+    "from random parameters; and SmolLM2-135M-Instruct, which was trained on such replies, with "
+    f"{small_steps} steps of low-rank adapters. {duration(seconds)} in all."
   )
+  lines = ["# Prompt and response", "", introduction, "", _loss_table(losses), ""]
+  lines += ["![reply loss](reply_loss.png)", ""]
+  for number, prompt in enumerate(prompts):
+    lines += [f"## {prompt.strip()}", "", _answer_table(number, answers_by_model), ""]
+  return "\n".join(lines)
 
 
-def run(workdir: pathlib.Path, quick: bool, cache: str, use_devices: Callable):
-  """The whole study. use_devices: as of loop.train."""
-  began = time.time()
-  print("phase 1: pretraining", flush=True)
-  config = pretraining_config(quick, cache)
-  pretraining = loop.train(config, workdir / "pretrained", use_devices=use_devices)
-  print("phase 2: learning to answer, from the pretrained parameters and from scratch", flush=True)
-  small_steps = 2 if quick else 12
-  models = tune(workdir / "pretrained", workdir, cache, small_steps)
-  prompts = [
-    chat.conversation(record)[0]["content"]
-    for record in embedded.records("alpaca", "test", cache_lib.cache_dir(cache))
-  ][:SHOWN]
-  losses, said = {}, {}
+def _loss_table(losses: Mapping[str, Replies]) -> str:
+  rows = [
+    (
+      name,
+      f"{loss.per_token:.2f} [{loss.low:.2f}, {loss.high:.2f}]",
+      f"{loss.per_character:.3f}",
+    )
+    for name, loss in losses.items()
+  ]
+  headers = ("model", "nats a token [95%]", "nats a character")
+  return tabulate.tabulate(rows, headers=headers, tablefmt="github")
+
+
+def _answer_table(number: int, answers_by_model: Mapping[str, list[str]]) -> str:
+  """The answers of all models to one prompt."""
+  rows = [
+    (name, " ".join(texts[number].split()) or "(nothing)")
+    for name, texts in answers_by_model.items()
+  ]
+  return tabulate.tabulate(rows, headers=("model", "answer"), tablefmt="github")
+
+
+def _compare(
+  models: Mapping[str, pathlib.PurePath], prompts: list[str], data: DataConfig
+) -> tuple[dict[str, Replies], dict[str, list[str]]]:
+  """(reply loss, answers to the prompts) of every model, by its name."""
+  losses = {}
+  answers_by_model = {}
   for name, path in tqdm.tqdm(
     models.items(), desc="held-out replies", unit=" models", disable=None
   ):
     bundle = experiment.load(manager.find(path))
-    template = (
-      chat.template_of(base.build(bundle.config.objective), bundle.tokenizer) or chat.TEMPLATE
-    )
-    losses[name] = reply_loss(bundle, template, config.data, 4)
-    said[name] = answers(bundle, template, prompts)
-  text = report(losses, prompts, said, pretraining, small_steps, time.time() - began)
-  plots.reply_loss(
-    {name: by_epoch(models[name]) for name in ("fine-tuned", "from scratch")},
-    workdir / "reply_loss.png",
-  )
+    objective = base.build(bundle.config.objective)
+    template = chat.template_of(objective, bundle.tokenizer) or chat.TEMPLATE
+    losses[name] = reply_loss(bundle, template, data, batch_size=4)
+    answers_by_model[name] = answers(bundle, template, prompts)
+  return losses, answers_by_model
+
+
+def run(workdir: pathlib.Path, quick: bool, cache: str, use_devices: Callable):
+  """The whole study, written to `workdir`.
+
+  quick: few steps. cache: as config.data.cache. use_devices: as of `loop.train`.
+  """
+  started_at = time.time()
+  print("phase 1: pretraining", flush=True)
+  config = pretraining_config(quick, cache)
+  pretrained = workdir / "pretrained"
+  pretraining = loop.train(config, pretrained, use_devices=use_devices)
+  print("phase 2: learning to answer, from the pretrained parameters and from scratch", flush=True)
+  small_steps = 2 if quick else 12
+  models = tune(pretrained, workdir, cache, small_steps)
+  records = embedded.records("alpaca", "test", cache_lib.cache_dir(cache))
+  prompts = [chat.conversation(record)[0]["content"] for record in records][:NUM_PROMPTS]
+  losses, answers_by_model = _compare(models, prompts, config.data)
+  seconds = time.time() - started_at
+  text = report(losses, prompts, answers_by_model, pretraining, small_steps, seconds)
+  arms = ("fine-tuned", "from scratch")
+  curves = {name: by_epoch(pathlib.Path(models[name])) for name in arms}
+  plots.reply_loss(curves, workdir / "reply_loss.png")
   (workdir / "report.md").write_text(text)
-  (workdir / "result.json").write_text(
-    json.dumps(
-      {
-        "reply_loss": {name: dataclasses.asdict(loss) for name, loss in losses.items()},
-        "prompts": prompts,
-        "answers": said,
-        "pretraining": pretraining,
-        "seconds": time.time() - began,
-      },
-      indent=1,
-    )
-  )
-  print(
-    f"\n{text}\n{workdir / 'report.md'}, reply_loss.png and result.json written in {duration(time.time() - began)}"
-  )
+  result = {
+    "reply_loss": {name: dataclasses.asdict(loss) for name, loss in losses.items()},
+    "prompts": prompts,
+    "answers": answers_by_model,
+    "pretraining": pretraining,
+    "seconds": seconds,
+  }
+  (workdir / "result.json").write_text(json.dumps(result, indent=1))
+  print(f"\n{text}")
+  print(f"{workdir / 'report.md'}, reply_loss.png and result.json written in {duration(seconds)}")

@@ -1,4 +1,4 @@
-"""A model over all rows of a source, once."""
+"""A pass of a model over the rows of an evaluation source."""
 
 from typing import Callable, NamedTuple
 
@@ -17,11 +17,11 @@ from llm.training import step as step_lib
 
 
 class Interrupted(Exception):
-  """A signal asked the run to stop in the middle of an evaluation."""
+  """A signal stopped an evaluation before its end."""
 
 
 class Evaluated(NamedTuple):
-  """The means of the metrics, and what was predicted of every row."""
+  """The mean metrics of a pass, and the predictions for every row."""
 
   figures: dict[str, float]
   predictions: base.Predictions
@@ -47,7 +47,10 @@ def evaluate(
   limit: int = 0,
   stop: Stop | None = None,
 ) -> dict[str, float]:
-  """Figures over an evaluation source; {} where a signal (`stop.asked()`) came meanwhile."""
+  """Mean metrics and scores over an evaluation source; {} where a signal interrupts it.
+
+  The arguments are those of `run_over`.
+  """
   try:
     evaluated = run_over(eval_step, trained, frozen, rows, batch_size, mesh, limit, stop)
   except Interrupted:
@@ -63,11 +66,12 @@ def of_checkpoint(
   batch_size: int,
   mesh: Mesh,
 ) -> Evaluated:
-  """A checkpoint in memory, judged by an objective on rows of `length` tokens."""
+  """A pass of a checkpoint over `rows` of `length` tokens, with an objective of any kind."""
   params = flatten(bundle.params)
   placed = jax.device_put(params, sharding.shardings(params, mesh))
   model = experiment_lib.build(objective, bundle.config.model, length)
-  eval_step = step_lib.make_eval_step(model, objective, {path: [False] for path in params})
+  none_frozen = {path: [False] for path in params}
+  eval_step = step_lib.make_eval_step(model, objective, none_frozen)
   return run_over(eval_step, placed, {}, rows, batch_size, mesh)
 
 
@@ -81,17 +85,23 @@ def run_over(
   limit: int = 0,
   stop: Stop | None = None,
 ) -> Evaluated:
-  """All rows of an evaluation source, or the first `limit` batches; Interrupted where a signal comes."""
-  history, predictions = [], []
+  """A pass over all rows, or over the first `limit` batches.
+
+  eval_step: of `step.make_eval_step`. batch_size: rows at a time. stop: polled before every batch.
+  Raises Interrupted where a signal comes.
+  """
+  history = []
+  predictions = []
   for batch in batches_lib.passes(rows, batch_size, mesh, limit):
-    if stop and stop.asked():
+    if stop and stop.requested():
       raise Interrupted
     metrics, predicted = eval_step(trained, frozen, batch)
     history.append(metrics)
     predictions.append(predicted)
-  seen = min(len(rows), len(predictions) * batch_size)
-  merged = {
-    name: np.concatenate([host_rows(of_batch[name]) for of_batch in predictions])[:seen]
+  # The rows that fill the last batch up are dropped.
+  count = min(len(rows), len(predictions) * batch_size)
+  by_row = {
+    name: np.concatenate([host_rows(predicted[name]) for predicted in predictions])[:count]
     for name in predictions[0]
   }
-  return Evaluated(metrics_lib.means(jax.device_get(history)), merged)
+  return Evaluated(metrics_lib.means(jax.device_get(history)), by_row)

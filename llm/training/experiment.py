@@ -26,6 +26,7 @@ from llm.objectives import base
 SHAPE = ("name", "num_layers", "width", "num_heads", "mlp_dim", "max_length")
 # What else follows a checkpoint whose architecture is taken.
 DETAILS = (
+  "embedding_width",
   "num_kv_heads",
   "head_width",
   "norm_epsilon",
@@ -46,8 +47,8 @@ OF_THE_MACHINE = ("dtype", "scan", "attention")
 class Experiment:
   """A config with everything resolved but its data: the model's shape, the tokenizer, the classes.
 
-  asked: the config before `on` settled what "auto" is. start: the verified step that the run resumes
-  or transfers from.
+  asked: the config before `on` settled what "auto" is. start: the verified step that the run
+  resumes or transfers from.
   """
 
   config: Config
@@ -141,7 +142,7 @@ def prepare(config: Config, own: epath.Path | None = None, say: Callable = print
 
 
 def without_data(config: Config, say: Callable = print) -> Experiment:
-  """The experiment of a config, for looking at its programs: no source is read, no tokenizer trained.
+  """The experiment of a config whose programs are looked at: no source is read.
 
   How many examples share a row is the data's: here each has a row, the most that a batch takes.
   Raises UserError as `prepare`.
@@ -252,6 +253,11 @@ def _check_model(model: ModelConfig, vocab_size: int):
     raise UserError(
       f"config.model.num_heads={model.num_heads} must be a multiple of "
       f"num_kv_heads={model.num_kv_heads}"
+    )
+  if model.embedding_width not in (0, model.width) and not facts.embedding_project:
+    raise UserError(
+      f"config.model.embedding_width={model.embedding_width}: the embedding of {model.name} is as "
+      f"wide as its layers, {model.width}; 0 is that width"
     )
   if not model.tied and not facts.untied:
     raise UserError(

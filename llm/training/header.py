@@ -1,4 +1,4 @@
-"""What a run says of itself before its first step."""
+"""What a run prints before its first step."""
 
 import os
 from typing import Callable
@@ -9,16 +9,18 @@ from llm.models import precision, resolve
 from llm.training.experiment import Training
 
 
-def show(experiment: Training, mesh: Mesh, parameters: int, origin: str, start: int, say: Callable):
-  """Devices, types, model, batch, data, attention, and where the parameters came from."""
+def show(
+  experiment: Training, mesh: Mesh, parameters: int, origin: str, first_step: int, say: Callable
+):
+  """Prints devices, types, model, batch, data, attention and the origin of the parameters."""
   config = experiment.config
-  platform = mesh.devices.flat[0].platform
+  device = mesh.devices.flat[0]
   shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-  types = precision.explained(experiment.asked.model.dtype, config.model.dtype, platform)
-  say(f"devices     {mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {shape}")
+  types = precision.explained(experiment.asked.model.dtype, config.model.dtype, device.platform)
+  say(f"devices     {mesh.size} x {device.device_kind}, mesh {shape}")
   say(f"dtype       {types}")
   say(f"layers      {config.model.scan}")
-  say(f"attention   {_attention(experiment, platform, mesh)}")
+  say(f"attention   {_attention(experiment, device.platform, mesh)}")
   say(
     f"model       {config.model.name}, {parameters:,} parameters, "
     f"objective {config.objective['name']}"
@@ -26,29 +28,31 @@ def show(experiment: Training, mesh: Mesh, parameters: int, origin: str, start: 
   _show_batches(experiment, parameters, say)
   if config.data.workers > (os.cpu_count() or 1):
     say(
-      f"hint        config.data.workers={config.data.workers} are more than this machine's "
-      f"{os.cpu_count()} cores: they will wait for each other"
+      f"hint        config.data.workers={config.data.workers} is more than the {os.cpu_count()} "
+      "cores of this machine: the workers will wait for each other"
     )
-  say(f"parameters  {origin}" + (f", step {start}" if start else ""))
+  say(f"parameters  {origin}" + (f", step {first_step}" if first_step else ""))
 
 
 def _attention(experiment: Training, platform: str, mesh: Mesh) -> str:
-  """The backend, and on a TPU why it is not the fast one."""
+  """The backend of the attention, and on a TPU why it is not the fast one."""
   model = experiment.config.model
   if platform != "tpu" or model.attention != "reference":
     return model.attention
-  length, context = experiment.config.training.sequence_length, mesh.shape["context"]
-  reason = resolve.cannot("splash", model, length, context, trains=True) or "as the config says"
-  return f"reference, a T x T array in memory ({reason})"
+  length = experiment.config.training.sequence_length
+  reason = resolve.cannot("splash", model, length, mesh.shape["context"], trains=True)
+  return f"reference, a T x T array in memory ({reason or 'as the config says'})"
 
 
 def _show_batches(experiment: Training, parameters: int, say: Callable):
-  batches, steps = experiment.batches, experiment.config.training.steps
-  length, examples = experiment.config.training.sequence_length, batches.examples()
-  shared = "" if examples == batches.batch_size else f", about {examples:,.0f} examples"
+  batches = experiment.batches
+  steps = experiment.config.training.steps
+  length = experiment.config.training.sequence_length
+  examples = batches.examples()
+  packed = "" if examples == batches.batch_size else f", about {examples:,.0f} examples"
   say(
     f"batch       {batches.batch_size} rows x {length} = {batches.batch_size * length:,} tokens a "
-    f"step{shared}, {steps:,} steps, "
+    f"step{packed}, {steps:,} steps, "
     f"{batches.tokens() * steps / parameters:.3g} tokens a parameter"
   )
   for name, (epochs, tokens) in zip(experiment.names, batches.usage(steps)):

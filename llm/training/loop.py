@@ -1,4 +1,4 @@
-"""The training loop: train, evaluate, save, stop cleanly."""
+"""The training loop: it takes steps, evaluates, saves, and stops cleanly."""
 
 import contextlib
 import json
@@ -14,9 +14,10 @@ from jax.sharding import Mesh
 from llm import sharding, storage
 from llm.checkpoints import manager
 from llm.config import Config
-from llm.core import UserError
+from llm.core import Params, UserError
 from llm.data import batches as batches_lib
 from llm.models import precision
+from llm.objectives import base
 from llm.performance import flops
 from llm.runs import workdir as workdir_lib
 from llm.runs.log import Log, duration
@@ -25,6 +26,7 @@ from llm.runs.profiler import profiling
 from llm.runs.stop import Stop, Stopped
 from llm.training import evaluation, header, partition, reference
 from llm.training import experiment as experiment_lib
+from llm.training import optimizer as optimizer_lib
 from llm.training import state as state_lib
 from llm.training import step as step_lib
 from llm.training.experiment import Training
@@ -37,191 +39,240 @@ def train(
   go_on: bool = False,
   say: Callable = print,
   use_devices: Callable | None = None,
-) -> dict:
+) -> dict[str, Any]:
   """Runs a config to its end in `workdir` and returns what result.json holds.
 
-  use_devices(mesh config): called before JAX is first used. Raises UserError on bad input and
-  Stopped after a signal, both with everything saved.
+  A run that was interrupted resumes. go_on: also where the workdir holds a run of another config.
+  say: prints a line. use_devices(config.mesh): called before JAX is first used. Raises UserError on
+  bad input, and Stopped after a signal, when everything is saved.
   """
   workdir = storage.folder(workdir)
+  checkpoints = workdir / "checkpoints"
   stop = Stop()
   with stop.listening():
-    steps_before = manager.steps(workdir / "checkpoints")
-    own = manager.newest_valid(workdir / "checkpoints", say)
-    experiment = experiment_lib.prepare(config, own, say)
+    steps_before = manager.steps(checkpoints)
+    resume_from = manager.newest_valid(checkpoints, say)
+    experiment = experiment_lib.prepare(config, resume_from, say)
     if use_devices:
       use_devices(config.mesh)
     mesh = sharding.make_mesh(config.mesh)
     experiment = experiment.on(mesh)
-    rows, accum_steps = experiment.batches.batch_size, config.optimizer.grad_accum_steps
-    sharding.check_batch(config.training.batch_size, rows, accum_steps, mesh)
+    sharding.check_batch(
+      config.training.batch_size,
+      experiment.batches.batch_size,
+      config.optimizer.grad_accum_steps,
+      mesh,
+    )
     if jax.process_index():
       say = _silent
     with jax.set_mesh(mesh):
-      workdir_lib.agree(config, workdir)
+      workdir_lib.check_processes_agree(config, workdir)
       with workdir_lib.locked(workdir):
-        if steps_before != manager.steps(workdir / "checkpoints"):
+        if steps_before != manager.steps(checkpoints):
           raise UserError(
             f"another run went on in {workdir} meanwhile: start again, from where it is now"
           )
         experiment = reference.attached(experiment, mesh, say)
         workdir_lib.claim(workdir, config, go_on)
-        return _Run(experiment, own, workdir, mesh, stop, say).to_its_end()
+        return _Run(experiment, resume_from, workdir, mesh, stop, say).to_its_end()
 
 
 def _silent(*_: Any):
-  """What processes other than the first say."""
+  """Takes the place of `say` in all processes but the first."""
 
 
 class _Run:
-  """One run at work: its state, its compiled steps, and what it leaves behind."""
+  """A run: its state, its compiled steps, its logs and checkpoints."""
 
   def __init__(
     self,
     experiment: Training,
-    own: epath.Path | None,
+    resume_from: epath.Path | None,
     workdir: epath.Path,
     mesh: Mesh,
     stop: Stop,
     say: Callable,
   ):
     config = experiment.config
-    self.experiment, self.config, self.objective = experiment, config, experiment.objective
-    self.workdir, self.mesh, self.stop, self.say = workdir, mesh, stop, say
-    self.began = time.time()
-    self.figures: dict[str, float] = {}  # of the last evaluation
-    self.eval_rows = experiment.eval_rows
-    self.state, optimizer, self.marks, self.origin = state_lib.first_state(
-      experiment, own, workdir, mesh, say
+    self.started_at = time.time()
+    self.experiment = experiment
+    self.config = config
+    self.workdir = workdir
+    self.mesh = mesh
+    self.stop = stop
+    self.say = say
+    # Of the last evaluation.
+    self.eval_figures: dict[str, float] = {}
+    self.state, optimizer, self.frozen_masks, self.origin = state_lib.first_state(
+      experiment, resume_from, workdir, mesh, say
     )
-    self.start, self.steps = int(self.state.step), config.training.steps
+    self.first_step = int(self.state.step)
+    self.steps = config.training.steps
     self.train_step = step_lib.make_train_step(
       experiment.model,
-      self.objective,
+      experiment.objective,
       optimizer,
-      self.marks,
+      self.frozen_masks,
       config.optimizer.grad_accum_steps,
-      jax.tree.map(lambda x: x.sharding, self.state),
+      jax.tree.map(lambda array: array.sharding, self.state),
     )
-    self.eval_step = step_lib.make_eval_step(experiment.model, self.objective, self.marks)
+    self.eval_step = step_lib.make_eval_step(
+      experiment.model, experiment.objective, self.frozen_masks
+    )
     params = jax.eval_shape(self.params)
     self.parameters = flops.count_parameters(params, config.model.vocab_size)
-    workdir_lib.write_json(workdir / "run.json", workdir_lib.run_record())
-    _say_extension(own, config, self.start, say)
-    header.show(experiment, mesh, self.parameters, self.origin, self.start, say)
+    self._show_header(resume_from)
     self.mfu = _mfu(experiment, params, mesh, say)
+    self._open()
+
+  def _show_header(self, resume_from: epath.Path | None):
+    """Writes run.json and prints what this run is."""
+    workdir_lib.write_json(self.workdir / "run.json", workdir_lib.run_record())
+    if resume_from:
+      _say_new_length(resume_from, self.config, self.first_step, self.say)
+    header.show(self.experiment, self.mesh, self.parameters, self.origin, self.first_step, self.say)
+
+  def _open(self):
+    """Opens the checkpoints, the logs and the stream of batches."""
+    config = self.config
     self.saver = manager.Manager(
-      workdir, config.training.keep, config.training.keep_best, experiment.tokenizer
+      self.workdir, config.training.keep, config.training.keep_best, self.experiment.tokenizer
     )
-    self.growing = workdir_lib.Growing(workdir)
-    self.log = Log(self.growing, self.start, self.steps)
-    self.meter = Meter(self.start, experiment.batches.tokens())
+    self.log_folder = workdir_lib.LogFolder(self.workdir)
+    self.log = Log(self.log_folder, self.first_step, self.steps)
+    self.meter = Meter(self.first_step, self.experiment.batches.tokens())
     self.stream = batches_lib.stream(
-      experiment.batches, self.start, self.steps, mesh, config.data.prefetch, config.data.workers
+      self.experiment.batches,
+      self.first_step,
+      self.steps,
+      self.mesh,
+      config.data.prefetch,
+      config.data.workers,
     )
 
-  def to_its_end(self) -> dict:
-    """Every step that is left; then the result. Raises Stopped after a signal."""
+  def to_its_end(self) -> dict[str, Any]:
+    """Takes every step that is left and returns the result. Raises Stopped after a signal."""
     training = self.config.training
-    done, asked = self.start, 0
+    step = self.first_step
+    stop_signal = 0
     try:
-      with profiling(training.profile, self.growing.folder) as before_step:
-        for number in range(self.start, self.steps):
-          before_step(number, self.state)
-          self.take_step(number)
-          done, last = number + 1, number + 1 == self.steps
-          if _due(done, training.log_every, last):
-            self.report(done)
-          results = {}
-          if self.eval_rows is not None and _due(done, training.eval_every, last):
-            results = self.evaluate(done)
-          asked = self.stop.asked()
-          if _due(done, training.save_every, last) or asked or training.keep_best and results:
-            self.save(done, results)
-          if asked:
-            break
+      with profiling(training.profile, self.log_folder.path) as before_step:
+        while step < self.steps and not stop_signal:
+          before_step(step, self.state)
+          self.take_step(step)
+          step += 1
+          if self.due(step, training.log_every):
+            self.report(step)
+          eval_figures = {}
+          if self.due(step, training.eval_every):
+            eval_figures = self.evaluate(step)
+          may_be_best = bool(training.keep_best and eval_figures)
+          stop_signal = self.stop.requested()
+          if self.due(step, training.save_every) or may_be_best or stop_signal:
+            self.save(step, eval_figures)
     finally:
       self.close()
-    if asked:
-      self.say(f"saved step {done}; the same command goes on from there")
-      raise Stopped(128 + asked)
-    return self.finish(done)
+    if stop_signal:
+      self.say(f"saved step {step}; the same command goes on from there")
+      raise Stopped(128 + stop_signal)
+    return self.finish(step)
+
+  def due(self, step: int, every: int) -> bool:
+    """Whether something is due after `step`: every so many steps, and after the last one.
+
+    every: 0 means after the last one alone.
+    """
+    return step == self.steps or every > 0 and step % every == 0
 
   def take_step(self, number: int):
-    """One update by batch `number`."""
-    with self.meter.spending("input"):
+    """One update with batch `number`."""
+    with self.meter.timed("input"):
       batch = next(self.stream)
-    first = number == self.start
-    with self.meter.spending("compile") if first else contextlib.nullcontext():
+    first = number == self.first_step
+    with self.meter.timed("compile") if first else contextlib.nullcontext():
       self.state, metrics = self.train_step(self.state, batch, self.config.training.seed)
-    self.meter.waiting.append(metrics)
+    self.meter.add(metrics)
     self.log.advance()
 
-  def report(self, done: int):
-    """The means since the last report, to the console and the logs."""
-    figures = self.meter.figures(done)
-    self.log.metrics(done, {**figures, "mfu": self.mfu(figures["tokens_per_second"])})
+  def report(self, step: int):
+    """Logs the means since the last report."""
+    figures = self.meter.figures(step)
+    self.log.metrics(step, {**figures, "mfu": self.mfu(figures["tokens_per_second"])})
 
-  def evaluate(self, done: int) -> dict[str, float]:
-    """Figures over the evaluation source; {} where a signal came meanwhile."""
-    self.meter.settle(done)  # what still trains is not evaluation
-    with self.meter.spending("evaluation"):
-      results = self.evaluated()
-    if results:
-      self.figures = results
-      self.log.metrics(done, results, "eval")
-    return results
+  def evaluate(self, step: int) -> dict[str, float]:
+    """Logs the figures of the evaluation source; {} without one, or where a signal interrupts."""
+    if self.experiment.eval_rows is None:
+      return {}
+    # Waits for the steps in progress, whose time is not that of the evaluation.
+    self.meter.settle(step)
+    with self.meter.timed("evaluation"):
+      figures = self._evaluate(self.experiment.eval_rows)
+    if figures:
+      self.eval_figures = figures
+      self.log.metrics(step, figures, "eval")
+    return figures
 
-  def evaluated(self) -> dict[str, float]:
-    assert self.eval_rows is not None
+  def _evaluate(self, rows: base.Rows) -> dict[str, float]:
     return evaluation.evaluate(
       self.eval_step,
       self.state.trained,
       self.state.frozen,
-      self.objective,
-      self.eval_rows,
+      self.experiment.objective,
+      rows,
       self.experiment.batches.batch_size,
       self.mesh,
       self.config.training.eval_batches,
       self.stop,
     )
 
-  def save(self, done: int, results: dict[str, float]):
-    """Starts a checkpoint; training goes on while it is written."""
-    self.meter.settle(done)
+  def save(self, step: int, eval_figures: dict[str, float]):
+    """Starts to write a checkpoint. Training goes on meanwhile."""
+    self.meter.settle(step)
     self.log.flush()
-    description = {**self.experiment.description(), "metrics": results}
-    with self.meter.spending("checkpoint"):
-      self.saver.save(done, self.params(), self.state.opt_state, description)
+    description = {**self.experiment.description(), "metrics": eval_figures}
+    with self.meter.timed("checkpoint"):
+      self.saver.save(step, self.params(), self.state.opt_state, description)
 
-  def params(self) -> dict:
+  def params(self) -> Params:
     """Trained and frozen parameters as one tree."""
-    return partition.merge(self.state.trained, self.state.frozen, self.marks)
+    return partition.merge(self.state.trained, self.state.frozen, self.frozen_masks)
 
   def close(self):
-    """Waits for the last checkpoint and closes what is open, whatever fails."""
+    """Waits for the last checkpoint and closes what is open, even where one of them fails."""
     try:
       self.saver.close()
     finally:
       self.stream.close()
       self.log.close()
-      self.growing.copy()
+      self.log_folder.copy()
 
-  def finish(self, done: int) -> dict:
-    """Writes result.json, unless an earlier run of the same command did."""
+  def finish(self, step: int) -> dict[str, Any]:
+    """Writes result.json and returns it. Raises Stopped after a signal.
+
+    Where an earlier run took the last step, its result is returned. If it stopped before it wrote
+    one, the evaluation is repeated.
+    """
     path = self.workdir / "result.json"
-    if self.start >= self.steps and path.exists():
-      self.say(f"already done: step {self.start} in {self.workdir}")
-      return json.loads(path.read_text())
-    if self.start >= self.steps and self.eval_rows is not None:
-      self.figures = self.evaluated()  # stopped between its last save and its result
-      if asked := self.stop.asked():
-        raise Stopped(128 + asked)
+    if self.first_step >= self.steps:
+      if path.exists():
+        self.say(f"already done: step {self.first_step} in {self.workdir}")
+        return json.loads(path.read_text())
+      if self.experiment.eval_rows is not None:
+        self.eval_figures = self._evaluate(self.experiment.eval_rows)
+        if stop_signal := self.stop.requested():
+          raise Stopped(128 + stop_signal)
+    result = self._result(step)
+    workdir_lib.write_json(path, result)
+    self.say(f"done: step {step} in {self.workdir}, {duration(result['seconds'])}")
+    return result
+
+  def _result(self, step: int) -> dict[str, Any]:
+    """What result.json holds."""
     pace = float(np.median(self.meter.paces)) if self.meter.paces else None
-    seconds = time.time() - self.began
-    usage = zip(self.experiment.names, self.experiment.batches.usage(done))
-    result = {
-      "step": done,
+    seconds = time.time() - self.started_at
+    usage = zip(self.experiment.names, self.experiment.batches.usage(step))
+    return {
+      "step": step,
       "parameters": self.parameters,
       "origin": self.origin,
       "seconds": seconds,
@@ -229,21 +280,19 @@ class _Run:
       "tokens_per_second": pace,
       "mfu": pace and self.mfu(pace),
       "data": {name: {"epochs": epochs, "tokens": tokens} for name, (epochs, tokens) in usage},
-      "eval": self.figures,
+      "eval": self.eval_figures,
     }
-    workdir_lib.write_json(path, result)
-    self.say(f"done: step {done} in {self.workdir}, {duration(seconds)}")
-    return result
 
 
-def _due(step: int, every: int, last: bool) -> bool:
-  """Whether something that happens every so many steps (0: at the end only) happens now."""
-  return last or bool(every) and step % every == 0
+def _mfu(
+  experiment: Training, params: Params, mesh: Mesh, say: Callable
+) -> Callable[[float], float]:
+  """A function from tokens a second, without padding, to the model FLOPs utilization (MFU).
 
-
-def _mfu(experiment: Training, params: dict, mesh: Mesh, say: Callable) -> Callable:
-  """A function from (real) tokens a second to the share of the peak that the model's FLOPs are."""
-  config, batches = experiment.config, experiment.batches
+  That is the share of the peak FLOP/s which the FLOPs of the model are.
+  """
+  config = experiment.config
+  batches = experiment.batches
   peak, source = flops.peak_flops(mesh, precision.of(config.model))
   of_row = flops.model_flops(experiment.model, params, experiment.one_row(), config.model)
   of_step = of_row * batches.batch_size
@@ -252,14 +301,16 @@ def _mfu(experiment: Training, params: dict, mesh: Mesh, say: Callable) -> Calla
   return lambda tokens_per_second: of_token * tokens_per_second / peak
 
 
-def _say_extension(own: epath.Path | None, config: Config, start: int, say: Callable):
-  """Says what more steps than the checkpoint was made for do to the schedule."""
-  if not own:
+def _say_new_length(resume_from: epath.Path, config: Config, first_step: int, say: Callable):
+  """Says what it does to the learning rate that the number of steps has changed."""
+  planned = manager.describe(resume_from)["config"]["training"]["steps"]
+  steps = config.training.steps
+  if planned == steps:
     return
-  planned = manager.describe(own)["config"]["training"]["steps"]
-  if planned != config.training.steps:
-    say(
-      f"the run was planned for {planned} steps and now for {config.training.steps}: the "
-      f"{config.optimizer.schedule} schedule is that of the new length from step {start} on, so "
-      "the learning rate jumps to where a run of that length would have it"
-    )
+  before = optimizer_lib.rate_at(config.optimizer, planned, first_step)
+  now = optimizer_lib.rate_at(config.optimizer, steps, first_step)
+  change = f"stays {now:.3g}" if now == before else f"is {now:.3g} instead of {before:.3g}"
+  say(
+    f"the run was planned for {planned} steps and now for {steps}: the {config.optimizer.schedule} "
+    f"schedule is that of the new length, so the learning rate of step {first_step} {change}"
+  )

@@ -1,6 +1,7 @@
-"""Rules address layers one by one, although the layers of a stack are stored as one array.
+"""Which parameters are trained and which are frozen, layer by layer.
 
-A leaf whose layers are partly frozen is split along its layer axis.
+The layers of a stack are stored as one array, but rules address each of them by a path of its own
+(core.virtual_paths). A leaf of which some layers are frozen is split along its layer axis.
 """
 
 import re
@@ -9,66 +10,76 @@ from typing import Callable
 import jax.numpy as jnp
 import numpy as np
 
-from llm.core import STACKED, Params, UserError, flatten, unflatten, virtual_paths
+from llm.core import STACKED, Leaves, Params, UserError, flatten, unflatten, virtual_paths
+
+# Path of a leaf -> for each of its layers, whether it is frozen; one entry where it has no layers.
+FrozenMasks = dict[str, list[bool]]
 
 
-def by_layer(tree: dict, value: Callable[[str], float]) -> dict:
-  """path -> leaf becomes path -> value: a number, or an array that broadcasts over the layers."""
-  out = {}
-  for path, leaf in tree.items():
-    values = [value(p) for p in virtual_paths(path, leaf)]
-    shape = (len(values),) + (1,) * (leaf.ndim - 1)
-    out[path] = np.array(values, np.float32).reshape(shape) if STACKED in path else values[0]
-  return out
+def by_layer(tree: Leaves, value: Callable[[str], float]) -> dict[str, float | np.ndarray]:
+  """Path -> leaf becomes path -> value.
 
-
-def frozen_layers(params: Params, freeze: str) -> dict[str, list[bool]]:
-  """path -> whether each of its virtual paths is frozen.
-
-  Raises UserError where the regex matches nothing or everything.
+  The value of a stacked leaf is an array that broadcasts over its layers, else a number.
   """
-  leaves = flatten(params)
+  result = {}
+  for path, leaf in tree.items():
+    values = [value(virtual_path) for virtual_path in virtual_paths(path, leaf)]
+    if STACKED in path:
+      shape = (len(values),) + (1,) * (leaf.ndim - 1)
+      result[path] = np.array(values, np.float32).reshape(shape)
+    else:
+      result[path] = values[0]
+  return result
+
+
+def frozen_layers(params: Params, freeze: str) -> FrozenMasks:
+  """The layers whose path matches the regex `freeze`; none where it is "".
+
+  Raises UserError where it is no regex, or matches nothing or everything.
+  """
   try:
     rule = re.compile(freeze) if freeze else None
   except re.error as error:
     raise UserError(f"config.optimizer.freeze={freeze!r} is no regular expression: {error}")
-  marks = {
-    path: [bool(rule and rule.search(p)) for p in virtual_paths(path, leaf)]
-    for path, leaf in leaves.items()
-  }
-  count = sum(map(sum, marks.values()))
+  masks = {}
+  for path, leaf in flatten(params).items():
+    masks[path] = [bool(rule and rule.search(p)) for p in virtual_paths(path, leaf)]
+  count = sum(map(sum, masks.values()))
   if freeze and count == 0:
     raise UserError(
       f"config.optimizer.freeze={freeze!r} matches no parameter; "
       "`python -m llm.show sharding --config=...` lists the paths"
     )
-  if count == sum(map(len, marks.values())):
+  if count == sum(map(len, masks.values())):
     raise UserError(
       f"config.optimizer.freeze={freeze!r} matches every parameter: nothing is left to train"
     )
-  return marks
+  return masks
 
 
-def split(params: Params, marks: dict[str, list[bool]]) -> tuple[dict, dict]:
-  """params -> (trained, frozen), two dicts of path -> array."""
-  trained, frozen = {}, {}
+def split(params: Params, masks: FrozenMasks) -> tuple[Leaves, Leaves]:
+  """Parameters -> (trained, frozen)."""
+  trained = {}
+  frozen = {}
   for path, leaf in flatten(params).items():
-    mark = np.array(marks[path])
-    if not mark.any():
+    mask = np.array(masks[path])
+    if not mask.any():
       trained[path] = leaf
-    elif mark.all():
+    elif mask.all():
       frozen[path] = leaf
     else:
-      trained[path], frozen[path] = leaf[np.flatnonzero(~mark)], leaf[np.flatnonzero(mark)]
+      trained[path] = leaf[np.flatnonzero(~mask)]
+      frozen[path] = leaf[np.flatnonzero(mask)]
   return trained, frozen
 
 
-def merge(trained: dict, frozen: dict, marks: dict[str, list[bool]]) -> Params:
+def merge(trained: Leaves, frozen: Leaves, masks: FrozenMasks) -> Params:
   """The inverse of `split`."""
   leaves = {}
-  for path, mark in marks.items():
+  for path, mask in masks.items():
     if path in trained and path in frozen:
-      order = np.argsort(np.argsort(np.array(mark), kind="stable"), kind="stable")
+      # Where each layer is in the trained ones, followed by the frozen ones.
+      order = np.argsort(np.argsort(np.array(mask), kind="stable"), kind="stable")
       leaves[path] = jnp.concatenate([trained[path], frozen[path]])[order]
     else:
       leaves[path] = trained[path] if path in trained else frozen[path]

@@ -1,72 +1,89 @@
-"""What the checkpoint that a run starts from says of its rows: computed once, and kept in the cache."""
+"""Predictions of the checkpoint that a run starts from: computed once, then kept in the cache.
+
+Objectives that compare the model with a reference need them (preference optimization).
+"""
 
 import dataclasses
-from typing import Callable
+from typing import Any, Callable
 
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
-from llm import config as config_lib
 from llm.checkpoints import locate, manager
+from llm.config import Config
 from llm.core import UserError
 from llm.data import cache
 from llm.data.tokenizer import Tokenizer
+from llm.objectives import base
 from llm.training import evaluation
 from llm.training import experiment as experiment_lib
+from llm.training.experiment import Training
 
 
-def attached(experiment: experiment_lib.Training, mesh, say) -> experiment_lib.Training:
-  """The experiment, its rows with what its objective wants to know of the reference, if it wants any."""
+def attached(experiment: Training, mesh: Mesh, say: Callable) -> Training:
+  """The experiment, its rows with what its objective needs to know of the reference.
+
+  An objective that needs no reference costs nothing. Raises UserError as `predictor`.
+  """
+  objective = experiment.objective
+  batches = experiment.batches
   predict = predictor(
-    experiment.config,
-    experiment.objective,
-    experiment.tokenizer,
-    experiment.batches.batch_size,
-    mesh,
-    say,
+    experiment.config, objective, experiment.tokenizer, batches.batch_size, mesh, say
   )
-  add = lambda rows: experiment.objective.with_reference(rows, predict)
-  batches = dataclasses.replace(
-    experiment.batches, rows=[add(rows) for rows in experiment.batches.rows]
-  )
-  held_out = experiment.eval_rows if experiment.eval_rows is None else add(experiment.eval_rows)
-  return dataclasses.replace(experiment, batches=batches, eval_rows=held_out)
+  rows = [objective.with_reference(rows, predict) for rows in batches.rows]
+  eval_rows = experiment.eval_rows
+  if eval_rows is not None:
+    eval_rows = objective.with_reference(eval_rows, predict)
+  batches = dataclasses.replace(batches, rows=rows)
+  return dataclasses.replace(experiment, batches=batches, eval_rows=eval_rows)
 
 
 def predictor(
-  config: config_lib.Config, objective, tokenizer: Tokenizer, batch_size: int, mesh, say
-) -> Callable:
-  """predict(rows) -> what `objective.predict` gives for all rows under config.transfer.checkpoint.
+  config: Config,
+  objective: base.Objective,
+  tokenizer: Tokenizer,
+  batch_size: int,
+  mesh: Mesh,
+  say: Callable,
+) -> Callable[[Any], base.Predictions]:
+  """A function from rows to what `objective.predict` gives for them under the reference.
 
-  batch_size: rows at a time.
-
-  Raises UserError where there is no such checkpoint, or it reads other pieces than the rows are made of.
+  The reference is config.transfer.checkpoint. batch_size: rows at a time. The function raises
+  UserError where there is no such checkpoint, or where its vocabulary is not the run's.
   """
 
-  def predict(rows) -> dict[str, np.ndarray]:
-    if not config.transfer.checkpoint:
-      raise UserError(
-        f"config.objective.name={config.objective['name']} needs a reference: give config.transfer.checkpoint"
-      )
-    step = locate.find(config.transfer.checkpoint, say, config.data.cache)
-    if manager.load_tokenizer(step).digest() != tokenizer.digest():
-      raise UserError(
-        f"config.objective.name={config.objective['name']}: the reference {step} has another vocabulary than the run: "
-        "transfer first (config.transfer.vocabulary='match'), then start from what that run made"
-      )
+  def predict(rows: Any) -> base.Predictions:
+    step = _reference_step(config, tokenizer, say)
     key = cache.digest("reference 1", manager.digest(step), rows.digest())
-
     folder = cache.cache_dir(config.data.cache) / "references" / key[:32]
-    # All processes compute, or none: what one has kept, another may lack.
+    # All processes compute, or none does: the cache of one may lack what that of another has.
     if not multihost_utils.process_allgather(np.array(folder.exists())).all():
       say(f"reference   {len(rows)} rows under {step}")
       bundle = experiment_lib.load(step)
       length = config.training.sequence_length
       evaluated = evaluation.of_checkpoint(bundle, objective, rows, length, batch_size, mesh)
-      cache.made_once(
-        folder, lambda scratch: np.savez(scratch / "predictions.npz", **evaluated.predictions)
-      )
+      arrays: dict[str, Any] = dict(evaluated.predictions)
+      cache.made_once(folder, lambda scratch: np.savez(scratch / "predictions.npz", **arrays))
     with np.load(folder / "predictions.npz") as saved:
       return dict(saved)
 
   return predict
+
+
+def _reference_step(config: Config, tokenizer: Tokenizer, say: Callable) -> epath.Path:
+  """The step of config.transfer.checkpoint. Raises UserError where it cannot be the reference."""
+  name = config.objective["name"]
+  if not config.transfer.checkpoint:
+    raise UserError(
+      f"config.objective.name={name} needs a reference: give config.transfer.checkpoint"
+    )
+  step = locate.find(config.transfer.checkpoint, say, config.data.cache)
+  if manager.load_tokenizer(step).digest() != tokenizer.digest():
+    raise UserError(
+      f"config.objective.name={name}: the reference {step} has another vocabulary than the run: "
+      "transfer first (config.transfer.vocabulary='match'), then start from the checkpoint of that "
+      "run"
+    )
+  return step

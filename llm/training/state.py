@@ -1,7 +1,7 @@
 """The first state of a run: resumed, else transferred, else random."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import jax
 import numpy as np
@@ -13,117 +13,166 @@ from jax.sharding import PartitionSpec as P
 from llm import config as config_lib
 from llm import sharding
 from llm.checkpoints import adapters, manager, transfer, vocabulary
+from llm.config import Config
 from llm.core import Params, TrainState, UserError, flatten
+from llm.data.tokenizer import Tokenizer
 from llm.runs import workdir as workdir_lib
 from llm.training import optimizer as optimizer_lib
 from llm.training import partition
 from llm.training import step as step_lib
 from llm.training.experiment import Experiment
+from llm.training.partition import FrozenMasks
 
 # What adapters leave frozen where config.optimizer.freeze does not say: the backbone, not the head.
 ALL_BUT_ADAPTERS = r"^backbone/(?!.*/lora_[ab]$)"
 
 
-def _fresh_params(experiment: Experiment, mesh: Mesh, seed: int) -> Params:
-  """Fresh parameters, made in place on the mesh: values do not depend on its shape."""
+class Plan(NamedTuple):
+  """The state of a run before it is allocated.
+
+  init: makes random parameters, whose values do not depend on the mesh. params: nested, as the
+  model takes them. state: the same, split, with the optimizer's. Both hold ShapeDtypeStructs with
+  shardings.
+  """
+
+  init: Callable[[], Params]
+  params: Params
+  state: TrainState
+  optimizer: optax.GradientTransformation
+  frozen_masks: FrozenMasks
+
+
+def plan(experiment: Experiment, mesh: Mesh) -> Plan:
+  """Shapes, shardings and optimizer of a run. Nothing is allocated.
+
+  Raises UserError where a rule of the config matches nothing, or a mesh axis does not divide a
+  dimension.
+  """
+  config = experiment.config
   row = experiment.one_row()
 
   def init() -> Params:
-    return step_lib.init_params(experiment.model, row, jax.random.key(seed))
+    key = jax.random.key(config.training.seed)
+    return step_lib.init_params(experiment.model, row, key)
 
-  placed = sharding.shardings(jax.eval_shape(init), mesh)
-  return jax.jit(init, out_shardings=placed)()
-
-
-def _alpha(step: epath.Path) -> float:
-  return config_lib.freeze(manager.describe(step)["config"]).model.lora_alpha
-
-
-def _transferred(experiment, fresh, workdir, say):
-  """Fresh parameters with those of config.transfer.checkpoint in their place; writes the audit."""
-  found = experiment.start
-  loaded = adapters.merge(manager.restore(found, "params"), _alpha(found))
-  old = manager.load_tokenizer(found)
-  matching = (
-    vocabulary.match(experiment.tokenizer, old)
-    if experiment.config.transfer.vocabulary == "match"
-    and experiment.tokenizer.digest() != old.digest()
-    else None
-  )
-  params, audit = transfer.transfer(fresh, loaded, experiment.config.transfer, matching)
-  say(transfer.table(audit))
-  workdir_lib.write_json(
-    workdir / "transfer.json",
-    {"checkpoint": str(found), "parameters": [dataclasses.asdict(e) for e in audit]},
-  )
-  placed = jax.tree.map(
-    lambda old, new: jax.device_put(new, old.sharding).astype(old.dtype), fresh, params
-  )
-  return placed, f"transferred from {found}"
-
-
-class Plan(NamedTuple):
-  """The state of a run before there is one: shapes with their places on a mesh, and what makes and moves them."""
-
-  params: dict  # ShapeDtypeStruct, as the model has them
-  state: TrainState  # ShapeDtypeStruct, each with its sharding
-  optimizer: optax.GradientTransformation
-  marks: dict
-
-
-def _placed(tree, mesh):
-  return jax.tree.map(
-    lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p),
-    tree,
-    sharding.shardings(tree, mesh),
-  )
-
-
-def plan(experiment, mesh) -> Plan:
-  """Allocates nothing. Raises UserError where a rule of the config matches nothing, or an axis divides no dimension."""
-  config = experiment.config
-  row = experiment.one_row()
-  params = jax.eval_shape(lambda: step_lib.init_params(experiment.model, row, jax.random.key(0)))
-  if config.model.lora_rank and not any(adapters.is_adapter(path) for path in flatten(params)):
-    raise UserError(
-      f"config.model.lora_targets={config.model.lora_targets!r} matches no linear layer; they are called "
-      "attention/query, key, value, out and mlp/up, gate, down"
-    )
-  marks = partition.frozen_layers(
-    params, config.optimizer.freeze or (ALL_BUT_ADAPTERS if config.model.lora_rank else "")
-  )
-  trained, frozen = jax.eval_shape(lambda p: partition.split(p, marks), params)
+  params = jax.eval_shape(init)
+  frozen_masks = _frozen_masks(config, params)
+  trained, frozen = jax.eval_shape(lambda p: partition.split(p, frozen_masks), params)
   optimizer = optimizer_lib.make(
     config.optimizer, trained, config.model.num_layers, config.training.steps
   )
-  step = jax.ShapeDtypeStruct((), np.int32, sharding=NamedSharding(mesh, P()))
-  # Each tree is placed by the one table; the moments end in the paths of their parameters.
+  opt_state = jax.eval_shape(optimizer.init, trained)
+  # A shape, where TrainState is declared with an array.
+  step: Any = jax.ShapeDtypeStruct((), np.int32, sharding=NamedSharding(mesh, P()))
   state = TrainState(
-    step,
-    *(_placed(tree, mesh) for tree in (trained, frozen, jax.eval_shape(optimizer.init, trained))),
+    step=step,
+    trained=_with_shardings(trained, mesh),
+    frozen=_with_shardings(frozen, mesh),
+    # The paths of moments end in those of their parameters, so that the same table places them.
+    opt_state=_with_shardings(opt_state, mesh),
   )
-  return Plan(_placed(params, mesh), state, optimizer, marks)
+  return Plan(init, _with_shardings(params, mesh), state, optimizer, frozen_masks)
 
 
-def first_state(experiment, own: epath.Path | None, workdir, mesh, say):
-  """(state, optimizer, marks, where the parameters came from)."""
-  config, planned = experiment.config, plan(experiment, mesh)
-  where = jax.tree.map(lambda s: s.sharding, planned.state)
-  if own:
-    params, origin = manager.restore(own, "params", planned.params), f"resumed from {own}"
+def _frozen_masks(config: Config, params: Params) -> FrozenMasks:
+  """What the config freezes. Raises UserError where it wants adapters and no layer has one."""
+  freeze = config.optimizer.freeze
+  if config.model.lora_rank:
+    if not any(adapters.is_adapter(path) for path in flatten(params)):
+      raise UserError(
+        f"config.model.lora_targets={config.model.lora_targets!r} matches no linear layer; they "
+        "are called attention/query, key, value, out and mlp/up, gate, down"
+      )
+    freeze = freeze or ALL_BUT_ADAPTERS
+  return partition.frozen_layers(params, freeze)
+
+
+def _with_shardings(shapes: Any, mesh: Mesh) -> Any:
+  """A tree of ShapeDtypeStructs, with where each lies on the mesh."""
+  return jax.tree.map(
+    lambda array, placed: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=placed),
+    shapes,
+    sharding.shardings(shapes, mesh),
+  )
+
+
+def first_state(
+  experiment: Experiment,
+  resume_from: epath.Path | None,
+  workdir: epath.Path,
+  mesh: Mesh,
+  say: Callable,
+) -> tuple[TrainState, optax.GradientTransformation, FrozenMasks, str]:
+  """(state, optimizer, frozen masks, where the parameters come from).
+
+  resume_from: a verified step of the run itself, None for a new run. Raises UserError as `plan`,
+  and where a checkpoint does not fit.
+  """
+  planned = plan(experiment, mesh)
+  shardings = jax.tree.map(lambda array: array.sharding, planned.state)
+  if resume_from:
+    params = manager.restore(resume_from, "params", planned.params)
+    origin = f"resumed from {resume_from}"
+  elif experiment.config.transfer.checkpoint:
+    params = _transferred_params(experiment, planned, workdir, say)
+    origin = f"transferred from {experiment.start}"
   else:
-    params, origin = _fresh_params(experiment, mesh, config.training.seed), "random initialisation"
-    if config.transfer.checkpoint:
-      params, origin = _transferred(experiment, params, workdir, say)
+    params = _fresh_params(planned)
+    origin = "random initialisation"
   trained, frozen = jax.jit(
-    lambda p: partition.split(p, planned.marks), out_shardings=(where.trained, where.frozen)
+    lambda p: partition.split(p, planned.frozen_masks),
+    out_shardings=(shardings.trained, shardings.frozen),
   )(params)
-  if own:
-    opt_state, number = (
-      manager.restore(own, "opt_state", planned.state.opt_state),
-      manager.describe(own)["step"],
-    )
+  if resume_from:
+    opt_state = manager.restore(resume_from, "opt_state", planned.state.opt_state)
+    step = manager.describe(resume_from)["step"]
   else:
-    opt_state, number = jax.jit(planned.optimizer.init, out_shardings=where.opt_state)(trained), 0
-  state = TrainState(jax.device_put(np.int32(number), where.step), trained, frozen, opt_state)
-  return state, planned.optimizer, planned.marks, origin
+    opt_state = jax.jit(planned.optimizer.init, out_shardings=shardings.opt_state)(trained)
+    step = 0
+  state = TrainState(jax.device_put(np.int32(step), shardings.step), trained, frozen, opt_state)
+  return state, planned.optimizer, planned.frozen_masks, origin
+
+
+def _fresh_params(planned: Plan) -> Params:
+  """Random parameters, created in their place on the mesh."""
+  shardings = jax.tree.map(lambda array: array.sharding, planned.params)
+  return jax.jit(planned.init, out_shardings=shardings)()
+
+
+def _transferred_params(
+  experiment: Experiment, planned: Plan, workdir: epath.Path, say: Callable
+) -> Params:
+  """Fresh parameters, replaced by those of config.transfer.checkpoint where the rules say so.
+
+  Prints what became of each, and writes it to transfer.json.
+  """
+  checkpoint = experiment.start
+  assert checkpoint is not None
+  fresh = _fresh_params(planned)
+  saved = adapters.merge(manager.restore(checkpoint, "params"), _lora_alpha(checkpoint))
+  matching = _matching(experiment, manager.load_tokenizer(checkpoint))
+  params, audit = transfer.transfer(fresh, saved, experiment.config.transfer, matching)
+  say(transfer.table(audit))
+  workdir_lib.write_json(
+    workdir / "transfer.json",
+    {
+      "checkpoint": str(checkpoint),
+      "parameters": [dataclasses.asdict(entry) for entry in audit],
+    },
+  )
+  return jax.tree.map(
+    lambda old, new: jax.device_put(new, old.sharding).astype(old.dtype), fresh, params
+  )
+
+
+def _lora_alpha(checkpoint: epath.Path) -> float:
+  return config_lib.freeze(manager.describe(checkpoint)["config"]).model.lora_alpha
+
+
+def _matching(experiment: Experiment, old: Tokenizer) -> vocabulary.Matching | None:
+  """Which rows of the old embeddings the new pieces take; None where the rows stay as they are."""
+  if experiment.config.transfer.vocabulary != "match":
+    return None
+  if experiment.tokenizer.digest() == old.digest():
+    return None
+  return vocabulary.match(experiment.tokenizer, old)
