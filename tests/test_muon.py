@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import pathlib
 import shutil
 
 import jax
@@ -189,3 +190,16 @@ def test_a_run_continued_on_a_mesh_is_the_run_uninterrupted(corpus, tmp_path):
   step, params, state = final_state(tmp_path / "parts")
   assert step == 4 and same((step, params, state), final_state(tmp_path / "whole"))
   assert any(np.abs(x).max() > 0 for x in jax.tree.leaves(state[1]["muon"]))
+
+
+@pytest.mark.parametrize("step, told", [(50, "stays 0.001"), (99, "is 0.001 instead of 0.0001")])
+def test_a_longer_run_says_what_becomes_of_the_rate(step, told, monkeypatch):
+  """Of wsd: nothing before the decay, and from within it the way back to the full rate."""
+  settings = OptimizerConfig(schedule="wsd", warmup_steps=5, learning_rate=1e-3)
+  config = dataclasses.replace(tiny("gpt", "text:x"), optimizer=settings)
+  config = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=200))
+  planned = {"config": {"training": {"steps": 100}}}
+  monkeypatch.setattr(loop.manager, "describe", lambda step: planned)
+  said = []
+  loop._say_extension(pathlib.Path("checkpoints"), config, step, said.append)
+  assert f"the learning rate of step {step} {told}" in said[0]
