@@ -326,7 +326,7 @@ def read(folder: pathlib.Path) -> Converted:
   """
   if not is_layout(folder):
     raise UserError(
-      f"{folder} holds no checkpoint of transformers: it has no config.json with a model_type"
+      f"{folder} is no folder of transformers: it has no config.json with a model_type"
     )
   return assemble(_json(folder / "config.json"), read_tokenizer(folder), Weights(folder))
 
