@@ -51,8 +51,8 @@ def match(new: Tokenizer, old: Tokenizer) -> Matching:
   for i, ids in zip(new_pieces, old.encode(texts)):
     rows[i] = tuple(int(t) for t in ids if t != old.unk)
   for name in SPECIAL:
-    new_id = new.id_of(name)
-    old_id = old.id_of(name)
+    new_id = getattr(new, name)
+    old_id = getattr(old, name)
     if new_id >= 0:
       rows[new_id] = (old_id,) if old_id >= 0 else ()
   return Matching(tuple(rows))
