@@ -84,6 +84,13 @@ def test_a_parquet_file_without_the_column_is_one_line(tmp_path):
     texts(f"parquet:{path}")
 
 
+def test_a_bad_row_of_parquet_is_named(tmp_path):
+  path = tmp_path / "a.parquet"
+  parquet.write_table(pyarrow.table({"text": ["some"] * 1500 + [None]}), path)
+  with pytest.raises(UserError, match="a.parquet row 1501: the field 'text' must be a string"):
+    texts(f"parquet:{path}")
+
+
 def test_a_damaged_parquet_file_is_one_line(tmp_path):
   path = tmp_path / "a.parquet"
   parquet.write_table(pyarrow.table({"text": ["some text"] * 100}), path)
