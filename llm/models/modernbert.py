@@ -26,6 +26,7 @@ FACTS = Facts(
   gated=True,
   rotary=True,
   scaled_residual_init=True,
+  pooler=False,
 )
 
 # base and large are the published shapes (149M and 395M), 17m is Ettin's (Weller et al. 2025), tiny
