@@ -201,5 +201,5 @@ def test_a_longer_run_says_what_becomes_of_the_rate(step, told, monkeypatch):
   planned = {"config": {"training": {"steps": 100}}}
   monkeypatch.setattr(loop.manager, "describe", lambda step: planned)
   said = []
-  loop._say_extension(pathlib.Path("checkpoints"), config, step, said.append)
+  loop._say_new_length(pathlib.Path("checkpoints"), config, step, said.append)
   assert f"the learning rate of step {step} {told}" in said[0]
