@@ -386,7 +386,7 @@ def test_what_begins_here_is_theirs(name, changes, tmp_path):
   _, config, tokenizer = huggingface.read(GOLDEN / name)
   config = dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
   objective = base.build(config.objective)
-  made = experiment.Experiment(config, objective, tokenizer, config).on_platform("cpu")
+  made = experiment.Experiment(config, objective, tokenizer, config, None).on_platform("cpu")
   spec = objective.batch_spec(config.model, 16)
   row = {key: np.zeros((1, *array.shape), array.dtype) for key, array in spec.items()}
   fresh = step_lib.init_params(made.model, row, jax.random.key(3))
