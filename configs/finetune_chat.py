@@ -3,19 +3,20 @@
   python -m llm.train --config=configs/finetune_chat.py --workdir=DIR2 \\
       --config.transfer.checkpoint=DIR \\
       --config.data.train=jsonl:train.jsonl --config.data.eval=jsonl:eval.jsonl
-
-Lines are {"messages": [{"role", "content"}]}, as OpenAI's fine-tuning takes them, or Alpaca's
-{"instruction", "input", "output"}. An assistant turn of weight 0 is not learned. Then talk to it:
-
   python -m llm.generate --checkpoint=DIR2 --chat
+
+A line has {"messages": [{"role", "content"}]}, as OpenAI's fine-tuning takes it, or Alpaca's
+{"instruction", "input", "output"}. An assistant's message of weight 0 is not learned.
 """
+
+from typing import Any
 
 from llm import config as config_lib
 from llm.objectives import base
 
 
-def get_config(task: str = ""):
-  """The config; "alpaca" for the embedded pairs."""
+def get_config(task: str = "") -> Any:
+  """The config for your own data, or "alpaca" for the embedded pairs."""
   config = config_lib.defaults(base.defaults("chat"))
   config.optimizer.update(learning_rate=2e-5, schedule="cosine", warmup_steps=-1, weight_decay=0.0)
   config.training.update(epochs=3.0, batch_size=16, sequence_length=512, log_every=10)

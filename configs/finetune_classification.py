@@ -1,45 +1,59 @@
-"""Classification or regression from a checkpoint (Devlin et al. 2019, section 4.1).
+"""Classification of texts or pairs, and regression (Devlin et al. 2019, section 4.1).
 
   python -m llm.train --config=configs/finetune_classification.py --workdir=DIR2 \\
-      --config.transfer.checkpoint=DIR --config.data.train=jsonl:train.jsonl \\
-      --config.data.eval=jsonl:eval.jsonl
+      --config.transfer.checkpoint=DIR \\
+      --config.data.train=jsonl:train.jsonl --config.data.eval=jsonl:eval.jsonl
 
-Records have `text`, for pairs `text_pair`, and `label`; config.data.fields renames them. Model and
-tokenizer follow the checkpoint. Ready-made settings follow a colon: reviews, imdb and the tasks of
-GLUE (cola, sst2, mrpc, qqp, stsb, mnli, mnli_mismatched, qnli, rte, wnli), each with its official
-metric as the one that the best checkpoint is kept by.
+Records have `text`, pairs also `text_pair`, and `label`; config.data.fields renames them. The model
+and the tokenizer are those of the checkpoint. Settings for one task follow a colon: reviews
+(embedded), imdb (tfds) and the tasks of GLUE (tfds): cola, sst2, mrpc, qqp, stsb, mnli,
+mnli_mismatched, qnli, rte and wnli. A run of GLUE keeps the best checkpoint by the official metric.
+
+Published: accuracy of BERT on GLUE's test set of SST-2: tiny 83.2, mini 85.9, small 89.7, medium
+89.6 (README of google-research/bert), base 93.5 (Devlin et al. 2019, table 1). Without pretraining,
+NBSVM has an accuracy of 91.2 on IMDb (Wang and Manning 2012).
 """
+
+from typing import Any, NamedTuple
 
 from llm import config as config_lib
 from llm.objectives import base
 
-# task -> (fields, evaluation split, official metric)
+
+class Task(NamedTuple):
+  """A task of GLUE. fields: config.data.fields. metric: the official one, which keeps the best."""
+
+  fields: str
+  split: str
+  metric: str
+
+
 GLUE = {
-  "cola": ("text=sentence", "validation", "mcc"),
-  "sst2": ("text=sentence", "validation", "accuracy"),
-  "mrpc": ("text=sentence1,text_pair=sentence2", "validation", "f1"),
-  "qqp": ("text=question1,text_pair=question2", "validation", "f1"),
-  "stsb": ("text=sentence1,text_pair=sentence2", "validation", "pearson"),
-  "mnli": ("text=premise,text_pair=hypothesis", "validation_matched", "accuracy"),
-  "mnli_mismatched": ("text=premise,text_pair=hypothesis", "validation_mismatched", "accuracy"),
-  "qnli": ("text=question,text_pair=sentence", "validation", "accuracy"),
-  "rte": ("text=sentence1,text_pair=sentence2", "validation", "accuracy"),
-  "wnli": ("text=sentence1,text_pair=sentence2", "validation", "accuracy"),
+  "cola": Task("text=sentence", "validation", "mcc"),
+  "sst2": Task("text=sentence", "validation", "accuracy"),
+  "mrpc": Task("text=sentence1,text_pair=sentence2", "validation", "f1"),
+  "qqp": Task("text=question1,text_pair=question2", "validation", "f1"),
+  "stsb": Task("text=sentence1,text_pair=sentence2", "validation", "pearson"),
+  "mnli": Task("text=premise,text_pair=hypothesis", "validation_matched", "accuracy"),
+  "mnli_mismatched": Task("text=premise,text_pair=hypothesis", "validation_mismatched", "accuracy"),
+  "qnli": Task("text=question,text_pair=sentence", "validation", "accuracy"),
+  "rte": Task("text=sentence1,text_pair=sentence2", "validation", "accuracy"),
+  "wnli": Task("text=sentence1,text_pair=sentence2", "validation", "accuracy"),
 }
 
 
-def get_config(task: str = ""):
-  """The config of one task; "" for the user's own data."""
+def get_config(task: str = "") -> Any:
+  """The config for your own data, or for one task."""
   config = config_lib.defaults(base.defaults("classification"))
-  # The rule of this transfer: the encoder and its pooler are taken over, other heads are not.
+  # The encoder and its pooler are copied. The rest of the checkpoint's head is not.
   config.transfer.skip = (r"^(head/(?!pooler)|generator/)",)
   config.optimizer.update(learning_rate=3e-5, warmup_steps=-1)
   config.training.update(epochs=3.0, batch_size=32, sequence_length=128, log_every=50)
   if task == "reviews":
-    config.data.train, config.data.eval = "embedded:reviews", "embedded:reviews[validation]"
+    config.data.update(train="embedded:reviews", eval="embedded:reviews[validation]")
     config.training.update(sequence_length=64, keep_best="max:accuracy")
   elif task == "imdb":
-    config.data.train, config.data.eval = "tfds:imdb_reviews[train]", "tfds:imdb_reviews[test]"
+    config.data.update(train="tfds:imdb_reviews[train]", eval="tfds:imdb_reviews[test]")
     config.training.sequence_length = 512
   elif task in GLUE:
     fields, split, metric = GLUE[task]

@@ -5,25 +5,30 @@
       --config.data.train=squad:train.json --config.data.eval=squad:dev.json
 
 Questions come from files in SQuAD's layout, or from records with text (the context), question and
-answers. Long contexts are cut into windows that overlap; short ones share a row. Ready-made
-settings follow a colon: squad and squad2 (tfds), abstracts (497 abstracts, who took part in each
-study).
+answers. Long contexts are cut into windows that overlap, and short ones share a row. Settings for
+one data set follow a colon: squad and squad2 (tfds), and abstracts (embedded: 497 abstracts, with
+who took part in each study).
 
-Published for BERT-base on SQuAD v1.1 (dev): F1 88.41, exact match 81.25 (google-research/bert).
+Published: BERT-base has F1 88.41 and exact match 81.25 on the development set of SQuAD v1.1 (README
+of google-research/bert).
 """
+
+from typing import Any
 
 from llm import config as config_lib
 from llm.objectives import base
 
+SQUAD = {"squad": "tfds:squad", "squad2": "tfds:squad/v2.0"}
 
-def get_config(task: str = ""):
-  """The config of one task; "" for the user's own data."""
+
+def get_config(task: str = "") -> Any:
+  """The config for your own data, or for one data set."""
   config = config_lib.defaults(base.defaults("span_qa"))
   config.transfer.skip = (r"^(head|generator)/",)
   config.optimizer.update(learning_rate=3e-5, warmup_steps=-1)
   config.training.update(epochs=2.0, batch_size=32, sequence_length=384, log_every=50)
-  if task in ("squad", "squad2"):
-    name = {"squad": "tfds:squad", "squad2": "tfds:squad/v2.0"}[task]
+  if task in SQUAD:
+    name = SQUAD[task]
     config.data.update(train=f"{name}[train]", eval=f"{name}[validation]", fields="text=context")
     config.objective.no_answer = task == "squad2"
   elif task == "abstracts":

@@ -1,25 +1,34 @@
 """BERT: masked language modelling and next-sentence prediction (Devlin et al. 2019).
 
-  python -m llm.train --config=configs/pretrain_bert.py:tiny --workdir=DIR
+  python -m llm.train --config=configs/pretrain_bert.py:base --workdir=DIR \\
+      --config.data.train=text:corpus.txt --config.data.eval=text:held_out.txt
 
-Sizes tiny, mini, small, medium, base and large are the published shapes. `base` is the first of
-the two published runs (90% of the steps at length 128) and `base-512` the second:
+Sizes tiny, mini, small, medium, base and large are the published shapes. The published recipe has
+two runs: `base` is the first one, 90% of the steps at length 128, and `base-512` is the second:
 
   python -m llm.train --config=configs/pretrain_bert.py:base-512 --workdir=DIR2 \\
       --config.transfer.checkpoint=DIR
+
+Hardware: tiny and mini have short runs for a laptop. Preflight's bound (`python -m llm.preflight`)
+is at least 2.1 hours for base on v5e:4x4, with the vocabulary of 8,192 pieces that is set here.
+
+Published: accuracy on GLUE's test set of SST-2, after fine-tuning: tiny 83.2, mini 85.9, small
+89.7, medium 89.6 (README of google-research/bert), base 93.5 (Devlin et al. 2019, table 1).
 """
+
+from typing import Any
 
 from llm import config as config_lib
 from llm.models import bert
 from llm.objectives import base
 
 
-def get_config(size: str = "tiny"):
-  """The config of one size."""
-  config = config_lib.defaults(base.defaults("masked_lm"))
+def get_config(size: str = "tiny") -> Any:
+  """The config of one size, with -512 for the second run."""
   name, _, second = size.partition("-")
   if name not in bert.SIZES or second not in ("", "512"):
     raise ValueError(f"unknown size {size!r}; known: {', '.join(bert.SIZES)}, and each with -512")
+  config = config_lib.defaults(base.defaults("masked_lm"))
   config.model.update(name="bert", **bert.SIZES[name])
   config.data.train = "embedded:wikipedia"
   config.data.eval = "embedded:wikipedia[validation]"
@@ -35,11 +44,11 @@ def get_config(size: str = "tiny"):
     eval_every=10_000,
     save_every=10_000,
   )
-  if name in ("tiny", "mini"):  # these are for trying things out
+  if name in ("tiny", "mini"):
     config.optimizer.update(learning_rate=1e-3, warmup_steps=-1)
     config.training.update(batch_size=64, steps=2_000, eval_every=500, save_every=500)
   if second:
-    config.tokenizer.name = ""  # the first run's
+    config.tokenizer.name = ""  # that of the first run
     config.training.update(sequence_length=512, steps=config.training.steps // 9)
     config.optimizer.warmup_steps = -1
   return config
