@@ -9,13 +9,14 @@ import pytest
 import scipy.special
 
 from llm import command
+from llm import config as config_lib
 from llm.checkpoints import huggingface
 from llm.config import ModelConfig
 from llm.core import UserError
 from llm.data import cache
 from llm.data import tokenizer as tokenizer_lib
 from llm.inference.labeller import Labeller
-from llm.objectives import classification, masked_lm, span_qa
+from llm.objectives import base, classification, masked_lm, span_qa
 from llm.training import experiment
 
 SHAPE = {"num_layers": 1, "width": 16, "num_heads": 2, "mlp_dim": 32, "max_length": 64}
@@ -26,12 +27,8 @@ def labeller(tmp_path, objective):
   tokenizer = tokenizer_lib.ByteTokenizer()
   model = ModelConfig(name="bert", vocab_size=tokenizer.vocab_size, dropout=0.0, **SHAPE)
   network = experiment.build(objective, model)
-  spec = objective.batch_spec(model, 64)
-  row = {name: np.zeros((1, *array.shape), array.dtype) for name, array in spec.items()}
+  row = base.zero_row(objective.batch_spec(model, 64))
   params = network.init(jax.random.key(0), row, train=False)["params"]
-  from llm import config as config_lib
-  from llm.objectives import base
-
   config = config_lib.freeze(config_lib.defaults(base.to_mapping(objective)))
   training = dataclasses.replace(config.training, sequence_length=64)
   config = dataclasses.replace(config, model=model, training=training)

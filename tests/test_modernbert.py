@@ -245,8 +245,7 @@ def test_parameter_counts_are_the_published_ones(size):
   config = ModelConfig(name="modernbert", vocab_size=50_368, scan="scan", **shape)
   objective = base.build({"name": "masked_lm", "next_sentence": False, "mask_rate": 0.3})
   model = experiment.build(objective, config)
-  spec = objective.batch_spec(config, 16)
-  row = {name: np.zeros((1, *array.shape), array.dtype) for name, array in spec.items()}
+  row = base.zero_row(objective.batch_spec(config, 16))
   shapes = jax.eval_shape(lambda: step_lib.init_params(model, row, jax.random.key(0)))
   assert flops.count_parameters(shapes, 50_368) == PUBLISHED[size] + shape["width"]
 
@@ -387,8 +386,7 @@ def test_what_begins_here_is_theirs(name, changes, tmp_path):
   config = dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
   objective = base.build(config.objective)
   made = experiment.Experiment(config, objective, tokenizer, config, None).on_platform("cpu")
-  spec = objective.batch_spec(config.model, 16)
-  row = {key: np.zeros((1, *array.shape), array.dtype) for key, array in spec.items()}
+  row = base.zero_row(objective.batch_spec(config.model, 16))
   fresh = step_lib.init_params(made.model, row, jax.random.key(3))
   rng = np.random.default_rng(3)
   fresh = jax.tree.map(

@@ -90,7 +90,14 @@ def test_where_spans_lie_is_uniform():
   )
   assert objective.noise(8) == (3, 2)
   rows = span_corruption.CorruptedRows(
-    None, None, 32, objective, BYTES.pad, BYTES.eos, np.array(BYTES.sentinels)
+    None,
+    None,
+    32,
+    objective,
+    objective.target_length(32),
+    BYTES.pad,
+    BYTES.eos,
+    np.array(BYTES.sentinels),
   )
   seen = {}
   for _ in range(4000):

@@ -10,7 +10,7 @@ import pytest
 
 from llm import config as config_lib
 from llm.performance import hardware
-from llm.training import experiment, program
+from llm.training import experiment, program, state
 from tests.conftest import tiny
 
 pytestmark = pytest.mark.tpu
@@ -40,7 +40,9 @@ def compiled(kind, topology, **overrides):
   )
   there = hardware.topology(topology, 1)
   made = program.explicit(experiment.without_data(config), there)
-  return made, program.lowered(made, hardware.mesh(config.mesh, there)).lower().compile().as_text()
+  mesh = hardware.mesh(config.mesh, there)
+  step = program.traced_step(made, state.plan(made, mesh), mesh)
+  return made, step.lower().compile().as_text()
 
 
 @pytest.mark.parametrize("kind", ["gpt", "bert"])

@@ -15,7 +15,7 @@ import numpy as np
 from llm.config import ModelConfig
 from llm.core import UserError
 from llm.models import bert, gpt, llama, modernbert, qwen3, t5
-from llm.models.architecture import embedding_width_of, head_width_of, padded_vocab
+from llm.models.architecture import embedding_width_of, head_width_of, kv_heads_of, padded_vocab
 
 
 @dataclasses.dataclass(frozen=True)
@@ -544,7 +544,7 @@ def _llama_config(model: ModelConfig) -> dict[str, Any]:
     "num_hidden_layers": model.num_layers,
     "hidden_size": model.width,
     "num_attention_heads": model.num_heads,
-    "num_key_value_heads": model.num_kv_heads or model.num_heads,
+    "num_key_value_heads": kv_heads_of(model),
     "intermediate_size": model.mlp_dim,
     "vocab_size": model.vocab_size,
     "max_position_embeddings": model.max_length,
@@ -661,7 +661,7 @@ def _t5_config(model: ModelConfig) -> dict[str, Any]:
     "num_decoder_layers": model.num_layers,
     "d_model": model.width,
     "num_heads": model.num_heads,
-    "d_kv": model.head_width or model.width // model.num_heads,
+    "d_kv": head_width_of(model),
     "d_ff": model.mlp_dim,
     "vocab_size": padded_vocab(model.vocab_size),
     "n_positions": model.max_length,

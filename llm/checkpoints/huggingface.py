@@ -134,8 +134,7 @@ class Weights:
 def shapes(model: ModelConfig, objective: base.Objective) -> dict[str, tuple[int, ...]]:
   """path -> shape of every parameter of a model with the head of an objective."""
   model = dataclasses.replace(model, dtype="float32", scan="unroll", attention="reference")
-  spec = objective.batch_spec(model, min(8, model.max_length))
-  batch = {name: np.zeros((1, *array.shape), array.dtype) for name, array in spec.items()}
+  batch = base.zero_row(objective.batch_spec(model, min(8, model.max_length)))
   network = objective.model(model)
   tree = jax.eval_shape(lambda: network.init(jax.random.key(0), batch, train=False)["params"])
   return {path: leaf.shape for path, leaf in flatten(tree).items()}

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 
+from llm.data import packing
 from llm.data.tokenizer import Tokenizer
 
 
@@ -33,10 +34,13 @@ class Masking:
     tokens = row["tokens"]
     special = (row["segments"] == 0) | np.isin(tokens, (self.cls, self.sep))
     chosen = self._choose(tokens, np.flatnonzero(~special), rng)
+    slots = masked_slots(self.mask_rate, len(tokens))
     return {
       **row,
       "tokens": self._replaced(tokens, chosen, rng),
-      **_in_slots(chosen, tokens[chosen], masked_slots(self.mask_rate, len(tokens))),
+      "masked_positions": packing.in_slots(chosen, slots, np.int32),
+      "masked_targets": packing.in_slots(tokens[chosen], slots, np.int32),
+      "masked_weights": packing.slots_in_use(len(chosen), slots),
     }
 
   def _replaced(
@@ -70,16 +74,6 @@ class Masking:
     if not chosen:  # no word is short enough: part of one is masked
       chosen = list(words[rng.integers(len(words))][:count])
     return np.sort(np.array(chosen, np.int64))
-
-
-def _in_slots(positions: np.ndarray, targets: np.ndarray, slots: int) -> dict[str, np.ndarray]:
-  """Masked positions and their targets in M slots. Empty slots have weight 0."""
-  padding = (0, slots - len(positions))
-  return {
-    "masked_positions": np.pad(positions.astype(np.int32), padding),
-    "masked_targets": np.pad(targets.astype(np.int32), padding),
-    "masked_weights": np.pad(np.ones(len(positions), np.float32), padding),
-  }
 
 
 def masked_slots(mask_rate: float, length: int) -> int:

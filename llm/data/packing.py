@@ -155,12 +155,12 @@ def lay_out(
 
 
 def in_slots(values: Sequence | np.ndarray, count: int, dtype: Any) -> np.ndarray:
-  """One value an example -> one value a slot, for `count` slots. Empty slots get 0."""
+  """One value an example, or a masked token -> one a slot, for `count` slots. Empty ones get 0."""
   return np.pad(np.asarray(values, dtype), (0, count - len(values)))
 
 
 def slots_in_use(count: int, slots: int) -> np.ndarray:
-  """The weights of the slots of a row with `count` examples: 1 for each example, then 0."""
+  """The weights of the slots of a row, of which `count` are in use: 1 for each of them, then 0."""
   return in_slots(np.ones(count), slots, np.float32)
 
 

@@ -49,11 +49,9 @@ class Backbone(nn.Module):
   facts: ClassVar[Facts] = FACTS
 
   def setup(self):
-    cfg, dtype, width = (
-      self.config,
-      precision.of(self.config).values,
-      embedding_width_of(self.config),
-    )
+    cfg = self.config
+    dtype = precision.of(cfg).values
+    width = embedding_width_of(cfg)
     init = normal(cfg.init_std)
     self.token = Embed(padded_vocab(cfg.vocab_size), width, dtype, init, split="tensor")
     self.position = Embed(cfg.max_length, width, dtype, init)

@@ -215,6 +215,11 @@ def row_spec(length: int, *names: str) -> Spec:
   return {name: int_spec(length) for name in ("tokens", "segments", "positions", *names)}
 
 
+def zero_row(spec: Spec) -> dict[str, np.ndarray]:
+  """A batch of one row of zeros: it shows a network the shapes of its input."""
+  return {name: np.zeros((1, *array.shape), array.dtype) for name, array in spec.items()}
+
+
 def row_sums(values_BxN: jax.Array, weights_BxN: jax.Array) -> jax.Array:
   """(weighted sum, weight) of each row, for `predict`: Bx2."""
   return jax.numpy.stack([(values_BxN * weights_BxN).sum(-1), weights_BxN.sum(-1)], -1)

@@ -15,10 +15,11 @@ from llm.objectives import causal_lm
 class CorruptedRows(packing.PlannedRows):
   """Rows of packed pieces of documents. Each epoch corrupts a piece anew.
 
-  sentinels: the ids of <extra_id_0>, <extra_id_1>, ...
+  target_length: tokens of a row's targets. sentinels: the ids of <extra_id_0>, <extra_id_1>, ...
   """
 
   objective: "Objective"
+  target_length: int
   pad: int
   eos: int
   sentinels: np.ndarray
@@ -26,7 +27,7 @@ class CorruptedRows(packing.PlannedRows):
   def example(self, i, rng):
     corrupt = self._cut if self.objective.prefix else self._corrupt
     corrupted = [corrupt(np.asarray(piece, np.int32), rng) for piece in self.pieces(i)]
-    return pairs.row(corrupted, self.length, self.objective.target_length(self.length), self.pad)
+    return pairs.row(corrupted, self.length, self.target_length, self.pad)
 
   def _cut(self, piece: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """(input, target): the piece cut at a random place."""
@@ -103,14 +104,17 @@ class Objective(causal_lm.Objective):
         "config.tokenizer.sentinels=100"
       )
     inputs, targets = np.array([self.lengths(n) for n in range(2, longest + 1)]).T
-    taken = pairs.sizes(inputs, targets, length, self.target_length(length))
+    target_length = self.target_length(length)
+    taken = pairs.sizes(inputs, targets, length, target_length)
     sizes = np.r_[0, 0, taken]  # one token cannot be cut
     documents = documents_lib.load(source, tokenizer, "none")
     plan = packing.plan(documents, length, sizes, source.cache)
     if not len(plan):
       raise UserError(f"{source.spec}: no document has two tokens")
     sentinels = np.array(tokenizer.sentinels)
-    return CorruptedRows(documents, plan, length, self, tokenizer.pad, tokenizer.eos, sentinels)
+    return CorruptedRows(
+      documents, plan, length, self, target_length, tokenizer.pad, tokenizer.eos, sentinels
+    )
 
   def batch_spec(self, model, length):
     return pairs.row_spec(length, self.target_length(length))

@@ -116,8 +116,7 @@ def _splits(
 
 def _fresh(objective: classification.Objective, model: ModelConfig) -> Params:
   """Random parameters."""
-  spec = objective.batch_spec(model, LENGTH)
-  row = {name: np.zeros((1, *array.shape), array.dtype) for name, array in spec.items()}
+  row = base.zero_row(objective.batch_spec(model, LENGTH))
   model = dataclasses.replace(model, init_std=SCRATCH_INIT_STD)
   network = experiment.build(objective, model)
   return jax.tree.map(np.asarray, step_lib.init_params(network, row, jax.random.key(1)))

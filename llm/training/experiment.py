@@ -76,7 +76,7 @@ class Experiment:
   def one_row(self) -> dict[str, np.ndarray]:
     """A batch of one row of zeros: it shows the shapes."""
     spec = self.objective.batch_spec(self.config.model, self.config.training.sequence_length)
-    return {name: np.zeros((1, *array.shape), array.dtype) for name, array in spec.items()}
+    return base.zero_row(spec)
 
   def description(self) -> dict:
     """What a checkpoint says of itself. settled: what "auto" became where it was trained."""

@@ -34,9 +34,8 @@ def rows_of(experiment: Experiment) -> int:
   return experiment.config.training.batch_size
 
 
-def lowered(experiment: Experiment, mesh: Mesh) -> jax.stages.Traced:
-  """The training step, traced for a mesh. Nothing is allocated."""
-  planned = state_lib.plan(experiment, mesh)
+def traced_step(experiment: Experiment, planned: state_lib.Plan, mesh: Mesh) -> jax.stages.Traced:
+  """The training step of a plan, traced for its mesh. Nothing is allocated."""
   rows = rows_of(experiment)
   placed = sharding.batch_sharding(mesh)
   batch = {
@@ -67,7 +66,7 @@ def report(experiment: Experiment, topology: hardware.Topology) -> dict[str, Any
   accum_steps = config.optimizer.grad_accum_steps
   sharding.check_batch(config.training.batch_size, rows, accum_steps, mesh)
   planned = state_lib.plan(experiment, mesh)
-  traced = lowered(experiment, mesh)
+  traced = traced_step(experiment, planned, mesh)
   result = {"topology": topology.name, "devices": mesh.size, "mesh": dict(mesh.shape)}
   result |= _sizes(experiment, planned.params, traced)
   try:
