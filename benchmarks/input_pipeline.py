@@ -8,8 +8,9 @@ import time
 
 import tabulate
 
+from llm import cache
 from llm.config import DataConfig, ModelConfig, TokenizerConfig
-from llm.data import cache, sources, tokenizer
+from llm.data import sources, tokenizer
 from llm.data.batches import Batches
 from llm.objectives import causal_lm, masked_lm, span_corruption
 

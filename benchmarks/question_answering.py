@@ -18,9 +18,10 @@ import numpy as np
 
 def windows(options):
   """(rows of the abstracts, their windows), tokenized by the vocabulary of embedded:minilm."""
+  from llm import cache
   from llm.checkpoints import huggingface
   from llm.config import DataConfig, ModelConfig
-  from llm.data import cache, embedded, sources
+  from llm.data import embedded, sources
   from llm.objectives import span_qa
 
   tokenizer = huggingface.read_tokenizer(embedded.model("minilm", cache.cache_dir()))

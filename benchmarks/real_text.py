@@ -128,8 +128,9 @@ def theirs(_):
   """Labelled sentences in the Trainer."""
   import transformers
 
+  from llm import cache
   from llm.config import DataConfig
-  from llm.data import cache, embedded, sources
+  from llm.data import embedded, sources
 
   folder = embedded.model("minilm", cache.cache_dir())
   tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -157,9 +158,10 @@ def their_questions(_):
   """The same windows in the Trainer."""
   import transformers
 
+  from llm import cache
   from llm.checkpoints import huggingface
   from llm.config import DataConfig, ModelConfig
-  from llm.data import cache, embedded, sources
+  from llm.data import embedded, sources
   from llm.objectives import span_qa
 
   folder = embedded.model("minilm", cache.cache_dir())

@@ -47,11 +47,18 @@ def get_config(task: str = "") -> Any:
   config = config_lib.defaults(base.defaults("classification"))
   # The encoder and its pooler are copied. The rest of the checkpoint's head is not.
   config.transfer.skip = (r"^(head/(?!pooler)|generator/)",)
-  config.optimizer.update(learning_rate=3e-5, warmup_steps=-1)
-  config.training.update(epochs=3.0, batch_size=32, sequence_length=128, log_every=50)
+  config.recipe.update(learning_rate=3e-5, width_power=2.0, epochs=3.0)
+  config.training.update(
+    epochs=-1.0,
+    batch_size=32,
+    sequence_length=128,
+    log_every=50,
+    eval_every=-1,
+    keep_best="auto",
+  )
   if task == "reviews":
     config.data.update(train="embedded:reviews", eval="embedded:reviews[validation]")
-    config.training.update(sequence_length=64, keep_best="max:accuracy")
+    config.training.sequence_length = 64
   elif task == "imdb":
     config.data.update(train="tfds:imdb_reviews[train]", eval="tfds:imdb_reviews[test]")
     config.training.sequence_length = 512

@@ -25,15 +25,22 @@ def get_config(task: str = "") -> Any:
   """The config for your own data, or for one data set."""
   config = config_lib.defaults(base.defaults("span_qa"))
   config.transfer.skip = (r"^(head|generator)/",)
-  config.optimizer.update(learning_rate=3e-5, warmup_steps=-1)
-  config.training.update(epochs=2.0, batch_size=32, sequence_length=384, log_every=50)
+  config.recipe.update(learning_rate=3e-5, width_power=2.0, epochs=2.0)
+  config.training.update(
+    epochs=-1.0,
+    batch_size=32,
+    sequence_length=384,
+    log_every=50,
+    eval_every=-1,
+    keep_best="auto",
+  )
   if task in SQUAD:
     name = SQUAD[task]
     config.data.update(train=f"{name}[train]", eval=f"{name}[validation]", fields="text=context")
     config.objective.no_answer = task == "squad2"
   elif task == "abstracts":
     config.data.update(train="embedded:abstracts", eval="embedded:abstracts[validation]")
-    config.training.update(epochs=5.0, batch_size=8, sequence_length=256)
+    config.training.update(batch_size=8, sequence_length=256)
   elif task:
     raise ValueError(f"unknown task {task!r}; known: squad, squad2, abstracts")
   return config

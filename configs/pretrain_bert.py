@@ -33,9 +33,14 @@ def get_config(size: str = "tiny") -> Any:
   config.data.train = "embedded:wikipedia"
   config.data.eval = "embedded:wikipedia[validation]"
   config.tokenizer.update(name="sentencepiece", vocab_size=8192)
-  config.optimizer.update(
-    learning_rate=1e-4, warmup_steps=10_000, weight_decay=0.01, grad_clip_norm=1.0
+  # Of base and large; the rates of the others follow (training/recipe.py).
+  config.recipe.update(
+    learning_rate=1e-4,
+    width=max(768, config.model.width),
+    batch_tokens=256 * 128,
+    steps=900_000,
   )
+  config.optimizer.update(warmup_steps=10_000, weight_decay=0.01, grad_clip_norm=1.0)
   config.training.update(
     batch_size=256,
     sequence_length=128,
@@ -45,10 +50,12 @@ def get_config(size: str = "tiny") -> Any:
     save_every=10_000,
   )
   if name in ("tiny", "mini"):
-    config.optimizer.update(learning_rate=1e-3, warmup_steps=-1)
+    config.model.dropout = 0.0
+    config.optimizer.warmup_steps = -1
     config.training.update(batch_size=64, steps=2_000, eval_every=500, save_every=500)
   if second:
     config.tokenizer.name = ""  # that of the first run
     config.training.update(sequence_length=512, steps=config.training.steps // 9)
+    config.recipe.update(batch_tokens=256 * 512, steps=100_000)
     config.optimizer.warmup_steps = -1
   return config

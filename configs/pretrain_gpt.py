@@ -19,6 +19,9 @@ from llm import config as config_lib
 from llm.models import gpt
 from llm.objectives import base
 
+# Of Brown et al. 2020, table 2.1. Those of other sizes follow (training/recipe.py).
+RATES = {"small": 6e-4, "medium": 3e-4, "large": 2.5e-4, "xl": 2e-4, "175b": 6e-5}
+
 
 def get_config(size: str = "tiny") -> Any:
   """The config of one size."""
@@ -28,27 +31,33 @@ def get_config(size: str = "tiny") -> Any:
   if size == "tiny":
     config.model.dropout = 0.0
     config.tokenizer.vocab_size = 8192
-    config.optimizer.update(learning_rate=1e-3, warmup_steps=-1)
+    config.optimizer.warmup_steps = -1
     config.training.update(
       batch_size=32, sequence_length=128, steps=2_000, eval_every=500, save_every=500
     )
   if size == "175b":
     config.model.update(dropout=0.0, remat="full")
-    config.optimizer.update(learning_rate=6e-5)
     config.mesh.update(data=1, fsdp=-1, tensor=8)
     config.training.update(batch_size=512, sequence_length=2048, steps=300_000)
+    config.recipe.update(batch_tokens=512 * 2048, steps=300_000)
   return config
 
 
 def _published(size: str) -> Any:
-  """The settings of GPT-2's sizes."""
+  """The shapes of GPT-2, with the rates of GPT-3's sizes nearest to them."""
   config = config_lib.defaults(base.defaults("causal_lm"))
   config.model.update(name="gpt", **gpt.SIZES[size])
   config.data.train = "embedded:wikipedia"
   config.data.eval = "embedded:wikipedia[validation]"
   config.tokenizer.update(name="sentencepiece", vocab_size=50_257, lowercase=False)
+  published = size if size in RATES else "small"
+  config.recipe.update(
+    learning_rate=RATES[published],
+    width=gpt.SIZES[published]["width"],
+    batch_tokens=512 * 1024,
+    steps=600_000,
+  )
   config.optimizer.update(
-    learning_rate=6e-4,
     schedule="cosine",
     warmup_steps=2_000,
     beta2=0.95,

@@ -49,7 +49,9 @@ def get_config(size: str = "tiny") -> Any:
   )
   if size == "tiny":
     config.tokenizer.vocab_size = 8192
-    config.optimizer.update(learning_rate=1e-3, warmup_steps=-1)
+    # From Llama 7B (Touvron et al. 2023, table 2): 4 million tokens a step, a trillion in all.
+    config.recipe.update(learning_rate=3e-4, width=4096, batch_tokens=4_000_000, steps=250_000)
+    config.optimizer.update(learning_rate=-1.0, warmup_steps=-1)
     config.training.update(
       batch_size=32, sequence_length=128, steps=2_000, eval_every=500, save_every=500
     )

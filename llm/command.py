@@ -10,11 +10,10 @@ import jax
 import psutil
 from absl import flags, logging
 
+from llm import cache, core, processes, sharding
 from llm import config as config_lib
-from llm import core, processes, sharding
 from llm.config import MeshConfig
 from llm.core import UserError
-from llm.data import cache
 
 OUT_OF_MEMORY = (
   "out of memory on a device: use a smaller config.training.batch_size, more "

@@ -24,13 +24,15 @@ class Bounds:
   above: float | None = None
   below: float | None = None
   choices: tuple[str, ...] = ()
+  # Stands for "not set", outside the other bounds.
+  unset: float | None = None
 
   def violated_by(self, value: Any) -> str:
     """What `value` must be where it is not; empty where it is."""
     if self.choices:
       known = ", ".join(map(repr, self.choices))
       return "" if value in self.choices else f"must be one of {known}"
-    if not isinstance(value, int | float):
+    if not isinstance(value, int | float) or value == self.unset:
       return ""
     holds = (
       not math.isnan(value)
@@ -51,7 +53,8 @@ class Bounds:
       "below": self.below,
     }
     parts = [f"{word} {bound:,}" for word, bound in bounds.items() if bound is not None]
-    return f"be {' and '.join(parts) or 'a number'}"
+    unset = "" if self.unset is None else f", or {self.unset:,} for the default"
+    return f"be {' and '.join(parts) or 'a number'}{unset}"
 
 
 def key(default: Any, **bounds: Any) -> Any:
@@ -81,8 +84,9 @@ class ModelConfig:
   max_length: int = key(0, at_least=0)
   # -1: as the checkpoint.
   dropout: float = key(-1.0, below=1)
-  # Standard deviation of fresh kernels and embeddings. Kernels of T5 take it over sqrt(inputs).
-  init_std: float = key(0.02, above=0)
+  # Standard deviation of fresh kernels and embeddings; 0: by the width (models/architecture.py).
+  # Kernels of T5 take it over sqrt(inputs).
+  init_std: float = key(0.0, at_least=0)
   # 0: the architecture's.
   norm_epsilon: float = key(0.0, at_least=0)
   # Base of the rotary wavelengths, and that of local layers.
@@ -175,13 +179,14 @@ class OptimizerConfig:
 
   # muon trains the matrices of layers, and adamw at the same rate the rest.
   name: str = key("adamw", choices=("adamw", "adafactor", "muon"))
-  learning_rate: float = key(1e-4, at_least=0)
+  # -1: that of config.recipe, carried over to this run (training/recipe.py).
+  learning_rate: float = key(-1.0, at_least=0, unset=-1)
   # After the warm-up: linear falls to 0, cosine to a tenth; wsd is constant and falls to 0 in the
   # last `decay_share` of the run. rsqrt (T5) has no rise: it is constant through the warm-up and
   # then falls with the root of the step.
   schedule: str = key("linear", choices=("linear", "cosine", "constant", "rsqrt", "wsd"))
   # -1: a tenth of the run.
-  warmup_steps: int = key(-1, at_least=-1)
+  warmup_steps: int = key(-1, at_least=0, unset=-1)
   # Of the schedule wsd: the share of the steps in which the rate falls.
   decay_share: float = key(0.1, above=0, at_most=1)
   # Of adamw: beta1, beta2, epsilon and the type of the first moment (that of muon's momentum too).
@@ -204,6 +209,22 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RecipeConfig:
+  """A published run, from which settings that are -1 are carried over (training/recipe.py)."""
+
+  # Its highest learning rate, and the width of its model.
+  learning_rate: float = key(1e-4, above=0)
+  width: int = key(768, above=0)
+  # The rate falls with this power of the width.
+  width_power: float = key(1.0, at_least=0)
+  # Its tokens a step and its steps; 0: the rate does not depend on them.
+  batch_tokens: int = key(0, at_least=0)
+  steps: int = key(0, at_least=0)
+  # Its epochs, of large data.
+  epochs: float = key(3.0, above=0)
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig:
   """Axis sizes; one of them may be -1 and takes the devices that are left."""
 
@@ -220,24 +241,27 @@ class TrainingConfig:
   """Length and rhythm of a run. All counts are global, not per device."""
 
   steps: int = key(0, at_least=0)
-  # Of the training rows, in place of steps.
-  epochs: float = key(0.0, at_least=0)
+  # Of the training rows, in place of steps. -1: those of config.recipe, more of small data.
+  epochs: float = key(0.0, at_least=0, unset=-1)
   # Examples: rows of text where a model learns to write or to fill in; labelled texts and
   # questions, of which several share a row.
   batch_size: int = key(32, above=0)
   sequence_length: int = key(128, above=0, at_most=2**24)
   seed: int = key(0, at_least=0)
   log_every: int = key(50, above=0)
-  # 0: at the end only.
-  eval_every: int = key(0, at_least=0)
+  # 0: at the end only; -1: at the end of every epoch.
+  eval_every: int = key(0, at_least=0, unset=-1)
   # 0: the whole evaluation source.
   eval_batches: int = key(0, at_least=0)
   # 0: at the end only.
   save_every: int = key(0, at_least=0)
   # The newest checkpoints that stay.
   keep: int = key(2, above=0)
-  # "max:accuracy", "min:loss": the best checkpoint stays too.
+  # "max:accuracy", "min:loss": the best checkpoint stays too, and is what other commands take.
+  # auto: by the objective's own figure, where there is an evaluation source.
   keep_best: str = ""
+  # Evaluations in a row without a better one after which a run ends; 0: it does not.
+  patience: int = key(0, at_least=0)
   # "10:15": a profile of the steps from 10 to 15.
   profile: str = ""
 
@@ -252,6 +276,7 @@ class Config:
   tokenizer: TokenizerConfig
   transfer: TransferConfig
   optimizer: OptimizerConfig
+  recipe: RecipeConfig
   mesh: MeshConfig
   training: TrainingConfig
 

@@ -16,10 +16,9 @@ from typing import Callable
 
 from absl import flags
 
-from llm import command, storage
+from llm import cache, command, storage
 from llm.checkpoints import gguf, huggingface, locate
 from llm.core import UserError
-from llm.data import cache
 
 _SOURCE = flags.DEFINE_string(
   "source", None, "A folder in the layout of transformers, hf:ORG/NAME or embedded:minilm."

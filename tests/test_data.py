@@ -5,9 +5,10 @@ import zipfile
 import numpy as np
 import pytest
 
+from llm import cache
 from llm.config import DataConfig, TokenizerConfig
 from llm.core import UserError
-from llm.data import cache, documents, embedded, sources, tokenizer
+from llm.data import documents, embedded, sources, tokenizer
 
 
 def records(spec, **data):

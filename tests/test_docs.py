@@ -10,7 +10,7 @@ import tomllib
 
 import pytest
 
-from llm.data.cache import cache_dir
+from llm.cache import cache_dir
 from tests import documented
 from tests.conftest import sentences
 

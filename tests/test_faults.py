@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 import scipy.special
 
-from llm import command
+from llm import cache, command
 from llm import config as config_lib
 from llm.checkpoints import huggingface
 from llm.config import ModelConfig
 from llm.core import UserError
-from llm.data import cache
 from llm.data import tokenizer as tokenizer_lib
 from llm.inference.labeller import Labeller
 from llm.objectives import base, classification, masked_lm, span_qa

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 import pytest
 
+from llm.cache import cache_dir
 from llm.checkpoints import huggingface, manager
 from llm.data import embedded
-from llm.data.cache import cache_dir
 from llm.models import build_backbone, resolve
 from tests.test_huggingface import GOLDEN, NAMES, _batch
 

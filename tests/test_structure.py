@@ -11,7 +11,7 @@ from llm import models
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FLOORS = [
   ("core",),
-  ("storage", "config"),
+  ("storage", "config", "cache"),
   ("sharding",),
   ("models", "data"),
   ("objectives",),

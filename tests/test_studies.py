@@ -8,8 +8,9 @@ import scipy.stats
 from llm import sharding
 from llm.config import DataConfig, MeshConfig, ModelConfig
 from llm.data import sources
+from llm.models import classical
 from llm.objectives import classification
-from llm.studies import classical, label_efficiency
+from llm.studies import label_efficiency
 from llm.studies.label_efficiency import Run, Setting
 from llm.training import experiment
 from llm.training import step as step_lib

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from llm.cache import cache_dir
 from llm.data import answers, embedded
-from llm.data.cache import cache_dir
 
 pytestmark = pytest.mark.slow
 CACHE = cache_dir()  # the user's own: taken before conftest gives the tests another

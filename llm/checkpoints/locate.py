@@ -11,10 +11,10 @@ from typing import Callable
 import jax
 from etils import epath
 
-from llm import storage
+from llm import cache, storage
 from llm.checkpoints import gguf, huggingface, manager
 from llm.core import UserError
-from llm.data import cache, embedded
+from llm.data import embedded
 
 LAYOUT_FILES = (".json", ".jinja", ".safetensors", ".txt", ".model")  # of transformers
 

@@ -25,9 +25,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from llm import core, storage
+from llm import cache, core, storage
 from llm.core import Params, UserError
-from llm.data import cache
 from llm.data import tokenizer as tokenizer_lib
 
 MANIFEST = "manifest.json"
@@ -111,7 +110,8 @@ def newest_valid(root: epath.Path, say: Callable[[str], object] = print) -> epat
 def find(path: str | pathlib.PurePath, say: Callable[[str], object] = print) -> epath.Path:
   """The verified step folder of a workdir, of its checkpoints/ or of one step.
 
-  `say` reports the steps passed over. Raises UserError where there is no valid step.
+  Of a run that kept its best step it is the best one, else the newest. `say` reports the steps
+  passed over. Raises UserError where there is no valid step.
   """
   path = storage.folder(path)
   if not path.is_dir():
@@ -121,12 +121,26 @@ def find(path: str | pathlib.PurePath, say: Callable[[str], object] = print) -> 
     verify(path)
     return path
   root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-  if (step := newest_valid(root, say)) is None:
+  if (newest := newest_valid(root, say)) is None:
     raise UserError(
       f"{path} holds no complete checkpoint: give a workdir of llm.train, its "
       "checkpoints folder or one step of it"
     )
-  return step
+  return _best_valid(newest, say) or newest
+
+
+def _best_valid(newest: epath.Path, say: Callable[[str], object]) -> epath.Path | None:
+  """The best step of the run whose newest step this is; None where it kept none, or lost it."""
+  progress = describe(newest).get("progress")
+  if not progress or str(progress["step"]) == newest.name:
+    return None
+  best = newest.parent / str(progress["step"])
+  try:
+    verify(best)
+  except Damaged as error:
+    say(f"passing over the best checkpoint: {error}")
+    return None
+  return best
 
 
 def describe(step: epath.Path) -> dict[str, Any]:
@@ -254,7 +268,7 @@ class Manager:
     ]
 
   def best(self) -> int | None:
-    """The step on disk with the best metric, or None where no step has the metric."""
+    """The first step on disk with the best metric, or None where no step has the metric."""
     scores: dict[int, float] = {}
     for step in self._complete_steps():
       try:
@@ -266,7 +280,7 @@ class Manager:
     if not scores:
       return None
     choose = max if self.best_mode == "max" else min
-    return choose(scores, key=lambda step: scores[step])
+    return choose(sorted(scores), key=lambda step: scores[step])
 
   def _prune(self) -> None:
     """Removes the steps that need not be kept, and the folders of interrupted saves."""

@@ -8,8 +8,8 @@ import numpy as np
 import sentencex
 import tqdm
 
+from llm import cache
 from llm.core import UserError
-from llm.data import cache
 from llm.data.sources import Source
 from llm.data.tokenizer import Tokenizer
 

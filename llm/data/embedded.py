@@ -22,8 +22,8 @@ from typing import Any, Iterator, NamedTuple
 
 import mwparserfromhell
 
+from llm import cache
 from llm.core import UserError
-from llm.data import cache
 
 
 class Archive(NamedTuple):
@@ -223,12 +223,17 @@ def _read_member(path: pathlib.Path, member: str) -> bytes:
     return file.read()
 
 
+def words_of(text: str) -> str:
+  """The lower-case words of a text. Texts with equal words count as equal."""
+  return re.sub(r"\W+", " ", text.lower()).strip()
+
+
 def _split_of(text: str, shares: tuple[float, float, float]) -> str:
   """The split of a text, by the hash of its words, so that equal texts fall into one split.
 
   shares: of train, validation and test.
   """
-  words = re.sub(r"\W+", " ", text.lower()).strip()
+  words = words_of(text)
   uniform = int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "big") / 2**64
   if uniform < shares[0]:
     return "train"

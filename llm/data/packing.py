@@ -10,7 +10,7 @@ from typing import Any, Mapping, Sequence
 
 import numpy as np
 
-from llm.data import cache
+from llm import cache
 from llm.data.documents import Documents
 
 

@@ -8,7 +8,8 @@ import pathlib
 
 import numpy as np
 
-from llm.data import cache, packing
+from llm import cache
+from llm.data import packing
 from llm.data.documents import Documents
 from llm.data.masking import Masking
 

@@ -30,9 +30,10 @@ import re
 import zlib
 from typing import Any, BinaryIO, Callable, Iterable, Iterator, cast
 
+from llm import cache
 from llm.config import DataConfig
 from llm.core import UserError, first_line
-from llm.data import cache, embedded
+from llm.data import embedded
 
 COMPRESSIONS = (".gz", ".bz2", ".zst")
 

@@ -15,9 +15,9 @@ import tokenizers
 from etils import epath
 from tokenizers.implementations.base_tokenizer import BaseTokenizer
 
+from llm import cache
 from llm.config import TokenizerConfig
 from llm.core import UserError, first_line
-from llm.data import cache
 from llm.data.sources import Source
 
 META = "tokenizer_config.json"

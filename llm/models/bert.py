@@ -8,7 +8,7 @@ from flax import linen as nn
 from llm.config import ModelConfig
 from llm.core import Batch
 from llm.models import precision, transformer
-from llm.models.architecture import Facts, embedding_width_of, padded_vocab
+from llm.models.architecture import Facts, embedding_width_of, init_std_of, padded_vocab
 from llm.models.layers import Embed, normal
 
 FACTS = Facts(
@@ -52,7 +52,7 @@ class Backbone(nn.Module):
     cfg = self.config
     dtype = precision.of(cfg).values
     width = embedding_width_of(cfg)
-    init = normal(cfg.init_std)
+    init = normal(init_std_of(cfg))
     self.token = Embed(padded_vocab(cfg.vocab_size), width, dtype, init, split="tensor")
     self.position = Embed(cfg.max_length, width, dtype, init)
     self.type = Embed(2, width, dtype, init)

@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from llm.core import Batch
 from llm.models import bert, precision, transformer
-from llm.models.architecture import Facts, embedding_width_of
+from llm.models.architecture import Facts, embedding_width_of, init_std_of
 from llm.models.layers import Linear, normal
 
 # The published code classifies by the first token itself.
@@ -60,7 +60,7 @@ class Backbone(bert.Backbone):
       project = Linear(
         (embedding_width_of(cfg), cfg.width),
         precision=precision.of(cfg),
-        kernel_init=normal(cfg.init_std),
+        kernel_init=normal(init_std_of(cfg)),
         name="embedding_project",
       )
       x_BxTxD = project(x_BxTxD)

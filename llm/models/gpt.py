@@ -6,7 +6,7 @@ from flax import linen as nn
 from llm.config import ModelConfig
 from llm.core import Batch
 from llm.models import precision, transformer
-from llm.models.architecture import Facts, padded_vocab
+from llm.models.architecture import Facts, init_std_of, padded_vocab
 from llm.models.cache import Cache
 from llm.models.layers import Embed, normal
 
@@ -54,12 +54,12 @@ class Backbone(nn.Module):
       padded_vocab(cfg.vocab_size),
       cfg.width,
       dtype,
-      normal(cfg.init_std),
+      normal(init_std_of(cfg)),
       split="tensor",
       name="token",
     )(batch["tokens"])
-    x_BxTxD += Embed(cfg.max_length, cfg.width, dtype, normal(cfg.init_std / 2), name="position")(
-      batch["positions"]
-    )[0]
+    x_BxTxD += Embed(
+      cfg.max_length, cfg.width, dtype, normal(init_std_of(cfg) / 2), name="position"
+    )(batch["positions"])[0]
     x_BxTxD, cache = transformer.trunk(self, FACTS, x_BxTxD, batch, train=train, cache=cache)
     return transformer.norm(cfg, FACTS, "final_norm")(x_BxTxD), table_VxD, cache

@@ -14,7 +14,7 @@ from llm import models
 from llm.config import ModelConfig
 from llm.core import Batch
 from llm.models import attention, precision, transformer
-from llm.models.architecture import embedding_width_of, padded_vocab
+from llm.models.architecture import embedding_width_of, init_std_of, padded_vocab
 from llm.models.layers import ACTIVATIONS, Linear, matmul, normal
 from llm.models.precision import Precision
 from llm.sharding import BATCH, constrain
@@ -171,7 +171,7 @@ class MaskedLMHead(nn.Module):
     transform = Linear(
       (cfg.width, embedding_width_of(cfg)),
       precision=types,
-      kernel_init=normal(cfg.init_std),
+      kernel_init=normal(init_std_of(cfg)),
       bias=facts.bias,
       name="transform",
     )
@@ -217,7 +217,7 @@ class DetectionHead(nn.Module):
     self, hidden_BxTxD: jax.Array, batch: Batch, table_VxD: jax.Array, *, train: bool
   ) -> dict[str, jax.Array]:
     cfg, types, facts = self.config, precision.of(self.config), models.facts(self.config)
-    init = normal(cfg.init_std)
+    init = normal(init_std_of(cfg))
     transform = Linear(
       (cfg.width, cfg.width), precision=types, kernel_init=init, name="detection_transform"
     )

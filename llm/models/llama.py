@@ -8,7 +8,7 @@ from flax import linen as nn
 from llm.config import ModelConfig
 from llm.core import Batch
 from llm.models import precision, transformer
-from llm.models.architecture import Facts, padded_vocab
+from llm.models.architecture import Facts, init_std_of, padded_vocab
 from llm.models.cache import Cache
 from llm.models.layers import Embed, normal
 
@@ -70,7 +70,7 @@ class Backbone(nn.Module):
       padded_vocab(cfg.vocab_size),
       cfg.width,
       precision.of(cfg).values,
-      normal(cfg.init_std),
+      normal(init_std_of(cfg)),
       split="tensor",
       name=name,
     )

@@ -1,6 +1,9 @@
 """The types of a computation: that of activations, and that of the operands of matrix products."""
 
 import functools
+import importlib.metadata
+import json
+import os
 import pathlib
 import time
 from typing import NamedTuple
@@ -9,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llm import cache
 from llm.config import ModelConfig
 
 
@@ -84,11 +88,29 @@ def native_bfloat16() -> bool:
 
 
 @functools.cache
-def product_speeds(rows: int = 2048, width: int = 512, repeats: int = 5) -> dict[str, float]:
-  """Dtype -> FLOP/s of a product of (rows, width) and (width, width), casts of operands included.
+def product_speeds() -> dict[str, float]:
+  """Dtype -> FLOP/s of its products, casts of operands included.
 
-  The best of `repeats` runs on the first device.
+  They are measured once on a machine and then kept in the cache folder: all runs of a machine take
+  the same types, however busy it is when they start.
   """
+  key = cache.digest(_processor(), str(os.cpu_count()), importlib.metadata.version("jaxlib"))
+
+  def write(folder: pathlib.Path) -> None:
+    (folder / "speeds.json").write_text(json.dumps(_measured_speeds()))
+
+  folder = cache.made_once(cache.cache_dir() / "products" / key[:32], write)
+  return json.loads((folder / "speeds.json").read_text())
+
+
+def _processor() -> str:
+  """What /proc/cpuinfo says of the first core that does not change while it runs."""
+  first_core = pathlib.Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+  return "\n".join(line for line in first_core.splitlines() if not line.startswith("cpu MHz"))
+
+
+def _measured_speeds(rows: int = 2048, width: int = 512, repeats: int = 5) -> dict[str, float]:
+  """Dtype -> FLOP/s of a product of (rows, width) and (width, width), the best of some runs."""
   speeds = {}
   with jax.ensure_compile_time_eval():  # the first call may come while a model is traced
     x = jax.device_put(np.ones((rows, width), np.float32))

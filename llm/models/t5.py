@@ -14,7 +14,7 @@ from llm.config import ModelConfig
 from llm.core import Batch
 from llm.models import attention as attention_lib
 from llm.models import precision, transformer
-from llm.models.architecture import Facts, padded_vocab
+from llm.models.architecture import Facts, init_std_of, padded_vocab
 from llm.models.cache import Cache
 from llm.models.layers import Embed, normal
 
@@ -126,7 +126,7 @@ class Stack(nn.Module):
       BUCKETS,
       cfg.num_heads,
       jnp.promote_types(x_BxTxD.dtype, jnp.float32),
-      normal(cfg.init_std * cfg.width**-0.5),
+      normal(init_std_of(cfg) * cfg.width**-0.5),
       name="relative",
     )
     return table(buckets_TxS)[0].transpose(2, 0, 1)
@@ -143,10 +143,10 @@ class Backbone(nn.Module):
 
   def setup(self):
     cfg, dtype = self.config, precision.of(self.config).values
-    rows, output_std = padded_vocab(cfg.vocab_size), cfg.init_std * cfg.width**-0.5
+    rows, output_std = padded_vocab(cfg.vocab_size), init_std_of(cfg) * cfg.width**-0.5
     activation = "gelu_tanh" if cfg.gated else "relu"
     facts = dataclasses.replace(FACTS, gated=cfg.gated, activation=activation)
-    self.token = Embed(rows, cfg.width, dtype, normal(cfg.init_std), split="tensor")
+    self.token = Embed(rows, cfg.width, dtype, normal(init_std_of(cfg)), split="tensor")
     if not cfg.tied:
       self.output = Embed(rows, cfg.width, dtype, normal(output_std), split="tensor")
     self.encoder = Stack(cfg, facts)

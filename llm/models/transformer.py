@@ -15,7 +15,7 @@ from llm.config import ModelConfig
 from llm.core import Batch, Params
 from llm.models import attention as attention_lib
 from llm.models import cudnn, precision, splash
-from llm.models.architecture import Facts, head_width_of, kv_heads_of
+from llm.models.architecture import Facts, head_width_of, init_std_of, kv_heads_of
 from llm.models.attention import Visibility
 from llm.models.cache import Cache, Past
 from llm.models.layers import MLP, LayerNorm, Linear, LoRA, RMSNorm, normal
@@ -186,13 +186,13 @@ def lora(config: ModelConfig) -> LoRA | None:
 
 def initial(config: ModelConfig, facts: Facts, fan_in: int) -> Callable:
   """Initialiser of a kernel."""
-  return normal(config.init_std * (fan_in**-0.5 if facts.fan_in_init else 1.0))
+  return normal(init_std_of(config) * (fan_in**-0.5 if facts.fan_in_init else 1.0))
 
 
 def residual_init(config: ModelConfig, facts: Facts, fan_in: int) -> Callable:
   """Initialiser of the projections that write to the residual stream."""
   if facts.scaled_residual_init:
-    return normal(config.init_std * (2 * config.num_layers) ** -0.5)
+    return normal(init_std_of(config) * (2 * config.num_layers) ** -0.5)
   return initial(config, facts, fan_in)
 
 

@@ -57,9 +57,16 @@ class Objective(abc.ABC):
   """What every objective can do. A subclass is a frozen dataclass.
 
   kinds: the kinds of architecture that it trains (models.architecture.Facts).
+  labelled: whether it learns from labelled records, not from running text.
   """
 
   kinds: ClassVar[tuple[str, ...]] = ("encoder", "decoder", "encoder_decoder")
+  labelled: ClassVar[bool] = False
+
+  @property
+  def goal(self) -> str:
+    """The figure of an evaluation by which checkpoints are compared, and whether more is better."""
+    return "min:loss"
 
   def __post_init__(self):
     config_lib.check_bounds(self, "config.objective")
@@ -92,6 +99,20 @@ class Objective(abc.ABC):
   ) -> Rows:
     """The rows of an evaluation source, where they differ from those of training."""
     return self.rows(source, tokenizer, data, model, length)
+
+  def remarks(self, rows: Sequence[Any]) -> list[str]:
+    """What a run says of its data before the first step, a line each.
+
+    rows: the `Rows` of each training source.
+    """
+    return []
+
+  def baselines(self, rows: Sequence[Any], eval_rows: Any) -> dict[str, float]:
+    """What models without a network reach on the evaluation rows, logged beside every evaluation.
+
+    rows: the `Rows` of each training source, from which they learn.
+    """
+    return {}
 
   def with_reference(self, rows: Rows, predict: Callable[[Rows], Predictions]) -> Rows:
     """The rows with the predictions of the reference, the checkpoint that the run starts from.
@@ -168,6 +189,7 @@ class Labels(Objective):
   fields: those that a record must have. optional: those that it may have too.
   """
 
+  labelled = True
   fields: ClassVar[tuple[str, ...]] = ("text",)
   optional: ClassVar[tuple[str, ...]] = ()
 
@@ -192,6 +214,8 @@ class Answers(Labels):
 
 class Writes(Objective):
   """An objective whose checkpoints are also scored by the text that they write."""
+
+  labelled = True
 
   @abc.abstractmethod
   def written(

@@ -238,6 +238,8 @@ class Objective(causal_lm.Objective):
   checkpoint that the run starts from, or else TEMPLATE.
   """
 
+  labelled = True
+
   template: str = ""
 
   def __post_init__(self):

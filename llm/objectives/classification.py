@@ -21,11 +21,18 @@ from llm.models.architecture import Facts
 from llm.objectives import base
 
 LEAST = 8  # a text takes at least so many tokens of a row
+FEW_CUT = 0.01  # the share of cut texts that a run advises
+MOST_NAMED = 10  # classes of which a run says how many examples each has
 
 
 class Labelled(NamedTuple):
-  """A record: its ids, their types, and its label, 0 if it is not known."""
+  """A record: its text, its ids and their types, and its label, 0 if it is not known.
 
+  size: how many ids it would have, were it not cut.
+  """
+
+  text: str
+  size: int
   tokens: list[int]
   types: list[int]
   label: float
@@ -35,7 +42,7 @@ class Labelled(NamedTuple):
 class LabelledRows:
   """Encoded records packed into rows of `length` tokens, at most `slots` in one.
 
-  packed: the numbers of the records of each row. truncated: how many records were cut.
+  packed: the numbers of the records of each row.
   """
 
   encoded: list[Labelled]
@@ -43,7 +50,6 @@ class LabelledRows:
   length: int
   slots: int
   pad: int
-  truncated: int
   label_type: type
 
   @property
@@ -61,11 +67,15 @@ class LabelledRows:
 
   @property
   def note(self) -> str:
-    return (
-      f"{self.examples} examples in {len(self)} rows, "
-      f"{self.tokens / (len(self) * self.length):.1%} full; {self.truncated} were cut at "
-      f"config.training.sequence_length={self.length}"
-    )
+    fill = self.tokens / (len(self) * self.length)
+    note = f"{self.examples} examples in {len(self)} rows, {fill:.1%} full"
+    sizes = np.array([record.size for record in self.encoded])
+    cut = int((sizes > self.length).sum())
+    note += f"; {cut:,} were cut at config.training.sequence_length={self.length}"
+    needed = math.ceil(np.quantile(sizes, 1 - FEW_CUT))
+    if needed > self.length:
+      note += f" ({cut / len(sizes):.1%}; {needed} would cut {FEW_CUT:.0%})"
+    return note
 
   def apart(self) -> "LabelledRows":
     """The same records in order, each in a row of its own."""
@@ -92,12 +102,14 @@ class Objective(base.Labels):
   """Cross-entropy over classes, or squared error on a score (Devlin et al. 2019, section 4.1).
 
   num_classes: 0 counts the labels of the training data, and 1 is regression. classes: the names in
-  order; () takes the labels of the training data. pooling: see heads.ClassificationHead; auto is
-  first for encoders and last for decoders.
+  order; () takes the labels of the training data. baseline: a run also says what models without a
+  network reach. pooling: see heads.ClassificationHead; auto is first for encoders and last for
+  decoders.
   """
 
   num_classes: int = key(0, at_least=0)
   classes: tuple = ()
+  baseline: bool = True
   pooling: str = key("auto", choices=("auto", "first", "last", "mean"))
 
   kinds = ("encoder", "decoder")
@@ -110,6 +122,10 @@ class Objective(base.Labels):
         f"config.objective.num_classes={self.num_classes} does not fit the classes "
         f"{', '.join(self.classes)}"
       )
+
+  @property
+  def goal(self) -> str:
+    return "max:pearson" if self.regression else "max:accuracy"
 
   @property
   def regression(self) -> bool:
@@ -156,11 +172,11 @@ class Objective(base.Labels):
     if any("text_pair" in record for record in records):
       text_pairs = tokenizer.encode([record.get("text_pair", "") for record in records])
     encoded = []
-    truncated = 0
-    for text, text_pair, label in zip(texts, text_pairs, labels or [0.0] * len(records)):
-      tokens, types, was_cut = _assemble(text, text_pair, tokenizer, facts, length)
-      encoded.append(Labelled(tokens, types, label))
-      truncated += was_cut
+    labels = labels or [0.0] * len(records)
+    for record, text, text_pair, label in zip(records, texts, text_pairs, labels):
+      tokens, types, cut = _assemble(text, text_pair, tokenizer, facts, length)
+      words = f"{record['text']} {record.get('text_pair', '')}".strip()
+      encoded.append(Labelled(words, len(tokens) + cut, tokens, types, label))
     sizes = np.array([len(record.tokens) for record in encoded])
     return LabelledRows(
       encoded,
@@ -168,7 +184,6 @@ class Objective(base.Labels):
       length,
       packing.slots(length, LEAST),
       max(tokenizer.pad, 0),
-      truncated,
       self.label_type,
     )
 
@@ -179,6 +194,33 @@ class Objective(base.Labels):
       "firsts": base.int_spec(slots),
       "labels": jax.ShapeDtypeStruct((slots,), self.label_type),
       "label_weights": base.float_spec(slots),
+    }
+
+  def remarks(self, rows):
+    if self.regression:
+      return []
+    counts = np.bincount(np.concatenate([r.labels for r in rows]).astype(int))
+    if len(counts) > MOST_NAMED:
+      return [f"{len(counts)} classes of {counts.min():,} to {counts.max():,} examples"]
+    named = [f"{name} {count:,}" for name, count in zip(self.classes, counts)]
+    return [f"{len(counts)} classes: {', '.join(named)}"]
+
+  def baselines(self, rows, eval_rows):
+    """The accuracy of the commonest class, and of logistic regression on TF-IDF."""
+    if self.regression or not self.baseline:
+      return {}
+    examples = [record for r in rows for record in r.encoded]
+    texts, labels = _texts_and_labels(examples)
+    # Imported here: labelling a text needs no such model.
+    from llm.models import classical
+
+    held_out = _texts_and_labels(eval_rows.encoded)
+    few = np.random.default_rng(0).permutation(len(texts))[: classical.MOST_TEXTS]
+    learned = [texts[i] for i in few], labels[few]
+    commonest = np.bincount(labels).argmax()
+    return {
+      "majority_accuracy": float((held_out[1] == commonest).mean()),
+      "tfidf_accuracy": classical.accuracy("tfidf_lr", classical.STRENGTH, learned, held_out),
     }
 
   def label_name(self, label):
@@ -277,6 +319,10 @@ class Objective(base.Labels):
     return {name: float(value) for name, value in figures.items()}
 
 
+def _texts_and_labels(records: Sequence[Labelled]) -> tuple[list[str], np.ndarray]:
+  return [record.text for record in records], np.array([int(record.label) for record in records])
+
+
 def _where(record: dict, source: Source | None = None) -> str:
   """Where a record stands, for errors."""
   return record.get("_where") or (source.spec if source else "a record")
@@ -294,8 +340,8 @@ def _label(record: dict, source: Source) -> str:
 
 def _assemble(
   text: list[int], text_pair: list[int] | None, tokenizer: Tokenizer, facts: Facts, length: int
-) -> tuple[list[int], list[int], bool]:
-  """(ids, types, whether something was cut) of one text or pair, in at most `length` tokens.
+) -> tuple[list[int], list[int], int]:
+  """(ids, types, how many ids were cut) of one text or pair, in at most `length` tokens.
 
   For BERT: [CLS] text [SEP] text_pair [SEP]. For a decoder: text end text_pair end.
   """
@@ -305,22 +351,22 @@ def _assemble(
   room = length - len(start) - parts
   if room < parts:
     raise UserError(f"config.training.sequence_length={length} leaves no room for text")
-  text, second, was_cut = _cut(text, text_pair or [], room)
+  ids = len(text) + len(text_pair or [])
+  text, second = _cut(text, text_pair or [], room)
   tokens = [*start, *text, end]
   types = [0] * len(tokens)
   if text_pair is not None:
     tokens += [*second, end]
     types += [1] * (len(second) + 1)
-  return tokens, types, was_cut
+  return tokens, types, ids - len(text) - len(second)
 
 
-def _cut(first: list[int], second: list[int], room: int) -> tuple[list[int], list[int], bool]:
-  """(first, second, whether they were cut) in at most `room` tokens together.
+def _cut(first: list[int], second: list[int], room: int) -> tuple[list[int], list[int]]:
+  """(first, second) in at most `room` tokens together.
 
   As in BERT's published code, the longer of the two loses its last token, and the first where they
   are equal, until both fit.
   """
-  was_cut = len(first) + len(second) > room
   while len(first) + len(second) > room:
     if len(second) > len(first):
       # At once, as long as it stays the longer one.
@@ -331,4 +377,4 @@ def _cut(first: list[int], second: list[int], room: int) -> tuple[list[int], lis
       first = first[: max(len(second), room - len(second))]
       if len(first) + len(second) > room:
         first = first[:-1]
-  return first, second, was_cut
+  return first, second

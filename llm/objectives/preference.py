@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llm import cache
 from llm.config import key
 from llm.core import Batch, UserError
-from llm.data import cache, packing
+from llm.data import packing
 from llm.objectives import base, chat
 
 LEAST = 64  # the two conversations of a pair take at least so many tokens of a row

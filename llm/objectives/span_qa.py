@@ -150,6 +150,10 @@ class Objective(base.Answers):
   kinds = ("encoder",)
   fields = ("question", "text")
 
+  @property
+  def goal(self) -> str:
+    return "max:best_f1" if self.no_answer else "max:f1"
+
   def rows(self, source, tokenizer, data, model, length):
     records = list(source.records())
     for record in records:

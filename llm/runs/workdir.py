@@ -17,11 +17,10 @@ import jax
 import numpy as np
 from etils import epath
 
+from llm import cache, core, storage
 from llm import config as config_lib
-from llm import core, storage
 from llm.config import Config
 from llm.core import UserError
-from llm.data import cache
 from llm.objectives import base
 
 # What may differ between a run and its continuation.
@@ -39,6 +38,7 @@ MAY_CHANGE = {
   "training.keep",
   "training.keep_best",
   "training.log_every",
+  "training.patience",
   "training.profile",
   "training.save_every",
   "training.steps",
@@ -187,7 +187,7 @@ def _check_same_config(path: epath.Path, config: Config):
     old = with_new_keys(json.loads(path.read_text()))
   except (ValueError, UserError):
     raise UserError(f"{path} is damaged; --go_on replaces it")
-  differences = _differences(old, json.loads(json.dumps(config_lib.thaw(config))))
+  differences = _differences(old, with_new_keys(config_lib.thaw(config)))
   if differences:
     raise UserError(
       f"{path.parent} holds a run of another config ({'; '.join(differences[:4])}): choose another "

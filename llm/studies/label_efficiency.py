@@ -22,8 +22,8 @@ from llm.config import DataConfig, ModelConfig, OptimizerConfig
 from llm.core import Batch, Leaves, Params, TrainState, flatten
 from llm.data.sources import Source
 from llm.data.tokenizer import Tokenizer
+from llm.models import classical
 from llm.objectives import base, classification
-from llm.studies import classical
 from llm.training import experiment, partition
 from llm.training import optimizer as optimizer_lib
 from llm.training import step as step_lib

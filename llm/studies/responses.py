@@ -16,11 +16,11 @@ import jax
 import tabulate
 import tqdm
 
+from llm import cache as cache_lib
 from llm import config as config_lib
 from llm import sharding
 from llm.checkpoints import locate, manager
 from llm.config import Config, DataConfig, MeshConfig, TransferConfig
-from llm.data import cache as cache_lib
 from llm.data import embedded, sources
 from llm.inference.writer import Writer
 from llm.objectives import base, chat

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import re
 from typing import Callable, NamedTuple, Self
 
@@ -12,16 +11,18 @@ from etils import epath
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from llm import cache, models
 from llm import config as config_lib
-from llm import models
 from llm.checkpoints import locate, manager
 from llm.config import Config, ModelConfig
 from llm.core import UserError
-from llm.data import cache, sources
+from llm.data import duplicates, sources
 from llm.data import tokenizer as tokenizer_lib
 from llm.data.batches import Batches, rows_a_batch
 from llm.models import resolve
+from llm.models.architecture import init_std_of
 from llm.objectives import base
+from llm.training import recipe
 
 SHAPE = ("name", "num_layers", "width", "num_heads", "mlp_dim", "max_length")
 # What else follows a checkpoint whose architecture is taken.
@@ -86,11 +87,12 @@ class Experiment:
 
 @dataclasses.dataclass(frozen=True)
 class Training(Experiment):
-  """An experiment with its data. names: of the training sources."""
+  """An experiment with its data. names: of the training sources. remarks: on the data, lines."""
 
   batches: Batches
   eval_rows: base.Rows | None
   names: tuple[str, ...]
+  remarks: tuple[str, ...]
 
 
 class Bundle(NamedTuple):
@@ -124,21 +126,24 @@ def prepare(config: Config, own: epath.Path | None = None, say: Callable = print
   objective = objective.fit(train, tokenizer)
   rows = [objective.rows(source, tokenizer, config.data, model, length) for source in train]
   batches = _batches(config, rows, [source.weight for source in train])
+  remarks = objective.remarks(rows)
   eval_rows = None
   if config.data.eval:
     held_out = sources.parse_one(config.data.eval, config.data)
     eval_rows = objective.eval_rows(held_out, tokenizer, config.data, model, length)
-  asked = dataclasses.replace(
-    config,
-    model=model,
-    objective=base.to_mapping(objective),
-    training=dataclasses.replace(config.training, steps=_steps(config, batches), epochs=0.0),
-  )
+    if objective.labelled:
+      remarks += duplicates.remarks(train, held_out)
+  fitted = dataclasses.replace(config, model=model, objective=base.to_mapping(objective))
+  if own and config.optimizer.learning_rate == -1:
+    fitted = _at_the_rate_of(description, fitted)
+  asked = recipe.resolved(fitted, batches.steps_an_epoch(), objective.goal)
   resolved = asked
   if own:
     resolved = dataclasses.replace(asked, model=_as_settled(model, description))
   names = tuple(source.spec for source in train)
-  return Training(resolved, objective, tokenizer, asked, start, batches, eval_rows, names)
+  return Training(
+    resolved, objective, tokenizer, asked, start, batches, eval_rows, names, tuple(remarks)
+  )
 
 
 def without_data(config: Config, say: Callable = print) -> Experiment:
@@ -162,12 +167,13 @@ def without_data(config: Config, say: Callable = print) -> Experiment:
   base.check_kind(objective, model)
   objective = objective.fit((), stand_in)
   steps = config.training.steps or 1000
-  resolved = dataclasses.replace(
+  fitted = dataclasses.replace(
     config,
     model=model,
     objective=base.to_mapping(objective),
     training=dataclasses.replace(config.training, steps=steps, epochs=0.0),
   )
+  resolved = recipe.resolved(fitted, steps, objective.goal)
   return Experiment(resolved, objective, stand_in, resolved, start)
 
 
@@ -204,11 +210,20 @@ def build(
 def _check(config: Config):
   if not config.data.train:
     raise UserError("config.data.train is not set: give a source, e.g. text:corpus.txt")
-  best = config.training.keep_best
-  if best and not (best.startswith(("max:", "min:")) and config.data.eval):
+  training = config.training
+  best = training.keep_best
+  if best not in ("", "auto") and not (best.startswith(("max:", "min:")) and config.data.eval):
     raise UserError(
-      "config.training.keep_best must be 'max:METRIC' or 'min:METRIC' and needs config.data.eval"
+      "config.training.keep_best must be auto, 'max:METRIC' or 'min:METRIC', which needs "
+      "config.data.eval"
     )
+  if training.patience and not (best and config.data.eval):
+    raise UserError(
+      f"config.training.patience={training.patience} needs config.data.eval, and "
+      "config.training.keep_best to say what is better"
+    )
+  if (training.steps > 0) == (training.epochs > 0) and training.epochs != -1:
+    raise UserError("set either config.training.steps or config.training.epochs, the other to 0")
 
 
 def _start(config: Config, own: epath.Path | None, say: Callable) -> epath.Path | None:
@@ -234,7 +249,12 @@ def _following(model: ModelConfig, start: dict, vocab_size: int) -> ModelConfig:
       "a model, or set the model's keys"
     )
   _check_model(model, vocab_size)
-  return dataclasses.replace(model, vocab_size=vocab_size, dropout=max(model.dropout, 0.0))
+  return dataclasses.replace(
+    model,
+    vocab_size=vocab_size,
+    dropout=max(model.dropout, 0.0),
+    init_std=init_std_of(model),
+  )
 
 
 def _check_model(model: ModelConfig, vocab_size: int):
@@ -293,6 +313,13 @@ def _as_settled(model: ModelConfig, description: dict) -> ModelConfig:
   return dataclasses.replace(model, dtype=description["settled"]["dtype"])
 
 
+def _at_the_rate_of(description: dict, config: Config) -> Config:
+  """The config with the learning rate that a run began with, however long it is now."""
+  rate = description["config"]["optimizer"]["learning_rate"]
+  optimizer = dataclasses.replace(config.optimizer, learning_rate=rate)
+  return dataclasses.replace(config, optimizer=optimizer)
+
+
 def _tokenizer(
   config: Config, start: epath.Path | None, train: tuple[sources.Source, ...]
 ) -> tokenizer_lib.Tokenizer:
@@ -314,10 +341,3 @@ def _batches(config: Config, rows: list[base.Rows], weights: list[float]) -> Bat
   accum_steps = config.optimizer.grad_accum_steps
   count = rows_a_batch(config.training.batch_size, accum_steps, rows, weights)
   return Batches(rows, weights, count, config.training.seed)
-
-
-def _steps(config: Config, batches: Batches) -> int:
-  if bool(config.training.steps) == bool(config.training.epochs):
-    raise UserError("set either config.training.steps or config.training.epochs, the other to 0")
-  epochs = config.training.epochs
-  return config.training.steps or max(1, math.ceil(epochs * batches.steps_an_epoch()))

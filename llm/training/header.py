@@ -6,6 +6,7 @@ from typing import Callable
 from jax.sharding import Mesh
 
 from llm.models import precision, resolve
+from llm.training import optimizer as optimizer_lib
 from llm.training.experiment import Training
 
 
@@ -26,6 +27,7 @@ def show(
     f"objective {config.objective['name']}"
   )
   _show_batches(experiment, parameters, say)
+  _show_recipe(experiment, say)
   if config.data.workers > (os.cpu_count() or 1):
     say(
       f"hint        config.data.workers={config.data.workers} is more than the {os.cpu_count()} "
@@ -60,3 +62,16 @@ def _show_batches(experiment: Training, parameters: int, say: Callable):
   for name, rows in zip(experiment.names, batches.rows):
     if rows.note:
       say(f"            {name}: {rows.note}")
+  for remark in experiment.remarks:
+    say(f"            {remark}")
+
+
+def _show_recipe(experiment: Training, say: Callable):
+  """The settings by which a run learns or fails to."""
+  config = experiment.config
+  optimizer = config.optimizer
+  warmup = optimizer_lib.warmup_steps(optimizer, config.training.steps)
+  say(
+    f"recipe      {optimizer.name}, learning rate {optimizer.learning_rate:.3g}, schedule "
+    f"{optimizer.schedule} after {warmup:,} steps, weights start at {config.model.init_std:.3g}"
+  )

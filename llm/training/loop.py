@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from llm import config as config_lib
 from llm import sharding, storage
 from llm.checkpoints import manager
 from llm.config import Config
@@ -23,6 +24,7 @@ from llm.runs import workdir as workdir_lib
 from llm.runs.log import Log, duration
 from llm.runs.meter import Meter
 from llm.runs.profiler import profiling
+from llm.runs.progress import Progress
 from llm.runs.stop import Stop, Stopped
 from llm.training import evaluation, header, partition, reference
 from llm.training import experiment as experiment_lib
@@ -52,17 +54,7 @@ def train(
   with stop.listening():
     steps_before = manager.steps(checkpoints)
     resume_from = manager.newest_valid(checkpoints, say)
-    experiment = experiment_lib.prepare(config, resume_from, say)
-    if use_devices:
-      use_devices(config.mesh)
-    mesh = sharding.make_mesh(config.mesh)
-    experiment = experiment.on(mesh)
-    sharding.check_batch(
-      config.training.batch_size,
-      experiment.batches.batch_size,
-      config.optimizer.grad_accum_steps,
-      mesh,
-    )
+    experiment, mesh = on_mesh(config, resume_from, say, use_devices)
     if jax.process_index():
       say = _silent
     with jax.set_mesh(mesh):
@@ -75,6 +67,24 @@ def train(
         experiment = reference.attached(experiment, mesh, say)
         workdir_lib.claim(workdir, config, go_on)
         return _Run(experiment, resume_from, workdir, mesh, stop, say).to_its_end()
+
+
+def on_mesh(
+  config: Config, resume_from: epath.Path | None, say: Callable, use_devices: Callable | None
+) -> tuple[Training, Mesh]:
+  """The experiment of a config, settled for its mesh, and the mesh. Raises UserError."""
+  experiment = experiment_lib.prepare(config, resume_from, say)
+  if use_devices:
+    use_devices(config.mesh)
+  mesh = sharding.make_mesh(config.mesh)
+  experiment = experiment.on(mesh)
+  sharding.check_batch(
+    config.training.batch_size,
+    experiment.batches.batch_size,
+    config.optimizer.grad_accum_steps,
+    mesh,
+  )
+  return experiment, mesh
 
 
 def _silent(*_: Any):
@@ -103,6 +113,8 @@ class _Run:
     self.say = say
     # Of the last evaluation.
     self.eval_figures: dict[str, float] = {}
+    description = manager.describe(resume_from) if resume_from else {}
+    self.progress = Progress.of_run(config.training.keep_best, description)
     self.state, optimizer, self.frozen_masks, self.origin = state_lib.first_state(
       experiment, resume_from, workdir, mesh, say
     )
@@ -122,11 +134,13 @@ class _Run:
     params = jax.eval_shape(self.params)
     self.parameters = flops.count_parameters(params, config.model.vocab_size)
     self._show_header(resume_from)
+    self.baselines = baselines(experiment, say)
     self.mfu = _mfu(experiment, params, mesh, say)
     self._open()
 
   def _show_header(self, resume_from: epath.Path | None):
-    """Writes run.json and prints what this run is."""
+    """Writes run.json and resolved.json, and prints what this run is."""
+    workdir_lib.write_json(self.workdir / "resolved.json", config_lib.thaw(self.config))
     workdir_lib.write_json(self.workdir / "run.json", workdir_lib.run_record())
     if resume_from:
       _say_new_length(resume_from, self.config, self.first_step, self.say)
@@ -157,7 +171,7 @@ class _Run:
     stop_signal = 0
     try:
       with profiling(training.profile, self.log_folder.path) as before_step:
-        while step < self.steps and not stop_signal:
+        while step < self.steps and not stop_signal and not self.stalled():
           before_step(step, self.state)
           self.take_step(step)
           step += 1
@@ -166,9 +180,9 @@ class _Run:
           eval_figures = {}
           if self.due(step, training.eval_every):
             eval_figures = self.evaluate(step)
-          may_be_best = bool(training.keep_best and eval_figures)
+          is_best = self.progress.add(step, eval_figures)
           stop_signal = self.stop.requested()
-          if self.due(step, training.save_every) or may_be_best or stop_signal:
+          if self.due(step, training.save_every) or is_best or stop_signal or self.stalled():
             self.save(step, eval_figures)
     finally:
       self.close()
@@ -176,6 +190,11 @@ class _Run:
       self.say(f"saved step {step}; the same command goes on from there")
       raise Stopped(128 + stop_signal)
     return self.finish(step)
+
+  def stalled(self) -> bool:
+    """Whether so many evaluations in a row were no better that the run ends."""
+    patience = self.config.training.patience
+    return bool(patience) and self.progress.since >= patience
 
   def due(self, step: int, every: int) -> bool:
     """Whether something is due after `step`: every so many steps, and after the last one.
@@ -208,6 +227,7 @@ class _Run:
     with self.meter.timed("evaluation"):
       figures = self._evaluate(self.experiment.eval_rows)
     if figures:
+      figures = {**figures, **self.baselines}
       self.eval_figures = figures
       self.log.metrics(step, figures, "eval")
     return figures
@@ -229,7 +249,11 @@ class _Run:
     """Starts to write a checkpoint. Training goes on meanwhile."""
     self.meter.settle(step)
     self.log.flush()
-    description = {**self.experiment.description(), "metrics": eval_figures}
+    description = {
+      **self.experiment.description(),
+      "metrics": eval_figures,
+      "progress": self.progress.saved(),
+    }
     with self.meter.timed("checkpoint"):
       self.saver.save(step, self.params(), self.state.opt_state, description)
 
@@ -253,7 +277,7 @@ class _Run:
     one, the evaluation is repeated.
     """
     path = self.workdir / "result.json"
-    if self.first_step >= self.steps:
+    if step == self.first_step:
       if path.exists():
         self.say(f"already done: step {self.first_step} in {self.workdir}")
         return json.loads(path.read_text())
@@ -263,6 +287,13 @@ class _Run:
           raise Stopped(128 + stop_signal)
     result = self._result(step)
     workdir_lib.write_json(path, result)
+    if self.stalled():
+      self.say(f"stopped early: {self.progress.since} evaluations were no better")
+    if self.progress.step >= 0:
+      self.say(
+        f"best: step {self.progress.step} by {self.progress.goal}, {self.progress.value:.4g}; "
+        "other commands take it"
+      )
     self.say(f"done: step {step} in {self.workdir}, {duration(result['seconds'])}")
     return result
 
@@ -281,7 +312,19 @@ class _Run:
       "mfu": pace and self.mfu(pace),
       "data": {name: {"epochs": epochs, "tokens": tokens} for name, (epochs, tokens) in usage},
       "eval": self.eval_figures,
+      "best": self.progress.saved(),
     }
+
+
+def baselines(experiment: Training, say: Callable) -> dict[str, float]:
+  """What models without a network reach on the evaluation source; {} without one."""
+  if experiment.eval_rows is None:
+    return {}
+  baselines = experiment.objective.baselines(experiment.batches.rows, experiment.eval_rows)
+  if baselines:
+    figures = ", ".join(f"{name} {value:.1%}" for name, value in baselines.items())
+    say(f"baseline    {figures}")
+  return baselines
 
 
 def _mfu(

@@ -298,6 +298,8 @@ def make(
   steps: of the run. learning_rate and warmup (in steps): replace those of the config in a search.
   Raises UserError on a regex of the config that is malformed, or a multiplier that matches nothing.
   """
+  if learning_rate is None and config.learning_rate < 0:
+    raise ValueError("the learning rate is that of a recipe, and was not carried over")
   decays = _decays(config, trained)
   factors = multipliers(config, trained, num_layers)
   rate = schedule(

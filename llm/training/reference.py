@@ -11,10 +11,10 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from llm import cache
 from llm.checkpoints import locate, manager
 from llm.config import Config
 from llm.core import UserError
-from llm.data import cache
 from llm.data.tokenizer import Tokenizer
 from llm.objectives import base
 from llm.training import evaluation

@@ -23,7 +23,8 @@ def splits():
   """(training split, 500 rows of the test split, converted model, its folder)."""
   from llm.checkpoints import huggingface
   from llm.config import DataConfig
-  from llm.data import cache, embedded, sources
+  from llm import cache
+  from llm.data import embedded, sources
   from llm.objectives import classification
   from llm.studies import label_efficiency
 
@@ -47,7 +48,8 @@ def ours():
   from llm import sharding
   from llm.checkpoints import transfer
   from llm.config import MeshConfig, TransferConfig
-  from llm.studies import classical, label_efficiency
+  from llm.models import classical
+  from llm.studies import label_efficiency
   from llm.training import experiment, step
 
   train, test, objective, (params, config, _), _ = splits()

@@ -11,6 +11,9 @@ from sklearn.svm import LinearSVC
 
 # C, the inverse of the regularisation: the choices of the search.
 STRENGTHS = (0.1, 1.0, 10.0, 100.0)
+# Where nothing is searched: the strength, and the most texts that a model is fitted to.
+STRENGTH = 10.0
+MOST_TEXTS = 20_000
 
 # Texts and their labels, 0 or 1.
 Labelled = tuple[Sequence[str], np.ndarray]

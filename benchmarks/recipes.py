@@ -1,0 +1,181 @@
+"""Is the default learning rate near the best one? Short runs at several widths and depths.
+
+  python benchmarks/recipes.py pretrain [--output=recipes.jsonl] [--families=bert,gpt,t5]
+      [--widths=64,128,256] [--depths=2,4,8] [--steps=400]
+  python benchmarks/recipes.py finetune --checkpoint=DIR NAME=TRAIN.jsonl,EVAL.jsonl ..
+
+Each run is repeated at factors of the default rate (training/recipe.py), from the same weights and
+with the same batches. The loss is that of held-out text; fine-tuning shows accuracy too. Prints a
+table and appends every run to the output, which a later call takes as done.
+"""
+
+import argparse
+import importlib
+import json
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+import tabulate
+import tqdm
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from llm import command, sharding
+from llm import config as config_lib
+from llm.config import Config, MeshConfig
+from llm.training import evaluation, experiment, state
+from llm.training import optimizer as optimizer_lib
+from llm.training import step as step_lib
+
+FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
+
+
+def pretraining(family: str, width: int, depth: int, steps: int) -> Config:
+  """The tiny config of a family at another width and depth, for few and short rows."""
+  config = importlib.import_module(f"configs.pretrain_{family}").get_config("tiny")
+  config.model.update(
+    num_layers=depth, width=width, num_heads=max(1, width // 64), mlp_dim=4 * width, dropout=0.0
+  )
+  config.tokenizer.vocab_size = 4096
+  config.training.update(batch_size=16, sequence_length=64, steps=steps)
+  return config_lib.freeze(config)
+
+
+def fine_tuning(checkpoint: str, sources: str) -> Config:
+  """The config of classification, for two files of labelled lines."""
+  train, held_out = sources.split(",")
+  config = importlib.import_module("configs.finetune_classification").get_config()
+  config.data.update(train=f"jsonl:{train}", eval=f"jsonl:{held_out}")
+  config.transfer.checkpoint = checkpoint
+  config.objective.baseline = False
+  return config_lib.freeze(config)
+
+
+class Runs:
+  """Runs of one config at several rates, by one compiled step."""
+
+  def __init__(self, config: Config, workdir: pathlib.Path):
+    self.mesh = sharding.make_mesh(MeshConfig())
+    self.experiment = experiment.prepare(config, say=lambda *_: None).on(self.mesh)
+    self.config = self.experiment.config
+    with jax.set_mesh(self.mesh):
+      first, _, self.masks, _ = state.first_state(
+        self.experiment, None, workdir, self.mesh, lambda *_: None
+      )
+    self.trained = jax.tree.map(np.asarray, first.trained)
+    self.frozen = first.frozen
+    self.step = jax.jit(self._step, donate_argnums=0)
+    self.eval_step = step_lib.make_eval_step(
+      self.experiment.model, self.experiment.objective, self.masks
+    )
+
+  def _optimizer(self, rate: Any):
+    config = self.config
+    return optimizer_lib.make(
+      config.optimizer, self.trained, config.model.num_layers, config.training.steps, rate
+    )
+
+  def _step(self, state, batch, rate):
+    return step_lib.train_step(
+      self.experiment.model,
+      self.experiment.objective,
+      self._optimizer(rate),
+      self.masks,
+      1,
+      state,
+      batch,
+      self.config.training.seed,
+    )[0]
+
+  def figures(self, rate: float) -> dict[str, float]:
+    """The figures of held-out data after a run at a rate."""
+    with jax.set_mesh(self.mesh):
+      trained = jax.tree.map(jax.numpy.array, self.trained)
+      run = step_lib.init_state(trained, self.frozen, self._optimizer(rate))
+      for number in range(self.config.training.steps):
+        run = jax.block_until_ready(self.step(run, self.experiment.batches[number], rate))
+      return evaluation.evaluate(
+        self.eval_step,
+        run.trained,
+        self.frozen,
+        self.experiment.objective,
+        self.experiment.eval_rows,
+        self.experiment.batches.batch_size,
+        self.mesh,
+      )
+
+
+def measured(name: str, config: Config, output: pathlib.Path, workdir: pathlib.Path) -> list[dict]:
+  """The result of every factor, taken from the output where it is there."""
+  done = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
+  by_factor = {line["factor"]: line for line in done if line["run"] == name}
+  if len(by_factor) == len(FACTORS):
+    return [by_factor[factor] for factor in FACTORS]
+  runs = Runs(config, workdir)
+  default = runs.config.optimizer.learning_rate
+  for factor in tqdm.tqdm(FACTORS, desc=name, unit=" runs", disable=None):
+    if factor in by_factor:
+      continue
+    figures = runs.figures(factor * default)
+    line = {"run": name, "factor": factor, "rate": factor * default, **figures}
+    by_factor[factor] = line
+    with output.open("a") as file:
+      file.write(json.dumps(line) + "\n")
+  return [by_factor[factor] for factor in FACTORS]
+
+
+def table(results: dict[str, list[dict]], figure: str) -> str:
+  """A line a run: the figure at every factor, the best factor, what the default loses to it."""
+  lines = []
+  for name, runs in results.items():
+    values = [run[figure] for run in runs]
+    finite = [value if np.isfinite(value) else np.inf for value in values]
+    best = int(np.argmin(finite) if figure == "loss" else np.argmax(values))
+    default = FACTORS.index(1.0)
+    lost = (
+      finite[default] / finite[best] - 1 if figure == "loss" else values[best] - values[default]
+    )
+    cells = [f"{value:.3f}" for value in values]
+    lines.append(
+      (name, f"{runs[default]['rate']:.2g}", *cells, f"{FACTORS[best]:g}", f"{lost:.1%}")
+    )
+  headers = ("run", "default rate", *(f"x {f:g}" for f in FACTORS), "best", "lost")
+  return tabulate.tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("what", choices=("pretrain", "finetune"))
+  parser.add_argument("sets", nargs="*")
+  parser.add_argument("--output", default="recipes.jsonl")
+  parser.add_argument("--families", default="bert,gpt,t5")
+  parser.add_argument("--widths", default="64,128,256")
+  parser.add_argument("--depths", default="2,4,8")
+  parser.add_argument("--steps", type=int, default=400)
+  parser.add_argument("--checkpoint")
+  arguments = parser.parse_intermixed_args()
+  command.start_cpu()
+  command.use_compilation_cache()
+  output = pathlib.Path(arguments.output)
+  configs = {}
+  if arguments.what == "pretrain":
+    for family in arguments.families.split(","):
+      for width in map(int, arguments.widths.split(",")):
+        for depth in map(int, arguments.depths.split(",")):
+          configs[f"{family} {depth}L/{width}"] = pretraining(family, width, depth, arguments.steps)
+  for item in arguments.sets:
+    name, _, sources = item.partition("=")
+    configs[name] = fine_tuning(arguments.checkpoint, sources)
+  results = {}
+  for name, config in configs.items():
+    results[name] = measured(name, config, output, pathlib.Path("/tmp"))
+  print(table(results, "loss"))
+  if arguments.what == "finetune":
+    print(table(results, "accuracy"))
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,52 @@
+"""Which evaluation of a run was the best, and how many have passed since."""
+
+import dataclasses
+import math
+from typing import Any, Mapping
+
+from llm.core import UserError
+
+
+@dataclasses.dataclass
+class Progress:
+  """The best evaluation so far.
+
+  goal: "max:METRIC" or "min:METRIC"; "" tells none apart. step, value: of the best evaluation; step
+  -1 is none yet. since: evaluations after it.
+  """
+
+  goal: str
+  step: int = -1
+  value: float = math.nan
+  since: int = 0
+
+  @classmethod
+  def of_run(cls, goal: str, description: Mapping[str, Any]) -> "Progress":
+    """That of the checkpoint which a run goes on from, if it had the same goal."""
+    saved = description.get("progress", {})
+    return cls(**saved) if saved.get("goal") == goal else cls(goal)
+
+  def saved(self) -> dict[str, Any]:
+    """What a checkpoint keeps of it; nothing before the first evaluation."""
+    return dataclasses.asdict(self) if self.step >= 0 else {}
+
+  def add(self, step: int, figures: Mapping[str, float]) -> bool:
+    """Takes the figures of an evaluation, {} for none. Returns whether they are the best so far.
+
+    Raises UserError where they lack the metric.
+    """
+    if not (self.goal and figures):
+      return False
+    mode, _, metric = self.goal.partition(":")
+    if metric not in figures:
+      raise UserError(
+        f"config.training.keep_best={self.goal}: an evaluation has no {metric!r}, it has "
+        f"{', '.join(sorted(figures))}"
+      )
+    value = figures[metric]
+    better = value > self.value if mode == "max" else value < self.value
+    if self.step < 0 or better:
+      self.step, self.value, self.since = step, value, 0
+      return True
+    self.since += 1
+    return False

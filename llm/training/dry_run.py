@@ -1,0 +1,149 @@
+"""A dry run: what a run would be. It trains a few steps in memory and writes nothing."""
+
+import dataclasses
+import json
+import statistics
+import tempfile
+import time
+from typing import Any, Callable, Collection
+
+import jax
+import tabulate
+from etils import epath
+
+from llm import config as config_lib
+from llm.config import Config
+from llm.core import TrainState
+from llm.data import batches as batches_lib
+from llm.performance import flops
+from llm.runs.log import duration
+from llm.training import evaluation, header, in_words, loop, reference
+from llm.training import state as state_lib
+from llm.training import step as step_lib
+from llm.training.experiment import OF_THE_MACHINE, Training
+
+# Steps and batches of an evaluation that are timed, after a first one that compiles.
+TIMED = 3
+
+# What settles a key that the config leaves open.
+SETTLED_BY = {
+  "model.vocab_size": "the tokenizer",
+  "model.init_std": "the width",
+  "optimizer.learning_rate": "config.recipe",
+  "training.steps": "the data and config.recipe",
+  "training.epochs": "turned into steps",
+  "training.eval_every": "an epoch",
+  "training.keep_best": "the objective",
+  **{f"model.{name}": "this machine" for name in OF_THE_MACHINE},
+}
+
+
+def run(
+  config: Config,
+  file: str,
+  overridden: Collection[str],
+  say: Callable = print,
+  use_devices: Callable | None = None,
+):
+  """Prints the resolved keys, the header of the run, the time that it will take and a batch.
+
+  file: the config file. overridden: keys of the command line, as GROUP.NAME. use_devices: as of
+  `loop.train`. Raises UserError as a run would.
+  """
+  experiment, mesh = loop.on_mesh(config, None, say, use_devices)
+  say(keys(config, experiment.config, file, overridden))
+  with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as scratch:
+    experiment = reference.attached(experiment, mesh, say)
+    state, optimizer, frozen_masks, origin = state_lib.first_state(
+      experiment, None, epath.Path(scratch), mesh, say
+    )
+    parameters = flops.count_parameters(
+      {**state.trained, **state.frozen}, experiment.config.model.vocab_size
+    )
+    header.show(experiment, mesh, parameters, origin, 0, say)
+    loop.baselines(experiment, say)
+    train_step = step_lib.make_train_step(
+      experiment.model,
+      experiment.objective,
+      optimizer,
+      frozen_masks,
+      experiment.config.optimizer.grad_accum_steps,
+      jax.tree.map(lambda array: array.sharding, state),
+    )
+    eval_step = step_lib.make_eval_step(experiment.model, experiment.objective, frozen_masks)
+    say(_time(experiment, state, train_step, eval_step, mesh))
+  first = in_words.row(experiment.batches[0], 0, experiment.tokenizer, experiment.objective)
+  say(f"batch 0, row 0: {first}")
+  say("a dry run: nothing was written")
+
+
+def keys(config: Config, resolved: Config, file: str, overridden: Collection[str]) -> str:
+  """A line for each key: its value in the run, and where it comes from."""
+  given = config_lib.thaw(config)
+  defaults: dict[str, Any] = {
+    group: dataclasses.asdict(cls()) for group, cls in config_lib.GROUPS.items()
+  }
+  left_open = {
+    "objective": "the data",
+    "model": "the checkpoint" if config.transfer.checkpoint else "default",
+  }
+  lines = []
+  for group, values in config_lib.thaw(resolved).items():
+    for name, value in values.items():
+      key = f"{group}.{name}"
+      if value != given[group].get(name):
+        origin = SETTLED_BY.get(key, left_open[group])
+      elif key in overridden:
+        origin = "the command line"
+      elif group == "objective" or value != defaults[group][name]:
+        origin = file
+      else:
+        origin = "default"
+      lines.append((f"config.{key}", json.dumps(value), origin))
+  return tabulate.tabulate(lines, headers=("key", "value", "from"), disable_numparse=True)
+
+
+def _time(
+  experiment: Training, state: TrainState, train_step: Callable, eval_step: Callable, mesh: Any
+) -> str:
+  """The time that the run will take, by a few steps of it."""
+  training = experiment.config.training
+  seconds = []
+  batches = batches_lib.stream(experiment.batches, 0, 1 + TIMED, mesh, prefetch=1)
+  for _ in range(1 + TIMED):
+    started_at = time.perf_counter()
+    batch = next(batches)
+    state, _ = jax.block_until_ready(train_step(state, batch, training.seed))
+    seconds.append(time.perf_counter() - started_at)
+  compilation, *others = seconds
+  step = statistics.median(others)
+  total = compilation + step * training.steps
+  line = (
+    f"time        {compilation:.1f} s until the first step, {step:.3g} s a step, "
+    f"{training.steps:,} steps {duration(step * training.steps)}"
+  )
+  if experiment.eval_rows is not None:
+    evaluations = -(-training.steps // (training.eval_every or training.steps))
+    of_each = _evaluation_seconds(experiment, state, eval_step, mesh)
+    total += evaluations * of_each
+    line += f", {evaluations} evaluations of {duration(of_each)}"
+  return f"{line}: about {duration(total)}"
+
+
+def _evaluation_seconds(
+  experiment: Training, state: TrainState, eval_step: Callable, mesh: Any
+) -> float:
+  """Seconds of an evaluation, by its first batches."""
+  batch_size = experiment.batches.batch_size
+  rows: Any = experiment.eval_rows
+  limit = experiment.config.training.eval_batches
+  count = min(-(-len(rows) // batch_size), limit or len(rows))
+
+  def seconds_of(batches: int) -> float:
+    started_at = time.perf_counter()
+    evaluation.run_over(eval_step, state.trained, state.frozen, rows, batch_size, mesh, batches)
+    return time.perf_counter() - started_at
+
+  seconds_of(1)
+  timed = min(count, TIMED)
+  return seconds_of(timed) / timed * count

@@ -1,0 +1,75 @@
+"""Settings that follow the size of the model, of the batch, of the run and of the data.
+
+A config names a published run (config.recipe). What it leaves at -1 is carried over from that run
+to its own by the rules below. At the published width, batch and steps, it is what was published.
+"""
+
+import dataclasses
+import math
+
+from llm.config import Config, RecipeConfig
+
+# The power of the number of tokens with which the best rate falls (Bjorck et al. 2024, section 3).
+TOKENS_POWER = 0.32
+# Rates above are unstable for any model.
+HIGHEST_RATE = 1e-2
+# Small data are gone through until so many steps are taken, but not more often than MOST_EPOCHS.
+# Fine-tuning in fewer steps often fails (Mosbach et al. 2021, section 6; Zhang et al. 2021, section
+# 6).
+LEAST_STEPS = 1_000
+MOST_EPOCHS = 20
+
+
+def learning_rate(config: Config) -> float:
+  """The highest rate of Adam for the run of a config whose steps are known.
+
+  That of the published run, times three factors:
+
+  - (published width / width) ** width_power. With a power of 1, updates of hidden layers stay as
+    large beside their outputs (Yang et al. 2022, table 3).
+  - sqrt(tokens a step / published), by the noise of the gradient (Malladi et al. 2022, section 4).
+  - (published tokens of the run / tokens) ** 0.32: short runs take larger steps (Bjorck et al.
+    2024).
+  """
+  recipe = config.recipe
+  rate = recipe.learning_rate * (recipe.width / config.model.width) ** recipe.width_power
+  if recipe.batch_tokens:
+    batch_tokens = config.training.batch_size * config.training.sequence_length
+    batch_ratio = batch_tokens / recipe.batch_tokens
+    rate *= batch_ratio**0.5
+    if recipe.steps:
+      tokens_ratio = batch_ratio * config.training.steps / recipe.steps
+      rate *= tokens_ratio**-TOKENS_POWER
+  return float(f"{min(rate, HIGHEST_RATE):.2g}")
+
+
+def epochs(recipe: RecipeConfig, steps_an_epoch: float) -> float:
+  """The epochs of the recipe, or more where they are few steps."""
+  return max(recipe.epochs, min(MOST_EPOCHS, math.ceil(LEAST_STEPS / steps_an_epoch)))
+
+
+def resolved(config: Config, steps_an_epoch: float, goal: str) -> Config:
+  """The config with all set that follows from its recipe, its data and its objective.
+
+  goal: of the objective (objectives/base.py). The epochs become steps.
+  """
+  training = config.training
+  steps = training.steps
+  if not steps:
+    if training.epochs == -1:
+      training = dataclasses.replace(training, epochs=epochs(config.recipe, steps_an_epoch))
+    steps = max(1, math.ceil(training.epochs * steps_an_epoch))
+  eval_every = training.eval_every
+  if eval_every == -1:
+    eval_every = max(1, math.ceil(steps_an_epoch))
+  keep_best = training.keep_best
+  if keep_best == "auto":
+    keep_best = goal if config.data.eval else ""
+  training = dataclasses.replace(
+    training, steps=steps, epochs=0.0, eval_every=eval_every, keep_best=keep_best
+  )
+  config = dataclasses.replace(config, training=training)
+  if config.optimizer.learning_rate != -1:
+    return config
+  optimizer = dataclasses.replace(config.optimizer, learning_rate=learning_rate(config))
+  return dataclasses.replace(config, optimizer=optimizer)
