@@ -50,7 +50,9 @@ def get_config(size: str = "tiny") -> Any:
     save_every=10_000,
   )
   if name in ("tiny", "mini"):
-    config.model.dropout = 0.0
+    # What a short run needs (docs/recipes.md): more masks, no pairs, no dropout, a good start.
+    config.objective.update(mask_rate=0.4, next_sentence=False)
+    config.model.update(dropout=0.0, embedding_start="cooccurrence")
     config.optimizer.warmup_steps = -1
     config.training.update(batch_size=64, steps=2_000, eval_every=500, save_every=500)
   if second:

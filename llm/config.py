@@ -87,6 +87,9 @@ class ModelConfig:
   # Standard deviation of fresh kernels and embeddings; 0: by the width (models/architecture.py).
   # Kernels of T5 take it over sqrt(inputs).
   init_std: float = key(0.0, at_least=0)
+  # How the table of tokens starts: cooccurrence takes the neighbours of each piece in the training
+  # text (data/cooccurrence.py).
+  embedding_start: str = key("random", choices=("random", "cooccurrence"))
   # 0: the architecture's.
   norm_epsilon: float = key(0.0, at_least=0)
   # Base of the rotary wavelengths, and that of local layers.

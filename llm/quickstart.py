@@ -1,8 +1,8 @@
-"""Both phases on real text in minutes: pretrain a small model, fine-tune it, and compare.
+"""Both phases on real text in minutes: pretrain small models, fine-tune them, and compare.
 
-Sentiment of reviews (studies/sentiment.py):
-  python -m llm.quickstart [bert] [--workdir=DIR] [--quick] [--cache=DIR] [--offline]
-Prompt and response (studies/responses.py):
+Sentiment, questions and replies (studies/two_phases.py):
+  python -m llm.quickstart [--workdir=DIR] [--quick] [--cache=DIR] [--offline]
+Replies alone, with a published decoder beside (studies/responses.py):
   python -m llm.quickstart gpt [--workdir=DIR] [--quick] [--cache=DIR] [--offline]
 """
 
@@ -15,7 +15,7 @@ from absl import flags
 
 from llm import command, storage
 from llm.core import UserError
-from llm.studies import responses, sentiment
+from llm.studies import responses, two_phases
 
 _WORKDIR = flags.DEFINE_string(
   "workdir", "", "Where runs and report are kept; default quickstart or quickstart_gpt."
@@ -38,7 +38,7 @@ def _run(study: ModuleType, default_folder: str):
 
 
 VERBS = {
-  "bert": lambda: _run(sentiment, "quickstart"),
+  "all": lambda: _run(two_phases, "quickstart"),
   "gpt": lambda: _run(responses, "quickstart_gpt"),
 }
 
@@ -46,5 +46,5 @@ VERBS = {
 if __name__ == "__main__":
   arguments = sys.argv
   if len(arguments) < 2 or arguments[1].startswith("-"):
-    arguments = [arguments[0], "bert", *arguments[1:]]
+    arguments = [arguments[0], "all", *arguments[1:]]
   command.run_verb("llm.quickstart", VERBS, arguments)

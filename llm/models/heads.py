@@ -15,7 +15,7 @@ from llm.config import ModelConfig
 from llm.core import Batch
 from llm.models import attention, precision, transformer
 from llm.models.architecture import embedding_width_of, init_std_of, padded_vocab
-from llm.models.layers import ACTIVATIONS, Linear, matmul, normal
+from llm.models.layers import ACTIVATIONS, Linear, matmul_table, normal
 from llm.models.precision import Precision
 from llm.sharding import BATCH, constrain
 
@@ -92,7 +92,7 @@ def token_logits(
 ) -> jax.Array:
   """BxTxV in float32 or better, without probability for the rows that pad the vocabulary."""
   exact = jnp.promote_types(hidden_BxTxD.dtype, jnp.float32)
-  logits_BxTxV = matmul(hidden_BxTxD, table_VxD.T, types).astype(exact)
+  logits_BxTxV = matmul_table(hidden_BxTxD, table_VxD, types).astype(exact)
   if bias_V is not None:
     logits_BxTxV += bias_V
   logits_BxTxV = constrain(logits_BxTxV, BATCH, None, "tensor")

@@ -59,6 +59,31 @@ def _matmul_backward(precision, saved, dy):
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+def _matmul_table(x: jax.Array, table_VxD: jax.Array, precision: Precision) -> jax.Array:
+  """x @ table^T -> the leading dimensions of x, then V. Its gradients have the same precision.
+
+  The gradient of the table is computed as (x^T dy)^T. The barrier keeps XLA from turning that into
+  dy^T x, which takes 2.5 times as long on CPU.
+  """
+  return dot(x, table_VxD.T, precision)
+
+
+matmul_table = jax.custom_vjp(_matmul_table, nondiff_argnums=(2,))
+
+
+def _matmul_table_forward(x, table_VxD, precision):
+  return dot(x, table_VxD.T, precision), (x, table_VxD)
+
+
+def _matmul_table_backward(precision, saved, dy):
+  x, table_VxD = saved
+  dtable_DxV = dot(x.reshape(-1, x.shape[-1]).T, dy.reshape(-1, dy.shape[-1]), precision)
+  return dot(dy, table_VxD, precision), jax.lax.optimization_barrier(dtable_DxV).T
+
+
+matmul_table.defvjp(_matmul_table_forward, _matmul_table_backward)
+
+
 TRANSPOSED = "kernel_OxI"  # stands for `kernel` where one row is written, a token at a time
 
 

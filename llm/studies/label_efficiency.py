@@ -335,6 +335,35 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, fl
   return mean, mean - half, mean + half
 
 
+def equivalent_labels(
+  accuracies: Sequence[float], curve: Mapping[int, Sequence[float]], draws: int = 2000
+) -> tuple[float, float, float]:
+  """(labels, low, high): how many labels the arm of `curve` needs for the mean of `accuracies`.
+
+  curve: labels -> the accuracies of that arm. The mean accuracy is interpolated over the logarithm
+  of the labels, and cannot fall. Labels outside the curve become its ends. low, high: 95% bootstrap
+  interval over the draws of both.
+  """
+  counts = sorted(curve)
+
+  def labels_for(target: float, means: Sequence[float]) -> float:
+    rising = np.maximum.accumulate(means) + 1e-9 * np.arange(len(means))
+    return float(np.exp(np.interp(target, rising, np.log(counts))))
+
+  rng = np.random.default_rng(0)
+
+  def drawn_mean(values: Sequence[float]) -> float:
+    return float(rng.choice(values, len(values)).mean())
+
+  equivalents = [
+    labels_for(drawn_mean(accuracies), [drawn_mean(curve[count]) for count in counts])
+    for _ in range(draws)
+  ]
+  low, high = np.percentile(equivalents, [2.5, 97.5])
+  mean = labels_for(float(np.mean(accuracies)), [float(np.mean(curve[c])) for c in counts])
+  return mean, float(low), float(high)
+
+
 def run(
   tuner: FineTuner, settings: Sequence[Setting], train: Split, validation: Split, test: Split
 ) -> tuple[list[dict], list[dict]]:

@@ -13,6 +13,7 @@ import time
 from typing import Any, Callable, Mapping
 
 import jax
+import numpy as np
 import tabulate
 import tqdm
 
@@ -120,13 +121,8 @@ def reply_loss(
 
   The conversations are rendered by `template`, in rows of `length` tokens.
   """
-  (source,) = sources.parse(held_out, data)
+  outcomes, rows = reply_outcomes(bundle, template, data, batch_size, held_out, length)
   objective = chat.Objective(template=template)
-  rows = objective.rows(source, bundle.tokenizer, data, bundle.config.model, length)
-  mesh = sharding.make_mesh(MeshConfig())
-  with jax.set_mesh(mesh):
-    evaluated = evaluation.of_checkpoint(bundle, objective, rows, length, batch_size, mesh)
-  outcomes = objective.outcomes(evaluated.predictions, rows)
   low, high = metrics.bootstrap(objective.summary, outcomes)["loss"]
   replies = [bundle.tokenizer.decode(ids[weights > 0].tolist()) for ids, weights in rows.encoded]
   total_loss = float(outcomes["loss"][:, 0].sum())
@@ -136,6 +132,30 @@ def reply_loss(
     high=high,
     per_character=total_loss / sum(map(len, replies)),
   )
+
+
+def reply_outcomes(
+  bundle: experiment.Bundle,
+  template: str,
+  data: DataConfig,
+  batch_size: int,
+  held_out: str = HELD_OUT,
+  length: int = LENGTH,
+) -> tuple[dict[str, np.ndarray], Any]:
+  """(the loss and the tokens of each reply, Rx2; the rows), as `reply_loss`."""
+  (source,) = sources.parse(held_out, data)
+  objective = chat.Objective(template=template)
+  rows = objective.rows(source, bundle.tokenizer, data, bundle.config.model, length)
+  mesh = sharding.make_mesh(MeshConfig())
+  with jax.set_mesh(mesh):
+    evaluated = evaluation.of_checkpoint(bundle, objective, rows, length, batch_size, mesh)
+  return objective.outcomes(evaluated.predictions, rows), rows
+
+
+def held_out_prompts(cache: str) -> list[str]:
+  """The first prompts of the test split. cache: as config.data.cache."""
+  records = embedded.records("alpaca", "test", cache_lib.cache_dir(cache))
+  return [chat.conversation(record)[0]["content"] for record in records][:NUM_PROMPTS]
 
 
 def answers(bundle: experiment.Bundle, template: str, prompts: list[str]) -> list[str]:
@@ -263,8 +283,7 @@ def run(workdir: pathlib.Path, quick: bool, cache: str, use_devices: Callable):
   print("phase 2: learning to answer, from the pretrained parameters and from scratch", flush=True)
   small_steps = 2 if quick else 12
   models = tune(pretrained, workdir, cache, small_steps)
-  records = embedded.records("alpaca", "test", cache_lib.cache_dir(cache))
-  prompts = [chat.conversation(record)[0]["content"] for record in records][:NUM_PROMPTS]
+  prompts = held_out_prompts(cache)
   losses, answers_by_model = _compare(models, prompts, config.data)
   seconds = time.time() - started_at
   text = report(losses, prompts, answers_by_model, pretraining, small_steps, seconds)

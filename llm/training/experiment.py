@@ -16,11 +16,11 @@ from llm import config as config_lib
 from llm.checkpoints import locate, manager
 from llm.config import Config, ModelConfig
 from llm.core import UserError
-from llm.data import duplicates, sources
+from llm.data import cooccurrence, documents, duplicates, sources
 from llm.data import tokenizer as tokenizer_lib
 from llm.data.batches import Batches, rows_a_batch
 from llm.models import resolve
-from llm.models.architecture import init_std_of
+from llm.models.architecture import embedding_width_of, init_std_of
 from llm.objectives import base
 from llm.training import recipe
 
@@ -87,12 +87,17 @@ class Experiment:
 
 @dataclasses.dataclass(frozen=True)
 class Training(Experiment):
-  """An experiment with its data. names: of the training sources. remarks: on the data, lines."""
+  """An experiment with its data.
+
+  names: of the training sources. remarks: on the data, lines. vectors_VxE: what the table of tokens
+  starts as; 0 for pieces that start at random, None where all do.
+  """
 
   batches: Batches
   eval_rows: base.Rows | None
   names: tuple[str, ...]
   remarks: tuple[str, ...]
+  vectors_VxE: np.ndarray | None
 
 
 class Bundle(NamedTuple):
@@ -141,8 +146,20 @@ def prepare(config: Config, own: epath.Path | None = None, say: Callable = print
   if own:
     resolved = dataclasses.replace(asked, model=_as_settled(model, description))
   names = tuple(source.spec for source in train)
+  vectors_VxE = None
+  if model.embedding_start == "cooccurrence" and not start:
+    vectors_VxE = _vectors(train, tokenizer, model, objective.labelled, say)
   return Training(
-    resolved, objective, tokenizer, asked, start, batches, eval_rows, names, tuple(remarks)
+    resolved,
+    objective,
+    tokenizer,
+    asked,
+    start,
+    batches,
+    eval_rows,
+    names,
+    tuple(remarks),
+    vectors_VxE,
   )
 
 
@@ -311,6 +328,24 @@ def _as_settled(model: ModelConfig, description: dict) -> ModelConfig:
   if model.dtype != "auto" or "settled" not in description:
     return model
   return dataclasses.replace(model, dtype=description["settled"]["dtype"])
+
+
+def _vectors(
+  train: tuple[sources.Source, ...],
+  tokenizer: tokenizer_lib.Tokenizer,
+  model: ModelConfig,
+  labelled: bool,
+  say: Callable,
+) -> np.ndarray:
+  """What the table of tokens starts as: vectors by the neighbours of each piece."""
+  if labelled:
+    raise UserError(
+      "config.model.embedding_start=cooccurrence is for pretraining on running text; take random"
+    )
+  say("counting which pieces stand near which, for the embeddings ..")
+  texts = [documents.load(source, tokenizer, "none") for source in train]
+  width = embedding_width_of(model)
+  return cooccurrence.vectors(texts, tokenizer.vocab_size, width, train[0].cache)
 
 
 def _at_the_rate_of(description: dict, config: Config) -> Config:

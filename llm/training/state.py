@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, Callable, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
@@ -14,13 +15,13 @@ from llm import config as config_lib
 from llm import sharding
 from llm.checkpoints import adapters, manager, transfer, vocabulary
 from llm.config import Config
-from llm.core import Params, TrainState, UserError, flatten
+from llm.core import Params, TrainState, UserError, flatten, unflatten
 from llm.data.tokenizer import Tokenizer
 from llm.runs import workdir as workdir_lib
 from llm.training import optimizer as optimizer_lib
 from llm.training import partition
 from llm.training import step as step_lib
-from llm.training.experiment import Experiment
+from llm.training.experiment import Experiment, Training
 from llm.training.partition import FrozenMasks
 
 # What adapters leave frozen where config.optimizer.freeze does not say: the backbone, not the head.
@@ -97,7 +98,7 @@ def _with_shardings(shapes: Any, mesh: Mesh) -> Any:
 
 
 def first_state(
-  experiment: Experiment,
+  experiment: Training,
   resume_from: epath.Path | None,
   workdir: epath.Path,
   mesh: Mesh,
@@ -119,6 +120,9 @@ def first_state(
   else:
     params = _fresh_params(planned)
     origin = "random initialisation"
+    if experiment.vectors_VxE is not None:
+      params = _with_vectors(params, experiment.vectors_VxE, experiment.config.model.init_std)
+      origin = "random initialisation, embeddings by the neighbours of each piece"
   trained, frozen = jax.jit(
     lambda p: partition.split(p, planned.frozen_masks),
     out_shardings=(shardings.trained, shardings.frozen),
@@ -137,6 +141,20 @@ def _fresh_params(planned: Plan) -> Params:
   """Random parameters, created in their place on the mesh."""
   shardings = jax.tree.map(lambda array: array.sharding, planned.params)
   return jax.jit(planned.init, out_shardings=shardings)()
+
+
+def _with_vectors(params: Params, vectors_VxE: np.ndarray, std: float) -> Params:
+  """The parameters with a table of tokens that starts as `vectors`, at a standard deviation."""
+  leaves = flatten(params)
+  path = "backbone/token/embedding"
+  table = leaves[path]
+  padded = np.zeros(table.shape, np.float32)
+  padded[: len(vectors_VxE)] = std * vectors_VxE
+  leaves[path] = jax.jit(
+    lambda random, known: jnp.where(jnp.any(known != 0, axis=1, keepdims=True), known, random),
+    out_shardings=table.sharding,
+  )(table, padded)
+  return unflatten(leaves)
 
 
 def _transferred_params(
