@@ -18,11 +18,19 @@ from llm.objectives import base
 def get_config(task: str = "") -> Any:
   """The config for your own data, or "alpaca" for the embedded pairs."""
   config = config_lib.defaults(base.defaults("chat"))
-  config.optimizer.update(learning_rate=2e-5, schedule="cosine", warmup_steps=-1, weight_decay=0.0)
-  config.training.update(epochs=3.0, batch_size=16, sequence_length=512, log_every=10)
+  # Of Alpaca 7B (Taori et al. 2023).
+  config.recipe.update(learning_rate=2e-5, width=4096, epochs=3.0)
+  config.optimizer.update(schedule="cosine", weight_decay=0.0)
+  config.training.update(
+    epochs=3.0,
+    batch_size=16,
+    sequence_length=512,
+    log_every=10,
+    eval_every=-1,
+    keep_best="auto",
+  )
   if task == "alpaca":
     config.data.update(train="embedded:alpaca", eval="embedded:alpaca[validation]")
-    config.training.eval_every = 20
   elif task:
     raise ValueError(f"unknown task {task!r}; known: alpaca")
   return config

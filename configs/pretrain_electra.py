@@ -40,6 +40,8 @@ def get_config(size: str = "tiny"):
     eval_every=10_000,
     save_every=10_000,
   )
+  if size == "small":
+    config.model.init_std = 0.02  # as published; the width alone would say 0.035
   if size == "base":
     config.objective.generator_share = 1 / 3
     config.optimizer.learning_rate = 2e-4

@@ -1,4 +1,4 @@
-"""The label study: many runs at a time equal the runs alone, the interval is scipy's."""
+"""The studies: runs beside others are runs alone, words follow from numbers, as do intervals."""
 
 import jax
 import numpy as np
@@ -10,8 +10,9 @@ from llm.config import DataConfig, MeshConfig, ModelConfig
 from llm.data import sources
 from llm.models import classical
 from llm.objectives import classification
-from llm.studies import label_efficiency
+from llm.studies import label_efficiency, report, two_phases
 from llm.studies.label_efficiency import Run, Setting
+from llm.studies.report import Compared
 from llm.training import experiment
 from llm.training import step as step_lib
 
@@ -105,4 +106,79 @@ def test_draws_are_distinct_rows_and_differ(study):
     len(set(first)) == 24
     and set(first) != set(second)
     and first == label_efficiency.draw(train, 24, 0)
+  )
+
+
+def test_labels_that_are_worth_the_same():
+  """64 labels reach 60, which the other arm has half way from 100 to 400 labels: at 200."""
+  curve = {100: [0.55, 0.55], 400: [0.65, 0.65], 1600: [0.75]}
+  equal, low, high = label_efficiency.equivalent_labels([0.60, 0.60], curve)
+  assert equal == pytest.approx(200, rel=1e-3) and (low, high) == (equal, equal)
+  assert label_efficiency.equivalent_labels([0.5], curve)[0] == pytest.approx(100)
+  assert label_efficiency.equivalent_labels([0.9], curve)[0] == pytest.approx(1600)
+  # A curve that falls counts as one that stays: fewer labels reach what more do.
+  assert label_efficiency.equivalent_labels([0.6], {100: [0.6], 400: [0.5]})[0] <= 400
+  _, low, high = label_efficiency.equivalent_labels([0.58, 0.62], curve)
+  assert low < 200 < high
+
+
+ABOVE = Compared("sentiment, 64 labels", "accuracy", 0.60, 0.55, 0.05, 0.02, 0.08, {"nbsvm": 0.58})
+LOSS = Compared("replies to prompts", "nats a token", 5.0, 5.5, -0.5, -0.6, -0.4, {}, lower=True)
+
+
+@pytest.mark.parametrize(
+  "compared, change, said",
+  [
+    (ABOVE, {}, "by +5.0 points [+2.0, +8.0]: pretraining helps"),
+    (ABOVE, dict(low=-0.01), "[-1.0, +8.0]: not told apart"),
+    (ABOVE, dict(difference=-0.05, low=-0.08, high=-0.02), "-5.0 points [-8.0, -2.0]: pretraining"),
+    (ABOVE, dict(difference=-0.05, low=-0.08, high=-0.02), "harms"),
+    (ABOVE, {}, "the better network is 2.0 points above nbsvm"),
+    (ABOVE, dict(others={"nbsvm": 0.63, "tfidf_lr": 0.61}), "is 3.0 points below nbsvm"),
+    (LOSS, {}, "by -0.50 nats a token [-0.60, -0.40]: pretraining helps"),
+    (LOSS, dict(difference=0.5, low=0.4, high=0.6), "pretraining harms"),
+    (LOSS, dict(high=0.1), "not told apart"),
+  ],
+)
+def test_verdicts_follow_from_the_numbers(compared, change, said):
+  (sentence,) = report.verdicts([compared._replace(**change)])
+  assert said in sentence
+  assert (said in report.verdicts([ABOVE])[0]) == (not change and compared is ABOVE)
+
+
+def test_the_first_line_says_what_the_curve_holds():
+  def row(model, labels, *accuracies):
+    return {
+      "model": model,
+      "labels": labels,
+      "accuracies": accuracies,
+      "accuracy_mean": np.mean(accuracies),
+    }
+
+  rows = [
+    row("scratch", 64, 0.55, 0.55),
+    row("scratch", 256, 0.65, 0.65),
+    row("pretrained", 64, 0.60, 0.60),
+    row("pretrained", 256, 0.70, 0.70),
+    row("published_bert", 64, 0.68, 0.68),
+  ]
+  sentence = report.worth_sentence(two_phases.worth(rows), 2.0)
+  assert "64 labels with 2.0 minutes of pretraining are worth 128 [128 to 128]" in sentence
+  assert "with a published checkpoint, 256 or more" in sentence
+  rows[2] = row("pretrained", 64, 0.5, 0.5)
+  assert "worth 64 or fewer" in report.worth_sentence(two_phases.worth(rows), 2.0)
+
+
+def test_the_page_holds_the_table_the_picture_and_the_examples(tmp_path):
+  (tmp_path / "label_curve.png").write_bytes(b"a picture")
+  equal = {"labels": 64, "most": 256, "pretrained": {"labels": 100.0, "low": 80.0, "high": 120.0}}
+  pretraining = {"seconds": 60.0, "parameters": 10, "data": {"text": {"tokens": 1e6}}}
+  shown = {"Replies": [{"text": "is 1 < 2?", "pretrained": "yes & no", "scratch": ""}]}
+  text = report.write(tmp_path, [ABOVE, LOSS], equal, {"BERT": pretraining}, shown, 90.0)
+  page = (tmp_path / "report.html").read_text()
+  assert text == (tmp_path / "report.md").read_text() and text.index("64 labels with") < 40
+  for cell in ("60.0", "+5.0 [+2.0, +8.0]", "-0.50 [-0.60, -0.40]", "pretraining helps"):
+    assert cell in text and cell in page
+  assert (
+    "is 1 &lt; 2?" in page and "yes &amp; no" in page and "data:image/png;base64,YSBwaWN0" in page
   )

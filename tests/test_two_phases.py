@@ -71,6 +71,27 @@ def test_answers_to_unseen_abstracts_beat_the_best_constant_one(tmp_path):
   assert pretrained > constant + 15 and pretrained > scratch + 5
 
 
+def test_the_quickstart_shows_what_pretraining_buys(tmp_path):
+  """Its smaller form, from the archives to the report."""
+  python("-m", "llm.quickstart", "--quick", f"--workdir={tmp_path}", f"--cache={CACHE}")
+  result = json.loads((tmp_path / "result.json").read_text())
+  compared = {task["task"]: task for task in result["compared"]}
+  few = compared["sentiment, 64 labels"]
+  assert few["low"] > 0 and few["pretrained"] > few["scratch"] + 0.01
+  assert compared["replies to prompts"]["high"] < 0
+  assert set(compared) == {
+    "sentiment, 64 labels",
+    "sentiment, 256 labels",
+    "questions on abstracts",
+    "replies to prompts",
+  }
+  assert result["worth"]["pretrained"]["labels"] > 64
+  report = (tmp_path / "report.md").read_text()
+  shown = f"{100 * few['pretrained']:.1f} | {100 * few['scratch']:.1f}"
+  assert shown in report.replace("   ", " ").replace("  ", " ")
+  print(report.split("\n\n")[1])
+
+
 SEEDS = """
 import sys, json, pathlib
 from llm import command
