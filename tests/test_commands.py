@@ -3,12 +3,14 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 
 from llm import config as config_lib
+from llm import train
 from llm.checkpoints import manager
 from llm.core import UserError
 from llm.training import loop
@@ -121,9 +123,52 @@ def test_a_workdir_tells_all(pretrained):
   assert record["versions"]["jax"] and "revision" in record and record["devices"]
 
 
+def test_a_run_ends_with_the_next_commands(pretrained, reviews, tmp_path):
+  assert train.next_commands(str(pretrained)).splitlines() == [
+    f"  python -m llm.evaluate --checkpoint={pretrained}",
+    "  python -m llm.train --config=configs/finetune_classification.py "
+    f"--workdir={pretrained}_tuned --config.transfer.checkpoint={pretrained} "
+    "--config.data.train=jsonl:YOURS.jsonl --config.data.eval=jsonl:YOURS_HELD_OUT.jsonl",
+  ]
+
+
+def test_a_dry_run_says_what_the_run_would_be_and_writes_nothing(pretrained, reviews, tmp_path):
+  """Keys with their origins, the header, the time and a batch."""
+  status, out, err = run(
+    "llm.train",
+    "--config=configs/finetune_classification.py",
+    f"--workdir={tmp_path / 'run'}",
+    f"--config.transfer.checkpoint={pretrained}",
+    f"--config.data.train=jsonl:{reviews}/train.jsonl",
+    f"--config.data.eval=jsonl:{reviews}/eval.jsonl",
+    "--config.training.sequence_length=64",
+    "--dry_run",
+  )
+  assert status == 0 and not (tmp_path / "run").exists(), err
+  origins = {}
+  for line in out.splitlines():
+    if line.startswith("config."):
+      key, value, origin = re.split(r"  +", line.strip(), maxsplit=2)
+      origins[key] = value, origin
+  file = "configs/finetune_classification.py"
+  assert origins["config.training.sequence_length"] == ("64", "the command line")
+  assert origins["config.objective.pooling"] == ('"mean"', file)
+  assert origins["config.model.width"] == ("32", "the checkpoint")
+  assert origins["config.optimizer.learning_rate"][1] == "config.recipe"
+  assert origins["config.objective.classes"] == ('["bad", "good"]', "the data")
+  assert origins["config.training.eval_every"][1] == "an epoch"
+  assert origins["config.model.scan"] == ('"unroll"', "this machine")
+  assert origins["config.training.seed"] == ("0", "default")
+  header = next(line for line in out.splitlines() if line.startswith("recipe"))
+  assert f"learning rate {origins['config.optimizer.learning_rate'][0]}" in header
+  assert re.search(r"^time .* s a step, .* evaluations of .*: about \d+:\d\d", out, re.MULTILINE)
+  assert "label of document 1: " in out and "tfidf_accuracy" in out
+
+
 def test_show(pretrained, corpus):
   config = [
     "--config=configs/pretrain_bert.py:tiny",
+    "--config.objective.next_sentence=True",
     *SMALL,
     f"--config.data.train=text:{corpus}",
     "--config.data.eval=",

@@ -45,7 +45,9 @@ class Progress:
       )
     value = figures[metric]
     better = value > self.value if mode == "max" else value < self.value
-    if self.step < 0 or better:
+    # A correlation has no value where all predictions are equal.
+    first = self.step < 0 or math.isnan(self.value) and not math.isnan(value)
+    if first or better:
       self.step, self.value, self.since = step, value, 0
       return True
     self.since += 1

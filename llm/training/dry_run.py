@@ -92,7 +92,7 @@ def keys(config: Config, resolved: Config, file: str, overridden: Collection[str
     for name, value in values.items():
       key = f"{group}.{name}"
       if value != given[group].get(name):
-        origin = SETTLED_BY.get(key, left_open[group])
+        origin = SETTLED_BY[key] if key in SETTLED_BY else left_open[group]
       elif key in overridden:
         origin = "the command line"
       elif group == "objective" or value != defaults[group][name]:
