@@ -71,7 +71,7 @@ def ours(options):
     trained, frozen = partition.split(
       jax.device_put(params, sharding.shardings(params, mesh)), marks
     )
-    tx = optimizer.make(OptimizerConfig(), trained, options.layers, 1000)
+    tx = optimizer.make(OptimizerConfig(learning_rate=1e-4), trained, options.layers, 1000)
     state = [step_lib.init_state(trained, frozen, tx)]
     train = step_lib.make_train_step(model, objective, tx, marks, 1, None)
   numbers = iter(range(10**9))

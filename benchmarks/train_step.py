@@ -120,7 +120,7 @@ def ours(shape, dtype):
     ceiling, _ = flops.peak_flops(mesh, precision.of(config))
     marks = partition.frozen_layers(params, "")
     trained, frozen = partition.split(params, marks)
-    tx = optimizer.make(OptimizerConfig(), trained, layers, 1000)
+    tx = optimizer.make(OptimizerConfig(learning_rate=1e-4), trained, layers, 1000)
     placed = sharding.shardings(jax.eval_shape(tx.init, trained), mesh)
     state = [
       step_lib.TrainState(

@@ -49,8 +49,6 @@ def get_config(task: str = "") -> Any:
   # for it (docs/recipes.md). Nothing is copied of the checkpoint's head.
   config.objective.pooling = "mean"
   config.transfer.skip = (r"^(head|generator)/",)
-  # That of the checkpoint is too little where it was pretrained without.
-  config.model.dropout = 0.1
   config.recipe.update(learning_rate=3e-5, width_power=2.0, epochs=3.0)
   config.training.update(
     epochs=-1.0,

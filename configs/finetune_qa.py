@@ -25,8 +25,6 @@ def get_config(task: str = "") -> Any:
   """The config for your own data, or for one data set."""
   config = config_lib.defaults(base.defaults("span_qa"))
   config.transfer.skip = (r"^(head|generator)/",)
-  # That of the checkpoint is too little where it was pretrained without.
-  config.model.dropout = 0.1
   config.recipe.update(learning_rate=3e-5, width_power=2.0, epochs=2.0)
   config.training.update(
     epochs=-1.0,

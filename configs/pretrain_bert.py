@@ -53,6 +53,7 @@ def get_config(size: str = "tiny") -> Any:
     # What a short run needs (docs/recipes.md): more masks, no pairs, no dropout, a good start.
     config.objective.update(mask_rate=0.4, next_sentence=False)
     config.model.update(dropout=0.0, embedding_start="cooccurrence")
+    config.recipe.update(learning_rate=3e-3, width=128, batch_tokens=64 * 128, steps=2_000)
     config.optimizer.warmup_steps = -1
     config.training.update(batch_size=64, steps=2_000, eval_every=500, save_every=500)
   if second:

@@ -25,12 +25,18 @@ OUT_OF_MEMORY = (
 def run(main: Callable[[], int | None], argv: list[str] | None = None):
   """Parses the flags, calls main and exits with its status, 0 where it returns none.
 
-  A UserError is printed as one line and exits with 2. A bug keeps its traceback and exits with 1.
-  argv: the command line; None takes that of the process.
+  --help prints what the command is for, and its flags. A UserError is printed as one line and exits
+  with 2. A bug keeps its traceback and exits with 1. argv: the command line; None takes that of the
+  process.
   """
   logging.set_verbosity(logging.ERROR)
+  argv = sys.argv if argv is None else argv
+  if "--help" in argv[1:]:
+    print(sys.modules["__main__"].__doc__)
+    print(flags.FLAGS.main_module_help())
+    sys.exit(0)
   try:
-    status = _guarded(main, sys.argv if argv is None else argv)
+    status = _guarded(main, argv)
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     status = 2
@@ -44,7 +50,9 @@ def run(main: Callable[[], int | None], argv: list[str] | None = None):
 def run_verb(name: str, verbs: Mapping[str, Callable[[], int | None]], argv: list[str]):
   """Runs `python -m NAME VERB --flags`: calls the function that `verbs` has for the verb."""
   argv = list(argv)
-  verb = argv.pop(1) if len(argv) > 1 else ""  # absl must not see it
+  verb = ""
+  if len(argv) > 1 and argv[1] != "--help":
+    verb = argv.pop(1)  # absl must not see it
 
   def main() -> int | None:
     if verb not in verbs:

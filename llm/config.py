@@ -220,7 +220,7 @@ class RecipeConfig:
   width: int = key(768, above=0)
   # The rate falls with this power of the width.
   width_power: float = key(1.0, at_least=0)
-  # Its tokens a step and its steps; 0: the rate does not depend on them.
+  # Its tokens a step, and its steps, which need the former; 0: the rate does not depend on it.
   batch_tokens: int = key(0, at_least=0)
   steps: int = key(0, at_least=0)
   # Its epochs, of large data.

@@ -5,17 +5,18 @@ python -m llm.train --config=configs/pretrain_bert.py:tiny --workdir=DIR [--conf
 With --dry_run it shows what the run would be, and how long it would take.
 """
 
+import json
 import shlex
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
-from llm import command, models, processes
+from llm import command, models, processes, storage
 from llm import config as config_lib
-from llm.checkpoints import manager
 from llm.core import UserError
 from llm.objectives import base
-from llm.training import dry_run, experiment, loop
+from llm.training import dry_run, loop
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file of configs/, with its argument after a colon."
@@ -47,20 +48,24 @@ TUNED_BY = {
 }
 
 
-def next_commands(workdir: str) -> str:
-  """The commands that go on from the checkpoint of a run, filled in."""
-  saved = experiment.from_checkpoint(manager.find(workdir, lambda _: None))
-  objective = saved.objective
+def next_commands(config: config_lib.Config, architecture: str, workdir: str) -> str:
+  """The commands that go on from the checkpoint of a run, filled in.
+
+  architecture: the name of its model.
+  """
+  workdir = workdir.rstrip("/")
+  objective = base.build(config.objective)
+  kind = models.facts_of(architecture).kind
   checkpoint = f"--checkpoint={shlex.quote(workdir)}"
-  kind = models.facts(saved.config.model).kind
   commands = []
-  if saved.config.data.eval:
+  if config.data.eval:
     commands.append(f"python -m llm.evaluate {checkpoint}")
-  if isinstance(objective, base.Labels):
-    given = " ".join(f'--{field}="your {field}"' for field in objective.fields)
-    commands.append(f"python -m llm.predict {checkpoint} {given}")
+  if isinstance(objective, base.Answers):
+    commands.append(f'python -m llm.predict {checkpoint} --question="..." --context="..."')
+  elif isinstance(objective, base.Labels):
+    commands.append(f'python -m llm.predict {checkpoint} --text="..."')
   elif kind != "encoder":
-    commands.append(f'python -m llm.generate {checkpoint} --prompt="your text"')
+    commands.append(f'python -m llm.generate {checkpoint} --prompt="..."')
   if not objective.labelled:
     commands.append(
       f"python -m llm.train --config={TUNED_BY[kind]} --workdir={shlex.quote(workdir)}_tuned "
@@ -73,6 +78,8 @@ def next_commands(workdir: str) -> str:
 def main():
   """Trains as the flags say, and resumes a run that is already in the workdir."""
   config = read_config()
+  if _DISTRIBUTED.value:
+    processes.join()
   if _DRY_RUN.value:
     flag = flags.FLAGS["config"]
     file = config_flags.get_config_filename(flag)
@@ -81,10 +88,11 @@ def main():
     return
   if not _WORKDIR.value:
     raise UserError("--workdir is missing: the folder where the run is kept")
-  if _DISTRIBUTED.value:
-    processes.join()
   loop.train(config, _WORKDIR.value, go_on=_GO_ON.value, use_devices=command.start_cpu)
-  print(f"next:\n{next_commands(_WORKDIR.value)}")
+  if not jax.process_index():
+    resolved = json.loads((storage.folder(_WORKDIR.value) / "resolved.json").read_text())
+    commands = next_commands(config, resolved["model"]["name"], _WORKDIR.value)
+    print(f"next:\n{commands}")
 
 
 if __name__ == "__main__":

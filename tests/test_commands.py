@@ -124,7 +124,8 @@ def test_a_workdir_tells_all(pretrained):
 
 
 def test_a_run_ends_with_the_next_commands(pretrained, reviews, tmp_path):
-  assert train.next_commands(str(pretrained)).splitlines() == [
+  config = tiny("bert", "text:a.txt", data__eval="text:b.txt")
+  assert train.next_commands(config, "bert", f"{pretrained}/").splitlines() == [
     f"  python -m llm.evaluate --checkpoint={pretrained}",
     "  python -m llm.train --config=configs/finetune_classification.py "
     f"--workdir={pretrained}_tuned --config.transfer.checkpoint={pretrained} "
@@ -329,7 +330,7 @@ BAD_CONFIGS = [
   (dict(model__num_heads=3), "multiple of num_heads=3"),
   (dict(mesh__tensor=8, mesh__data=1), "mesh.tensor=8 does not divide dimension"),
   (dict(objective__name="maskedlm"), "masked_lm"),
-  (dict(training__epochs=1.0), "either config.training.steps or config.training.epochs"),
+  (dict(training__epochs=1.0), "set one of them, the other to 0"),
   (dict(training__profile="5"), "'10:15'"),
   (dict(training__keep_best="accuracy"), "max:METRIC"),
   (dict(optimizer__freeze="nothing"), "matches no parameter"),

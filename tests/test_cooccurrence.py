@@ -74,10 +74,11 @@ def test_a_run_starts_from_them(corpus, tmp_path):
   made = experiment.prepare(config)
   loop.train(config, tmp_path)
   table = manager.restore(manager.find(tmp_path), "params")["backbone"]["token"]["embedding"]
-  known = made.vectors_VxE.any(1)
+  vectors_VxE = made.vectors(print)
+  known = vectors_VxE.any(1)
   std = made.config.model.init_std
   rows = np.arange(len(known))
-  np.testing.assert_allclose(table[rows[known]], std * made.vectors_VxE[known], atol=1e-6)
+  np.testing.assert_allclose(table[rows[known]], std * vectors_VxE[known], atol=1e-6)
   # Pieces that do not occur, and the padding of the table, start at random.
   assert table[rows[~known]].std() == pytest.approx(std, rel=0.1)
   lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -130,7 +130,10 @@ def test_first_moments_may_be_kept_in_bfloat16():
   states, moved = [], []
   for dtype in ("float32", "bfloat16"):
     opt = optimizer.make(
-      OptimizerConfig(moment_dtype=dtype, schedule="constant", warmup_steps=0), params, 1, 10
+      OptimizerConfig(learning_rate=1e-4, moment_dtype=dtype, schedule="constant", warmup_steps=0),
+      params,
+      1,
+      10,
     )
     state, now = opt.init(params), params
     for step in range(4):

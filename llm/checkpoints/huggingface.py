@@ -387,7 +387,7 @@ def write(
 
   source: where they come from, for the description of the checkpoint.
   """
-  writer = manager.Manager(workdir, keep=1, keep_best="", tokenizer=tokenizer)
+  writer = manager.Manager(workdir, keep=1, tokenizer=tokenizer)
   writer.save(0, params, None, {"config": config_lib.thaw(config), "metrics": {}, "source": source})
   writer.close()
 

@@ -121,26 +121,33 @@ def find(path: str | pathlib.PurePath, say: Callable[[str], object] = print) -> 
     verify(path)
     return path
   root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-  if (newest := newest_valid(root, say)) is None:
+  step = _best_valid(root, say) or newest_valid(root, say)
+  if step is None:
     raise UserError(
       f"{path} holds no complete checkpoint: give a workdir of llm.train, its "
       "checkpoints folder or one step of it"
     )
-  return _best_valid(newest, say) or newest
+  return step
 
 
-def _best_valid(newest: epath.Path, say: Callable[[str], object]) -> epath.Path | None:
-  """The best step of the run whose newest step this is; None where it kept none, or lost it."""
-  progress = describe(newest).get("progress")
-  if not progress or str(progress["step"]) == newest.name:
-    return None
-  best = newest.parent / str(progress["step"])
-  try:
-    verify(best)
-  except Damaged as error:
-    say(f"passing over the best checkpoint: {error}")
-    return None
-  return best
+def _best_valid(root: epath.Path, say: Callable[[str], object]) -> epath.Path | None:
+  """The step that the newest one says is the best; None where it says none, or that is lost."""
+  for newest in steps(root)[:1]:
+    try:
+      best = describe(root / str(newest)).get("progress", {}).get("step")
+      if best is not None and best != newest:
+        verify(root / str(best))
+        return root / str(best)
+    except Damaged as error:
+      say(f"passing over the best checkpoint: {error}")
+  return None
+
+
+def evaluations(workdir: epath.Path) -> list[tuple[int, dict[str, float]]]:
+  """(step, figures) of the complete checkpoints of a workdir, in order."""
+  root = workdir / "checkpoints"
+  complete = [step for step in reversed(steps(root)) if (root / str(step) / MANIFEST).exists()]
+  return [(step, describe(root / str(step)).get("metrics", {})) for step in complete]
 
 
 def describe(step: epath.Path) -> dict[str, Any]:
@@ -176,23 +183,20 @@ def restore(step: epath.Path, item: str, like: Any = None) -> Any:
 
 
 class Manager:
-  """Saves the steps of a run, and removes all but the newest `keep` and the best.
-
-  keep_best: "max:METRIC" or "min:METRIC" says which step is the best; "" keeps none for that.
-  """
+  """Saves the steps of a run, and removes all but the newest `keep` and the best."""
 
   def __init__(
     self,
     workdir: str | pathlib.PurePath,
     keep: int,
-    keep_best: str,
     tokenizer: tokenizer_lib.Tokenizer,
   ):
     self.root = storage.folder(workdir) / "checkpoints"
     self.root.mkdir(parents=True, exist_ok=True)
     self.keep = keep
     self.tokenizer = tokenizer
-    self.best_mode, _, self.best_metric = keep_best.partition(":")
+    # The step that stays too; -1 is none.
+    self.best = -1
     # The step being written, or written last, and its description.
     self._pending: tuple[int, dict] | None = None
     self._writer = ocp.AsyncCheckpointer(
@@ -200,12 +204,22 @@ class Manager:
       async_options=ocp.AsyncOptions(post_finalization_callback=self._finish),
     )
 
-  def save(self, step: int, params: Params, opt_state: Any, description: dict[str, Any]) -> None:
+  def save(
+    self,
+    step: int,
+    params: Params,
+    opt_state: Any,
+    description: dict[str, Any],
+    best: int = -1,
+  ) -> None:
     """Waits for the previous save, then starts this one. opt_state None saves parameters alone.
+
+    best: the step that stays, however old it is; -1 is none.
 
     Raises UserError where the step cannot be written, as on a full disk.
     """
     self.wait()
+    self.best = best
     self._prune()
     self._pending = step, description
     folder = self.root / str(step)
@@ -267,29 +281,12 @@ class Manager:
       if step <= last and (self.root / str(step) / MANIFEST).exists()
     ]
 
-  def best(self) -> int | None:
-    """The first step on disk with the best metric, or None where no step has the metric."""
-    scores: dict[int, float] = {}
-    for step in self._complete_steps():
-      try:
-        value = describe(self.root / str(step))["metrics"].get(self.best_metric)
-      except UserError:
-        continue
-      if value is not None:
-        scores[step] = value
-    if not scores:
-      return None
-    choose = max if self.best_mode == "max" else min
-    return choose(sorted(scores), key=lambda step: scores[step])
-
   def _prune(self) -> None:
     """Removes the steps that need not be kept, and the folders of interrupted saves."""
     # Before the first save of this run, nothing is removed.
     if jax.process_index() or not self._pending:
       return
-    kept: set[int | None] = set(self._complete_steps()[: self.keep])
-    if self.best_metric:
-      kept.add(self.best())
+    kept = {*self._complete_steps()[: self.keep], self.best}
     for step in set(steps(self.root)) - kept:
       (self.root / str(step)).rmtree()
     for leftover in self.root.glob(f"*{TEMPORARY}*"):

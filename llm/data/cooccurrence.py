@@ -10,7 +10,6 @@ from typing import Any, Sequence
 
 import numpy as np
 import scipy.sparse
-from sklearn.utils.extmath import randomized_svd
 
 from llm import cache
 from llm.data.documents import Documents
@@ -20,7 +19,7 @@ from llm.data.documents import Documents
 WINDOW = 20
 # The power of the counts of the neighbours, which makes rare ones count less (section 3.2).
 SMOOTHING = 0.75
-# What is counted of a text that is longer.
+# What is counted of longer texts: the first tokens of each source, an equal share.
 MOST_TOKENS = 20_000_000
 # Tokens counted at a time.
 CHUNK = 500_000
@@ -33,9 +32,8 @@ def vectors(
 
   folder: the cache, which keeps them.
   """
-  key = cache.digest(
-    "cooccurrence 1", *(d.digest for d in documents), str(vocab_size), str(width), str(WINDOW)
-  )
+  constants = str((vocab_size, width, WINDOW, SMOOTHING, MOST_TOKENS))
+  key = cache.digest("cooccurrence 1", *(d.digest for d in documents), constants)
 
   def write(scratch: pathlib.Path) -> None:
     np.save(scratch / "vectors.npy", _vectors(_counts(documents, vocab_size), width))
@@ -48,10 +46,11 @@ def _counts(documents: Sequence[Documents], vocab_size: int) -> scipy.sparse.csr
   counts = scipy.sparse.csr_matrix((vocab_size, vocab_size), dtype=np.float64)
   for of_source in documents:
     total = min(len(of_source.tokens_N), MOST_TOKENS // len(documents))
-    document_N = np.repeat(np.arange(len(of_source)), np.diff(of_source.bounds()))
+    bounds = of_source.bounds()
     for start in range(0, total, CHUNK):
-      chunk = slice(start, min(start + CHUNK, total))
-      counts += _counts_of(of_source.tokens_N[chunk], document_N[chunk], vocab_size)
+      places_N = np.arange(start, min(start + CHUNK, total))
+      document_N = np.searchsorted(bounds, places_N, side="right")
+      counts += _counts_of(of_source.tokens_N[places_N], document_N, vocab_size)
   return scipy.sparse.csr_matrix(counts + counts.T)
 
 
@@ -81,6 +80,10 @@ def _vectors(counts: scipy.sparse.csr_matrix, width: int) -> np.ndarray:
   pairs = counts.tocoo()
   information = np.log(pairs.data / (totals_V[pairs.row] * smoothed_V[pairs.col]))
   positive = information > 0
+  if not positive.any():
+    return np.zeros((len(totals_V), width), np.float32)
+  from sklearn.utils.extmath import randomized_svd  # takes a second, which other commands save
+
   matrix = scipy.sparse.csr_matrix(
     (information[positive], (pairs.row[positive], pairs.col[positive])), shape=counts.shape
   )

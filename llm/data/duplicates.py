@@ -1,6 +1,5 @@
 """Records that a run is both trained and evaluated on."""
 
-import json
 from typing import Sequence
 
 from llm.data.embedded import words_of
@@ -13,22 +12,27 @@ NAMED = 3
 
 
 def given_words(record: dict) -> str:
-  """The words of what a model is given of a record."""
-  values = [record[name] for name in GIVEN if name in record]
-  return words_of(" ".join(v if isinstance(v, str) else json.dumps(v) for v in values))
+  """The words of what a model is given of a record; "" where it has none."""
+  values = []
+  for name in GIVEN:
+    value = record.get(name) or ""
+    if name == "messages":
+      value = " ".join(str(m.get("content")) for m in value or () if m.get("role") != "assistant")
+    values.append(str(value))
+  return words_of(" ".join(values))
 
 
 def between(train: Sequence[Source], held_out: Source) -> tuple[list[dict], int]:
   """(the held-out records whose words a training record has too, the number of held-out records).
 
-  Labels are not compared.
+  Labels are not compared. Records without words are left out.
   """
-  held_out_records = list(held_out.records())
-  wanted = {given_words(record) for record in held_out_records}
+  asked = [(given_words(record), record) for record in held_out.records()]
+  wanted = {words for words, _ in asked if words}
   seen = set()
   for source in train:
     seen.update(wanted.intersection(map(given_words, source.records())))
-  return [r for r in held_out_records if given_words(r) in seen], len(held_out_records)
+  return [record for words, record in asked if words in seen], len(asked)
 
 
 def remarks(train: Sequence[Source], held_out: Source) -> list[str]:
@@ -39,7 +43,7 @@ def remarks(train: Sequence[Source], held_out: Source) -> list[str]:
   names = [_name(record) for record in both[:NAMED]] + [".."] * (len(both) > NAMED)
   return [
     f"warning: {len(both):,} of the {count:,} records of {held_out.spec} are in the training data "
-    f"too, so figures flatter: {'; '.join(names)}"
+    f"too, which makes its figures too good: {'; '.join(names)}"
   ]
 
 

@@ -33,6 +33,8 @@ class Facts:
   fan_in_init: bool = False  # kernels start at init_std / sqrt(inputs) (T5)
   inner_dropout: bool = False  # inside the feed-forward layer too (T5)
   pooler: bool = True  # a layer over the first token goes before the classifier (BERT)
+  # Of fine-tuning, where the checkpoint was pretrained without dropout.
+  tuning_dropout: float = 0.0
   embedding_project: bool = False  # the embedding may be narrower than the layers (ELECTRA)
 
 

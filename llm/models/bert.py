@@ -18,6 +18,7 @@ FACTS = Facts(
   norm_epsilon=1e-12,
   begin="cls",
   end="sep",
+  tuning_dropout=0.1,
   post_norm=True,
 )
 

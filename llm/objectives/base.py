@@ -107,10 +107,10 @@ class Objective(abc.ABC):
     """
     return []
 
-  def baselines(self, rows: Sequence[Any], eval_rows: Any) -> dict[str, float]:
-    """What models without a network reach on the evaluation rows, logged beside every evaluation.
+  def baselines(self, train: Sequence[Source], held_out: Source) -> dict[str, float]:
+    """What models without a network reach on held-out data, logged beside every evaluation.
 
-    rows: the `Rows` of each training source, from which they learn.
+    train: what they learn from.
     """
     return {}
 

@@ -26,12 +26,11 @@ MOST_NAMED = 10  # classes of which a run says how many examples each has
 
 
 class Labelled(NamedTuple):
-  """A record: its text, its ids and their types, and its label, 0 if it is not known.
+  """A record: its ids and their types, and its label, 0 if it is not known.
 
   size: how many ids it would have, were it not cut.
   """
 
-  text: str
   size: int
   tokens: list[int]
   types: list[int]
@@ -173,10 +172,9 @@ class Objective(base.Labels):
       text_pairs = tokenizer.encode([record.get("text_pair", "") for record in records])
     encoded = []
     labels = labels or [0.0] * len(records)
-    for record, text, text_pair, label in zip(records, texts, text_pairs, labels):
+    for text, text_pair, label in zip(texts, text_pairs, labels):
       tokens, types, cut = _assemble(text, text_pair, tokenizer, facts, length)
-      words = f"{record['text']} {record.get('text_pair', '')}".strip()
-      encoded.append(Labelled(words, len(tokens) + cut, tokens, types, label))
+      encoded.append(Labelled(len(tokens) + cut, tokens, types, label))
     sizes = np.array([len(record.tokens) for record in encoded])
     return LabelledRows(
       encoded,
@@ -199,29 +197,36 @@ class Objective(base.Labels):
   def remarks(self, rows):
     if self.regression:
       return []
-    counts = np.bincount(np.concatenate([r.labels for r in rows]).astype(int))
+    labels = np.concatenate([r.labels for r in rows]).astype(int)
+    counts = np.bincount(labels, minlength=len(self.classes))
     if len(counts) > MOST_NAMED:
       return [f"{len(counts)} classes of {counts.min():,} to {counts.max():,} examples"]
     named = [f"{name} {count:,}" for name, count in zip(self.classes, counts)]
     return [f"{len(counts)} classes: {', '.join(named)}"]
 
-  def baselines(self, rows, eval_rows):
+  def baselines(self, train, held_out):
     """The accuracy of the commonest class, and of logistic regression on TF-IDF."""
     if self.regression or not self.baseline:
       return {}
-    examples = [record for r in rows for record in r.encoded]
-    texts, labels = _texts_and_labels(examples)
     # Imported here: labelling a text needs no such model.
     from llm.models import classical
 
-    held_out = _texts_and_labels(eval_rows.encoded)
-    few = np.random.default_rng(0).permutation(len(texts))[: classical.MOST_TEXTS]
-    learned = [texts[i] for i in few], labels[few]
-    commonest = np.bincount(labels).argmax()
-    return {
-      "majority_accuracy": float((held_out[1] == commonest).mean()),
-      "tfidf_accuracy": classical.accuracy("tfidf_lr", classical.STRENGTH, learned, held_out),
-    }
+    learned = self._texts_and_labels(train)
+    asked = self._texts_and_labels([held_out])
+    commonest = np.bincount(learned[1]).argmax()
+    accuracies = {"majority_accuracy": float((asked[1] == commonest).mean())}
+    if (accuracy := classical.baseline_accuracy(learned, asked)) is not None:
+      accuracies["tfidf_accuracy"] = accuracy
+    return accuracies
+
+  def _texts_and_labels(self, sources: Sequence[Source]) -> tuple[list[str], np.ndarray]:
+    texts = []
+    labels = []
+    for source in sources:
+      for record in source.records():
+        texts.append(" ".join(filter(None, (record["text"], record.get("text_pair")))))
+        labels.append(int(self._target(record, source)))
+    return texts, np.array(labels)
 
   def label_name(self, label):
     return self.classes[int(label)] if self.classes else str(float(label))
@@ -317,10 +322,6 @@ class Objective(base.Labels):
     if len(self.classes) == 2:  # GLUE's F1 is that of the second class
       figures["f1"] = sklearn.metrics.f1_score(labels, predicted, zero_division=undefined)
     return {name: float(value) for name, value in figures.items()}
-
-
-def _texts_and_labels(records: Sequence[Labelled]) -> tuple[list[str], np.ndarray]:
-  return [record.text for record in records], np.array([int(record.label) for record in records])
 
 
 def _where(record: dict, source: Source | None = None) -> str:

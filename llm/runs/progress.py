@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, Mapping
+from typing import Any, Mapping, Sequence
 
 from llm.core import UserError
 
@@ -21,10 +21,25 @@ class Progress:
   since: int = 0
 
   @classmethod
-  def of_run(cls, goal: str, description: Mapping[str, Any]) -> "Progress":
-    """That of the checkpoint which a run goes on from, if it had the same goal."""
+  def of_run(
+    cls,
+    goal: str,
+    description: Mapping[str, Any],
+    evaluations: Sequence[tuple[int, Mapping[str, float]]] = (),
+  ) -> "Progress":
+    """That of the checkpoint which a run goes on from, if it had the same goal.
+
+    evaluations: (step, figures) of the checkpoints on disk, which tell the best by another goal.
+    """
     saved = description.get("progress", {})
-    return cls(**saved) if saved.get("goal") == goal else cls(goal)
+    if saved.get("goal") == goal:
+      return cls(**saved)
+    progress = cls(goal)
+    metric = goal.partition(":")[2]
+    for step, figures in evaluations:
+      if metric in figures:
+        progress.add(step, figures)
+    return progress
 
   def saved(self) -> dict[str, Any]:
     """What a checkpoint keeps of it; nothing before the first evaluation."""

@@ -29,6 +29,8 @@ MAY_CHANGE = {
   "data.cache",
   "data.prefetch",
   "data.workers",
+  "model.embedding_start",
+  "model.init_std",
   "model.loss_chunk",
   "model.remat",
   "model.scan",

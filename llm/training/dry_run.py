@@ -51,6 +51,8 @@ def run(
   `loop.train`. Raises UserError as a run would.
   """
   experiment, mesh = loop.on_mesh(config, None, say, use_devices)
+  if jax.process_index():
+    say = loop.silent
   say(keys(config, experiment.config, file, overridden))
   with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as scratch:
     experiment = reference.attached(experiment, mesh, say)
@@ -74,7 +76,7 @@ def run(
     say(_time(experiment, state, train_step, eval_step, mesh))
   first = in_words.row(experiment.batches[0], 0, experiment.tokenizer, experiment.objective)
   say(f"batch 0, row 0: {first}")
-  say("a dry run: nothing was written")
+  say("a dry run: no workdir was written")
 
 
 def keys(config: Config, resolved: Config, file: str, overridden: Collection[str]) -> str:

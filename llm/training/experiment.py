@@ -38,7 +38,6 @@ DETAILS = (
   "tied",
   "scaled_output",
   "gated",
-  "init_std",
 )
 # What is settled anew on every machine: it changes no more than the last bits of a result.
 OF_THE_MACHINE = ("dtype", "scan", "attention")
@@ -89,15 +88,38 @@ class Experiment:
 class Training(Experiment):
   """An experiment with its data.
 
-  names: of the training sources. remarks: on the data, lines. vectors_VxE: what the table of tokens
-  starts as; 0 for pieces that start at random, None where all do.
+  train, held_out: the sources of training and of evaluation.
   """
 
   batches: Batches
   eval_rows: base.Rows | None
-  names: tuple[str, ...]
-  remarks: tuple[str, ...]
-  vectors_VxE: np.ndarray | None
+  train: tuple[sources.Source, ...]
+  held_out: sources.Source | None
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    """Of the training sources."""
+    return tuple(source.spec for source in self.train)
+
+  def remarks(self) -> list[str]:
+    """What there is to say of the data, a line each. Labelled records are read once more."""
+    remarks = self.objective.remarks(self.batches.rows)
+    if self.objective.labelled and self.held_out:
+      remarks = [*remarks, *duplicates.remarks(self.train, self.held_out)]
+    return remarks
+
+  def vectors(self, say: Callable) -> np.ndarray | None:
+    """VxE: what the table of tokens starts as, 0 for pieces that start at random.
+
+    None where all do. Counts the running text of all training sources.
+    """
+    model = self.config.model
+    if model.embedding_start == "random":
+      return None
+    say("counting which pieces stand near which, for the embeddings")
+    texts = [documents.load(source, self.tokenizer, "none") for source in self.train]
+    width = embedding_width_of(model)
+    return cooccurrence.vectors(texts, self.tokenizer.vocab_size, width, self.train[0].cache)
 
 
 class Bundle(NamedTuple):
@@ -120,8 +142,12 @@ def prepare(config: Config, own: epath.Path | None = None, say: Callable = print
   objective = base.build(description["config"]["objective"] if own else config.objective)
   train = sources.parse(config.data.train, config.data)
   tokenizer = _tokenizer(config, start, train)
-  model = _following(config.model, description, tokenizer.vocab_size)
+  model = _following(config.model, description, tokenizer.vocab_size, objective.labelled)
   base.check_kind(objective, model)
+  if model.embedding_start != "random" and objective.labelled:
+    raise UserError(
+      "config.model.embedding_start=cooccurrence is for pretraining on running text; take random"
+    )
   length = config.training.sequence_length
   if length > model.max_length:
     raise UserError(
@@ -131,13 +157,10 @@ def prepare(config: Config, own: epath.Path | None = None, say: Callable = print
   objective = objective.fit(train, tokenizer)
   rows = [objective.rows(source, tokenizer, config.data, model, length) for source in train]
   batches = _batches(config, rows, [source.weight for source in train])
-  remarks = objective.remarks(rows)
-  eval_rows = None
+  held_out = eval_rows = None
   if config.data.eval:
     held_out = sources.parse_one(config.data.eval, config.data)
     eval_rows = objective.eval_rows(held_out, tokenizer, config.data, model, length)
-    if objective.labelled:
-      remarks += duplicates.remarks(train, held_out)
   fitted = dataclasses.replace(config, model=model, objective=base.to_mapping(objective))
   if own and config.optimizer.learning_rate == -1:
     fitted = _at_the_rate_of(description, fitted)
@@ -145,22 +168,7 @@ def prepare(config: Config, own: epath.Path | None = None, say: Callable = print
   resolved = asked
   if own:
     resolved = dataclasses.replace(asked, model=_as_settled(model, description))
-  names = tuple(source.spec for source in train)
-  vectors_VxE = None
-  if model.embedding_start == "cooccurrence" and not start:
-    vectors_VxE = _vectors(train, tokenizer, model, objective.labelled, say)
-  return Training(
-    resolved,
-    objective,
-    tokenizer,
-    asked,
-    start,
-    batches,
-    eval_rows,
-    names,
-    tuple(remarks),
-    vectors_VxE,
-  )
+  return Training(resolved, objective, tokenizer, asked, start, batches, eval_rows, train, held_out)
 
 
 def without_data(config: Config, say: Callable = print) -> Experiment:
@@ -180,7 +188,7 @@ def without_data(config: Config, say: Callable = print) -> Experiment:
     trained = config.tokenizer.vocab_size + config.tokenizer.sentinels
     vocab_size = config.model.vocab_size or trained
   description = manager.describe(start) if start else {}
-  model = _following(config.model, description, vocab_size)
+  model = _following(config.model, description, vocab_size, objective.labelled)
   base.check_kind(objective, model)
   objective = objective.fit((), stand_in)
   steps = config.training.steps or 1000
@@ -234,13 +242,16 @@ def _check(config: Config):
       "config.training.keep_best must be auto, 'max:METRIC' or 'min:METRIC', which needs "
       "config.data.eval"
     )
-  if training.patience and not (best and config.data.eval):
+  if training.patience and not (best and config.data.eval and training.eval_every):
     raise UserError(
-      f"config.training.patience={training.patience} needs config.data.eval, and "
-      "config.training.keep_best to say what is better"
+      f"config.training.patience={training.patience} needs config.data.eval, "
+      "config.training.eval_every, and config.training.keep_best to say what is better"
     )
   if (training.steps > 0) == (training.epochs > 0) and training.epochs != -1:
-    raise UserError("set either config.training.steps or config.training.epochs, the other to 0")
+    raise UserError(
+      f"config.training.steps={training.steps} and config.training.epochs={training.epochs:g}: set "
+      "one of them, the other to 0"
+    )
 
 
 def _start(config: Config, own: epath.Path | None, say: Callable) -> epath.Path | None:
@@ -250,15 +261,21 @@ def _start(config: Config, own: epath.Path | None, say: Callable) -> epath.Path 
   return locate.find(config.transfer.checkpoint, say, config.data.cache)
 
 
-def _following(model: ModelConfig, start: dict, vocab_size: int) -> ModelConfig:
-  """The model with what is not set taken from the checkpoint that the run starts from."""
+def _following(model: ModelConfig, start: dict, vocab_size: int, labelled: bool) -> ModelConfig:
+  """The model with what is not set taken from the checkpoint that the run starts from.
+
+  labelled: whether the objective is; its runs have dropout where the architecture is tuned with it.
+  """
   if start:
     same = dataclasses.asdict(config_lib.freeze(start["config"]).model)
     unset = {name: same[name] for name in SHAPE if not getattr(model, name)}
     if not model.name:
       unset |= {name: same[name] for name in DETAILS}
+    if not model.init_std:
+      unset["init_std"] = same["init_std"]
     if model.dropout < 0:
-      unset["dropout"] = same["dropout"]
+      tuning = models.facts_of(model.name or same["name"]).tuning_dropout if labelled else 0.0
+      unset["dropout"] = same["dropout"] or tuning
     model = dataclasses.replace(model, **unset)
   if missing := [name for name in SHAPE if not getattr(model, name)]:
     raise UserError(
@@ -328,24 +345,6 @@ def _as_settled(model: ModelConfig, description: dict) -> ModelConfig:
   if model.dtype != "auto" or "settled" not in description:
     return model
   return dataclasses.replace(model, dtype=description["settled"]["dtype"])
-
-
-def _vectors(
-  train: tuple[sources.Source, ...],
-  tokenizer: tokenizer_lib.Tokenizer,
-  model: ModelConfig,
-  labelled: bool,
-  say: Callable,
-) -> np.ndarray:
-  """What the table of tokens starts as: vectors by the neighbours of each piece."""
-  if labelled:
-    raise UserError(
-      "config.model.embedding_start=cooccurrence is for pretraining on running text; take random"
-    )
-  say("counting which pieces stand near which, for the embeddings ..")
-  texts = [documents.load(source, tokenizer, "none") for source in train]
-  width = embedding_width_of(model)
-  return cooccurrence.vectors(texts, tokenizer.vocab_size, width, train[0].cache)
 
 
 def _at_the_rate_of(description: dict, config: Config) -> Config:

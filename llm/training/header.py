@@ -62,7 +62,7 @@ def _show_batches(experiment: Training, parameters: int, say: Callable):
   for name, rows in zip(experiment.names, batches.rows):
     if rows.note:
       say(f"            {name}: {rows.note}")
-  for remark in experiment.remarks:
+  for remark in experiment.remarks():
     say(f"            {remark}")
 
 

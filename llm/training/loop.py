@@ -56,7 +56,7 @@ def train(
     resume_from = manager.newest_valid(checkpoints, say)
     experiment, mesh = on_mesh(config, resume_from, say, use_devices)
     if jax.process_index():
-      say = _silent
+      say = silent
     with jax.set_mesh(mesh):
       workdir_lib.check_processes_agree(config, workdir)
       with workdir_lib.locked(workdir):
@@ -87,7 +87,7 @@ def on_mesh(
   return experiment, mesh
 
 
-def _silent(*_: Any):
+def silent(*_: Any):
   """Takes the place of `say` in all processes but the first."""
 
 
@@ -114,7 +114,8 @@ class _Run:
     # Of the last evaluation.
     self.eval_figures: dict[str, float] = {}
     description = manager.describe(resume_from) if resume_from else {}
-    self.progress = Progress.of_run(config.training.keep_best, description)
+    goal = config.training.keep_best
+    self.progress = Progress.of_run(goal, description, manager.evaluations(workdir) if goal else [])
     self.state, optimizer, self.frozen_masks, self.origin = state_lib.first_state(
       experiment, resume_from, workdir, mesh, say
     )
@@ -134,7 +135,7 @@ class _Run:
     params = jax.eval_shape(self.params)
     self.parameters = flops.count_parameters(params, config.model.vocab_size)
     self._show_header(resume_from)
-    self.baselines = baselines(experiment, say)
+    self.baselines = baselines(experiment, say) if self.first_step < self.steps else {}
     self.mfu = _mfu(experiment, params, mesh, say)
     self._open()
 
@@ -149,9 +150,7 @@ class _Run:
   def _open(self):
     """Opens the checkpoints, the logs and the stream of batches."""
     config = self.config
-    self.saver = manager.Manager(
-      self.workdir, config.training.keep, config.training.keep_best, self.experiment.tokenizer
-    )
+    self.saver = manager.Manager(self.workdir, config.training.keep, self.experiment.tokenizer)
     self.log_folder = workdir_lib.LogFolder(self.workdir)
     self.log = Log(self.log_folder, self.first_step, self.steps)
     self.meter = Meter(self.first_step, self.experiment.batches.tokens())
@@ -180,7 +179,7 @@ class _Run:
           eval_figures = {}
           if self.due(step, training.eval_every):
             eval_figures = self.evaluate(step)
-          is_best = self.progress.add(step, eval_figures)
+          is_best = self.is_best(step, eval_figures)
           stop_signal = self.stop.requested()
           if self.due(step, training.save_every) or is_best or stop_signal or self.stalled():
             self.save(step, eval_figures)
@@ -190,6 +189,14 @@ class _Run:
       self.say(f"saved step {step}; the same command goes on from there")
       raise Stopped(128 + stop_signal)
     return self.finish(step)
+
+  def is_best(self, step: int, eval_figures: dict[str, float]) -> bool:
+    """Whether these are the best figures so far. Raises UserError where they lack the goal."""
+    try:
+      return self.progress.add(step, eval_figures)
+    except UserError:
+      self.save(step, eval_figures)
+      raise
 
   def stalled(self) -> bool:
     """Whether so many evaluations in a row were no better that the run ends."""
@@ -227,13 +234,13 @@ class _Run:
     with self.meter.timed("evaluation"):
       figures = self._evaluate(self.experiment.eval_rows)
     if figures:
-      figures = {**figures, **self.baselines}
       self.eval_figures = figures
       self.log.metrics(step, figures, "eval")
     return figures
 
   def _evaluate(self, rows: base.Rows) -> dict[str, float]:
-    return evaluation.evaluate(
+    """The figures with those of the baselines; {} where a signal interrupts."""
+    figures = evaluation.evaluate(
       self.eval_step,
       self.state.trained,
       self.state.frozen,
@@ -244,6 +251,7 @@ class _Run:
       self.config.training.eval_batches,
       self.stop,
     )
+    return {**figures, **self.baselines} if figures else {}
 
   def save(self, step: int, eval_figures: dict[str, float]):
     """Starts to write a checkpoint. Training goes on meanwhile."""
@@ -255,7 +263,9 @@ class _Run:
       "progress": self.progress.saved(),
     }
     with self.meter.timed("checkpoint"):
-      self.saver.save(step, self.params(), self.state.opt_state, description)
+      self.saver.save(
+        step, self.params(), self.state.opt_state, description, best=self.progress.step
+      )
 
   def params(self) -> Params:
     """Trained and frozen parameters as one tree."""
@@ -279,7 +289,8 @@ class _Run:
     path = self.workdir / "result.json"
     if step == self.first_step:
       if path.exists():
-        self.say(f"already done: step {self.first_step} in {self.workdir}")
+        early = ", stopped early: a higher config.training.patience goes on" * self.stalled()
+        self.say(f"already done: step {self.first_step} in {self.workdir}{early}")
         return json.loads(path.read_text())
       if self.experiment.eval_rows is not None:
         self.eval_figures = self._evaluate(self.experiment.eval_rows)
@@ -287,7 +298,7 @@ class _Run:
           raise Stopped(128 + stop_signal)
     result = self._result(step)
     workdir_lib.write_json(path, result)
-    if self.stalled():
+    if self.stalled() and step < self.steps:
       self.say(f"stopped early: {self.progress.since} evaluations were no better")
     if self.progress.step >= 0:
       self.say(
@@ -317,10 +328,14 @@ class _Run:
 
 
 def baselines(experiment: Training, say: Callable) -> dict[str, float]:
-  """What models without a network reach on the evaluation source; {} without one."""
-  if experiment.eval_rows is None:
+  """What models without a network reach on the evaluation source; {} without one.
+
+  Only the first process logs it, and it would not compare with a part of the source.
+  """
+  held_out = experiment.held_out
+  if held_out is None or experiment.config.training.eval_batches or jax.process_index():
     return {}
-  baselines = experiment.objective.baselines(experiment.batches.rows, experiment.eval_rows)
+  baselines = experiment.objective.baselines(experiment.train, held_out)
   if baselines:
     figures = ", ".join(f"{name} {value:.1%}" for name, value in baselines.items())
     say(f"baseline    {figures}")

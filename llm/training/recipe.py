@@ -12,7 +12,7 @@ from llm.config import Config, RecipeConfig
 # The power of the number of tokens with which the best rate falls. Bjorck et al. 2024 (section 3)
 # find 0.32 at one batch size. From published runs to minutes it is 0.2 (docs/recipes.md).
 TOKENS_POWER = 0.2
-# Rates above are unstable for any model.
+# Narrow models get no higher rate.
 HIGHEST_RATE = 1e-2
 # Small data are gone through until so many steps are taken, but not more often than MOST_EPOCHS.
 # Fine-tuning in fewer steps often fails (Mosbach et al. 2021, section 6; Zhang et al. 2021, section
@@ -40,7 +40,7 @@ def learning_rate(config: Config) -> float:
     if recipe.steps:
       tokens_ratio = batch_ratio * config.training.steps / recipe.steps
       rate *= tokens_ratio**-TOKENS_POWER
-  return float(f"{min(rate, HIGHEST_RATE):.2g}")
+  return float(f"{min(rate, max(HIGHEST_RATE, recipe.learning_rate)):.3g}")
 
 
 def epochs(recipe: RecipeConfig, steps_an_epoch: float) -> float:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -120,8 +121,9 @@ def first_state(
   else:
     params = _fresh_params(planned)
     origin = "random initialisation"
-    if experiment.vectors_VxE is not None:
-      params = _with_vectors(params, experiment.vectors_VxE, experiment.config.model.init_std)
+    vectors_VxE = experiment.vectors(say)
+    if vectors_VxE is not None:
+      params = _with_vectors(params, vectors_VxE, experiment.config.model.init_std)
       origin = "random initialisation, embeddings by the neighbours of each piece"
   trained, frozen = jax.jit(
     lambda p: partition.split(p, planned.frozen_masks),
@@ -144,7 +146,12 @@ def _fresh_params(planned: Plan) -> Params:
 
 
 def _with_vectors(params: Params, vectors_VxE: np.ndarray, std: float) -> Params:
-  """The parameters with a table of tokens that starts as `vectors`, at a standard deviation."""
+  """The parameters with a table of tokens that starts as `vectors`, at a standard deviation.
+
+  All processes take the vectors of the first: their last bits may differ between machines.
+  """
+  if jax.process_count() > 1:
+    vectors_VxE = np.asarray(multihost_utils.broadcast_one_to_all(vectors_VxE))
   leaves = flatten(params)
   path = "backbone/token/embedding"
   table = leaves[path]
