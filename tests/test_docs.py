@@ -188,6 +188,7 @@ def workplace(tmp_path_factory):
       {"sentence1": r["text"], "sentence2": "x", "label": r["label"]} for r in labelled
     ],
     "conversations": [{"messages": conversation}] * 8,
+    "held_out_conversations": [{"messages": conversation}] * 8,
     "pairs": [{"prompt": "Name a colour.", "chosen": "Red.", "rejected": "No."}] * 8,
     "targets": [{"text": r["text"], "target": r["label"]} for r in labelled],
   }

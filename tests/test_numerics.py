@@ -220,9 +220,23 @@ def test_auto_takes_bfloat16_operands_only_where_they_are_faster(monkeypatch):
 
 
 def test_speeds_are_measured_inside_a_trace_too():
-  precision.product_speeds.cache_clear()
-  jax.jit(lambda x: x * precision.product_speeds(64, 32, 1)["float32"])(1.0)
-  assert precision.product_speeds(64, 32, 1)["bfloat16_operands"] > 0
+  jax.jit(lambda x: x * precision._measured_speeds(64, 32, 1)["float32"])(1.0)
+
+
+def test_a_machine_is_measured_once(monkeypatch, tmp_path):
+  """A later run takes the types of the first, however busy the machine is."""
+  monkeypatch.setenv("PRETUNE_CACHE", str(tmp_path))
+  measured = []
+
+  def measure():
+    measured.append({"float32": 100.0 + len(measured), "bfloat16_operands": 300.0})
+    return measured[-1]
+
+  monkeypatch.setattr(precision, "_measured_speeds", measure)
+  for _ in range(2):
+    precision.product_speeds.cache_clear()  # as another process
+    assert precision.product_speeds() == {"float32": 100.0, "bfloat16_operands": 300.0}
+  assert len(measured) == 1
   precision.product_speeds.cache_clear()
 
 

@@ -103,8 +103,8 @@ from llm.training import loop
 work = pathlib.Path(sys.argv[1])
 command.start_cpu()
 command.use_compilation_cache()
-config = responses.evaluated_by_epoch(
-  responses.tuning_config(str(work / "gpt"), "", sequence_length=256, batch_size=8, epochs=2.0)
+config = responses.tuning_config(
+  str(work / "gpt"), "", sequence_length=256, batch_size=8, epochs=2.0
 )
 before = responses.reply_loss(
   experiment.load(manager.find(work / "gpt")),

@@ -3,7 +3,7 @@
 The folder checkpoints/STEP/ has these parts:
 
   params/, opt_state/  as Orbax writes them
-  description.json     step, config (with the objective), metrics
+  description.json     step, config (with the objective), what "auto" became, metrics, progress
   tokenizer/           as data/tokenizer.py saves it
   manifest.json        the size and SHA-256 of every other file
 

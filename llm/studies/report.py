@@ -15,10 +15,10 @@ CAVEATS = (
   "Both arms have the same architecture, data, batches and fresh head. On sentiment, learning rate "
   "and epochs of each arm, and the regularisation of the classical models, were chosen on the "
   "validation split; questions and replies keep the epoch that is best there. Test splits were "
-  "scored once, and no test text is in what was pretrained on. Scratch starts at the standard "
-  "deviation that suits labels alone, pretraining at its own. The embeddings of the small BERT "
-  "start from counts of which pieces stand near which in the same unlabelled text (seconds), and "
-  "masked prediction goes on from there."
+  "scored once, and no test text is in what was pretrained on. On sentiment and questions, the "
+  "weights of scratch start at the standard deviation that suits labels alone, those of the "
+  "pretraining at their own. The embeddings of the small BERT start from counts of which pieces "
+  "stand near which in the same unlabelled text (seconds); masked prediction goes on from there."
 )
 PUBLISHED = (
   "`published` is all-MiniLM-L6-v2, fine-tuned on the same labels by one recipe: a BERT of 6 "

@@ -7,7 +7,6 @@ a few steps and by low-rank adapters alone. Writes report.md, reply_loss.png and
 
 import dataclasses
 import json
-import math
 import pathlib
 import time
 from typing import Any, Callable, Mapping
@@ -61,7 +60,14 @@ def tuning_config(checkpoint: str, cache: str, **training: Any) -> Config:
   config.transfer.checkpoint = checkpoint
   config.optimizer.update(learning_rate=1e-3, schedule="cosine", beta2=0.98, weight_decay=0.0)
   config.training.update(
-    {"epochs": 3.0, "batch_size": 4, "sequence_length": LENGTH, "log_every": 10, **training}
+    {
+      "epochs": 3.0,
+      "batch_size": 4,
+      "sequence_length": LENGTH,
+      "log_every": 10,
+      "eval_every": -1,
+      **training,
+    }
   )
   return config_lib.freeze(config)
 
@@ -76,15 +82,6 @@ def adapters_config(cache: str, steps: int) -> Config:
     model=dataclasses.replace(config.model, lora_rank=8),
     data=dataclasses.replace(config.data, eval=""),
     optimizer=dataclasses.replace(config.optimizer, learning_rate=5e-4),
-  )
-
-
-def evaluated_by_epoch(config: Config) -> Config:
-  """The same config, evaluated at the end of every epoch."""
-  batches = experiment.prepare(config, say=lambda *_: None).batches
-  eval_every = math.ceil(batches.steps_an_epoch())
-  return dataclasses.replace(
-    config, training=dataclasses.replace(config.training, eval_every=eval_every)
   )
 
 
@@ -185,7 +182,7 @@ def tune(
 
   small_steps: steps of the published decoder.
   """
-  config = evaluated_by_epoch(tuning_config(str(pretrained), cache))
+  config = tuning_config(str(pretrained), cache)
   tuned = workdir / "fine-tuned"
   loop.train(config, tuned)
   scratch = workdir / "from_scratch"

@@ -107,7 +107,7 @@ def replies_compared(
   pretraining = loop.train(replies_pretraining_config(quick, cache), pretrained)
   tuning = responses.tuning_config(str(pretrained), cache, epochs=1.0 if quick else 2.0)
   tuning = dataclasses.replace(
-    tuning, training=dataclasses.replace(tuning.training, keep_best="min:loss", eval_every=-1)
+    tuning, training=dataclasses.replace(tuning.training, keep_best="min:loss")
   )
   loop.train(tuning, workdir / "replies")
   loop.train(responses.from_scratch(tuning), workdir / "replies_from_scratch")
