@@ -26,6 +26,9 @@ SMALL = [
   "--config.model.mlp_dim=64",
   "--config.model.num_layers=2",
   "--config.model.num_heads=2",
+  # Several processes compute in float32, one in what is fastest.
+  "--config.model.dtype=float32",
+  "--config.optimizer.learning_rate=1e-3",
   "--config.training.sequence_length=32",
   "--config.training.batch_size=8",
   "--config.training.log_every=4",
