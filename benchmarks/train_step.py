@@ -80,7 +80,7 @@ def ours(shape, dtype):
 
   from llm import command, sharding
   from llm.config import MeshConfig, ModelConfig, OptimizerConfig
-  from llm.models import precision
+  from llm.models import precision, resolve
   from llm.objectives import base
   from llm.performance import flops
   from llm.training import experiment, optimizer, partition
@@ -102,6 +102,7 @@ def ours(shape, dtype):
   )
   command.start_cpu()
   command.use_compilation_cache()
+  config = resolve.resolved(config, length, "cpu")
   objective = base.build(
     base.defaults({"gpt": "causal_lm", "bert": "masked_lm", "t5": "span_corruption"}[kind])
   )
