@@ -14,6 +14,7 @@ import importlib
 import json
 import pathlib
 import sys
+import tempfile
 from typing import Any
 
 import jax
@@ -171,7 +172,8 @@ def main():
     configs[name] = fine_tuning(arguments.checkpoint, sources)
   results = {}
   for name, config in configs.items():
-    results[name] = measured(name, config, output, pathlib.Path("/tmp"))
+    with tempfile.TemporaryDirectory() as workdir:  # a transfer leaves its audit there
+      results[name] = measured(name, config, output, pathlib.Path(workdir))
   print(table(results, "loss"))
   if arguments.what == "finetune":
     print(table(results, "accuracy"))

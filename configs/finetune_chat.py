@@ -19,7 +19,7 @@ def get_config(task: str = "") -> Any:
   """The config for your own data, or "alpaca" for the embedded pairs."""
   config = config_lib.defaults(base.defaults("chat"))
   # Of Alpaca 7B (Taori et al. 2023).
-  config.recipe.update(learning_rate=2e-5, width=4096, epochs=3.0)
+  config.recipe.update(learning_rate=2e-5, width=4096)
   config.optimizer.update(schedule="cosine", weight_decay=0.0)
   config.training.update(
     epochs=3.0,

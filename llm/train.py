@@ -28,7 +28,9 @@ _DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "One of many processes: of a TPU pod, a Slurm job or launch/local.sh."
 )
 _DRY_RUN = flags.DEFINE_bool(
-  "dry_run", False, "Show what the run would be: keys, header, time, a batch. Nothing is written."
+  "dry_run",
+  False,
+  "Show what the run would be: keys, header, time, a batch. No workdir is written.",
 )
 _GO_ON = flags.DEFINE_bool("go_on", False, "Resume a run that began with another config.")
 

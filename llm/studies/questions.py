@@ -16,11 +16,12 @@ from etils import epath
 from llm import config as config_lib
 from llm import sharding
 from llm.checkpoints import manager
-from llm.config import Config, MeshConfig, TransferConfig
+from llm.config import Config, MeshConfig
 from llm.core import UserError
 from llm.data import sources
 from llm.objectives import base
 from llm.runs import metrics
+from llm.studies import responses
 from llm.studies.report import Compared
 from llm.studies.sentiment import SCRATCH_INIT_STD
 from llm.training import evaluation, experiment, loop
@@ -60,11 +61,8 @@ def tuning_config(checkpoint: str, cache: str, quick: bool) -> Config:
 
 def from_scratch(config: Config) -> Config:
   """The same with none of the checkpoint's parameters, and the start that suits labels alone."""
-  return dataclasses.replace(
-    config,
-    model=dataclasses.replace(config.model, init_std=SCRATCH_INIT_STD),
-    transfer=TransferConfig(checkpoint=config.transfer.checkpoint, skip=("",)),
-  )
+  model = dataclasses.replace(config.model, init_std=SCRATCH_INIT_STD)
+  return dataclasses.replace(responses.from_scratch(config), model=model)
 
 
 def _scored(step: epath.Path, config: Config) -> tuple[np.ndarray, list[str], Any]:

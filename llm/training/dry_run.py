@@ -1,4 +1,4 @@
-"""A dry run: what a run would be. It trains a few steps in memory and writes nothing."""
+"""A dry run: what a run would be. It trains a few steps in memory and writes no workdir."""
 
 import dataclasses
 import json
