@@ -22,12 +22,16 @@ OUT_OF_MEMORY = (
 )
 
 
-def run(main: Callable[[], int | None], argv: list[str] | None = None):
+def run(
+  main: Callable[[], int | None],
+  argv: list[str] | None = None,
+  check_key: Callable[[str], None] | None = None,
+):
   """Parses the flags, calls main and exits with its status, 0 where it returns none.
 
   --help prints what the command is for, and its flags. A UserError is printed as one line and exits
   with 2. A bug keeps its traceback and exits with 1. argv: the command line; None takes that of the
-  process.
+  process. check_key: raises UserError on an unknown key of --config; None takes the keys of a run.
   """
   logging.set_verbosity(logging.ERROR)
   argv = sys.argv if argv is None else argv
@@ -36,7 +40,7 @@ def run(main: Callable[[], int | None], argv: list[str] | None = None):
     print(flags.FLAGS.main_module_help())
     sys.exit(0)
   try:
-    status = _guarded(main, argv)
+    status = _guarded(main, argv, check_key or _check_key)
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     status = 2
@@ -62,9 +66,11 @@ def run_verb(name: str, verbs: Mapping[str, Callable[[], int | None]], argv: lis
   run(main, argv)
 
 
-def _guarded(main: Callable[[], int | None], argv: list[str]) -> int | None:
+def _guarded(
+  main: Callable[[], int | None], argv: list[str], check_key: Callable[[str], None]
+) -> int | None:
   """Calls main. Raises UserError for every failure that the user can mend."""
-  _parse(argv)
+  _parse(argv, check_key)
   use_compilation_cache()
   try:
     return main()
@@ -85,9 +91,9 @@ def _guarded(main: Callable[[], int | None], argv: list[str]) -> int | None:
     raise
 
 
-def _parse(argv: list[str]):
+def _parse(argv: list[str], check_key: Callable[[str], None]):
   """Reads the flags and the config file. Raises UserError if either is wrong."""
-  _check_config_flags(argv)
+  _check_config_flags(argv, check_key)
   try:
     arguments = flags.FLAGS(argv)
   except UserError:
@@ -102,7 +108,7 @@ def _parse(argv: list[str]):
     )
 
 
-def _check_config_flags(argv: list[str]):
+def _check_config_flags(argv: list[str], check_key: Callable[[str], None]):
   """Raises UserError if the config file or an overridden key does not exist.
 
   ml_collections would raise errors that name no key that was probably meant.
@@ -118,7 +124,7 @@ def _check_config_flags(argv: list[str]):
       if not os.path.isfile(path):
         raise UserError(f"--config={path}: no such config file")
     elif argument.startswith(("--config.", "-config.")):
-      _check_key(name.removeprefix("config."))
+      check_key(name.removeprefix("config."))
 
 
 def _check_key(key: str):

@@ -8,17 +8,24 @@ A checkpoint of ours becomes a folder that from_pretrained of transformers loads
   python -m llm.convert to_hf --checkpoint=DIR --output=DIR
 Its adapters and head, alone, become a folder of the package peft:
   python -m llm.convert adapters --checkpoint=DIR --output=DIR
+Token shards become text, JSON lines in parts:
+  python -m llm.convert shards --source=DIR --output=DIR
 """
 
+import itertools
+import json
 import pathlib
 import sys
 from typing import Callable
 
+import tqdm
 from absl import flags
 
 from llm import cache, command, storage
 from llm.checkpoints import gguf, huggingface, locate
+from llm.config import DataConfig
 from llm.core import UserError
+from llm.data import sources
 
 _SOURCE = flags.DEFINE_string(
   "source", None, "A folder in the layout of transformers, hf:ORG/NAME or embedded:minilm."
@@ -26,6 +33,8 @@ _SOURCE = flags.DEFINE_string(
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", None, "A workdir, its checkpoints folder or one step."
 )
+DOCUMENTS_A_FILE = 100_000
+
 _OUTPUT = flags.DEFINE_string("output", None, "The folder to write; must not exist.")
 
 
@@ -72,10 +81,29 @@ def _export_with(write: Callable[..., None], package: str):
   print(f"{output} is a folder of {package}: from_pretrained({str(output)!r}) loads it")
 
 
+def _shards_to_text():
+  """Writes the documents of the shards of --source, a file of JSON lines for every 100,000."""
+  output = _output()
+  if not _SOURCE.value:
+    raise UserError("--source is missing: the shards/ of llm.prepare")
+  source = sources.parse_one(f"shards:{_SOURCE.value}", DataConfig())
+
+  def write(folder: pathlib.Path):
+    records = iter(tqdm.tqdm(source.records(), unit=" documents", disable=None))
+    numbers = itertools.count()
+    while part := list(itertools.islice(records, DOCUMENTS_A_FILE)):
+      with open(folder / f"{next(numbers):05d}.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in part)
+
+  cache.made_once(output, write)
+  print(f"{output} holds the documents: --config.data.train=jsonl:{output} trains on them")
+
+
 VERBS = {
   "from_hf": lambda: _import_with(huggingface.read),
   "from_gguf": lambda: _import_with(gguf.read),
   "to_hf": lambda: _export_with(huggingface.export, "transformers"),
+  "shards": _shards_to_text,
   "adapters": lambda: _export_with(huggingface.export_adapters, "peft"),
 }
 

@@ -3,8 +3,11 @@
 python -m llm.show batch      --config=... [--step=N --rows=N]
 python -m llm.show sharding   --config=... [--topology=v5p:8x8x8]
 python -m llm.show checkpoint --checkpoint=DIR
+python -m llm.show corpus     DIR
 """
 
+import pathlib
+import pydoc
 import sys
 from typing import Sequence
 
@@ -30,6 +33,7 @@ _CHECKPOINT = flags.DEFINE_string(
 _TOPOLOGY = flags.DEFINE_string(
   "topology", "", "Devices to plan for, e.g. v5e:4x4; default: those of this machine."
 )
+_CORPUS = flags.DEFINE_string("corpus", None, "The --output of llm.prepare.")
 _STEP = flags.DEFINE_integer("step", 0, "The batch of this step.", lower_bound=0)
 _ROWS = flags.DEFINE_integer("rows", 2, "How many of its rows to show.", lower_bound=1)
 
@@ -119,8 +123,28 @@ def show_checkpoint():
   print(f"{sum(leaf.size for leaf in leaves.values()):,} parameters, the vocabulary padded")
 
 
-VERBS = {"batch": show_batch, "sharding": show_sharding, "checkpoint": show_checkpoint}
+def show_corpus():
+  """Pages through what llm.prepare did: figures, and documents kept and dropped by each reason."""
+  if not _CORPUS.value:
+    raise UserError(
+      "the folder is missing: python -m llm.show corpus DIR, the --output of llm.prepare"
+    )
+  report = pathlib.Path(_CORPUS.value).expanduser() / "report.md"
+  if not report.is_file():
+    raise UserError(f"{report}: there is no report: {_CORPUS.value} is no corpus that is finished")
+  pydoc.pager(report.read_text())
+
+
+VERBS = {
+  "batch": show_batch,
+  "sharding": show_sharding,
+  "checkpoint": show_checkpoint,
+  "corpus": show_corpus,
+}
 
 
 if __name__ == "__main__":
-  command.run_verb("llm.show", VERBS, sys.argv)
+  arguments = list(sys.argv)
+  if arguments[1:2] == ["corpus"] and len(arguments) > 2 and not arguments[2].startswith("-"):
+    arguments[2] = f"--corpus={arguments[2]}"
+  command.run_verb("llm.show", VERBS, arguments)

@@ -8,7 +8,7 @@ import pytest
 from llm import cache
 from llm.config import DataConfig, TokenizerConfig
 from llm.core import UserError
-from llm.data import documents, embedded, sources, tokenizer
+from llm.data import documents, embedded, sources, tokenizer, wikitext
 
 
 def records(spec, **data):
@@ -178,7 +178,7 @@ def test_no_network_is_one_line(tmp_path, monkeypatch):
 
 
 def test_wikitext_becomes_prose():
-  wikitext = (
+  markup = (
     "'''Bold''' is a [[link|word]] in this long sentence about nothing at all, really."
     "<ref>no</ref>\n"
     "{{infobox|x=1}}\n"
@@ -189,7 +189,7 @@ def test_wikitext_becomes_prose():
     "== Heading ==\n"
   )
   assert (
-    embedded.plain_text(wikitext)
+    wikitext.plain_text(markup)
     == "Bold is a word in this long sentence about nothing at all, really."
   )
 

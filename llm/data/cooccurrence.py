@@ -48,9 +48,9 @@ def _counts(documents: Sequence[Documents], vocab_size: int) -> scipy.sparse.csr
     total = min(len(of_source.tokens_N), MOST_TOKENS // len(documents))
     bounds = of_source.bounds()
     for start in range(0, total, CHUNK):
-      places_N = np.arange(start, min(start + CHUNK, total))
-      document_N = np.searchsorted(bounds, places_N, side="right")
-      counts += _counts_of(of_source.tokens_N[places_N], document_N, vocab_size)
+      stop = min(start + CHUNK, total)
+      document_N = np.searchsorted(bounds, np.arange(start, stop), side="right")
+      counts += _counts_of(of_source.tokens_N[start:stop], document_N, vocab_size)
   return scipy.sparse.csr_matrix(counts + counts.T)
 
 

@@ -10,6 +10,7 @@ import tqdm
 
 from llm import cache
 from llm.core import UserError
+from llm.data import shards
 from llm.data.sources import Source
 from llm.data.tokenizer import Tokenizer
 
@@ -25,7 +26,7 @@ class Documents:
   sentences[documents[i]:documents[i+1]].
   """
 
-  tokens_N: np.ndarray
+  tokens_N: np.ndarray | shards.Tokens
   sentences: np.ndarray
   documents: np.ndarray
   digest: str
@@ -36,10 +37,13 @@ class Documents:
 
   def __reduce__(self):
     """Pickles the folder alone: another process maps the same files."""
-    return _open, (self.folder, self.tokens_N.dtype, self.digest)
+    tokens = self.tokens_N if isinstance(self.tokens_N, shards.Tokens) else None
+    return _open, (self.folder, self.tokens_N.dtype, self.digest, tokens)
 
   def bounds(self) -> np.ndarray:
     """The start of every document in tokens_N, and the end."""
+    if len(self.sentences) == len(self.documents):
+      return self.sentences  # a document is a sentence: nothing is copied
     return self.sentences[self.documents]
 
 
@@ -49,30 +53,42 @@ def load(source: Source, tokenizer: Tokenizer, how: str) -> Documents:
   how: "split" splits lines into sentences, "lines" takes a line as a sentence, "none" takes a
   document as one sentence. Raises UserError where the source has no text.
   """
+  if source.kind == "shards":
+    return _of_shards(source, tokenizer, how)
   key = cache.digest("documents 1", source.digest(), tokenizer.digest(), how)
   folder = cache.made_once(
     source.cache / "tokens" / key[:32], lambda scratch: _write(source, tokenizer, how, scratch)
   )
-  return _open(folder, _id_type(tokenizer), key)
+  return _open(folder, shards.id_type(tokenizer), key)
 
 
-def _open(folder: pathlib.Path, dtype: np.dtype, digest: str) -> Documents:
+def _of_shards(source: Source, tokenizer: Tokenizer, how: str) -> Documents:
+  """The documents of token shards: only offsets are made here."""
+  shards.check_tokenizer(source, tokenizer)
+  key = cache.digest("shards 1", source.digest(), how)
+  folder = cache.made_once(
+    source.cache / "tokens" / key[:32], lambda scratch: shards.offsets(source, scratch, how)
+  )
+  tokens = shards.Tokens(shards.facts(source))
+  return _open(folder, tokens.dtype, key, tokens)
+
+
+def _open(
+  folder: pathlib.Path, dtype: np.dtype, digest: str, tokens: shards.Tokens | None = None
+) -> Documents:
+  """The documents of a folder of the cache. tokens: where they are not in the folder."""
   return Documents(
-    np.memmap(folder / "tokens.bin", dtype, "r"),
-    np.load(folder / "sentences.npy"),
-    np.load(folder / "documents.npy"),
+    np.memmap(folder / "tokens.bin", dtype, "r") if tokens is None else tokens,
+    np.load(folder / "sentences.npy", mmap_mode="r"),
+    np.load(folder / "documents.npy", mmap_mode="r"),
     digest,
     folder,
   )
 
 
-def _id_type(tokenizer: Tokenizer) -> np.dtype:
-  return np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-
-
 def _write(source: Source, tokenizer: Tokenizer, how: str, folder: pathlib.Path) -> None:
   """Writes the ids and the offsets of a source into `folder`."""
-  dtype = _id_type(tokenizer)
+  dtype = shards.id_type(tokenizer)
   sentence_lengths: list[int] = []
   sentence_counts: list[int] = []  # one a document
   progress = tqdm.tqdm(
@@ -80,7 +96,7 @@ def _write(source: Source, tokenizer: Tokenizer, how: str, folder: pathlib.Path)
   )
   with open(folder / "tokens.bin", "wb") as file, progress:
     for documents in _groups_of_documents(source, how):
-      for sentence_ids in _encode(documents, tokenizer):
+      for sentence_ids in encode(documents, tokenizer):
         lengths = [len(ids) for ids in sentence_ids]
         sentence_lengths.extend(lengths)
         sentence_counts.append(len(lengths))
@@ -97,14 +113,14 @@ def _groups_of_documents(source: Source, how: str) -> Iterator[list[list[str]]]:
   """The sentences of each document, in groups of DOCUMENTS_AT_ONCE documents."""
   group = []
   for record in source.records():
-    group.append(_sentences(record["text"], how))
+    group.append(sentences(record["text"], how))
     if len(group) == DOCUMENTS_AT_ONCE:
       yield group
       group = []
   yield group
 
 
-def _encode(documents: list[list[str]], tokenizer: Tokenizer) -> Iterator[list[list[int]]]:
+def encode(documents: list[list[str]], tokenizer: Tokenizer) -> Iterator[list[list[int]]]:
   """The ids of each document's sentences. Sentences and documents without tokens are left out."""
   ids = iter(tokenizer.encode([sentence for document in documents for sentence in document]))
   for document in documents:
@@ -113,16 +129,16 @@ def _encode(documents: list[list[str]], tokenizer: Tokenizer) -> Iterator[list[l
       yield with_tokens
 
 
-def _sentences(text: str, how: str) -> list[str]:
+def sentences(text: str, how: str) -> list[str]:
   """The sentences of one text; `how` as in `load`."""
   if how == "none":
     return [text]
   lines = [line for line in text.splitlines() if line.strip()]
   if how == "lines":
     return lines
-  sentences = []
+  split = []
   for line in lines:
     # The package is compiled and has no stubs.
     parts = sentencex.segment("en", line)  # pyright: ignore[reportAttributeAccessIssue]
-    sentences.extend(part.strip() for part in parts if part.strip())
-  return sentences
+    split.extend(part.strip() for part in parts if part.strip())
+  return split

@@ -20,10 +20,9 @@ import xml.etree.ElementTree as ElementTree
 import zipfile
 from typing import Any, Iterator, NamedTuple
 
-import mwparserfromhell
-
 from llm import cache
 from llm.core import UserError
+from llm.data import wikitext as wikitext_lib
 
 
 class Archive(NamedTuple):
@@ -242,36 +241,13 @@ def _split_of(text: str, shares: tuple[float, float, float]) -> str:
   return "test"
 
 
-def plain_text(wikitext: str) -> str:
-  """Wikitext -> paragraphs of prose, one a line.
-
-  Templates, tables, references, formulas and links to files are left out.
-  """
-  code = mwparserfromhell.parse(wikitext)
-  for node in code.filter_wikilinks(recursive=True):
-    if re.match(r"\s*(file|image|category)\s*:", str(node.title), re.I):
-      _remove(code, node)
-  for node in code.filter_tags(matches=lambda n: n.tag in ("table", "ref", "gallery", "math")):
-    _remove(code, node)
-  lines = (re.sub(r"\s+", " ", line).strip() for line in code.strip_code().splitlines())
-  # A paragraph of prose ends as a sentence does. Headings, list items and rests of markup do not.
-  return "\n".join(line for line in lines if len(line) > 60 and line[-1] in ".!?\"')")
-
-
-def _remove(code: mwparserfromhell.wikicode.Wikicode, node: Any) -> None:
-  try:
-    code.remove(node)
-  except ValueError:
-    pass  # it was removed together with a node around it
-
-
 def _wikipedia(data: bytes) -> Records:
   root = ElementTree.fromstring(bz2.decompress(data))
   for page in root.iterfind("{*}page"):
     wikitext = page.findtext("{*}revision/{*}text") or ""
-    if page.findtext("{*}ns") != "0" or wikitext.lower().startswith("#redirect"):
+    if page.findtext("{*}ns") != "0" or wikitext_lib.is_redirect(wikitext):
       continue
-    if text := plain_text(wikitext):
+    if text := wikitext_lib.plain_text(wikitext):
       title = page.findtext("{*}title", "")
       yield _split_of(title, (0.95, 0.05, 0.0)), {"title": title, "text": text}
 

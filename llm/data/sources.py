@@ -2,6 +2,7 @@
 
   embedded:reviews[test]   tfds:glue/mrpc[validation]   hf:ORG/NAME:CONFIG[split]
   text:PATH   jsonl:PATH   csv:PATH   squad:PATH   parquet:PATH
+  shards:DIR   (the token shards of llm.prepare)
   text:a.txt@0.7,embedded:wikipedia@0.3
 
 A PATH is a file, a pattern or a folder. A folder stands for its files that have an ending of the
@@ -189,22 +190,27 @@ def parse_one(spec: str, config: DataConfig) -> Source:
   return source
 
 
-def compression(path: pathlib.Path) -> str:
+def compression(path: pathlib.PurePath) -> str:
   """The ending of a compressed file; "" for any other file."""
   return path.suffix if path.suffix in COMPRESSIONS else ""
 
 
 def open_decompressed(path: pathlib.Path) -> BinaryIO:
   """Opens a file for reading bytes, decompressed by its ending."""
+  return decompressed(open(path, "rb"), path)
+
+
+def decompressed(stored: BinaryIO, path: pathlib.PurePath) -> BinaryIO:
+  """The decompressed bytes of an open file, by the ending of its path."""
   if compression(path) == ".gz":
-    return cast(BinaryIO, gzip.open(path))
+    return cast(BinaryIO, gzip.GzipFile(fileobj=stored))
   if compression(path) == ".bz2":
-    return cast(BinaryIO, bz2.open(path))
+    return cast(BinaryIO, bz2.BZ2File(stored))
   if compression(path) == ".zst":
     import pyarrow
 
-    return pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
-  return open(path, "rb")
+    return pyarrow.CompressedInputStream(pyarrow.PythonFile(stored), "zstd")
+  return stored
 
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
@@ -387,6 +393,18 @@ def _embedded_content(source: Source) -> list[str]:
   return [embedded.ARCHIVES.get(source.name, ("", "", ""))[1], source.split]
 
 
+def _shards_records(source: Source) -> Iterable[dict]:
+  from llm.data import shards  # it reads through a tokenizer, which knows sources
+
+  return shards.records(source)
+
+
+def _shards_content(source: Source) -> list[str]:
+  from llm.data import shards
+
+  return shards.content(source)
+
+
 def _tfds_content(source: Source) -> list[str]:
   return [_tfds_builder(source).info.full_name, source.split]
 
@@ -432,6 +450,7 @@ KINDS: dict[str, Kind] = {
   "csv": _of_files(_csv_records, ".csv"),
   "squad": _of_files(_squad_records, ".json"),
   "parquet": _of_files(_parquet_records, ".parquet"),
+  "shards": Kind(_shards_records, _shards_content),
   "tfds": Kind(_tfds_records, _tfds_content, takes_split=True),
   "hf": Kind(_hf_records, _hf_content, takes_split=True),
 }

@@ -24,8 +24,8 @@ class PackedRows(packing.PlannedRows):
   pad: int
 
   @functools.cached_property
-  def _ends(self) -> set[int]:
-    return set(self.documents.bounds()[1:].tolist())
+  def _bounds(self) -> np.ndarray:
+    return self.documents.bounds()
 
   def example(self, i, rng):
     examples = [
@@ -37,7 +37,8 @@ class PackedRows(packing.PlannedRows):
 
   def next_token(self, stop: int) -> int:
     """The token after a piece that ends before token `stop` of the source."""
-    return self.end if stop in self._ends else int(self.documents.tokens_N[stop])
+    is_end = self._bounds[np.searchsorted(self._bounds, stop)] == stop
+    return self.end if is_end else int(self.documents.tokens_N[stop])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from llm import config as config_lib
 from llm.checkpoints import locate, manager
 from llm.config import Config, ModelConfig
 from llm.core import UserError
-from llm.data import cooccurrence, documents, duplicates, sources
+from llm.data import cooccurrence, documents, duplicates, shards, sources
 from llm.data import tokenizer as tokenizer_lib
 from llm.data.batches import Batches, rows_a_batch
 from llm.models import resolve
@@ -359,6 +359,8 @@ def _tokenizer(
 ) -> tokenizer_lib.Tokenizer:
   if start and not config.tokenizer.name:
     return manager.load_tokenizer(start)
+  if not start and (of_shards := [source for source in train if source.kind == "shards"]):
+    return shards.tokenizer(of_shards[0])
   tokenizer = tokenizer_lib.make(config.tokenizer, train, cache.cache_dir(config.data.cache))
   if not start or config.transfer.vocabulary != "same":
     return tokenizer

@@ -1,0 +1,1 @@
+"""Raw dumps to clean text and token shards, on datatrove."""

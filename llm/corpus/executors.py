@@ -1,0 +1,180 @@
+"""Runs stages by the executors of datatrove: on this machine, on Slurm, on Ray."""
+
+import concurrent.futures
+import copy
+import dataclasses
+import multiprocessing
+import os
+import sys
+from typing import Any, Callable, Sequence
+
+import tqdm
+from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
+from loguru import logger
+
+from llm.core import UserError, first_line
+from llm.corpus.stages import Output, Stage
+
+NAMES = ("local", "slurm", "ray")
+TRIES = 3  # of a task whose process was killed
+
+
+@dataclasses.dataclass(frozen=True)
+class Where:
+  """Where tasks run. workers: tasks at a time. partition, time: of Slurm."""
+
+  executor: str
+  workers: int
+  partition: str = ""
+  time: str = "20:00:00"
+
+
+class Local(LocalPipelineExecutor):
+  """Runs the tasks in processes. A task whose process is killed is run again.
+
+  The executor of datatrove takes a pool that waits for ever for a process that was killed.
+  """
+
+  def run_with(self, progress: tqdm.tqdm) -> None:
+    """Runs the tasks that are not done. Raises UserError where one fails."""
+    self.save_executor_as_json()
+    for _ in range(TRIES):
+      left = self.get_incomplete_ranks()
+      if not left or self._run_once(left, progress):
+        return
+    raise UserError(
+      f"a process of stage {progress.desc} was killed {TRIES} times (out of memory?): start again "
+      "with fewer --workers; finished tasks are kept"
+    )
+
+  def _run_once(self, ranks: Sequence[int], progress: tqdm.tqdm) -> bool:
+    """Whether all tasks were done. Stops at the first process that is killed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["llm.corpus.stages"])
+    with concurrent.futures.ProcessPoolExecutor(self.workers, context) as pool:
+      tasks = {pool.submit(_run_task, self, rank): rank for rank in ranks}
+      try:
+        for task in concurrent.futures.as_completed(tasks):
+          task.result()
+          progress.update()
+      except concurrent.futures.process.BrokenProcessPool:
+        return False
+      except Exception as error:
+        pool.shutdown(cancel_futures=True)
+        if isinstance(error, UserError):
+          raise
+        raise UserError(
+          f"task {tasks[task]} of stage {progress.desc} failed: {type(error).__name__}: "
+          f"{first_line(error)}; the whole story is in "
+          f"{self.logging_dir.path}/logs/task_{tasks[task]:05d}.log; finished tasks are kept"
+        )
+    return True
+
+
+def _run_task(executor: Local, rank: int) -> None:
+  """Runs one task in a process of the pool."""
+  logger.remove()
+  copy.copy(executor)._run_for_rank(rank, local_rank=1)  # 0 would log to the console
+
+
+def run(stages: Sequence[Stage], output: Output, where: Where, then: Callable[[], object]) -> None:
+  """Runs the stages, and `then` after the last. Tasks that are done are not run again.
+
+  On Slurm the stages are submitted, each dependent on the one before, and `then` is a job too.
+  Raises UserError where a task fails.
+  """
+  logger.remove()
+  os.environ["TQDM_DISABLE"] = "1"  # the bars of blocks, in processes that are started from here on
+  if where.executor == "local":
+    for stage in stages:
+      executor = Local(stage.blocks, stage.tasks, where.workers, output.logs(stage.name))
+      done = stage.tasks - len(executor.get_incomplete_ranks())
+      title = {"desc": stage.name, "unit": "task", "total": stage.tasks, "initial": done}
+      with tqdm.tqdm(**title, disable=None) as progress:
+        executor.run_with(progress)
+    then()
+    return
+  chain = chained(stages, output, where, then)
+  try:
+    chain[-1].run()
+  except FileNotFoundError as error:
+    raise UserError(f"--executor={where.executor}: {error.filename} was not found on this machine")
+
+
+def chained(
+  stages: Sequence[Stage], output: Output, where: Where, then: Callable[[], object]
+) -> list[Any]:
+  """An executor for each stage and for `then`, each dependent on the one before."""
+  last = Stage(f"{len(stages):02d}-report", [_Last(then)], 1)  # pyright: ignore[reportArgumentType]
+  executors: list[Any] = []
+  for stage in (*stages, last):
+    before = executors[-1] if executors else None
+    executors.append(_EXECUTORS[where.executor](stage, output, where, before))
+  return executors
+
+
+class _Last:
+  """A function as the block of a stage."""
+
+  def __init__(self, function: Callable[[], object]):
+    self.function = function
+
+  def __call__(self, data: Any, rank: int, world_size: int) -> None:
+    self.function()
+
+
+def _slurm(stage: Stage, output: Output, where: Where, before: Any) -> SlurmPipelineExecutor:
+  if not where.partition:
+    raise UserError("--executor=slurm needs --partition, the one to submit to")
+  return SlurmPipelineExecutor(
+    stage.blocks,
+    stage.tasks,
+    time=where.time,
+    partition=where.partition,
+    workers=where.workers,
+    job_name=stage.name,
+    qos="",
+    venv_path=_activation(),
+    depends=before,
+    logging_dir=output.logs(stage.name),
+    mem_per_cpu_gb=4,
+  )
+
+
+def _activation() -> str:
+  """The script that activates the environment of this process; "" where there is none."""
+  path = os.path.join(sys.prefix, "bin", "activate")
+  return path if os.path.exists(path) else ""
+
+
+def _ray(stage: Stage, output: Output, where: Where, before: Any) -> RayPipelineExecutor:
+  return RayPipelineExecutor(
+    stage.blocks,
+    stage.tasks,
+    workers=where.workers,
+    depends=before,
+    logging_dir=output.logs(stage.name),
+  )
+
+
+_EXECUTORS: dict[str, Any] = {"slurm": _slurm, "ray": _ray}
+
+
+def scripts(stages: Sequence[Stage], output: Output, where: Where) -> list[tuple[str, str]]:
+  """(stage, script) of every job that Slurm would be given."""
+  executors = chained(stages, output, where, _nothing)
+  launch = "srun -l -n 1 launch_pickled_pipeline {}/executor.pik"
+  return [
+    (
+      executor.job_name,
+      executor.get_launch_file_contents(
+        executor.get_sbatch_args(min(executor.tasks, executor.max_array_size)),
+        launch.format(executor.logging_dir.path),
+      ),
+    )
+    for executor in executors
+  ]
+
+
+def _nothing() -> None:
+  pass

@@ -1,0 +1,129 @@
+"""Markup to main text, in a process of its own: a page that hangs or explodes costs only itself."""
+
+import os
+import resource
+from typing import Any, Callable, Iterator
+
+from datatrove.data import Document
+from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.extractors.base import ExtractorSandbox
+
+from llm.core import first_line
+from llm.corpus.accounts import Samples
+from llm.data import wikitext
+
+START = 30.0  # seconds that the process may take to begin
+
+
+def trafilatura_text(html: str) -> str | None:
+  """Main text as FineWeb takes it (Penedo et al. 2024), each page alone.
+
+  FineWeb also lets trafilatura drop paragraphs that earlier pages had. That depends on the order of
+  pages, so it is off here.
+  """
+  import trafilatura
+
+  return trafilatura.extract(html, favor_precision=True, include_comments=False)
+
+
+def resiliparse_text(html: str) -> str:
+  """Main text by resiliparse: some ten times as fast, with more of the page around it."""
+  from resiliparse.extract import html2text
+
+  return html2text.extract_plain_text(html, main_content=True, alt_texts=False)
+
+
+EXTRACTORS: dict[str, Callable[[str], str | None]] = {
+  "trafilatura": trafilatura_text,
+  "resiliparse": resiliparse_text,
+  "wikitext": wikitext.plain_text,
+}
+
+
+class Bounded:
+  """A function of a text, for a process of its own: memory is bounded, an error is an answer."""
+
+  def __init__(self, function: Callable[[str], str | None], megabytes: int):
+    self.function = function
+    self.megabytes = megabytes
+    self.parent = os.getpid()
+    self._is_bounded = False
+
+  def __call__(self, text: str) -> tuple[str, str]:
+    """(text, "") or ("", the reason why there is none)."""
+    if not self._is_bounded and os.getpid() != self.parent:
+      used = _address_space()
+      limit = used + self.megabytes * 2**20
+      resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+      self._is_bounded = True
+    try:
+      return self.function(text) or "", ""
+    except MemoryError:
+      return "", "out_of_memory"
+    except RecursionError:
+      return "", "nested_too_deep"
+    except Exception as error:  # a parser may raise anything on hostile input: it is counted
+      return "", f"failed ({type(error).__name__}: {first_line(error)[:80]})"
+
+
+def _address_space() -> int:
+  """Bytes of address space that this process has now."""
+  with open("/proc/self/statm") as file:
+    return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class Extract(PipelineStep):
+  """Replaces the markup of each document by its text. Documents without text are dropped.
+
+  seconds, megabytes: the most that one document may take.
+  """
+
+  type = "EXTRACT"
+
+  def __init__(
+    self,
+    name: str,
+    function: Callable[[str], str | None],
+    seconds: float,
+    megabytes: int,
+    dropped: Samples,
+  ):
+    self.name = name
+    super().__init__()
+    self.function = function
+    self.seconds = seconds
+    self.megabytes = megabytes
+    self.dropped = dropped
+
+  def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+    bounded = Bounded(self.function, self.megabytes)
+    self.function("")  # imports what it needs, before the process that does the work is forked
+    with ExtractorSandbox(timeout=START, warmup_text="") as sandbox, self.dropped as dropped:
+      for document in data:
+        if document.metadata.pop("is_text", False):
+          yield document
+          continue
+        with self.track_time():
+          text, reason = self._in(sandbox, document.text, bounded)
+        if reason or not text.strip():
+          self._drop(document, reason or "no_text", dropped, rank)
+          continue
+        document.text = text
+        yield document
+
+  def _in(self, sandbox: ExtractorSandbox, text: str, bounded: Bounded) -> tuple[str, str]:
+    """(text, "") or ("", reason)."""
+    sandbox.timeout = START
+    sandbox._ensure_process(bounded)
+    sandbox.timeout = self.seconds
+    try:
+      return sandbox.process_document(text, bounded)
+    except TimeoutError:
+      return "", "took_too_long"
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+      return "", "crashed"
+
+  def _drop(self, document: Document, reason: str, dropped: Samples, rank: int) -> None:
+    self.stat_update("dropped", f"dropped_{reason}")
+    document.metadata["reason"] = reason
+    dropped.write(document, rank)

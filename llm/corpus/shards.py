@@ -1,0 +1,138 @@
+"""Clean documents to token shards, in the layout of datatrove: one shard a task."""
+
+import hashlib
+import json
+from typing import Any, Iterator
+
+import numpy as np
+from datatrove.data import Document
+from datatrove.io import DataFolder
+from datatrove.pipeline.base import PipelineStep
+from etils import epath
+
+from llm.core import UserError
+from llm.corpus.interim import read_documents
+from llm.data import documents, shards
+from llm.data import tokenizer as tokenizer_lib
+
+AT_ONCE = 256  # documents tokenized in one call
+
+
+class Tokenize(PipelineStep):
+  """Writes the tokens of the documents of a task as one shard.
+
+  sentences: "split" and "lines" keep where sentences begin, as `data.documents.load` takes them;
+  "none" does not.
+  """
+
+  type = "TOKENIZE"
+  name = "tokenize"
+
+  def __init__(self, output: DataFolder, sentences: str):
+    super().__init__()
+    self.output = output
+    self.sentences = sentences
+
+  def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+    tokenizer = tokenizer_lib.load(epath.Path(f"{self.output.path}/{shards.TOKENIZER}"))
+    dtype = shards.id_type(tokenizer)
+    name = f"{rank:05d}.ds"
+    sha = hashlib.sha256()
+    sentence_lengths: list[int] = []
+    sentence_counts: list[int] = []
+    with self.output.open(name, "wb") as file:
+      for group in _groups(data):
+        with self.track_time():
+          split = [documents.sentences(document.text, self.sentences) for document in group]
+          for ids in documents.encode(split, tokenizer):
+            sentence_lengths += [len(sentence) for sentence in ids]
+            sentence_counts.append(len(ids))
+            tokens = np.array([token for sentence in ids for token in sentence], dtype).tobytes()
+            sha.update(tokens)
+            file.write(tokens)
+            self.stat_update("tokens", value=len(tokens) // dtype.itemsize)
+    ends = np.cumsum(sentence_lengths, dtype="<u8")
+    documents_ends = np.cumsum(sentence_counts, dtype="<u8")
+    index = ends[documents_ends.astype(np.int64) - 1] if len(ends) else documents_ends
+    with self.output.open(f"{name}.index", "wb") as file:
+      file.write(index.tobytes())
+    if self.sentences != "none":
+      with self.output.open(f"{name}.sentences", "wb") as file:
+        file.write(ends.tobytes())
+    tokens = int(ends[-1]) if len(ends) else 0
+    with self.output.open(f"{name}.metadata", "wt") as file:
+      file.write(f"{tokenizer.name}|{dtype.itemsize}\n{tokens}\n{tokens:,} tokens")
+    facts = {
+      "sha256": sha.hexdigest(),
+      "documents": len(sentence_counts),
+      "tokens": tokens,
+      "token_bytes": dtype.itemsize,
+      "sentences": self.sentences,
+      "tokenizer": tokenizer.digest(),
+    }
+    with self.output.open(f"{name}.json", "wt") as file:  # the last file: the shard is whole
+      json.dump(facts, file)
+    yield from ()
+
+
+def _groups(data: Any) -> Iterator[list[Document]]:
+  group = []
+  for document in data:
+    group.append(document)
+    if len(group) == AT_ONCE:
+      yield group
+      group = []
+  if group:
+    yield group
+
+
+class TrainTokenizer(PipelineStep):
+  """Trains the tokenizer of the shards on the first characters of every task's documents.
+
+  characters: in all.
+  """
+
+  type = "TOKENIZE"
+  name = "train the tokenizer"
+
+  def __init__(
+    self,
+    cleaned: DataFolder,
+    tasks: int,
+    output: DataFolder,
+    vocab_size: int,
+    lowercase: bool,
+    sentinels: int,
+    characters: int,
+  ):
+    super().__init__()
+    self.cleaned = cleaned
+    self.tasks = tasks
+    self.output = output
+    self.vocab_size = vocab_size
+    self.lowercase = lowercase
+    self.sentinels = sentinels
+    self.characters = characters
+
+  def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+    with self.track_time():
+      model = tokenizer_lib.train_sentencepiece(self._sample(), self.vocab_size, self.lowercase)
+      tokenizer = tokenizer_lib.SentencePieceTokenizer(model, self.lowercase, self.sentinels)
+      tokenizer.save(epath.Path(f"{self.output.path}/{shards.TOKENIZER}"))
+    yield from ()
+
+  def _sample(self) -> Iterator[str]:
+    share = -(-self.characters // self.tasks)
+    empty = True
+    for task in range(self.tasks):
+      left = share
+      for document in read_documents(self.cleaned, task):
+        empty = False
+        yield document.text
+        left -= len(document.text)
+        if left <= 0:
+          break
+    if empty:
+      raise UserError(
+        "no document is left to train a tokenizer on: the report says what was dropped"
+      )

@@ -1,0 +1,223 @@
+"""Token shards that `llm.prepare` wrote, in the layout of datatrove, as a source of documents.
+
+A folder holds `tokenizer/` and, for every shard NNNNN.ds (uint16 or uint32):
+
+  NNNNN.ds.index      where each document ends, in tokens (uint64)
+  NNNNN.ds.sentences  where each sentence ends, where asked for (uint64)
+  NNNNN.ds.metadata   tokenizer, bytes a token and number of tokens, as datatrove writes them
+  NNNNN.ds.json       the facts that are checked: counts, SHA-256 of the tokens, the tokenizer
+"""
+
+import bisect
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Any, Iterator
+
+import numpy as np
+from etils import epath
+
+from llm import cache, storage
+from llm.core import UserError
+from llm.data import tokenizer as tokenizer_lib
+from llm.data.sources import Source
+
+TOKENIZER = "tokenizer"
+
+
+def id_type(tokenizer: tokenizer_lib.Tokenizer) -> np.dtype:
+  """The smallest type that holds the ids of a tokenizer."""
+  return np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+  """What is known of one shard. path: of its tokens."""
+
+  path: str
+  sha256: str
+  documents: int
+  tokens: int
+  token_bytes: int
+  sentences: str
+  tokenizer: str
+
+
+class Tokens:
+  """The tokens of all shards, one after another, as an array that is read in slices.
+
+  Local shards are memory-mapped. Of a bucket, a slice fetches its bytes alone.
+  """
+
+  def __init__(self, shards: tuple[Facts, ...]):
+    self.shards = shards
+    self.starts = np.cumsum([0, *(shard.tokens for shard in shards)]).tolist()
+    self.dtype = np.dtype(f"<u{shards[0].token_bytes}")
+
+  def __reduce__(self):
+    return Tokens, (self.shards,)
+
+  def __len__(self) -> int:
+    return self.starts[-1]
+
+  def __getitem__(self, place: Any) -> Any:
+    if not isinstance(place, slice):
+      return self[place : place + 1][0]
+    start, stop, _ = place.indices(len(self))
+    parts = []
+    while start < stop:
+      number = bisect.bisect_right(self.starts, start) - 1
+      end = min(stop, self.starts[number + 1])
+      first = self.starts[number]
+      parts.append(self._read(number, start - first, end - first))
+      start = end
+    return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, self.dtype), *parts])
+
+  def _read(self, number: int, start: int, stop: int) -> np.ndarray:
+    """Tokens start .. stop-1 of one shard."""
+    path = self.shards[number].path
+    if storage.is_bucket(path):
+      size = self.dtype.itemsize
+      data = self._bucket.cat_file(path, start=start * size, end=stop * size)
+      return np.frombuffer(data, self.dtype)
+    return self._mapped(number)[start:stop]
+
+  @functools.cached_property
+  def _bucket(self) -> Any:
+    import fsspec
+
+    return fsspec.core.url_to_fs(self.shards[0].path)[0]
+
+  @functools.cached_property
+  def _maps(self) -> dict[int, np.ndarray]:
+    return {}
+
+  def _mapped(self, number: int) -> np.ndarray:
+    if number not in self._maps:
+      self._maps[number] = np.memmap(self.shards[number].path, self.dtype, "r")
+    return self._maps[number]
+
+
+def facts(source: Source) -> tuple[Facts, ...]:
+  """The shards of a source, in order, without the empty ones.
+
+  Raises UserError where there is none, one is not whole, or they do not fit one another.
+  """
+  folder = storage.folder(source.name)
+  found = []
+  for path in sorted(folder.glob("*.ds"), key=str):
+    try:
+      found.append(Facts(str(path), **json.loads(epath.Path(f"{path}.json").read_text())))
+    except (OSError, TypeError, ValueError):
+      raise UserError(f"{source.spec}: {path.name} is not whole: run llm.prepare again")
+    expected = found[-1].tokens * found[-1].token_bytes
+    if (size := path.stat().length) != expected:
+      raise UserError(f"{source.spec}: {path.name} has {size:,} bytes, expected {expected:,}")
+  if not found:
+    raise UserError(f"{source.spec}: no shards (*.ds) in it: give the shards/ of llm.prepare")
+  if len({(shard.tokenizer, shard.token_bytes) for shard in found}) > 1:
+    raise UserError(f"{source.spec}: its shards are of several tokenizers")
+  with_tokens = tuple(shard for shard in found if shard.tokens)
+  if not with_tokens:
+    raise UserError(f"{source.spec}: its shards hold no token")
+  return with_tokens
+
+
+def content(source: Source) -> list[str]:
+  """Strings that change when the tokens change."""
+  return [shard.sha256 for shard in facts(source)]
+
+
+def tokenizer(source: Source) -> tokenizer_lib.Tokenizer:
+  """The tokenizer that wrote the shards."""
+  try:
+    return tokenizer_lib.load(storage.folder(source.name) / TOKENIZER)
+  except OSError:
+    raise UserError(f"{source.spec}: its folder {TOKENIZER}/ is missing: run llm.prepare again")
+
+
+def check_tokenizer(source: Source, of_run: tokenizer_lib.Tokenizer) -> None:
+  """Raises UserError where a run has another tokenizer than the shards."""
+  if of_run.digest() != facts(source)[0].tokenizer:
+    raise UserError(
+      f"{source.spec}: its tokens are of another tokenizer than the run's; prepare the corpus with "
+      "that of the checkpoint (--config.tokenizer.checkpoint=DIR)"
+    )
+
+
+def records(source: Source) -> Iterator[dict]:
+  """The documents of the shards as text."""
+  decode = tokenizer(source).decode
+  for shard in facts(source):
+    tokens = Tokens((shard,))
+    start = 0
+    for stop in _numbers(f"{shard.path}.index").tolist():
+      yield {"text": decode(tokens[start:stop])}
+      start = stop
+
+
+def offsets(source: Source, scratch: pathlib.Path, how: str) -> None:
+  """Writes sentences.npy and documents.npy of `documents.Documents` into a folder.
+
+  They are written shard by shard and mapped from disk, for they have 8 bytes a document and a
+  sentence. how: as in `documents.load`.
+  """
+  shards = facts(source)
+  if how != "none" and any(shard.sentences == "none" for shard in shards):
+    raise UserError(
+      f"{source.spec}: it does not say where sentences begin, which next-sentence prediction "
+      "needs: run llm.prepare with --config.shards.sentences=split"
+    )
+  by_sentence = how != "none"
+  with (
+    _Offsets(scratch / "sentences.npy") as sentences,
+    _Offsets(scratch / "documents.npy") as ends,
+  ):
+    first_token = first_sentence = 0
+    for shard in shards:
+      index = _numbers(f"{shard.path}.index")
+      starts = _numbers(f"{shard.path}.sentences") if by_sentence else index
+      sentences.add(starts + first_token)
+      ends.add(np.searchsorted(starts, index) + 1 + first_sentence)
+      first_token += shard.tokens
+      first_sentence += len(starts)
+
+
+class _Offsets:
+  """A .npy file of int64 that grows: 0, then what is added."""
+
+  HEADER = 128  # bytes, which np.lib.format pads its header to
+
+  def __init__(self, path: pathlib.Path):
+    self.path = path
+    self.count = 1
+
+  def __enter__(self) -> "_Offsets":
+    self.file = open(self.path, "wb")
+    self.file.write(b" " * self.HEADER)
+    self.file.write(np.zeros(1, "<i8").tobytes())
+    return self
+
+  def add(self, numbers: np.ndarray) -> None:
+    self.file.write(numbers.astype("<i8").tobytes())
+    self.count += len(numbers)
+
+  def __exit__(self, *exception: Any) -> None:
+    self.file.seek(0)
+    header = {"descr": "<i8", "fortran_order": False, "shape": (self.count,)}
+    np.lib.format.write_array_header_1_0(self.file, header)
+    assert self.file.tell() == self.HEADER
+    self.file.close()
+
+
+def _numbers(path: str) -> np.ndarray:
+  """The uint64 numbers of a file."""
+  return np.frombuffer(epath.Path(path).read_bytes(), "<u8").astype(np.int64)
+
+
+def check_digests(source: Source) -> None:
+  """Raises UserError where the tokens of a shard are not those that were written."""
+  for shard in facts(source):
+    if cache.file_digest(shard.path) != shard.sha256:
+      raise UserError(f"{source.spec}: {shard.path} is damaged: run llm.prepare again")
