@@ -1,11 +1,14 @@
 """Runs stages by the executors of datatrove: on this machine, on Slurm, on Ray."""
 
 import concurrent.futures
+import concurrent.futures.process
 import copy
 import dataclasses
+import functools
 import multiprocessing
 import os
 import sys
+import threading
 from typing import Any, Callable, Sequence
 
 import tqdm
@@ -35,46 +38,71 @@ class Local(LocalPipelineExecutor):
   The executor of datatrove takes a pool that waits for ever for a process that was killed.
   """
 
-  def run_with(self, progress: tqdm.tqdm) -> None:
-    """Runs the tasks that are not done. Raises UserError where one fails."""
+  def run_with(self, progress: tqdm.tqdm, name: str) -> None:
+    """Runs the tasks that are not done. Raises UserError where one fails. name: of the stage."""
     self.save_executor_as_json()
+    self.stage = name
     for _ in range(TRIES):
       left = self.get_incomplete_ranks()
       if not left or self._run_once(left, progress):
         return
     raise UserError(
-      f"a process of stage {progress.desc} was killed {TRIES} times (out of memory?): start again "
+      f"a process of stage {self.stage} was killed {TRIES} times (out of memory?): start again "
       "with fewer --workers; finished tasks are kept"
     )
 
   def _run_once(self, ranks: Sequence[int], progress: tqdm.tqdm) -> bool:
     """Whether all tasks were done. Stops at the first process that is killed."""
+    if self.workers == 1:
+      for rank in ranks:
+        self._guard(functools.partial(_run_task, self, rank), rank, progress)
+      return True
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["llm.corpus.stages"])
-    with concurrent.futures.ProcessPoolExecutor(self.workers, context) as pool:
+    context.set_forkserver_preload(["llm.corpus.stages", "spacy"])
+    with concurrent.futures.ProcessPoolExecutor(self.workers, context, _end_with_command) as pool:
       tasks = {pool.submit(_run_task, self, rank): rank for rank in ranks}
       try:
         for task in concurrent.futures.as_completed(tasks):
-          task.result()
-          progress.update()
+          self._guard(task.result, tasks[task], progress)
       except concurrent.futures.process.BrokenProcessPool:
         return False
-      except Exception as error:
+      finally:
         pool.shutdown(cancel_futures=True)
-        if isinstance(error, UserError):
-          raise
-        raise UserError(
-          f"task {tasks[task]} of stage {progress.desc} failed: {type(error).__name__}: "
-          f"{first_line(error)}; the whole story is in "
-          f"{self.logging_dir.path}/logs/task_{tasks[task]:05d}.log; finished tasks are kept"
-        )
     return True
+
+  def _guard(self, result: Callable[[], None], rank: int, progress: tqdm.tqdm) -> None:
+    """Waits for a task. Raises UserError where it failed, and BrokenProcessPool as it is."""
+    try:
+      result()
+    except (UserError, concurrent.futures.process.BrokenProcessPool):
+      raise
+    except Exception as error:
+      raise UserError(
+        f"task {rank} of stage {self.stage} failed: {type(error).__name__}: "
+        f"{first_line(error)}; the whole story is in "
+        f"{self.logging_dir.path}/logs/task_{rank:05d}.log; finished tasks are kept"
+      )
+    progress.update()
+
+
+def _end_with_command() -> None:
+  """Makes a process of the pool end when the command is killed: else two would write one file."""
+
+  def wait():
+    command = multiprocessing.parent_process()
+    assert command is not None  # a process of a pool has a parent
+    command.join()
+    os._exit(1)
+
+  threading.Thread(target=wait, daemon=True).start()
 
 
 def _run_task(executor: Local, rank: int) -> None:
   """Runs one task in a process of the pool."""
   logger.remove()
-  copy.copy(executor)._run_for_rank(rank, local_rank=1)  # 0 would log to the console
+  executor = copy.copy(executor)
+  executor.pipeline = copy.deepcopy(executor.pipeline)  # blocks count
+  executor._run_for_rank(rank, local_rank=1)  # 0 would log to the console
 
 
 def run(stages: Sequence[Stage], output: Output, where: Where, then: Callable[[], object]) -> None:
@@ -91,14 +119,37 @@ def run(stages: Sequence[Stage], output: Output, where: Where, then: Callable[[]
       done = stage.tasks - len(executor.get_incomplete_ranks())
       title = {"desc": stage.name, "unit": "task", "total": stage.tasks, "initial": done}
       with tqdm.tqdm(**title, disable=None) as progress:
-        executor.run_with(progress)
+        executor.run_with(progress, stage.name)
     then()
     return
   chain = chained(stages, output, where, then)
+  if where.executor == "ray":
+    _run_on_ray(chain)
+    return
   try:
     chain[-1].run()
   except FileNotFoundError as error:
     raise UserError(f"--executor={where.executor}: {error.filename} was not found on this machine")
+
+
+def _run_on_ray(chain: Sequence[Any]) -> None:
+  """Runs the stages on the cluster that RAY_ADDRESS names, else on this machine.
+
+  One after another: an executor of datatrove waits for ever for a stage before it that failed.
+  """
+  try:
+    import ray
+  except ImportError:
+    raise UserError("--executor=ray needs the extra ray: pip install -e '.[corpus,ray]'")
+  ray.init(ignore_reinit_error=True, log_to_driver=False)
+  for executor in chain:
+    executor.depends = None
+    executor.run()
+    if left := executor.get_incomplete_ranks():
+      raise UserError(
+        f"{len(left)} tasks failed, whose logs are in {executor.logging_dir.path}/logs; finished "
+        "tasks are kept"
+      )
 
 
 def chained(

@@ -1,7 +1,11 @@
 """Markup to main text, in a process of its own: a page that hangs or explodes costs only itself."""
 
+import ctypes
+import logging
 import os
 import resource
+import signal
+import sys
 from typing import Any, Callable, Iterator
 
 from datatrove.data import Document
@@ -23,6 +27,7 @@ def trafilatura_text(html: str) -> str | None:
   """
   import trafilatura
 
+  logging.getLogger("trafilatura").setLevel(logging.CRITICAL)  # a line for every empty page
   return trafilatura.extract(html, favor_precision=True, include_comments=False)
 
 
@@ -52,9 +57,9 @@ class Bounded:
   def __call__(self, text: str) -> tuple[str, str]:
     """(text, "") or ("", the reason why there is none)."""
     if not self._is_bounded and os.getpid() != self.parent:
-      used = _address_space()
-      limit = used + self.megabytes * 2**20
+      limit = _address_space() + self.megabytes * 2**20
       resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+      _end_with_parent()
       self._is_bounded = True
     try:
       return self.function(text) or "", ""
@@ -64,6 +69,13 @@ class Bounded:
       return "", "nested_too_deep"
     except Exception as error:  # a parser may raise anything on hostile input: it is counted
       return "", f"failed ({type(error).__name__}: {first_line(error)[:80]})"
+
+
+def _end_with_parent() -> None:
+  """Has Linux end this process when the one that forked it is killed."""
+  if sys.platform == "linux":
+    set_parent_death_signal = 1  # from sys/prctl.h
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def _address_space() -> int:

@@ -94,7 +94,9 @@ def _bz2_streams(piece: Piece) -> Iterator[bytes]:
         if not data:
           raise EOFError("the file is cut off")
         offset += len(data)
-        yield stream.decompress(data)
+        yield stream.decompress(data, CHUNK)
+        while not stream.eof and not stream.needs_input:
+          yield stream.decompress(b"", CHUNK)  # a megabyte may stand for gigabytes
         data = b"" if stream.eof else file.read(CHUNK)
       data = stream.unused_data
       offset -= len(data)

@@ -1,6 +1,7 @@
 """Clean documents to token shards, in the layout of datatrove: one shard a task."""
 
 import hashlib
+import itertools
 import json
 from typing import Any, Iterator
 
@@ -10,7 +11,6 @@ from datatrove.io import DataFolder
 from datatrove.pipeline.base import PipelineStep
 from etils import epath
 
-from llm.core import UserError
 from llm.corpus.interim import read_documents
 from llm.data import documents, shards
 from llm.data import tokenizer as tokenizer_lib
@@ -34,6 +34,8 @@ class Tokenize(PipelineStep):
     self.sentences = sentences
 
   def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+    if not self.output.exists(shards.TOKENIZER):
+      return  # no document was left to train one on
     tokenizer = tokenizer_lib.load(epath.Path(f"{self.output.path}/{shards.TOKENIZER}"))
     dtype = shards.id_type(tokenizer)
     name = f"{rank:05d}.ds"
@@ -116,23 +118,22 @@ class TrainTokenizer(PipelineStep):
 
   def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
     with self.track_time():
-      model = tokenizer_lib.train_sentencepiece(self._sample(), self.vocab_size, self.lowercase)
+      sample = self._sample()
+      first = next(sample, None)
+      if first is None:
+        return
+      texts = itertools.chain([first], sample)
+      model = tokenizer_lib.train_sentencepiece(texts, self.vocab_size, self.lowercase)
       tokenizer = tokenizer_lib.SentencePieceTokenizer(model, self.lowercase, self.sentinels)
       tokenizer.save(epath.Path(f"{self.output.path}/{shards.TOKENIZER}"))
     yield from ()
 
   def _sample(self) -> Iterator[str]:
     share = -(-self.characters // self.tasks)
-    empty = True
     for task in range(self.tasks):
       left = share
       for document in read_documents(self.cleaned, task):
-        empty = False
         yield document.text
         left -= len(document.text)
         if left <= 0:
           break
-    if empty:
-      raise UserError(
-        "no document is left to train a tokenizer on: the report says what was dropped"
-      )

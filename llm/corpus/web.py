@@ -13,23 +13,45 @@ HTML = ("text/html", "application/xhtml+xml")
 
 
 def pages(piece: Piece) -> Items:
-  """The HTML of each response of a WARC file, or each text of a WET file."""
+  """The HTML of each response of a WARC file, or each text of a WET file.
+
+  Raises EOFError at the end of a file that is cut off, and OSError where it holds no record.
+  """
   from fastwarc.warc import ArchiveIterator, WarcRecordType
 
-  kinds = WarcRecordType.response | WarcRecordType.conversion
+  wanted = (WarcRecordType.response, WarcRecordType.conversion)
+  count = 0
+  is_short = False
   with piece.open() as file:
-    for number, record in enumerate(ArchiveIterator(file, record_types=kinds, parse_http=True)):
-      url = record.headers.get("WARC-Target-URI") or ""
-      id = record.record_id or f"{piece.name}:{number}"
-      metadata = {"url": url, "date": record.headers.get("WARC-Date", "")}
+    # Lenient: after a record with a wrong length, reading goes on at the next header.
+    for count, record in enumerate(ArchiveIterator(file, parse_http=True, quirks_mode=True), 1):
+      if record.record_type not in wanted:
+        continue
+      id = record.record_id or f"{piece.name}:{count}"
       content = record.reader.read(LARGEST + 1)
-      if len(content) > LARGEST:
-        yield Lost("too_large", id, url)
-      elif record.record_type == WarcRecordType.conversion:
-        text = content.decode("utf-8", "replace")
-        yield Document(text, id, metadata={**metadata, "is_text": True})
-      else:
-        yield _page(content, record, id, metadata)
+      is_short = len(content) < min(record.content_length, LARGEST) or not _url(record)
+      yield Lost("wrong_length", id) if is_short else _document(content, record, id)
+  if is_short:
+    raise EOFError("the file is cut off")
+  if not count:
+    raise OSError("there is no WARC record in it")
+
+
+def _url(record: Any) -> str:
+  return record.headers.get("WARC-Target-URI") or ""
+
+
+def _document(content: bytes, record: Any, id: str) -> Document | Lost:
+  from fastwarc.warc import WarcRecordType
+
+  url = _url(record)
+  metadata = {"url": url, "date": record.headers.get("WARC-Date", "")}
+  if len(content) > LARGEST:
+    return Lost("too_large", id, url)
+  if record.record_type == WarcRecordType.conversion:
+    text = content.decode("utf-8", "replace")
+    return Document(text, id, metadata={**metadata, "is_text": True})
+  return _page(content, record, id, metadata)
 
 
 def _page(content: bytes, record: Any, id: str, metadata: dict) -> Document | Lost:

@@ -1,0 +1,99 @@
+"""The story of a preparation: find the input, plan the stages, run them, report."""
+
+import functools
+import json
+from typing import Any
+
+from etils import epath
+
+from llm import cache
+from llm.checkpoints import locate, manager
+from llm.config import TokenizerConfig
+from llm.core import UserError
+from llm.corpus import config as corpus_config
+from llm.corpus import decontamination, executors, inputs, report, stages
+from llm.data import shards
+from llm.data import tokenizer as tokenizer_lib
+from llm.runs import workdir
+
+PLAN = "prepare.json"  # in the output: the config and the pieces that it was begun with
+
+
+def planned(
+  settings: corpus_config.Prepare, folder: epath.Path
+) -> tuple[list[stages.Stage], stages.Output]:
+  """The stages of a corpus, and the folders that they use. Raises UserError on bad input."""
+  output = stages.Output(str(folder))
+  trains = _given_tokenizer(settings.tokenizer) is None
+  return stages.plan(settings, _pieces(settings), output, trains), output
+
+
+def prepare(
+  settings: corpus_config.Prepare, folder: epath.Path, where: executors.Where
+) -> dict[str, Any] | None:
+  """Prepares a corpus in `folder`, or goes on with it. Returns the figures of report.json.
+
+  On Slurm the stages are only submitted: None. Raises UserError on bad input, on a folder that
+  another config or other files began, where a task fails, and where no document is left.
+  """
+  plan, output = planned(settings, folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  with workdir.locked(folder):
+    _check_plan(folder, settings)
+    if tokenizer := _given_tokenizer(settings.tokenizer):
+      tokenizer.save(folder / "shards" / shards.TOKENIZER)
+    if "decontaminate" in settings.steps:
+      decontamination.write_index(settings.settings["decontaminate"], output.work)
+    executors.run(plan, output, where, functools.partial(report.write, plan, output))
+  if where.executor == "slurm":
+    return None
+  figures = json.loads((folder / "report.json").read_text())
+  if not figures["documents_out"]:
+    emptied = next(step for step in figures["steps"] if not step["documents_out"])
+    raise UserError(
+      f"no document is left of {figures['documents_in']:,}: the step {emptied['name']} dropped the "
+      f"last {emptied['documents_in']:,} ({', '.join(emptied['dropped'])}); see {folder}/report.md"
+    )
+  return figures
+
+
+def _pieces(settings: corpus_config.Prepare) -> list[inputs.Piece]:
+  if settings.input.startswith("hf:"):
+    return [inputs.Piece(settings.input, 0, 0, 0)]
+  _, endings = stages.READERS[settings.reader]
+  return inputs.find(settings.input, endings)
+
+
+def _given_tokenizer(settings: corpus_config.Tokenizer) -> tokenizer_lib.Tokenizer | None:
+  """The tokenizer that the config names; None where one is to be trained."""
+  if settings.checkpoint:
+    return manager.load_tokenizer(locate.find(settings.checkpoint))
+  if settings.name == "sentencepiece" and not settings.path:
+    return None
+  of_run = TokenizerConfig(
+    settings.name, settings.path, settings.vocab_size, settings.lowercase, settings.sentinels
+  )
+  return tokenizer_lib.make(of_run, (), cache.cache_dir())
+
+
+def _check_plan(folder: epath.Path, settings: corpus_config.Prepare):
+  """Raises UserError where the output was begun with another config or other files."""
+  pieces = [[piece.path, piece.start, piece.stop, piece.size] for piece in _pieces(settings)]
+  now = json.loads(json.dumps({"config": corpus_config.thaw(settings), "pieces": pieces}))
+  path = folder / PLAN
+  if not path.exists():
+    path.write_text(json.dumps(now, indent=1))
+    return
+  try:
+    before = json.loads(path.read_text())
+    groups = [*now["config"], *before["config"]]
+    other = [g for g in groups if before["config"].get(g) != now["config"].get(g)]
+    same_files = before["pieces"] == now["pieces"]
+  except (ValueError, TypeError, KeyError, AttributeError):
+    raise UserError(f"{path} is damaged: give another --output, or delete this one")
+  if other:
+    raise UserError(
+      f"{folder} was begun with another config.{other[0]}: give another --output, or delete it"
+    )
+  if not same_files:
+    raise UserError(f"{folder} was begun with other input files: give another --output")
