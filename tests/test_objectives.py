@@ -112,7 +112,9 @@ def test_pairs_are_balanced_and_true(corpus, byte_tokenizer):
     for i in range(len(rows)):
       example = rows.example(i, rng)
       tokens = unmasked(example)
-      for slot, (doc, _, _) in enumerate(rows.anchors[rows.offsets[i] : rows.offsets[i + 1]]):
+      for slot, (doc, _, _) in enumerate(
+        rows.plan.anchors[rows.plan.offsets[i] : rows.plan.offsets[i + 1]]
+      ):
         used = example["segments"] == slot + 1
         a = byte_tokenizer.decode(tokens[used & (example["types"] == 0)])
         b = byte_tokenizer.decode(tokens[used & (example["types"] == 1)])

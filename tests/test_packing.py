@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 
 import jax
 import numpy as np
@@ -166,11 +167,11 @@ def test_pairs_restart_and_every_run_of_sentences_is_there_once_an_epoch(tmp_pat
         assert (positions == np.arange(len(tokens))).all()
         assert types[0] == 0 and types[-1] == 1 and (np.diff(types) >= 0).all()
         assert tokens[types == 0][-1] == BYTES.sep != tokens[types == 1][0]
-  doc, starts, stops = rows.anchors[np.argsort(rows.anchors[:, 1])].T
+  doc, starts, stops = rows.plan.anchors[np.argsort(rows.plan.anchors[:, 1])].T
   assert (starts[1:] == stops[:-1]).all() and starts[0] == 0  # no token twice, none left out
   assert stops[-1] == len(rows.documents.tokens_N) and set(doc) == set(range(50))
-  assert rows.offsets[0] == 0 and rows.offsets[-1] == len(rows.anchors)
-  assert (np.diff(rows.offsets) > 0).all()
+  assert rows.plan.offsets[0] == 0 and rows.plan.offsets[-1] == len(rows.plan.anchors)
+  assert (np.diff(rows.plan.offsets) > 0).all()
 
 
 def random_documents(rng) -> documents_lib.Documents:
@@ -187,9 +188,10 @@ def test_every_draw_of_pairs_has_room(seed, tmp_path):
   rng = np.random.default_rng(seed)
   documents, length = random_documents(rng), int(rng.integers(8, 80))
   short_share = float(rng.choice([0.0, 0.1, 1.0]))
-  anchors, offsets = sentence_pairs.plan_pairs(documents, length, short_share, tmp_path)
+  plan = sentence_pairs.plan_pairs(documents, length, short_share, tmp_path)
+  anchors, offsets, _ = plan
   hides = masking.masking(BYTES, 0.15, 0.8, 0.1, whole_word=False)
-  rows = sentence_pairs.PairRows(documents, anchors, offsets, length, hides)
+  rows = sentence_pairs.PairRows(documents, plan, length, hides)
   slots = packing.slots(length, sentence_pairs.LEAST)
   for _, start, stop in anchors:
     assert 2 <= stop - start <= length - 3
@@ -217,7 +219,7 @@ def test_some_runs_are_short(tmp_path):
   bounds = np.array([0, 100_000, 200_000])
   documents = documents_lib.Documents(tokens, ends, bounds, "", None)
   sizes = {
-    share: np.diff(sentence_pairs.plan_anchors(documents, 50, share)[:, 1:]).ravel()
+    share: np.diff(sentence_pairs.plan_anchors(documents.bounds(), 50, share)[:, 1:]).ravel()
     for share in (0.0, 0.1, 1.0)
   }
   assert (sizes[0.0] == 50).all()
@@ -232,12 +234,14 @@ def test_plans_are_the_same_again_and_rows_of_short_sentences_are_full(tmp_path)
     folder.mkdir()
   long_ones = [sentences(n, 20) for n in range(20)]
   once, again = (pair_rows(folder, long_ones, 256, short_share=0.5)[1] for folder in folders)
-  assert (once.anchors == again.anchors).all() and (once.offsets == again.offsets).all()
+  assert (once.plan.anchors == again.plan.anchors).all() and (
+    once.plan.offsets == again.plan.offsets
+  ).all()
   documents = [sentences(n, 1) for n in range(400)]
   objective, rows = pair_rows(tmp_path, documents, length=256)
   examples = (rows.example(i, np.random.default_rng(i)) for i in range(len(rows)))
   used = [(example["segments"] > 0).mean() for example in examples]
-  fill = (rows.tokens + 3 * len(rows.anchors)) / (len(rows) * 256)
+  fill = (rows.tokens + 3 * len(rows.plan.anchors)) / (len(rows) * 256)
   assert fill > 0.9 and np.mean(used) > 0.85  # a document that has less than is wanted gives less
   assert f"{fill:.1%} full" in rows.note
   _, rows = labelled(
@@ -377,3 +381,25 @@ def test_batches_of_labelled_texts_are_the_same_on_every_mesh(tmp_path, corpus):
   )
   with pytest.raises(UserError, match=said):
     loop.train(small, tmp_path / "small")
+
+
+def test_documents_packed_in_groups_are_each_there_once(tmp_path, monkeypatch):
+  """A plan in groups loses nothing, repeats nothing, and is mapped by other processes as a file."""
+  monkeypatch.setattr(packing, "GROUP", 7)
+  rng = np.random.default_rng(0)
+  lengths = rng.integers(1, 90, 100)
+  ends = np.cumsum([0, *lengths])
+  documents = documents_lib.Documents(np.arange(ends[-1]), ends, np.arange(101), "", None)
+  plan = pickle.loads(pickle.dumps(packing.plan(documents, 32, np.arange(33), tmp_path)))
+  rows = packing.PlannedRows(documents, plan, 32)
+  tokens = [token for i in range(len(rows)) for piece in rows.pieces(i) for token in piece]
+  assert sorted(tokens) == list(range(ends[-1]))
+  assert plan.tokens == ends[-1] and plan.cut_documents == (lengths > 32).sum()
+  assert all(sum(map(len, rows.pieces(i))) <= 32 for i in range(len(rows)))
+  pairs = sentence_pairs.plan_pairs(documents, 32, 0.1, tmp_path)
+  covered = np.zeros(ends[-1], int)
+  for document, start, stop in pairs.anchors:
+    assert ends[document] <= start < stop <= ends[document + 1]
+    covered[start:stop] += 1
+  assert covered.max() == 1 and (covered == 0).sum() == (lengths == 1).sum()
+  assert pairs.tokens == covered.sum()

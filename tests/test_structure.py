@@ -18,6 +18,7 @@ FLOORS = [
   ("checkpoints",),
   ("performance",),
   ("runs",),
+  ("corpus",),
   ("training",),
   ("inference",),
   ("studies",),

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import concurrent.futures.process
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -102,7 +103,9 @@ def _run_task(executor: Local, rank: int) -> None:
   logger.remove()
   executor = copy.copy(executor)
   executor.pipeline = copy.deepcopy(executor.pipeline)  # blocks count
-  executor._run_for_rank(rank, local_rank=1)  # 0 would log to the console
+  # datatrove shows errors on the console too; here the log has them, and the command its line.
+  with open(os.devnull, "w") as nothing, contextlib.redirect_stderr(nothing):
+    executor._run_for_rank(rank, local_rank=1)  # 0 would show all
 
 
 def run(stages: Sequence[Stage], output: Output, where: Where, then: Callable[[], object]) -> None:

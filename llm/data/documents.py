@@ -10,7 +10,7 @@ import tqdm
 
 from llm import cache
 from llm.core import UserError
-from llm.data import shards
+from llm.data import growing, shards
 from llm.data.sources import Source
 from llm.data.tokenizer import Tokenizer
 
@@ -79,8 +79,8 @@ def _open(
   """The documents of a folder of the cache. tokens: where they are not in the folder."""
   return Documents(
     np.memmap(folder / "tokens.bin", dtype, "r") if tokens is None else tokens,
-    np.load(folder / "sentences.npy", mmap_mode="r"),
-    np.load(folder / "documents.npy", mmap_mode="r"),
+    growing.mapped(folder / "sentences.npy"),
+    growing.mapped(folder / "documents.npy"),
     digest,
     folder,
   )

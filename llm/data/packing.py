@@ -5,26 +5,33 @@ packer over a stream needs rows 0 .. i-1 to give row i, and its rows depend on t
 """
 
 import dataclasses
+import json
 import pathlib
-from typing import Any, Mapping, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from llm import cache
+from llm.data import growing
 from llm.data.documents import Documents
+
+GROUP = 2**20  # documents that are packed together
+ARRAYS = ("offsets", "starts", "lengths")  # of a plan, a file each
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
   """Row i holds the pieces offsets[i] .. offsets[i+1] - 1.
 
-  starts, lengths: of each piece, in the tokens_N of its documents.
+  starts, lengths: of each piece, in the tokens_N of its documents. tokens: of all pieces.
+  cut_documents: the number of documents in more than one piece.
   """
 
   offsets: np.ndarray
   starts: np.ndarray
   lengths: np.ndarray
-  cut_documents: int  # the number of documents in more than one piece
+  tokens: int
+  cut_documents: int
 
   def __len__(self) -> int:
     return len(self.offsets) - 1
@@ -36,7 +43,7 @@ class Plan:
 
   def fill(self, row_tokens: int) -> float:
     """The share of document tokens in rows of `row_tokens` tokens."""
-    return float(self.lengths.sum()) / (len(self) * row_tokens)
+    return self.tokens / (len(self) * row_tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +57,7 @@ class PlannedRows:
   @property
   def tokens(self) -> int:
     """The tokens of an epoch."""
-    return int(self.plan.lengths.sum())
+    return self.plan.tokens
 
   @property
   def examples(self) -> int:
@@ -177,12 +184,12 @@ def by_example(packed: list[np.ndarray], values_RxN: np.ndarray) -> tuple[np.nda
   return numbers[order], values[order]
 
 
-def _pieces(documents: Documents, longest: int) -> tuple[np.ndarray, np.ndarray, int]:
+def _pieces(bounds: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray, int]:
   """Cuts documents into pieces of at most `longest` tokens.
 
-  Returns the starts and lengths of the pieces, and the number of documents that were cut.
+  bounds: where each document begins, and the end of the last. Returns the starts and lengths of the
+  pieces, and the number of documents that were cut.
   """
-  bounds = documents.bounds()
   counts = -(-np.diff(bounds) // longest)  # the pieces of each document
   # For each piece: its document, and the number of that document's first piece.
   document = np.repeat(np.arange(len(counts)), counts)
@@ -197,25 +204,53 @@ def plan(documents: Documents, row_tokens: int, sizes: np.ndarray, folder: pathl
 
   sizes[n]: the tokens of a row that a piece of n tokens takes; 0 leaves such pieces out. The
   longest piece has len(sizes) - 1 tokens. folder: the cache, which keeps the plan.
+
+  Documents are packed in groups of GROUP, so that memory is bounded: the plan is written group by
+  group, and mapped.
   """
-
-  def write(scratch: pathlib.Path) -> None:
-    starts, lengths, cut = _pieces(documents, len(sizes) - 1)
-    packed = sizes[lengths] > 0
-    starts = starts[packed]
-    lengths = lengths[packed]
-    bins = best_fit_decreasing(sizes[lengths], row_tokens)
-    order = np.concatenate(bins)
-    np.savez(
-      scratch / "plan.npz",
-      starts=starts[order],
-      lengths=lengths[order],
-      cut=cut,
-      offsets=np.cumsum([0, *map(len, bins)]),
-    )
-
   key = cache.digest(
-    "best fit 2", documents.digest, str(row_tokens), np.asarray(sizes, "<i8").tobytes()
+    "best fit 3", documents.digest, str(row_tokens), np.asarray(sizes, "<i8").tobytes()
   )
-  with np.load(cache.made_once(folder / "plans" / key[:32], write) / "plan.npz") as saved:
-    return Plan(saved["offsets"], saved["starts"], saved["lengths"], int(saved["cut"]))
+  path = cache.made_once(
+    folder / "plans" / key[:32],
+    lambda scratch: _write_plan(documents.bounds(), row_tokens, sizes, scratch),
+  )
+  totals = json.loads((path / "totals.json").read_text())
+  offsets, starts, lengths = (growing.mapped(path / f"{name}.npy") for name in ARRAYS)
+  return Plan(offsets, starts, lengths, totals["tokens"], totals["cut_documents"])
+
+
+def _write_plan(
+  bounds: np.ndarray, row_tokens: int, sizes: np.ndarray, folder: pathlib.Path
+) -> None:
+  """Writes the arrays and the totals of a plan into a folder."""
+  tokens = cut_documents = count = 0
+  with (
+    growing.Growing(folder / "offsets.npy") as offsets,
+    growing.Growing(folder / "starts.npy") as all_starts,
+    growing.Growing(folder / "lengths.npy", "<i4") as all_lengths,
+  ):
+    offsets.add([0])
+    for group in groups(len(bounds) - 1):
+      starts, lengths, cut = _pieces(bounds[group.start : group.stop + 1], len(sizes) - 1)
+      packed = sizes[lengths] > 0
+      starts = starts[packed]
+      lengths = lengths[packed]
+      bins = best_fit_decreasing(sizes[lengths], row_tokens)
+      if not bins:
+        continue
+      order = np.concatenate(bins)
+      all_starts.add(starts[order])
+      all_lengths.add(lengths[order])
+      offsets.add(count + np.cumsum([len(b) for b in bins]))
+      count += len(order)
+      tokens += int(lengths.sum())
+      cut_documents += cut
+  totals = {"tokens": tokens, "cut_documents": cut_documents}
+  (folder / "totals.json").write_text(json.dumps(totals))
+
+
+def groups(count: int) -> Iterator[range]:
+  """The numbers of `count` documents in groups of GROUP."""
+  for start in range(0, count, GROUP):
+    yield range(start, min(start + GROUP, count))

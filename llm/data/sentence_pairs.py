@@ -4,12 +4,14 @@ In half of the pairs, the second part follows the first in a document.
 """
 
 import dataclasses
+import json
 import pathlib
+from typing import NamedTuple
 
 import numpy as np
 
 from llm import cache
-from llm.data import packing
+from llm.data import growing, packing
 from llm.data.documents import Documents
 from llm.data.masking import Masking
 
@@ -17,27 +19,34 @@ LEAST = 8  # the fewest tokens that a pair takes of a row
 SPECIAL = 3  # [CLS], [SEP] and [SEP] of a pair
 
 
+class PairPlan(NamedTuple):
+  """Row i holds the pairs of the anchors offsets[i] .. offsets[i+1] - 1.
+
+  anchors: (document, start, stop) in tokens_N. tokens: of an epoch, without special ones.
+  """
+
+  anchors: np.ndarray
+  offsets: np.ndarray
+  tokens: int
+
+
 @dataclasses.dataclass(frozen=True)
 class PairRows:
   """Rows of pairs. A pair (A, B) is drawn from an anchor, a run of tokens of one document.
-
-  anchors: (document, start, stop) in tokens_N. Row i holds the pairs of the anchors offsets[i] ..
-  offsets[i+1] - 1.
 
   Each epoch draws where A ends in the anchor, and whether B is the rest of the anchor or comes from
   another document. B is never longer than that rest, so a pair always fits its place.
   """
 
   documents: Documents
-  anchors: np.ndarray
-  offsets: np.ndarray
+  plan: PairPlan
   length: int
   masking: Masking
 
   @property
   def tokens(self) -> int:
     """The tokens of an epoch, without special ones."""
-    return int((self.anchors[:, 2] - self.anchors[:, 1]).sum())
+    return self.plan.tokens
 
   @property
   def examples(self) -> int:
@@ -47,17 +56,18 @@ class PairRows:
   @property
   def note(self) -> str:
     """A line for the header of a run."""
-    fill = (self.tokens + SPECIAL * len(self.anchors)) / (len(self) * self.length)
-    return f"{len(self.anchors)} pairs in {len(self)} rows, {fill:.1%} full"
+    pairs = len(self.plan.anchors)
+    fill = (self.tokens + SPECIAL * pairs) / (len(self) * self.length)
+    return f"{pairs} pairs in {len(self)} rows, {fill:.1%} full"
 
   def __len__(self) -> int:
-    return len(self.offsets) - 1
+    return len(self.plan.offsets) - 1
 
   def example(self, i: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """The pairs of row i, masked."""
     pairs = []
     follows = []
-    for anchor in self.anchors[self.offsets[i] : self.offsets[i + 1]]:
+    for anchor in self.plan.anchors[self.plan.offsets[i] : self.plan.offsets[i + 1]]:
       pair, b_follows_a = self._pair(anchor, rng)
       pairs.append(pair)
       follows.append(b_follows_a)
@@ -84,8 +94,10 @@ class PairRows:
     return {"tokens": tokens, "types": np.arange(len(tokens)) >= len(a) + 2}, follows
 
 
-def plan_anchors(documents: Documents, room: int, short_share: float) -> np.ndarray:
+def plan_anchors(bounds: np.ndarray, room: int, short_share: float, first: int = 0) -> np.ndarray:
   """Cuts every document into anchors of at most `room` tokens: Nx3 int64, ordered by start.
+
+  bounds: where each document begins, and the end of the last. first: the number of the first.
 
   An anchor has `room` tokens. With probability `short_share`, its length is drawn uniformly from
   2 .. `room` instead. It may end inside a sentence, as in BERT's published code. The next anchor
@@ -94,8 +106,7 @@ def plan_anchors(documents: Documents, room: int, short_share: float) -> np.ndar
   The lengths are drawn here, with a fixed seed, and not when a row is read. So one plan holds for
   every epoch, and a short anchor leaves no token unused.
   """
-  rng = np.random.default_rng(0)
-  bounds = documents.bounds()
+  rng = np.random.default_rng(first)
   document = np.flatnonzero(np.diff(bounds))  # the documents with tokens left
   starts = bounds[document]
   groups = [np.zeros((0, 3), np.int64)]
@@ -106,7 +117,7 @@ def plan_anchors(documents: Documents, room: int, short_share: float) -> np.ndar
     stops = np.minimum(starts + lengths, ends)
     # An anchor gives up its last token where the next one would have a single token.
     stops -= (ends - stops == 1) & (stops - starts > 2)
-    groups.append(np.stack([document, starts, stops], 1))
+    groups.append(np.stack([document + first, starts, stops], 1))
     has_more = stops < ends
     document = document[has_more]
     starts = stops[has_more]
@@ -117,24 +128,42 @@ def plan_anchors(documents: Documents, room: int, short_share: float) -> np.ndar
 
 def plan_pairs(
   documents: Documents, length: int, short_share: float, folder: pathlib.Path
-) -> tuple[np.ndarray, np.ndarray]:
-  """The (anchors, offsets) of `PairRows`, in rows of `length` tokens.
+) -> PairPlan:
+  """The plan of `PairRows`, in rows of `length` tokens.
 
-  short_share: as in `plan_anchors`. folder: the cache, which keeps the plan.
+  short_share: as in `plan_anchors`. folder: the cache, which keeps the plan. It is made and mapped
+  in groups of documents, as that of `packing.plan`.
   """
+  key = cache.digest("pairs 3", documents.digest, str(length), repr(short_share))
+  path = cache.made_once(
+    folder / "plans" / key[:32],
+    lambda scratch: _write_plan(documents.bounds(), length, short_share, scratch),
+  )
+  anchors = growing.mapped(path / "anchors.npy", columns=3)
+  tokens = json.loads((path / "totals.json").read_text())["tokens"]
+  return PairPlan(anchors, growing.mapped(path / "offsets.npy"), tokens)
 
-  def write(scratch: pathlib.Path) -> None:
-    anchors = plan_anchors(documents, length - SPECIAL, short_share)
-    rows = packing.into_rows(anchors[:, 2] - anchors[:, 1] + SPECIAL, length, LEAST)
-    np.savez(
-      scratch / "plan.npz",
-      anchors=anchors[np.concatenate(rows)] if rows else anchors,
-      offsets=np.cumsum([0, *map(len, rows)]),
-    )
 
-  key = cache.digest("pairs 2", documents.digest, str(length), repr(short_share))
-  with np.load(cache.made_once(folder / "plans" / key[:32], write) / "plan.npz") as saved:
-    return saved["anchors"], saved["offsets"]
+def _write_plan(bounds: np.ndarray, length: int, short_share: float, folder: pathlib.Path) -> None:
+  """Writes the arrays and the totals of a plan into a folder."""
+  tokens = count = 0
+  with (
+    growing.Growing(folder / "offsets.npy") as offsets,
+    growing.Growing(folder / "anchors.npy") as all_anchors,
+  ):
+    offsets.add([0])
+    for group in packing.groups(len(bounds) - 1):
+      of_group = bounds[group.start : group.stop + 1]
+      anchors = plan_anchors(of_group, length - SPECIAL, short_share, group.start)
+      lengths = anchors[:, 2] - anchors[:, 1]
+      rows = packing.into_rows(lengths + SPECIAL, length, LEAST)
+      if not rows:
+        continue
+      all_anchors.add(anchors[np.concatenate(rows)].ravel())
+      offsets.add(count + np.cumsum([len(row) for row in rows]))
+      count += len(anchors)
+      tokens += int(lengths.sum())
+  (folder / "totals.json").write_text(json.dumps({"tokens": tokens}))
 
 
 def _split_point(

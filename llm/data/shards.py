@@ -20,6 +20,7 @@ from etils import epath
 
 from llm import cache, storage
 from llm.core import UserError
+from llm.data import growing
 from llm.data import tokenizer as tokenizer_lib
 from llm.data.sources import Source
 
@@ -171,9 +172,11 @@ def offsets(source: Source, scratch: pathlib.Path, how: str) -> None:
     )
   by_sentence = how != "none"
   with (
-    _Offsets(scratch / "sentences.npy") as sentences,
-    _Offsets(scratch / "documents.npy") as ends,
+    growing.Growing(scratch / "sentences.npy") as sentences,
+    growing.Growing(scratch / "documents.npy") as ends,
   ):
+    sentences.add([0])
+    ends.add([0])
     first_token = first_sentence = 0
     for shard in shards:
       index = _numbers(f"{shard.path}.index")
@@ -182,33 +185,6 @@ def offsets(source: Source, scratch: pathlib.Path, how: str) -> None:
       ends.add(np.searchsorted(starts, index) + 1 + first_sentence)
       first_token += shard.tokens
       first_sentence += len(starts)
-
-
-class _Offsets:
-  """A .npy file of int64 that grows: 0, then what is added."""
-
-  HEADER = 128  # bytes, which np.lib.format pads its header to
-
-  def __init__(self, path: pathlib.Path):
-    self.path = path
-    self.count = 1
-
-  def __enter__(self) -> "_Offsets":
-    self.file = open(self.path, "wb")
-    self.file.write(b" " * self.HEADER)
-    self.file.write(np.zeros(1, "<i8").tobytes())
-    return self
-
-  def add(self, numbers: np.ndarray) -> None:
-    self.file.write(numbers.astype("<i8").tobytes())
-    self.count += len(numbers)
-
-  def __exit__(self, *exception: Any) -> None:
-    self.file.seek(0)
-    header = {"descr": "<i8", "fortran_order": False, "shape": (self.count,)}
-    np.lib.format.write_array_header_1_0(self.file, header)
-    assert self.file.tell() == self.HEADER
-    self.file.close()
 
 
 def _numbers(path: str) -> np.ndarray:

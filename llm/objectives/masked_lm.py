@@ -84,10 +84,10 @@ class Objective(base.Objective):
         f"{source.spec}: next-sentence prediction needs two documents at least (a blank "
         "line parts them); or set config.objective.next_sentence=False"
       )
-    anchors, offsets = sentence_pairs.plan_pairs(documents, length, self.short_share, source.cache)
-    if not len(anchors):
+    plan = sentence_pairs.plan_pairs(documents, length, self.short_share, source.cache)
+    if not len(plan.anchors):
       raise UserError(f"{source.spec}: no document has two tokens, which a pair needs")
-    return sentence_pairs.PairRows(documents, anchors, offsets, length, masking)
+    return sentence_pairs.PairRows(documents, plan, length, masking)
 
   def batch_spec(self, model, length):
     masked = masking_lib.masked_slots(self.mask_rate, length)
