@@ -21,6 +21,7 @@ from llm import config as config_lib
 from llm import models
 from llm.config import DataConfig, ModelConfig
 from llm.core import Batch, UserError
+from llm.data.documents import Documents
 from llm.data.sources import Source
 from llm.data.tokenizer import Tokenizer
 from llm.models import heads
@@ -106,6 +107,10 @@ class Objective(abc.ABC):
     rows: the `Rows` of each training source.
     """
     return []
+
+  def text_of(self, rows: Any) -> Documents | None:
+    """The documents that rows of running text are made of; None where it cannot be told."""
+    return None
 
   def baselines(self, train: Sequence[Source], held_out: Source) -> dict[str, float]:
     """What models without a network reach on held-out data, logged beside every evaluation.

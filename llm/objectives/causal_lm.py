@@ -53,6 +53,9 @@ class Objective(base.Objective):
     plan = packing.plan(documents, length, np.arange(length + 1), source.cache)
     return PackedRows(documents, plan, length, tokenizer.eos, max(tokenizer.pad, 0))
 
+  def text_of(self, rows):
+    return None if self.labelled else rows.documents
+
   def batch_spec(self, model, length):
     return {**base.row_spec(length, "targets"), "weights": base.float_spec(length)}
 

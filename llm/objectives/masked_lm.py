@@ -89,6 +89,9 @@ class Objective(base.Objective):
       raise UserError(f"{source.spec}: no document has two tokens, which a pair needs")
     return sentence_pairs.PairRows(documents, plan, length, masking)
 
+  def text_of(self, rows):
+    return rows.documents
+
   def batch_spec(self, model, length):
     masked = masking_lib.masked_slots(self.mask_rate, length)
     spec = {

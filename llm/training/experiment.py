@@ -16,7 +16,7 @@ from llm import config as config_lib
 from llm.checkpoints import locate, manager
 from llm.config import Config, ModelConfig
 from llm.core import UserError
-from llm.data import cooccurrence, documents, duplicates, shards, sources
+from llm.data import cooccurrence, documents, duplicates, overlap, shards, sources
 from llm.data import tokenizer as tokenizer_lib
 from llm.data.batches import Batches, rows_a_batch
 from llm.models import resolve
@@ -106,7 +106,17 @@ class Training(Experiment):
     remarks = self.objective.remarks(self.batches.rows)
     if self.objective.labelled and self.held_out:
       remarks = [*remarks, *duplicates.remarks(self.train, self.held_out)]
-    return remarks
+    return [*remarks, *self._overlap()]
+
+  def _overlap(self) -> list[str]:
+    """A warning where held-out running text is in the training text too."""
+    text = self.objective.text_of(self.eval_rows) if self.eval_rows else None
+    if text is None or self.held_out is None:
+      return []
+    train = [self.objective.text_of(rows) for rows in self.batches.rows]
+    known = [documents for documents in train if documents is not None]
+    name = self.held_out.spec
+    return overlap.remarks(known, text, name, self.tokenizer.decode, self.held_out.cache)
 
   def vectors(self, say: Callable) -> np.ndarray | None:
     """VxE: what the table of tokens starts as, 0 for pieces that start at random.

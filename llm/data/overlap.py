@@ -1,0 +1,100 @@
+"""Held-out documents that share long runs of tokens with the training text."""
+
+import json
+import pathlib
+from typing import Callable, Sequence
+
+import numpy as np
+
+from llm import cache
+from llm.data.documents import Documents
+
+RUN = 20  # tokens: about 13 words, the runs of GPT-3's decontamination (Brown et al. 2020, C)
+CHUNK = 2**20  # tokens that are hashed at a time
+BITS = 24  # of the table that tells most runs apart, without a search
+BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no token is lost in the products
+
+
+def hashes(tokens_N: np.ndarray) -> np.ndarray:
+  """The hash of each run of RUN tokens: N - RUN + 1 numbers, uint64; none where N is smaller.
+
+  h(run) = sum of token[i] * BASE ** (RUN - 1 - i), modulo 2**64. Runs of 2, 4, 8 and 16 tokens are
+  put together from shorter ones.
+  """
+  if len(tokens_N) < RUN:
+    return np.zeros(0, np.uint64)
+  with np.errstate(over="ignore"):
+    runs = {1: np.asarray(tokens_N).astype(np.uint64) + np.uint64(1)}
+    power = BASE
+    for length in (1, 2, 4, 8):
+      runs[2 * length] = runs[length][:-length] * power + runs[length][length:]
+      if length == 2:
+        fourth = power * power
+      power = power * power
+    return runs[16][: len(tokens_N) - RUN + 1] * fourth + runs[4][16:]
+
+
+def shared_runs(train: Sequence[Documents], held_out: Documents) -> list[tuple[int, int]]:
+  """(document, place) of the first shared run of every held-out document that has one.
+
+  Documents of fewer than RUN tokens are not compared.
+  """
+  bounds = held_out.bounds()
+  asked_N, document_N, place_N = [], [], []
+  for document in range(len(held_out)):
+    of_document = hashes(held_out.tokens_N[bounds[document] : bounds[document + 1]])
+    asked_N.append(of_document)
+    document_N.append(np.full(len(of_document), document))
+    place_N.append(bounds[document] + np.arange(len(of_document)))
+  asked = np.concatenate([np.zeros(0, np.uint64), *asked_N])
+  if not len(asked):
+    return []
+  sorted_asked = np.unique(asked)
+  seen = np.zeros(len(sorted_asked), bool)
+  for documents in train:
+    _mark_seen(documents, sorted_asked, seen)
+  is_shared = seen[np.searchsorted(sorted_asked, asked)]
+  documents, first = np.unique(np.concatenate(document_N)[is_shared], return_index=True)
+  places = np.concatenate(place_N)[is_shared][first]
+  return list(zip(documents.tolist(), places.tolist()))
+
+
+def _mark_seen(documents: Documents, asked: np.ndarray, seen: np.ndarray) -> None:
+  """Marks the asked hashes that occur in the documents. asked: sorted."""
+  mask = np.uint64(2**BITS - 1)
+  may_be_asked = np.zeros(2**BITS, bool)
+  may_be_asked[asked & mask] = True
+  for start in range(0, len(documents.tokens_N), CHUNK):
+    runs = hashes(documents.tokens_N[start : start + CHUNK + RUN - 1])
+    runs = runs[may_be_asked[runs & mask]]
+    places = np.minimum(np.searchsorted(asked, runs), len(asked) - 1)
+    seen[places[asked[places] == runs]] = True
+
+
+def remarks(
+  train: Sequence[Documents],
+  held_out: Documents,
+  name: str,
+  decode: Callable[[Sequence[int]], str],
+  folder: pathlib.Path,
+) -> list[str]:
+  """A warning that counts the held-out documents with shared runs; none where there are none.
+
+  name: of the held-out source. folder: the cache, which keeps what was found.
+  """
+  key = cache.digest("overlap 1", held_out.digest, *(documents.digest for documents in train))
+
+  def write(scratch: pathlib.Path) -> None:
+    (scratch / "shared.json").write_text(json.dumps(shared_runs(train, held_out)))
+
+  path = cache.made_once(folder / "overlaps" / key[:32], write)
+  shared = json.loads((path / "shared.json").read_text())
+  if not shared:
+    return []
+  place = shared[0][1]
+  words = decode(held_out.tokens_N[place : place + RUN].tolist())
+  return [
+    f"warning: {len(shared):,} of the {len(held_out):,} documents of {name} share runs of {RUN} "
+    f"tokens with the training text, which makes its figures too good: {words!r}"
+    f"{' ..' if len(shared) > 1 else ''}"
+  ]
