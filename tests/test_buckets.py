@@ -158,3 +158,27 @@ def test_what_is_no_bucket(bucket, tmp_path):
       storage.folder(name)
   with pytest.raises(UserError, match="would be read as a pattern"):
     storage.folder(tmp_path / "lr[3e-4]")
+
+
+def test_a_corpus_in_a_bucket(bucket, tmp_path):
+  """Read from a bucket and written to it: the same shards, which train from where they lie."""
+  from llm.config import DataConfig
+  from llm.data import documents, shards, sources
+  from tests.test_corpus import prepare, prose, text_config, write_jsonl
+
+  texts = [prose(n) for n in range(6)] + [prose(0)]
+  write_jsonl(tmp_path / "in" / "a.jsonl", texts)
+  folder = storage.folder(f"{bucket}/corpus/in")
+  (folder / "a.jsonl").write_text((tmp_path / "in" / "a.jsonl").read_text())
+  steps = ["exact_duplicates"]
+  here = prepare(tmp_path / "out", text_config(steps, input=str(tmp_path / "in")))
+  there = prepare(f"{bucket}/corpus/out", text_config(steps, input=f"{bucket}/corpus/in"))
+  assert here["dropped"] == there["dropped"] == {"exact_duplicates": 1}
+  config = DataConfig(cache=str(tmp_path / "cache"))
+  loaded = []
+  for path in (f"{tmp_path}/out/shards", f"{bucket}/corpus/out/shards"):
+    source = sources.parse_one(f"shards:{path}", config)
+    loaded.append(documents.load(source, shards.tokenizer(source), "split"))
+  np.testing.assert_array_equal(loaded[0].tokens_N[:], loaded[1].tokens_N[:])
+  np.testing.assert_array_equal(loaded[0].tokens_N[7:30], loaded[1].tokens_N[7:30])
+  np.testing.assert_array_equal(loaded[0].sentences, loaded[1].sentences)

@@ -509,6 +509,7 @@ MISTAKES = [
   ({"input": "nothing/here"}, "no such file"),
   ({"input": ""}, "config.input is not set"),
   ({"reader": "pdf"}, "config.reader"),
+  ({"steps": ("language",), "language__model": "lid.bin"}, "config.language.model=lid.bin"),
   ({"steps": ("decontaminate",)}, "config.decontaminate.against"),
   ({"steps": ("extract",), "extract__by": "magic"}, "config.extract.by"),
   ({"gopher_quality__min_doc_word": 3}, "did you mean config.gopher_quality.min_doc_words"),

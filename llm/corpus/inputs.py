@@ -1,6 +1,7 @@
 """The files of a corpus, on this machine or in a bucket, cut into pieces: a piece is a task."""
 
 import dataclasses
+import io
 import pathlib
 import re
 from typing import Any, BinaryIO, Iterator
@@ -35,7 +36,7 @@ class Piece:
   def open(self) -> BinaryIO:
     """The file as its bytes are stored."""
     stored: Any = fsspec.open(self.path, "rb")
-    return stored.open()
+    return io.BufferedReader(stored.open())  # files of buckets lack methods
 
   def chunks(self) -> Iterator[bytes]:
     """The decompressed bytes of the piece. Raises OSError or EOFError where it is damaged.

@@ -112,7 +112,7 @@ def write(stages: Sequence[Stage], output: Output) -> dict[str, Any]:
   for stage in stages:
     books.enter(stage, accounts.of_stage(output.logs(stage.name)))
   figures = _figures(books)
-  folder = output.folder("")
+  folder = output.whole
   with folder.open("report.json", "wt") as file:
     json.dump(figures, file, indent=1)
   samples = _samples(stages, output)

@@ -46,6 +46,10 @@ class Output:
     return _folder(f"{self.path}/{name}")
 
   @property
+  def whole(self) -> DataFolder:
+    return _folder(self.path)
+
+  @property
   def samples(self) -> DataFolder:
     """Documents to look at."""
     return self.folder("samples")

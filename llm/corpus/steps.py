@@ -8,6 +8,7 @@ False, or the reason why it is dropped. It may change `document.text`.
 import dataclasses
 import functools
 import importlib
+import pathlib
 from typing import Any, Callable
 
 from datatrove.data import Document
@@ -54,6 +55,8 @@ class Language:
   model: str = ""
 
   def block(self, name: str, dropped: Samples) -> PipelineStep:
+    if self.model and not pathlib.Path(self.model).is_file():
+      raise UserError(f"config.language.model={self.model}: no such file, e.g. lid.176.bin")
     return LanguageFilter(self, dropped)
 
 
