@@ -36,7 +36,7 @@ class Tokenize(PipelineStep):
   def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
     if not self.output.exists(shards.TOKENIZER):
       return  # no document was left to train one on
-    tokenizer = tokenizer_lib.load(epath.Path(f"{self.output.path}/{shards.TOKENIZER}"))
+    tokenizer = tokenizer_lib.load(_tokenizer_folder(self.output))
     dtype = shards.id_type(tokenizer)
     name = f"{rank:05d}.ds"
     sha = hashlib.sha256()
@@ -88,6 +88,12 @@ def _groups(data: Any) -> Iterator[list[Document]]:
     yield group
 
 
+def _tokenizer_folder(output: DataFolder) -> epath.Path:
+  """The folder of the tokenizer in `output`, whose path lacks the protocol of its bucket."""
+  whole = output.path if output.is_local() else output.fs.unstrip_protocol(output.path)
+  return epath.Path(whole) / shards.TOKENIZER
+
+
 class TrainTokenizer(PipelineStep):
   """Trains the tokenizer of the shards on the first characters of every task's documents.
 
@@ -125,7 +131,7 @@ class TrainTokenizer(PipelineStep):
       texts = itertools.chain([first], sample)
       model = tokenizer_lib.train_sentencepiece(texts, self.vocab_size, self.lowercase)
       tokenizer = tokenizer_lib.SentencePieceTokenizer(model, self.lowercase, self.sentinels)
-      tokenizer.save(epath.Path(f"{self.output.path}/{shards.TOKENIZER}"))
+      tokenizer.save(_tokenizer_folder(self.output))
     yield from ()
 
   def _sample(self) -> Iterator[str]:
