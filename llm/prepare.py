@@ -33,13 +33,18 @@ _TIME = flags.DEFINE_string("time", "20:00:00", "The time limit of Slurm for eac
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Show what would be run or submitted, and end.")
 
 
-def main():
-  """Prepares the corpus of --config in --output."""
+def read_config() -> corpus_config.Prepare:
+  """The config of the command line. Raises UserError if it is missing or not valid."""
   if _CONFIG.value is None:
     raise UserError("--config is missing, e.g. --config=configs/prepare_text.py")
+  return corpus_config.freeze(_CONFIG.value)
+
+
+def main():
+  """Prepares the corpus of --config in --output."""
+  settings = read_config()
   if not _OUTPUT.value:
     raise UserError("--output is missing: the folder of the corpus")
-  settings = corpus_config.freeze(_CONFIG.value)
   folder = storage.folder(_OUTPUT.value)
   workers = _WORKERS.value or os.cpu_count() or 1
   where = executors.Where(_EXECUTOR.value, workers, _PARTITION.value, _TIME.value)

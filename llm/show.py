@@ -135,6 +135,14 @@ def show_corpus():
   pydoc.pager(report.read_text())
 
 
+def with_flag(argv: Sequence[str]) -> list[str]:
+  """`corpus DIR` as `corpus --corpus=DIR`."""
+  arguments = list(argv)
+  if arguments[1:2] == ["corpus"] and len(arguments) > 2 and not arguments[2].startswith("-"):
+    arguments[2] = f"--corpus={arguments[2]}"
+  return arguments
+
+
 VERBS = {
   "batch": show_batch,
   "sharding": show_sharding,
@@ -144,7 +152,4 @@ VERBS = {
 
 
 if __name__ == "__main__":
-  arguments = list(sys.argv)
-  if arguments[1:2] == ["corpus"] and len(arguments) > 2 and not arguments[2].startswith("-"):
-    arguments[2] = f"--corpus={arguments[2]}"
-  command.run_verb("llm.show", VERBS, arguments)
+  command.run_verb("llm.show", VERBS, with_flag(sys.argv))

@@ -49,6 +49,8 @@ def check(module_name: str, arguments: list[str]):
   # Configs read their overrides from here, one as soon as its module is imported.
   sys.argv = [module_name, *arguments]
   module = importlib.import_module(module_name)
+  if module_name == "llm.show":
+    sys.argv = module.with_flag(sys.argv)
   verbs = getattr(module, "VERBS", {})
   if verbs and arguments and not arguments[0].startswith("-"):
     verb = sys.argv.pop(1)
@@ -58,12 +60,16 @@ def check(module_name: str, arguments: list[str]):
   def freeze():
     if not any(argument.startswith("--config=") for argument in arguments):
       return
+    if module_name == "llm.prepare":
+      module.read_config()
+      return
     from llm.objectives import base
     from llm.train import read_config
 
     base.build(read_config().objective)
 
-  command.run(freeze, sys.argv)
+  check_key = module.corpus_config.check_key if module_name == "llm.prepare" else None
+  command.run(freeze, sys.argv, check_key)
 
 
 def main():
