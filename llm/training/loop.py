@@ -136,7 +136,7 @@ class _Run:
     self.parameters = flops.count_parameters(params, config.model.vocab_size)
     self._show_header(resume_from)
     self.baselines = baselines(experiment, say) if self.first_step < self.steps else {}
-    self.mfu = _mfu(experiment, params, mesh, say)
+    self.peak_flops, self.flops_a_step = _flops(experiment, params, mesh, say)
     self._open()
 
   def _show_header(self, resume_from: epath.Path | None):
@@ -224,6 +224,11 @@ class _Run:
     """Logs the means since the last report."""
     figures = self.meter.figures(step)
     self.log.metrics(step, {**figures, "mfu": self.mfu(figures["tokens_per_second"])})
+
+  def mfu(self, tokens_per_second: float) -> float:
+    """The model FLOPs utilization: the share of the peak FLOP/s that those of the model are."""
+    flops_a_token = self.flops_a_step / self.experiment.batches.tokens()
+    return flops_a_token * tokens_per_second / self.peak_flops
 
   def evaluate(self, step: int) -> dict[str, float]:
     """Logs the figures of the evaluation source; {} without one, or where a signal interrupts."""
@@ -321,6 +326,7 @@ class _Run:
       "shares": self.meter.shares(seconds),
       "tokens_per_second": pace,
       "mfu": pace and self.mfu(pace),
+      "flops": step * self.flops_a_step,
       "data": {name: {"epochs": epochs, "tokens": tokens} for name, (epochs, tokens) in usage},
       "eval": self.eval_figures,
       "best": self.progress.saved(),
@@ -342,21 +348,14 @@ def baselines(experiment: Training, say: Callable) -> dict[str, float]:
   return baselines
 
 
-def _mfu(
-  experiment: Training, params: Params, mesh: Mesh, say: Callable
-) -> Callable[[float], float]:
-  """A function from tokens a second, without padding, to the model FLOPs utilization (MFU).
-
-  That is the share of the peak FLOP/s which the FLOPs of the model are.
-  """
+def _flops(experiment: Training, params: Params, mesh: Mesh, say: Callable) -> tuple[float, float]:
+  """(peak FLOP/s of the mesh, FLOPs of the model in a step)."""
   config = experiment.config
-  batches = experiment.batches
   peak, source = flops.peak_flops(mesh, precision.of(config.model))
   of_row = flops.model_flops(experiment.model, params, experiment.one_row(), config.model)
-  of_step = of_row * batches.batch_size
+  of_step = of_row * experiment.batches.batch_size
   say(f"peak        {peak / 1e9:,.0f} GFLOP/s ({source}), {of_step / 1e9:,.1f} GFLOP a step")
-  of_token = of_step / batches.tokens()
-  return lambda tokens_per_second: of_token * tokens_per_second / peak
+  return peak, of_step
 
 
 def _say_new_length(resume_from: epath.Path, config: Config, first_step: int, say: Callable):
