@@ -309,15 +309,18 @@ ELSEWHERE = {
 }
 
 
-def unknown_key(where: str, key: str, known) -> UserError:
-  """The error for a key that does not exist, naming what was probably meant."""
+def unknown_key(where: str, key: str, known, of: str = "") -> UserError:
+  """The error for a key that does not exist, naming what was probably meant.
+
+  of: whose keys they are, after the key, where `where` does not say it.
+  """
   if key in ELSEWHERE:
     hint = f"here it is config.{ELSEWHERE[key]}"
   elif near := difflib.get_close_matches(key, known, n=1, cutoff=0.5):
     hint = f"did you mean {where}.{near[0]}?"
   else:
     hint = f"known keys: {', '.join(sorted(known))}"
-  return UserError(f"unknown key {where}.{key}: {hint}")
+  return UserError(f"unknown key {where}.{key}{of}: {hint}")
 
 
 def _checked(value, default, where: str):
