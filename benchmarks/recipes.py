@@ -23,6 +23,7 @@ import jax
 import numpy as np
 import tabulate
 import tqdm
+from jax.sharding import Mesh
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
@@ -69,8 +70,8 @@ def fine_tuning(checkpoint: str, sources: str) -> Config:
 class Runs:
   """Runs of one config at several rates, by one compiled step."""
 
-  def __init__(self, config: Config, workdir: pathlib.Path):
-    self.mesh = sharding.make_mesh(MeshConfig())
+  def __init__(self, config: Config, workdir: pathlib.Path, mesh: Mesh):
+    self.mesh = mesh
     self.experiment = experiment.prepare(config, say=lambda *_: None).on(self.mesh)
     self.config = self.experiment.config
     with jax.set_mesh(self.mesh):
@@ -102,6 +103,11 @@ class Runs:
       self.config.training.seed,
     )[0]
 
+  @property
+  def default_rate(self) -> float:
+    """By the rule."""
+    return self.config.optimizer.learning_rate
+
   def figures(self, rate: float) -> dict[str, float]:
     """The figures of held-out data after a run at a rate."""
     with jax.set_mesh(self.mesh):
@@ -126,8 +132,8 @@ def measured(name: str, config: Config, output: pathlib.Path, workdir: pathlib.P
   by_factor = {line["factor"]: line for line in done if line["run"] == name}
   runs = None
   while (factor := next_factor(by_factor)) is not None:
-    runs = runs or Runs(config, workdir)
-    rate = factor * runs.config.optimizer.learning_rate
+    runs = runs or Runs(config, workdir, sharding.make_mesh(MeshConfig()))
+    rate = factor * runs.default_rate
     line = {"run": name, "factor": factor, "rate": rate, **runs.figures(rate)}
     by_factor[factor] = line
     with output.open("a") as file:
@@ -140,7 +146,8 @@ def next_factor(by_factor: Mapping[float, Mapping[str, float]]) -> float | None:
   for factor in FIRST:
     if factor not in by_factor:
       return factor
-  best = min(by_factor, key=lambda factor: finite_loss(by_factor[factor]))
+  # The lowest of those that are equally good, or that all diverged.
+  best = min(by_factor, key=lambda factor: (finite_loss(by_factor[factor]), factor))
   for neighbour in (best / 2, best * 2):
     if neighbour not in by_factor and LOWEST <= neighbour <= HIGHEST:
       return neighbour

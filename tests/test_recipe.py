@@ -12,9 +12,11 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
+from benchmarks import recipes
 from llm import config as config_lib
+from llm import sharding
 from llm.checkpoints import manager
-from llm.config import DataConfig, RecipeConfig
+from llm.config import DataConfig, MeshConfig, RecipeConfig
 from llm.core import UserError
 from llm.data import duplicates, sources
 from llm.models.architecture import init_std_of
@@ -73,6 +75,32 @@ def test_narrow_weights_keep_the_size_of_a_vector_as_wide_ones_do():
     vector = jax.random.normal(jax.random.key(1), (width,))
     gains.append(float(np.linalg.norm(vector @ kernel) / np.linalg.norm(vector)))
   assert gains[0] == pytest.approx(gains[1], rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [64, 128])
+def test_the_rate_of_the_rule_is_the_best_at_every_width(width, tmp_path):
+  """The rates around it are a factor 4 away: the best one is within a factor 2 of it."""
+  config = recipes.pretraining("gpt", width, depth=2, steps=200)
+  mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
+  runs = recipes.Runs(config, tmp_path, mesh)
+  losses = {factor: runs.figures(factor * runs.default_rate)["loss"] for factor in (0.25, 1, 4)}
+  assert min(losses, key=losses.__getitem__) == 1, losses
+
+
+def test_a_sweep_goes_on_until_the_best_rate_has_neighbours():
+  def tried(best):
+    losses = {}
+    while (factor := recipes.next_factor(losses)) is not None:
+      # A parabola, and all that is more than 8 times too high diverges.
+      loss = math.log2(factor / best) ** 2 if factor <= 8 * best else math.nan
+      losses[factor] = {"loss": loss}
+    return list(losses)
+
+  assert tried(1) == [1, 0.5, 2]
+  assert tried(0.5) == [1, 0.5, 2, 0.25]
+  assert tried(4) == [1, 0.5, 2, 4, 8]
+  assert tried(1 / 32) == [1, 0.5, 2, 0.25, 0.125, 1 / 16]
 
 
 def test_small_data_are_seen_more_often():
