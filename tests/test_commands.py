@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags
 
 from llm import command, train
 from llm import config as config_lib
@@ -322,6 +323,14 @@ def test_mistakes_are_one_line_and_status_2(arguments, message, corpus, tmp_path
   assert re.search(message, lines[0]), lines[0]
 
 
+@pytest.fixture
+def flags_of_one_command():
+  """What a command line adds to the flags goes with it."""
+  yield
+  for name in [name for name in flags.FLAGS if name.startswith("config.")]:
+    delattr(flags.FLAGS, name)
+
+
 @pytest.mark.parametrize(
   "overrides, message",
   [
@@ -344,7 +353,9 @@ def test_mistakes_are_one_line_and_status_2(arguments, message, corpus, tmp_path
     (["--config.objective.mask_rate=high"], "could not convert string to float: 'high'"),
   ],
 )
-def test_an_unknown_key_of_an_objective_is_named(overrides, message, monkeypatch):
+def test_an_unknown_key_of_an_objective_is_named(
+  overrides, message, monkeypatch, flags_of_one_command
+):
   argv = ["train", "--config=configs/pretrain_bert.py:tiny", *overrides]
   monkeypatch.setattr(sys, "argv", argv)  # ml_collections reads it
   monkeypatch.chdir(ROOT)

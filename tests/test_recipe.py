@@ -247,6 +247,25 @@ def test_duplicates_between_train_and_eval_are_found(tmp_path):
   assert duplicates.remarks(parsed[1:], parsed[1]) and not duplicates.remarks([], parsed[1])
 
 
+def test_a_run_warns_of_duplicates(reviews, corpus, tmp_path):
+  loop.train(tiny("bert", f"text:{corpus}", training__steps=1), tmp_path / "bert")
+  train = (reviews / "train.jsonl").read_text().splitlines()
+  held_out = (reviews / "eval.jsonl").read_text().splitlines()
+  (tmp_path / "eval.jsonl").write_text("\n".join([*held_out, *train[:2]]))
+  config = tiny(
+    "classifier",
+    f"jsonl:{reviews}/train.jsonl",
+    data__eval=f"jsonl:{tmp_path}/eval.jsonl",
+    transfer__checkpoint=str(tmp_path / "bert"),
+    transfer__skip=("^head/",),
+    training__steps=1,
+  )
+  lines = []
+  loop.train(config, tmp_path / "tuned", say=lines.append)
+  (warning,) = [line for line in lines if "warning: " in line]
+  assert "2 of the 34 records of" in warning and "eval.jsonl:33" in warning
+
+
 @pytest.mark.parametrize(
   "overrides, message",
   [
