@@ -220,6 +220,8 @@ class RecipeConfig:
   width: int = key(768, above=0)
   # The rate falls with this power of the width.
   width_power: float = key(1.0, at_least=0)
+  # Its layers: a deeper model has a lower rate; 0: the rate does not depend on the depth.
+  num_layers: int = key(0, at_least=0)
   # Its tokens a step, and its steps, which need the former; 0: the rate does not depend on it.
   batch_tokens: int = key(0, at_least=0)
   steps: int = key(0, at_least=0)
