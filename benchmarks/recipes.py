@@ -1,26 +1,29 @@
 """Is the default learning rate near the best one? Short runs at several widths and depths.
 
-  python benchmarks/recipes.py pretrain [--output=recipes.jsonl] [--families=bert,gpt,t5]
-      [--widths=64,128,256] [--depths=2,4,8] [--steps=400]
+  python benchmarks/recipes.py pretrain [--output=recipes.jsonl] [--families=bert,gpt,t5,llama]
+      [--widths=64,128,256] [--depths=2,4,8] [--steps=300]
   python benchmarks/recipes.py finetune --checkpoint=DIR NAME=TRAIN.jsonl,EVAL.jsonl ..
 
-Each run is repeated at factors of the default rate (training/recipe.py), from the same weights and
-with the same batches. The loss is that of held-out text; fine-tuning shows accuracy too. Prints a
-table and appends every run to the output, which a later call takes as done.
+Each run is repeated at the default rate (training/recipe.py), at half of it and at twice it, from
+the same weights and with the same batches. While the best is the lowest or the highest rate, the
+next one beyond it is tried. The loss is that of held-out text; fine-tuning shows accuracy too.
+Prints a table and appends every run to the output, which a later call takes as done.
 """
 
 import argparse
 import importlib
 import json
+import math
 import pathlib
 import sys
 import tempfile
-from typing import Any
+from typing import Any, Mapping
 
 import jax
 import numpy as np
 import tabulate
 import tqdm
+from jax.sharding import Mesh
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
@@ -31,16 +34,25 @@ from llm.training import evaluation, experiment, state
 from llm.training import optimizer as optimizer_lib
 from llm.training import step as step_lib
 
-FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
+# Of the default rate. The first are tried always, the others while the best has no neighbour.
+FIRST = (1.0, 0.5, 2.0)
+LOWEST = 1 / 16
+HIGHEST = 16.0
 
 
 def pretraining(family: str, width: int, depth: int, steps: int) -> Config:
   """The tiny config of a family at another width and depth, for few and short rows."""
   config = importlib.import_module(f"configs.pretrain_{family}").get_config("tiny")
   config.model.update(
-    num_layers=depth, width=width, num_heads=max(1, width // 64), mlp_dim=4 * width, dropout=0.0
+    num_layers=depth,
+    width=width,
+    num_heads=width // 64,
+    num_kv_heads=0,  # as many as heads
+    mlp_dim=4 * width,
+    dropout=0.0,
   )
-  config.tokenizer.vocab_size = 4096
+  config.tokenizer.vocab_size = 1024
+  config.optimizer.warmup_steps = -1
   config.training.update(batch_size=16, sequence_length=64, steps=steps)
   return config_lib.freeze(config)
 
@@ -58,8 +70,8 @@ def fine_tuning(checkpoint: str, sources: str) -> Config:
 class Runs:
   """Runs of one config at several rates, by one compiled step."""
 
-  def __init__(self, config: Config, workdir: pathlib.Path):
-    self.mesh = sharding.make_mesh(MeshConfig())
+  def __init__(self, config: Config, workdir: pathlib.Path, mesh: Mesh):
+    self.mesh = mesh
     self.experiment = experiment.prepare(config, say=lambda *_: None).on(self.mesh)
     self.config = self.experiment.config
     with jax.set_mesh(self.mesh):
@@ -91,6 +103,11 @@ class Runs:
       self.config.training.seed,
     )[0]
 
+  @property
+  def default_rate(self) -> float:
+    """By the rule."""
+    return self.config.optimizer.learning_rate
+
   def figures(self, rate: float) -> dict[str, float]:
     """The figures of held-out data after a run at a rate."""
     with jax.set_mesh(self.mesh):
@@ -110,40 +127,56 @@ class Runs:
 
 
 def measured(name: str, config: Config, output: pathlib.Path, workdir: pathlib.Path) -> list[dict]:
-  """The result of every factor, taken from the output where it is there."""
+  """The result of every factor that was tried, taken from the output where it is there."""
   done = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
   by_factor = {line["factor"]: line for line in done if line["run"] == name}
-  if len(by_factor) == len(FACTORS):
-    return [by_factor[factor] for factor in FACTORS]
-  runs = Runs(config, workdir)
-  default = runs.config.optimizer.learning_rate
-  for factor in tqdm.tqdm(FACTORS, desc=name, unit=" runs", disable=None):
-    if factor in by_factor:
-      continue
-    figures = runs.figures(factor * default)
-    line = {"run": name, "factor": factor, "rate": factor * default, **figures}
+  runs = None
+  while (factor := next_factor(by_factor)) is not None:
+    runs = runs or Runs(config, workdir, sharding.make_mesh(MeshConfig()))
+    rate = factor * runs.default_rate
+    line = {"run": name, "factor": factor, "rate": rate, **runs.figures(rate)}
     by_factor[factor] = line
     with output.open("a") as file:
       file.write(json.dumps(line) + "\n")
-  return [by_factor[factor] for factor in FACTORS]
+  return [by_factor[factor] for factor in sorted(by_factor)]
+
+
+def next_factor(by_factor: Mapping[float, Mapping[str, float]]) -> float | None:
+  """The factor to try next; None where both neighbours of the best one are known."""
+  for factor in FIRST:
+    if factor not in by_factor:
+      return factor
+  # The lowest of those that are equally good, or that all diverged.
+  best = min(by_factor, key=lambda factor: (finite_loss(by_factor[factor]), factor))
+  for neighbour in (best / 2, best * 2):
+    if neighbour not in by_factor and LOWEST <= neighbour <= HIGHEST:
+      return neighbour
+  return None
+
+
+def finite_loss(figures: Mapping[str, float]) -> float:
+  """The loss, infinite where the run diverged."""
+  return figures["loss"] if np.isfinite(figures["loss"]) else math.inf
 
 
 def table(results: dict[str, list[dict]], figure: str) -> str:
   """A line a run: the figure at every factor, the best factor, what the default loses to it."""
+  factors = sorted({run["factor"] for runs in results.values() for run in runs})
   lines = []
   for name, runs in results.items():
-    values = [run[figure] for run in runs]
-    finite = [value if np.isfinite(value) else np.inf for value in values]
-    best = int(np.argmin(finite) if figure == "loss" else np.argmax(values))
-    default = FACTORS.index(1.0)
-    lost = (
-      finite[default] / finite[best] - 1 if figure == "loss" else values[best] - values[default]
-    )
-    cells = [f"{value:.3f}" for value in values]
-    lines.append(
-      (name, f"{runs[default]['rate']:.2g}", *cells, f"{FACTORS[best]:g}", f"{lost:.1%}")
-    )
-  headers = ("run", "default rate", *(f"x {f:g}" for f in FACTORS), "best", "lost")
+    by_factor = {run["factor"]: run for run in runs}
+    default = by_factor[1.0]
+    if figure == "loss":
+      best = min(runs, key=finite_loss)
+      lost = finite_loss(default) / finite_loss(best) - 1
+    else:
+      best = max(runs, key=lambda run: run[figure])
+      lost = best[figure] - default[figure]
+    cells = [
+      f"{by_factor[factor][figure]:.3f}" if factor in by_factor else "" for factor in factors
+    ]
+    lines.append((name, f"{default['rate']:.2g}", *cells, f"{best['factor']:g}", f"{lost:.1%}"))
+  headers = ("run", "default rate", *(f"x {factor:g}" for factor in factors), "best", "lost")
   return tabulate.tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
 
 
@@ -152,10 +185,10 @@ def main():
   parser.add_argument("what", choices=("pretrain", "finetune"))
   parser.add_argument("sets", nargs="*")
   parser.add_argument("--output", default="recipes.jsonl")
-  parser.add_argument("--families", default="bert,gpt,t5")
+  parser.add_argument("--families", default="bert,gpt,t5,llama")
   parser.add_argument("--widths", default="64,128,256")
   parser.add_argument("--depths", default="2,4,8")
-  parser.add_argument("--steps", type=int, default=400)
+  parser.add_argument("--steps", type=int, default=300)
   parser.add_argument("--checkpoint")
   arguments = parser.parse_intermixed_args()
   command.start_cpu()
@@ -163,15 +196,15 @@ def main():
   output = pathlib.Path(arguments.output)
   configs = {}
   if arguments.what == "pretrain":
-    for family in arguments.families.split(","):
-      for width in map(int, arguments.widths.split(",")):
-        for depth in map(int, arguments.depths.split(",")):
+    for width in map(int, arguments.widths.split(",")):
+      for depth in map(int, arguments.depths.split(",")):
+        for family in arguments.families.split(","):
           configs[f"{family} {depth}L/{width}"] = pretraining(family, width, depth, arguments.steps)
   for item in arguments.sets:
     name, _, sources = item.partition("=")
     configs[name] = fine_tuning(arguments.checkpoint, sources)
   results = {}
-  for name, config in configs.items():
+  for name, config in tqdm.tqdm(configs.items(), unit=" models", disable=None):
     with tempfile.TemporaryDirectory() as workdir:  # a transfer leaves its audit there
       results[name] = measured(name, config, output, pathlib.Path(workdir))
   print(table(results, "loss"))

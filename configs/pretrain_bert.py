@@ -37,6 +37,7 @@ def get_config(size: str = "tiny") -> Any:
   config.recipe.update(
     learning_rate=1e-4,
     width=max(768, config.model.width),
+    num_layers=max(12, config.model.num_layers),
     batch_tokens=256 * 128,
     steps=900_000,
   )
@@ -53,7 +54,9 @@ def get_config(size: str = "tiny") -> Any:
     # What a short run needs (docs/recipes.md): more masks, no pairs, no dropout, a good start.
     config.objective.update(mask_rate=0.4, next_sentence=False)
     config.model.update(dropout=0.0, embedding_start="cooccurrence")
-    config.recipe.update(learning_rate=3e-3, width=128, batch_tokens=64 * 128, steps=2_000)
+    config.recipe.update(
+      learning_rate=3e-3, width=128, num_layers=2, batch_tokens=64 * 128, steps=2_000
+    )
     config.optimizer.warmup_steps = -1
     config.training.update(batch_size=64, steps=2_000, eval_every=500, save_every=500)
   if second:

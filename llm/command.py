@@ -93,12 +93,14 @@ def _guarded(
 
 def _parse(argv: list[str], check_key: Callable[[str], None]):
   """Reads the flags and the config file. Raises UserError if either is wrong."""
-  _check_config_flags(argv, check_key)
+  given = _config_flags(argv)
+  _check_config_flags(given, check_key)
   try:
     arguments = flags.FLAGS(argv)
   except UserError:
     raise
   except Exception as error:  # ml_collections runs the config file, which may raise anything
+    _check_objective_keys(given)
     lines = str(error).strip().splitlines()
     in_config = lines and "parsing config file" in lines[0]
     raise UserError(lines[-1].strip() if in_config else core.first_line(error))
@@ -108,29 +110,63 @@ def _parse(argv: list[str], check_key: Callable[[str], None]):
     )
 
 
-def _check_config_flags(argv: list[str], check_key: Callable[[str], None]):
+def _config_flags(argv: list[str]) -> list[tuple[str, str]]:
+  """(name, value) of --config and of every key that overrides it, in order."""
+  given = []
+  for number, argument in enumerate(argv[1:], 1):
+    if argument == "--":
+      break
+    name, equals, value = argument.lstrip("-").partition("=")
+    if argument.startswith("-") and (name == "config" or name.startswith("config.")):
+      given.append((name, value if equals else (argv + [""])[number + 1]))
+  return given
+
+
+def _check_config_flags(given: list[tuple[str, str]], check_key: Callable[[str], None]):
   """Raises UserError if the config file or an overridden key does not exist.
 
   ml_collections would raise errors that name no key that was probably meant.
   """
-  for number, argument in enumerate(argv[1:], 1):
-    if argument == "--":
-      break
-    if not argument.startswith("-"):
-      continue
-    name, _, value = argument.lstrip("-").partition("=")
+  for name, value in given:
     if name == "config":
-      path = (value or (argv + [""])[number + 1]).split(":")[0]
+      path = value.split(":")[0]
       if not os.path.isfile(path):
         raise UserError(f"--config={path}: no such config file")
-    elif argument.startswith(("--config.", "-config.")):
+    else:
       check_key(name.removeprefix("config."))
+
+
+def _check_objective_keys(given: list[tuple[str, str]]):
+  """Raises UserError, naming the nearest key, on a key that the objective does not have.
+
+  It runs after the flags could not be read: which keys there are is known by the name of the
+  objective, which may itself be overridden, and else by running the config file once more.
+  """
+  values = dict(given)
+  keys = [name.removeprefix("config.objective.") for name in values if ".objective." in name]
+  if not keys or "config" not in values:
+    return
+  # Imported here: a command that has no objective starts without its imports.
+  from llm.objectives import base
+
+  try:
+    config = flags.FLAGS["config"].parser.parse(values["config"])
+  except Exception:  # the config file is wrong, which the caller says
+    return
+  name = values.get("config.objective.name", config.objective.name)
+  base.check_keys(name, keys)
+  for key in keys:
+    if key not in config.objective:
+      raise UserError(
+        f"config.objective.{key}: {values['config']} is a config of {config.objective.name}, and "
+        f"has no keys of {name}; take a config that has"
+      )
 
 
 def _check_key(key: str):
   """Raises UserError, naming the nearest key, if no config has `key` (GROUP or GROUP.NAME).
 
-  The keys of an objective are checked later: by then it is known which objective it is.
+  Those of an objective are known when its config was read (_check_objective_keys).
   """
   group, *names = key.split(".")
   if group == "objective":

@@ -220,6 +220,8 @@ class RecipeConfig:
   width: int = key(768, above=0)
   # The rate falls with this power of the width.
   width_power: float = key(1.0, at_least=0)
+  # Its layers: a deeper model has a lower rate; 0: the rate does not depend on the depth.
+  num_layers: int = key(0, at_least=0)
   # Its tokens a step, and its steps, which need the former; 0: the rate does not depend on it.
   batch_tokens: int = key(0, at_least=0)
   steps: int = key(0, at_least=0)
@@ -309,15 +311,18 @@ ELSEWHERE = {
 }
 
 
-def unknown_key(where: str, key: str, known) -> UserError:
-  """The error for a key that does not exist, naming what was probably meant."""
+def unknown_key(where: str, key: str, known, of: str = "") -> UserError:
+  """The error for a key that does not exist, naming what was probably meant.
+
+  of: whose keys they are, after the key, where `where` does not say it.
+  """
   if key in ELSEWHERE:
     hint = f"here it is config.{ELSEWHERE[key]}"
   elif near := difflib.get_close_matches(key, known, n=1, cutoff=0.5):
     hint = f"did you mean {where}.{near[0]}?"
   else:
     hint = f"known keys: {', '.join(sorted(known))}"
-  return UserError(f"unknown key {where}.{key}: {hint}")
+  return UserError(f"unknown key {where}.{key}{of}: {hint}")
 
 
 def _checked(value, default, where: str):

@@ -8,11 +8,13 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags
 
+from llm import command, train
 from llm import config as config_lib
-from llm import train
 from llm.checkpoints import manager
 from llm.core import UserError
+from llm.objectives import base
 from llm.training import loop
 from tests.conftest import tiny
 
@@ -249,7 +251,7 @@ MISTAKES = [
       "--workdir=W",
       "--config.objective.mask_rat=0.2",
     ],
-    "mask_rat",
+    "mask_rat of masked_lm: did you mean config.objective.mask_rate",
   ),
   (
     ["llm.train", "--config=configs/pretrain_bert.py:tiny", "--workdir=W", "--nonsense=1"],
@@ -321,6 +323,52 @@ def test_mistakes_are_one_line_and_status_2(arguments, message, corpus, tmp_path
   assert re.search(message, lines[0]), lines[0]
 
 
+@pytest.fixture
+def flags_of_one_command():
+  """What a command line adds to the flags goes with it."""
+  yield
+  for name in [name for name in flags.FLAGS if name.startswith("config.")]:
+    delattr(flags.FLAGS, name)
+
+
+@pytest.mark.parametrize(
+  "overrides, message",
+  [
+    (
+      ["--config.objective.mask_ratee=0.3"],
+      r"mask_ratee of masked_lm: did you mean config.objective.mask_rate\?",
+    ),
+    (  # the command line changes the objective, before the key or after it
+      ["--config.objective.strid", "64", "--config.objective.name=span_qa"],
+      r"strid of span_qa: did you mean config.objective.stride\?",
+    ),
+    (
+      ["--config.objective.name=span_qa", "--config.objective.stride=64"],
+      "pretrain_bert.py:tiny is a config of masked_lm, and has no keys of span_qa",
+    ),
+    (
+      ["--config.objective.name=maskedlm", "--config.objective.mask_ratee=0.3"],
+      "config.objective.name must be one of .*, not 'maskedlm'",
+    ),
+    (["--config.objective.mask_rate=high"], "could not convert string to float: 'high'"),
+  ],
+)
+def test_an_unknown_key_of_an_objective_is_named(
+  overrides, message, monkeypatch, flags_of_one_command
+):
+  argv = ["train", "--config=configs/pretrain_bert.py:tiny", *overrides]
+  monkeypatch.setattr(sys, "argv", argv)  # ml_collections reads it
+  monkeypatch.chdir(ROOT)
+  with pytest.raises(UserError, match=message) as error:
+    command._parse(argv, command._check_key)
+  assert "\n" not in str(error.value)
+
+
+def test_a_config_with_keys_of_another_objective_names_both():
+  with pytest.raises(UserError, match="unknown key config.objective.mask_rate of causal_lm"):
+    base.build({"name": "causal_lm", "mask_rate": 0.3})
+
+
 BAD_CONFIGS = [
   (dict(training__sequence_length=128), "longer than the model's 64 positions"),
   (dict(training__batch_size=9), "must be a multiple of mesh.data"),
@@ -367,6 +415,14 @@ def test_an_unknown_label_in_the_eval_set_is_named(pretrained, reviews, tmp_path
     UserError, match=r"eval.jsonl:2: unknown label 'ugly'; the classes are bad, good"
   ):
     loop.train(config, tmp_path / "w")
+
+
+def test_a_set_with_one_class_is_named(pretrained, tmp_path):
+  (tmp_path / "train.jsonl").write_text('{"text": "a", "label": "good"}\n' * 3)
+  config = tiny("classifier", f"jsonl:{tmp_path}/train.jsonl", transfer__checkpoint=str(pretrained))
+  with pytest.raises(UserError, match="train.jsonl: only the label 'good' occurs") as error:
+    loop.train(config, tmp_path / "w")
+  assert "\n" not in str(error.value) and not (tmp_path / "w").exists()
 
 
 def test_a_vocabulary_that_does_not_fit_the_checkpoint(pretrained, corpus, tmp_path):

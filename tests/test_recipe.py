@@ -12,9 +12,11 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
+from benchmarks import recipes
 from llm import config as config_lib
+from llm import sharding
 from llm.checkpoints import manager
-from llm.config import DataConfig, RecipeConfig
+from llm.config import DataConfig, MeshConfig, RecipeConfig
 from llm.core import UserError
 from llm.data import duplicates, sources
 from llm.models.architecture import init_std_of
@@ -39,6 +41,7 @@ def with_rate(config, **training):
     ("pretrain_bert", "base", 1e-4),
     ("pretrain_bert", "large", 1e-4),
     ("pretrain_bert", "base-512", 1e-4),
+    ("pretrain_bert", "tiny", 3e-3),  # of a run of ours (docs/recipes.md)
     ("pretrain_gpt", "small", 6e-4),
     ("pretrain_gpt", "medium", 3e-4),
     ("pretrain_gpt", "175b", 6e-5),
@@ -48,17 +51,20 @@ def test_published_shapes_have_published_rates_and_weights(family, size, rate):
   config = published(family, size)
   assert config.optimizer.learning_rate == -1
   assert with_rate(config) == rate
-  assert init_std_of(config.model) == 0.02
+  assert size == "tiny" or init_std_of(config.model) == 0.02
 
 
 def test_rates_follow_width_batch_and_steps():
-  """Half as wide, twice the rate; a fourth of the batch in as many tokens, half of it."""
+  """Half as wide, twice the rate; four times as deep, a fourth; a fourth of the batch, half."""
   config = published("pretrain_bert", "base")
   steps, rows = config.training.steps, config.training.batch_size
   narrow = dataclasses.replace(config, model=dataclasses.replace(config.model, width=384))
   assert with_rate(narrow) == 2e-4
   assert with_rate(config, batch_size=rows // 4, steps=4 * steps) == 5e-5
   assert with_rate(config, steps=steps // 10) == pytest.approx(1e-4 * 10**0.2, rel=0.03)
+  deep = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=48))
+  shallow = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=6))
+  assert with_rate(deep) == 2.5e-5 and with_rate(shallow) == 1e-4
   high = dataclasses.replace(narrow.recipe, learning_rate=6e-3)
   assert with_rate(dataclasses.replace(narrow, recipe=high)) == recipe.HIGHEST_RATE
 
@@ -73,6 +79,32 @@ def test_narrow_weights_keep_the_size_of_a_vector_as_wide_ones_do():
     vector = jax.random.normal(jax.random.key(1), (width,))
     gains.append(float(np.linalg.norm(vector @ kernel) / np.linalg.norm(vector)))
   assert gains[0] == pytest.approx(gains[1], rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [64, 128])
+def test_the_rate_of_the_rule_is_the_best_at_every_width(width, tmp_path):
+  """The rates around it are a factor 4 away: the best one is within a factor 2 of it."""
+  config = recipes.pretraining("gpt", width, depth=2, steps=200)
+  mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
+  runs = recipes.Runs(config, tmp_path, mesh)
+  losses = {factor: runs.figures(factor * runs.default_rate)["loss"] for factor in (0.25, 1, 4)}
+  assert min(losses, key=losses.__getitem__) == 1, losses
+
+
+def test_a_sweep_goes_on_until_the_best_rate_has_neighbours():
+  def tried(best):
+    losses = {}
+    while (factor := recipes.next_factor(losses)) is not None:
+      # A parabola, and all that is more than 8 times too high diverges.
+      loss = math.log2(factor / best) ** 2 if factor <= 8 * best else math.nan
+      losses[factor] = {"loss": loss}
+    return list(losses)
+
+  assert tried(1) == [1, 0.5, 2]
+  assert tried(0.5) == [1, 0.5, 2, 0.25]
+  assert tried(4) == [1, 0.5, 2, 4, 8]
+  assert tried(1 / 32) == [1, 0.5, 2, 0.25, 0.125, 1 / 16]
 
 
 def test_small_data_are_seen_more_often():
@@ -217,6 +249,25 @@ def test_duplicates_between_train_and_eval_are_found(tmp_path):
   (remark,) = duplicates.remarks(parsed[:1], parsed[1])
   assert "2 of the 20 records" in remark and "eval.jsonl:5" in remark and "eval.jsonl:6" in remark
   assert duplicates.remarks(parsed[1:], parsed[1]) and not duplicates.remarks([], parsed[1])
+
+
+def test_a_run_warns_of_duplicates(reviews, corpus, tmp_path):
+  loop.train(tiny("bert", f"text:{corpus}", training__steps=1), tmp_path / "bert")
+  train = (reviews / "train.jsonl").read_text().splitlines()
+  held_out = (reviews / "eval.jsonl").read_text().splitlines()
+  (tmp_path / "eval.jsonl").write_text("\n".join([*held_out, *train[:2]]))
+  config = tiny(
+    "classifier",
+    f"jsonl:{reviews}/train.jsonl",
+    data__eval=f"jsonl:{tmp_path}/eval.jsonl",
+    transfer__checkpoint=str(tmp_path / "bert"),
+    transfer__skip=("^head/",),
+    training__steps=1,
+  )
+  lines = []
+  loop.train(config, tmp_path / "tuned", say=lines.append)
+  (warning,) = [line for line in lines if "warning: " in line]
+  assert "2 of the 34 records of" in warning and "eval.jsonl:33" in warning
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The studies: runs beside others are runs alone, words follow from numbers, as do intervals."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import scipy.stats
 
 from llm import sharding
 from llm.config import DataConfig, MeshConfig, ModelConfig
+from llm.core import UserError
 from llm.data import sources
 from llm.models import classical
 from llm.objectives import classification
@@ -88,6 +91,54 @@ def test_a_plain_study_learns_and_its_rows_hold_what_was_measured(study):
     )
   assert min(found[m]["accuracy_mean"] for m in classical.MODELS) > 0.8
   assert differences[0]["labels"] == 96
+
+
+def test_a_rate_that_diverges_is_counted_and_not_chosen(study, capsys):
+  """Predictions of NaN would all be class 0, which is right for half of the labels."""
+  tuner, splits = study
+  train, held_out = splits["train"], splits["eval"]
+  setting = Setting(24, draws=2, searched=2, learning_rates=(1e30, 1e-6), epochs=(2,))
+  rows, _ = label_efficiency.run(tuner, [setting], train, held_out, held_out)
+  arms = {row["model"]: row for row in rows}
+  for arm in ("pretrained", "scratch"):
+    chosen = arms[arm]["chosen"]
+    assert chosen["learning_rate"] == 1e-6 and (chosen["diverged"], chosen["runs"]) == (2, 4)
+    assert arms[arm]["diverged"] == 0
+  assert capsys.readouterr().out.count("(2 of the 4 runs of its search diverged)") == 2
+  bad = dataclasses.replace(setting, learning_rates=(1e30, 1e31))
+  with pytest.raises(UserError, match="pretrained at 24 labels diverged at every .*: 1e.30, 1e.31"):
+    label_efficiency.measure(tuner, bad, train, held_out, held_out, _Bar())
+  # Without a search, a run that diverges has labelled nothing right.
+  alone = dataclasses.replace(setting, learning_rates=(1e30,))
+  row = label_efficiency.measure(tuner, alone, train, None, held_out, _Bar())[0]
+  assert row["accuracies"] == [0.0, 0.0] and row["diverged"] == 2
+  assert label_efficiency.in_words(row).endswith("(2 of its 2 runs diverged and count as 0)")
+
+
+def test_a_study_that_cannot_be_made_is_one_line_before_any_run(study):
+  tuner, splits = study
+  train, held_out = splits["train"], splits["eval"]
+  of_one_class = np.flatnonzero(train.labels == 1)
+  one_class = dataclasses.replace(
+    train,
+    texts=[train.texts[row] for row in of_one_class],
+    labels=train.labels[of_one_class],
+    arrays={name: array[of_one_class] for name, array in train.arrays.items()},
+  )
+  empty = dataclasses.replace(held_out, texts=[], labels=held_out.labels[:0], arrays={})
+  fine = Setting(24, draws=1, searched=1, learning_rates=(1e-3, 1e-2), epochs=(1,))
+  many = dataclasses.replace(fine, labels=97)
+  for settings, learned, validation, message in (
+    ([fine, many], train, held_out, "97 labels were asked for, but the training split has 96"),
+    ([fine], train, None, "a search needs validation data, and there are none"),
+    ([fine], train, empty, "a search needs validation data, and there are none"),
+    ([fine], one_class, held_out, "the training split has one class alone"),
+  ):
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(tuner, "accuracies", lambda *_: pytest.fail("a run was trained"))
+      with pytest.raises(UserError, match=message) as error:
+        label_efficiency.run(tuner, settings, learned, validation, held_out)
+    assert "\n" not in str(error.value)
 
 
 def test_paired_interval_is_scipys():

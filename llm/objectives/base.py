@@ -10,7 +10,7 @@ import dataclasses
 import importlib
 import pathlib
 import pkgutil
-from typing import Any, Callable, ClassVar, Mapping, Protocol, Sequence
+from typing import Any, Callable, ClassVar, Iterable, Mapping, Protocol, Sequence
 
 import jax
 import numpy as np
@@ -280,7 +280,16 @@ def build(mapping: Mapping[str, Any]) -> Objective:
   Raises UserError if there is no such objective or field, or a value is out of its bounds.
   """
   fields = {field: value for field, value in mapping.items() if field != "name"}
+  check_keys(mapping["name"], fields)
   return config_lib.build(_class(mapping["name"]), fields, "config.objective")
+
+
+def check_keys(name: str, keys: Iterable[str]):
+  """Raises UserError on a key that the objective of this name does not have."""
+  known = ["name", *(field.name for field in dataclasses.fields(_class(name)))]
+  for key in keys:
+    if key not in known:
+      raise config_lib.unknown_key("config.objective", key, known, f" of {name}")
 
 
 def defaults(name: str) -> dict[str, Any]:

@@ -3,14 +3,17 @@
 For each number of labels, several draws of the training labels are fine-tuned on. The arms,
 pretrained and scratch, see the same draws, batches and fresh head. The learning rate and the epochs
 of each arm, and the regularisation of the classical models, are chosen on the validation split. The
-test split is scored once, with what was chosen.
+test split is scored once, with what was chosen. A run diverges if what it computes is not finite:
+the search counts it and does not choose its learning rate.
 """
 
 import dataclasses
 import itertools
+import math
 from typing import Any, Mapping, Protocol, Sequence, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import scipy.stats
@@ -19,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llm.config import DataConfig, ModelConfig, OptimizerConfig
-from llm.core import Batch, Leaves, Params, TrainState, flatten
+from llm.core import Batch, Leaves, Params, TrainState, UserError, flatten
 from llm.data.sources import Source
 from llm.data.tokenizer import Tokenizer
 from llm.models import classical
@@ -50,6 +53,11 @@ class Setting:
   searched: int
   learning_rates: tuple[float, ...]
   epochs: tuple[int, ...]
+
+  @property
+  def choices(self) -> list[tuple[float, int]]:
+    """(learning rate, epochs) of each run of the search."""
+    return list(itertools.product(self.learning_rates, self.epochs))
 
   def distinct_draws(self) -> int:
     """Draws that differ: with all labels, a linear model gives the same each time."""
@@ -144,14 +152,15 @@ class FineTuner:
     return state
 
   def _predictions(self, params: Leaves, batch: Batch) -> jax.Array:
-    """The most probable class of every row."""
+    """The most probable class of every row; -1 where the logits are not finite."""
     merged = partition.merge(params, {}, self.none_frozen)
     outputs = cast(base.Outputs, self.model.apply({"params": merged}, batch, train=False))
     logits_BxNxC = outputs["logits"]  # a row is one example
-    return logits_BxNxC[:, 0].argmax(-1)
+    logits_BxC = logits_BxNxC[:, 0]
+    return jnp.where(jnp.isfinite(logits_BxC).all(-1), logits_BxC.argmax(-1), -1)
 
   def accuracies(self, runs: Sequence[Run], train: Split, held_out: Split, bar: Bar) -> list[float]:
-    """The accuracy of every run on `held_out`, in the order of `runs`."""
+    """The accuracy of every run on `held_out`, in the order of `runs`; NaN where it diverged."""
     waiting = sorted(range(len(runs)), key=lambda number: self._steps(runs[number]))
     accuracies = [0.0] * len(runs)
     devices = self.mesh.size
@@ -203,7 +212,7 @@ class FineTuner:
     return np.concatenate([np.resize(rng.permutation(rows), size) for _ in range(run.epochs)])
 
   def _score(self, params: Leaves, runs: int, held_out: Split) -> list[float]:
-    """The accuracy of each of so many runs."""
+    """The accuracy of each of so many runs, NaN where one diverged."""
     count = len(held_out.labels)
     predictions = []
     for start in range(0, count, EVAL_ROWS):
@@ -211,7 +220,9 @@ class FineTuner:
       batch = {name: self._stacked([array[rows]] * runs) for name, array in held_out.arrays.items()}
       predictions.append(np.asarray(self.predictions(params, batch)))
     predicted = np.concatenate(predictions, axis=1)[:, :count]
-    return [float(accuracy) for accuracy in (predicted == held_out.labels).mean(1)]
+    accuracies = (predicted == held_out.labels).mean(1)
+    diverged = (predicted < 0).any(1)
+    return [float(accuracy) for accuracy in np.where(diverged, math.nan, accuracies)]
 
 
 def draw(train: Split, labels: int, number: int) -> tuple[int, ...]:
@@ -222,14 +233,41 @@ def draw(train: Split, labels: int, number: int) -> tuple[int, ...]:
   return tuple(int(row) for row in rng.choice(len(train.labels), labels, replace=False))
 
 
+def check_labels(settings: Sequence[Setting], train: Split):
+  """Raises UserError where a setting has more labels than there are, or there is one class."""
+  count = len(train.labels)
+  for setting in settings:
+    if setting.labels > count:
+      raise UserError(
+        f"{setting.labels:,} labels were asked for, but the training split has {count:,} (0 takes "
+        "all)"
+      )
+  if len(np.unique(train.labels)) < 2:
+    raise UserError("the training split has one class alone; a label curve needs two")
+
+
+def to_search(validation: Split | None) -> Split:
+  """The validation split. Raises UserError where there is none."""
+  if validation is None or not len(validation.labels):
+    raise UserError(
+      "a search needs validation data, and there are none: they choose learning rate, epochs and "
+      "regularisation, which test data must not"
+    )
+  return validation
+
+
 def _draws(setting: Setting, train: Split) -> list[tuple[int, ...]]:
   return [draw(train, setting.labels, number) for number in range(setting.draws)]
 
 
 def measure(
-  tuner: FineTuner, setting: Setting, train: Split, validation: Split, test: Split, bar: Bar
+  tuner: FineTuner, setting: Setting, train: Split, validation: Split | None, test: Split, bar: Bar
 ) -> list[dict]:
-  """A result row for each arm. Where there is only one choice, nothing is searched."""
+  """A result row for each arm. Where there is only one choice, nothing is searched.
+
+  A run that diverges after the search has labelled nothing right.
+  """
+  check_labels([setting], train)
   draws = _draws(setting, train)
   chosen = _search(tuner, setting, draws, train, validation, bar)
   runs = [
@@ -237,11 +275,12 @@ def measure(
     for arm in tuner.starts
     for seed, rows in enumerate(draws)
   ]
-  accuracies = np.array(tuner.accuracies(runs, train, test, bar))
-  return [
-    _row(arm, len(draws[0]), of_arm.tolist(), chosen[arm])
-    for arm, of_arm in zip(tuner.starts, accuracies.reshape(len(tuner.starts), -1))
-  ]
+  accuracies = np.array(tuner.accuracies(runs, train, test, bar)).reshape(len(tuner.starts), -1)
+  results = []
+  for arm, of_arm in zip(tuner.starts, accuracies):
+    result = _row(arm, len(draws[0]), np.nan_to_num(of_arm, nan=0.0).tolist(), chosen[arm])
+    results.append({**result, "diverged": int(np.isnan(of_arm).sum())})
+  return results
 
 
 def _search(
@@ -249,11 +288,14 @@ def _search(
   setting: Setting,
   draws: list[tuple[int, ...]],
   train: Split,
-  validation: Split,
+  validation: Split | None,
   bar: Bar,
 ) -> dict[str, dict[str, Any]]:
-  """Arm -> the learning rate and epochs that are best on the validation split, and how good."""
-  choices = list(itertools.product(setting.learning_rates, setting.epochs))
+  """Arm -> the learning rate and epochs that are best on the validation split, and how good.
+
+  diverged: how many of its `runs` did. Raises UserError where all choices of an arm diverge.
+  """
+  choices = setting.choices
   if len(choices) == 1:
     rate, epochs = choices[0]
     return {arm: {"learning_rate": rate, "epochs": epochs} for arm in tuner.starts}
@@ -264,20 +306,34 @@ def _search(
     for rate, epochs in choices
     for seed in range(setting.searched)
   ]
-  accuracies = np.array(tuner.accuracies(runs, train, validation, bar))
-  by_choice = accuracies.reshape(len(tuner.starts), len(choices), -1).mean(-1)
+  accuracies = np.array(tuner.accuracies(runs, train, to_search(validation), bar))
+  by_arm = accuracies.reshape(len(tuner.starts), len(choices), -1)
   chosen = {}
-  for arm, scores in zip(tuner.starts, by_choice):
-    rate, epochs = choices[int(scores.argmax())]
-    best_score = float(scores.max())
-    chosen[arm] = {"learning_rate": rate, "epochs": epochs, "validation": best_score}
+  for arm, accuracies_CxD in zip(tuner.starts, by_arm):
+    scores = accuracies_CxD.mean(-1)  # NaN where a draw diverged
+    if np.isnan(scores).all():
+      rates = ", ".join(f"{rate:g}" for rate in setting.learning_rates)
+      raise UserError(
+        f"the search of {arm} at {len(draws[0]):,} labels diverged at every learning rate: {rates}"
+      )
+    best = int(np.nanargmax(scores))
+    rate, epochs = choices[best]
+    chosen[arm] = {
+      "learning_rate": rate,
+      "epochs": epochs,
+      "validation": float(scores[best]),
+      "runs": accuracies_CxD.size,
+      "diverged": int(np.isnan(accuracies_CxD).sum()),
+    }
   return chosen
 
 
 def measure_classical(
-  setting: Setting, train: Split, validation: Split, test: Split, bar: Bar
+  setting: Setting, train: Split, validation: Split | None, test: Split, bar: Bar
 ) -> list[dict]:
   """A result row for each classical model, its regularisation chosen on the validation split."""
+  check_labels([setting], train)
+  searched = to_search(validation)
   draws = _draws(setting, train)[: setting.distinct_draws()]
 
   def accuracy(name: str, strength: float, rows: tuple[int, ...], held_out: Split) -> float:
@@ -289,7 +345,7 @@ def measure_classical(
   for name in classical.MODELS:
     scores = []
     for strength in classical.STRENGTHS:
-      of_draws = [accuracy(name, strength, rows, validation) for rows in draws[: setting.searched]]
+      of_draws = [accuracy(name, strength, rows, searched) for rows in draws[: setting.searched]]
       scores.append(np.mean(of_draws))
     best = classical.STRENGTHS[int(np.argmax(scores))]
     accuracies = [accuracy(name, best, rows, test) for rows in draws]
@@ -300,7 +356,7 @@ def measure_classical(
 
 def count_fits(setting: Setting, arms: int) -> int:
   """How many runs `measure` trains: for the progress bar."""
-  choices = len(setting.learning_rates) * len(setting.epochs)
+  choices = len(setting.choices)
   searched = choices * setting.searched if choices > 1 else 0
   return arms * (setting.draws + searched)
 
@@ -365,9 +421,12 @@ def equivalent_labels(
 
 
 def run(
-  tuner: FineTuner, settings: Sequence[Setting], train: Split, validation: Split, test: Split
+  tuner: FineTuner, settings: Sequence[Setting], train: Split, validation: Split | None, test: Split
 ) -> tuple[list[dict], list[dict]]:
   """All settings, with a progress bar -> (a row a model and setting, a difference a setting)."""
+  # Before the first run, not after hours of them.
+  check_labels(settings, train)
+  to_search(validation)
   rows = []
   differences = []
   total = sum(count_fits(s, len(tuner.starts)) + count_classical_fits(s) for s in settings)
@@ -378,9 +437,19 @@ def run(
       difference = _difference(of_setting)
       rows += of_setting
       differences.append(difference)
-      means = [f"{row['model']} {100 * row['accuracy_mean']:.1f}" for row in of_setting]
-      tqdm.tqdm.write(f"{difference['labels']} labels: {', '.join(means)}")
+      tqdm.tqdm.write(f"{difference['labels']} labels: {', '.join(map(in_words, of_setting))}")
   return rows, differences
+
+
+def in_words(row: Mapping[str, Any]) -> str:
+  """The mean accuracy of a result row, and how many runs diverged where some did."""
+  words = f"{row['model']} {100 * row['accuracy_mean']:.1f}"
+  chosen = row["chosen"]
+  if chosen.get("diverged"):
+    words += f" ({chosen['diverged']} of the {chosen['runs']} runs of its search diverged)"
+  if row.get("diverged"):
+    words += f" ({row['diverged']} of its {row['seeds']} runs diverged and count as 0)"
+  return words
 
 
 def _difference(rows: list[dict]) -> dict[str, float]:

@@ -24,15 +24,21 @@ MOST_EPOCHS = 20
 def learning_rate(config: Config) -> float:
   """The highest rate of Adam for the run of a config whose steps are known.
 
-  That of the published run, times three factors:
+  That of the published run, times four factors:
 
   - (published width / width) ** width_power. With a power of 1, updates of hidden layers stay as
     large beside their outputs (Yang et al. 2022, table 3).
+  - published layers / layers for a deeper model, where the recipe says its layers. It is for layers
+    that are normalised after the addition, as BERT's are: what an update changes in the output
+    grows with their number (Liu et al. 2020, section 4). Measured at 2, 4 and 8 layers
+    (docs/recipes.md), where GPT, Llama and T5 have one best rate.
   - sqrt(tokens a step / published), by the noise of the gradient (Malladi et al. 2022, section 4).
   - (published tokens of the run / tokens) ** TOKENS_POWER: short runs take larger steps.
   """
   recipe = config.recipe
   rate = recipe.learning_rate * (recipe.width / config.model.width) ** recipe.width_power
+  if recipe.num_layers:
+    rate *= min(1.0, recipe.num_layers / config.model.num_layers)
   if recipe.batch_tokens:
     batch_tokens = config.training.batch_size * config.training.sequence_length
     batch_ratio = batch_tokens / recipe.batch_tokens
