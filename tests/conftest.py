@@ -3,10 +3,17 @@
 # JAX gets its settings before the imports that may start it.
 # ruff: noqa: E402
 
+import ctypes
 import gc
+import importlib.metadata
 import os
+import sys
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+# Most of the time goes into compiling small programs. tests/test_numerics.py has what users have.
+FAST_COMPILE = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones know no such flag
+  FAST_COMPILE.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FAST_COMPILE])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # llm/environment.py sets the same; some tests start without it.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -75,6 +82,8 @@ def _programs_of_one_file():
   yield
   jax.clear_caches()
   gc.collect()
+  if sys.platform == "linux":
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,6 +1,7 @@
 """What the models must not do: look ahead, mix documents, depend on how they are computed."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -67,12 +68,24 @@ def model_of(name: str, **changes):
   )
 
 
+@functools.lru_cache(maxsize=None)
 def params_of(model, seed=0):
-  return step_lib.init_params(model, batch_of(1), jax.random.key(seed))
+  """Fresh parameters, drawn once a model. Not for use in a trace."""
+  return jax.jit(lambda: step_lib.init_params(model, batch_of(1), jax.random.key(seed)))()
+
+
+def shapes_of(model):
+  return jax.eval_shape(lambda: step_lib.init_params(model, batch_of(1), jax.random.key(0)))
+
+
+@functools.lru_cache(maxsize=None)
+def _compiled(backbone):
+  return jax.jit(lambda params, batch: backbone.apply({"params": params}, batch, train=False)[0])
 
 
 def hidden(model, params, batch):
-  return model.backbone.apply({"params": params["backbone"]}, batch, train=False)[0]
+  """What the backbone gives, BxTxD."""
+  return _compiled(model.backbone)(params["backbone"], batch)
 
 
 @pytest.mark.parametrize("name", ["gpt", "llama", "qwen3"])
@@ -219,8 +232,7 @@ def test_parameter_counts_are_the_published_ones(name, size):
   model = experiment.build(
     base.build(base.defaults("masked_lm" if name == "bert" else "causal_lm")), config
   )
-  shapes = jax.eval_shape(lambda: step_lib.init_params(model, batch_of(1), jax.random.key(0)))
-  assert flops.count_parameters(shapes, vocab) == PUBLISHED[name, size]
+  assert flops.count_parameters(shapes_of(model), vocab) == PUBLISHED[name, size]
 
 
 def test_padding_of_the_vocabulary_takes_no_probability():
