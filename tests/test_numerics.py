@@ -88,7 +88,7 @@ def batch_of(name: str) -> dict[str, np.ndarray]:
   return batch | {"targets": np.roll(tokens, -1, 1), "weights": weights}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def params_of(model) -> dict:
   batch = batch_of(model.backbone.config.name)
   return jax.jit(lambda: step_lib.init_params(model, batch, jax.random.key(0)))()
