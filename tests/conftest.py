@@ -3,10 +3,18 @@
 # JAX gets its settings before the imports that may start it.
 # ruff: noqa: E402
 
+import ctypes
+import functools
 import gc
+import importlib.metadata
 import os
+import sys
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+# Most of the time goes into compiling small programs. tests/test_numerics.py has what users have.
+FAST_COMPILE = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones know no such flag
+  FAST_COMPILE.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FAST_COMPILE])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # llm/environment.py sets the same; some tests start without it.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -23,7 +31,8 @@ from llm.models import precision
 from llm.objectives import base
 
 command.use_compilation_cache()
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+# Smaller programs take as long to write and read as to compile.
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 WORDS = (
   "the film was a joy to watch and every scene of it had warmth but its plot made no sense at all "
@@ -75,6 +84,8 @@ def _programs_of_one_file():
   yield
   jax.clear_caches()
   gc.collect()
+  if sys.platform == "linux":
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -119,6 +130,16 @@ def tiny(kind: str, train: str, **overrides):
     group, _, name = key.partition("__")
     config[group][name] = value
   return config_lib.freeze(config)
+
+
+@functools.cache
+def _program(module):
+  return jax.jit(lambda params, batch: module.apply({"params": params}, batch, train=False))
+
+
+def outputs_of(module, params, batch):
+  """What a network gives without dropout, as one program: operations alone compile for longer."""
+  return _program(module)(params, batch)
 
 
 @pytest.fixture(scope="session")

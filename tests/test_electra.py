@@ -24,7 +24,7 @@ from llm.objectives import base, replaced_token
 from llm.performance import flops
 from llm.training import experiment, loop
 from llm.training import step as step_lib
-from tests.conftest import tiny
+from tests.conftest import outputs_of, tiny
 from tests.test_models import SMALL, batch_of
 
 BATCH = {name: jnp.asarray(array) for name, array in batch_of(4).items()}
@@ -145,16 +145,15 @@ def gradients():
     return losses, (losses, outputs["replaced"])
 
   with jax.set_mesh(sharding.make_mesh(MeshConfig(), jax.devices()[:1])):
-    params = step_lib.init_params(model, batch_of(1), jax.random.key(0))
+    params = jax.jit(lambda: step_lib.init_params(model, batch_of(1), jax.random.key(0)))()
 
   def run(mesh_config, devices):
     mesh = sharding.make_mesh(mesh_config, jax.devices()[:devices])
     with jax.set_mesh(mesh):
       placed = jax.device_put(params, sharding.shardings(params, mesh))
       grads, (losses, replaced) = jax.jit(jax.jacrev(terms, has_aux=True))(placed)
-    of_term = [
-      {path: np.asarray(leaf[term]) for path, leaf in flatten(grads).items()} for term in range(2)
-    ]
+    of_path = {path: np.asarray(leaf) for path, leaf in flatten(grads).items()}
+    of_term = [{path: leaf[term] for path, leaf in of_path.items()} for term in range(2)]
     return np.asarray(losses), np.asarray(replaced), of_term
 
   return run
@@ -371,7 +370,7 @@ def ours_logits(params, config, batch):
   model = dataclasses.replace(config.model, dtype="float32", scan="unroll", attention="reference")
   network = heads.Model(models.build_backbone(model), heads.DetectionHead(model))
   params = {name: params[name] for name in ("backbone", "head")}
-  return network.apply({"params": params}, batch, train=False)["detection_logits"]
+  return outputs_of(network, params, batch)["detection_logits"]
 
 
 def inputs(vocab_size: int) -> dict[str, np.ndarray]:

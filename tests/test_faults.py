@@ -17,6 +17,7 @@ from llm.data import tokenizer as tokenizer_lib
 from llm.inference.labeller import Labeller
 from llm.objectives import base, classification, masked_lm, span_qa
 from llm.training import experiment
+from llm.training import step as step_lib
 
 SHAPE = {"num_layers": 1, "width": 16, "num_heads": 2, "mlp_dim": 32, "max_length": 64}
 
@@ -27,7 +28,7 @@ def labeller(tmp_path, objective):
   model = ModelConfig(name="bert", vocab_size=tokenizer.vocab_size, dropout=0.0, **SHAPE)
   network = experiment.build(objective, model)
   row = base.zero_row(objective.batch_spec(model, 64))
-  params = network.init(jax.random.key(0), row, train=False)["params"]
+  params = jax.jit(lambda: step_lib.init_params(network, row, jax.random.key(0)))()
   config = config_lib.freeze(config_lib.defaults(base.to_mapping(objective)))
   training = dataclasses.replace(config.training, sequence_length=64)
   config = dataclasses.replace(config, model=model, training=training)
@@ -67,8 +68,13 @@ def test_the_masked_lm_head_normalises_with_the_models_epsilon(epsilon):
   hidden = jax.random.normal(jax.random.key(0), (1, 4, 16))
   table = jax.random.normal(jax.random.key(1), (128, 16))
   batch = {"masked_positions": jnp.array([[1, 3]]), "masked_targets": jnp.array([[5, 29]])}
-  variables = head.init(jax.random.key(2), hidden, batch, table, train=False)
-  losses = head.apply(variables, hidden, batch, table, train=False)["losses"]
+
+  @jax.jit
+  def drawn_and_applied():
+    variables = head.init(jax.random.key(2), hidden, batch, table, train=False)
+    return variables, head.apply(variables, hidden, batch, table, train=False)["losses"]
+
+  variables, losses = drawn_and_applied()
   x = np.asarray(hidden, np.float64)[0, [1, 3]] @ variables["params"]["transform"]["kernel"]
   x = 0.5 * x * (1 + scipy.special.erf(x / np.sqrt(2)))
   x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + (epsilon or 1e-12))

@@ -1,6 +1,7 @@
 """The cache changes no text, rows know nothing of each other, draws follow their distribution."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from llm.inference import filling, writer
 from llm.models import decoding, precision
 from llm.models.decoding import Sampling
 from llm.training import experiment
+from tests.conftest import outputs_of
 from tests.test_huggingface import GOLDEN
 from tests.test_models import model_of, params_of
 
@@ -39,14 +41,13 @@ def writer_of(name):
   return writer.Writer(experiment.Bundle(model, params, BYTES, config)), model, params
 
 
-def uncached(model, params, prompt, new):
-  """Greedy tokens by the whole text again for each."""
-  backbone = model.backbone
+@functools.cache
+def following_of(backbone):
+  """The token that follows a text; of T5, what it has written so far."""
   t5 = backbone.config.name == "t5"
-  read, wrote = [*prompt, BYTES.eos] if t5 else list(prompt), [BYTES.pad] if t5 else []
 
   @jax.jit
-  def following(tokens, count, own, own_count):
+  def following(params, tokens, count, own, own_count):
     place = jnp.arange(64)
     batch = {
       "tokens": tokens[None],
@@ -63,12 +64,21 @@ def uncached(model, params, prompt, new):
     last = own_count if t5 else count
     return (hidden[0, last - 1] @ table.T)[: BYTES.vocab_size].argmax()
 
+  return following
+
+
+def uncached(model, params, prompt, new):
+  """Greedy tokens by the whole text again for each."""
+  t5 = model.backbone.config.name == "t5"
+  read, wrote = [*prompt, BYTES.eos] if t5 else list(prompt), [BYTES.pad] if t5 else []
+  following = following_of(model.backbone)
+
   def fixed(ids):
     return jnp.array(np.r_[ids, np.zeros(64 - len(ids))].astype(np.int32))
 
   for _ in range(new):
     text = read if t5 else read + wrote
-    token = int(following(fixed(text), len(text), fixed(wrote), len(wrote)))
+    token = int(following(params, fixed(text), len(text), fixed(wrote), len(wrote)))
     wrote.append(token)
     if token == BYTES.eos:
       break
@@ -179,7 +189,7 @@ def test_a_bert_fills_masks_by_its_own_odds():
     "masked_positions": np.array([[1 + len(ids[0])]], np.int32),
     "masked_targets": np.array([[bundle.tokenizer.pieces.index(found[0][0])]], np.int32),
   }
-  losses = bundle.model.apply({"params": bundle.params}, batch, train=False)["losses"]
+  losses = outputs_of(bundle.model, bundle.params, batch)["losses"]
   assert found[0][1] == pytest.approx(float(np.exp(-losses[0, 0])), rel=1e-4)
 
 

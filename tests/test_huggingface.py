@@ -19,7 +19,7 @@ from llm.core import UserError, flatten
 from llm.data import tokenizer as tokenizer_lib
 from llm.objectives import base
 from llm.training import experiment, loop
-from tests.conftest import tiny
+from tests.conftest import outputs_of, tiny
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 NAMES = (
@@ -73,11 +73,8 @@ def _log_probs(made, params, batch, vocab):
     return -np.stack([losses_of(v) for v in range(vocab)], -1), {}
   positions = np.tile(np.repeat(np.arange(length, dtype=np.int32), vocab), (rows, 1))
   targets = np.tile(np.tile(np.arange(vocab, dtype=np.int32), length), (rows, 1))
-  out = made.model.apply(
-    {"params": params},
-    batch | {"masked_positions": positions, "masked_targets": targets},
-    train=False,
-  )
+  masked = {"masked_positions": positions, "masked_targets": targets}
+  out = outputs_of(made.model, params, batch | masked)
   return -np.asarray(out["losses"]).reshape(rows, length, vocab), out
 
 
@@ -106,7 +103,7 @@ def test_logits_are_torchs(name):
   made, params, expected = _loaded(name)
   batch = _batch(expected)
   if name == "bert_classifier":
-    logits = made.model.apply({"params": params}, batch, train=False)["logits"]
+    logits = outputs_of(made.model, params, batch)["logits"]
     _close(logits[:, 0], expected["logits"])
   else:
     log_probs, others = _log_probs(made, params, batch, made.config.model.vocab_size)
@@ -148,7 +145,7 @@ def test_gradients_are_torchs(name):
       made.model.apply({"params": p}, batch, train=False), batch, made.objective.totals(batch)
     )[0]
 
-  value, grads = jax.value_and_grad(loss)(jax.tree.map(jnp.asarray, params))
+  value, grads = jax.jit(jax.value_and_grad(loss))(params)
   np.testing.assert_allclose(value, expected["loss"], rtol=1e-5)
   found, family = (
     {k: np.asarray(v) for k, v in flatten(grads).items()},
@@ -214,7 +211,7 @@ def test_two_lines_load_a_checkpoint():
 
   bundle = llm.load(GOLDEN / "bert_classifier")
   expected = dict(np.load(GOLDEN / "bert_classifier" / "expected.npz"))
-  found = bundle.model.apply({"params": bundle.params}, _batch(expected), train=False)["logits"]
+  found = outputs_of(bundle.model, bundle.params, _batch(expected))["logits"]
   _close(found[:, 0], expected["logits"])
   assert bundle.tokenizer.vocab_size == bundle.config.model.vocab_size and tuple(
     bundle.config.objective["classes"]

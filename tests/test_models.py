@@ -1,6 +1,7 @@
 """What the models must not do: look ahead, mix documents, depend on how they are computed."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from llm.objectives import base
 from llm.performance import flops
 from llm.training import experiment
 from llm.training import step as step_lib
+from tests.conftest import outputs_of
 
 SMALL = dict(
   num_layers=3, width=32, num_heads=4, mlp_dim=64, vocab_size=100, max_length=16, dropout=0.0
@@ -67,12 +69,19 @@ def model_of(name: str, **changes):
   )
 
 
+@functools.cache
 def params_of(model, seed=0):
-  return step_lib.init_params(model, batch_of(1), jax.random.key(seed))
+  """Fresh parameters, drawn once a model. Not for use in a trace."""
+  return jax.jit(lambda: step_lib.init_params(model, batch_of(1), jax.random.key(seed)))()
+
+
+def shapes_of(model):
+  return jax.eval_shape(lambda: step_lib.init_params(model, batch_of(1), jax.random.key(0)))
 
 
 def hidden(model, params, batch):
-  return model.backbone.apply({"params": params["backbone"]}, batch, train=False)[0]
+  """What the backbone gives, BxTxD."""
+  return outputs_of(model.backbone, params["backbone"], batch)[0]
 
 
 @pytest.mark.parametrize("name", ["gpt", "llama", "qwen3"])
@@ -91,7 +100,7 @@ def test_decoders_never_look_ahead(name):
   rows = -(-(len(table) + T) // 128) * 128 - len(table)
   embedded = jnp.concatenate([table[batch["tokens"][0]], jnp.zeros((rows - T, 32))])
   weights = np.random.default_rng(0).normal(size=32)  # a plain sum would be constant after the norm
-  slopes = jax.jacobian(lambda e: outputs(e) @ weights)(embedded)  # T x rows x D
+  slopes = jax.jit(jax.jacobian(lambda e: outputs(e) @ weights))(embedded)  # T x rows x D
   reach = np.abs(np.asarray(slopes))[:, :T].sum(-1) > 0
   assert (reach == np.tril(np.ones((T, T), bool))).all()
 
@@ -134,6 +143,19 @@ def test_padding_changes_nothing(name):
   )
 
 
+@functools.cache
+def gradients_of(name, **changes):
+  """(loss, gradients) of two layers."""
+  objective = base.build(base.defaults("masked_lm" if name == "bert" else "causal_lm"))
+  model, batch = model_of(name, num_layers=2, **changes), batch_of(4)
+
+  def loss(params):
+    outputs = model.apply({"params": params}, batch, train=False)
+    return objective.loss(outputs, batch, objective.totals(batch))[0]
+
+  return jax.jit(jax.value_and_grad(loss))(params_of(model_of(name, num_layers=2, scan="unroll")))
+
+
 @pytest.mark.parametrize("name", ["bert", "gpt", "llama", "t5"])
 @pytest.mark.parametrize(
   "change",
@@ -146,23 +168,7 @@ def test_padding_changes_nothing(name):
   ],
 )
 def test_how_it_is_computed_does_not_matter(name, change):
-  objective = base.build(base.defaults("masked_lm" if name == "bert" else "causal_lm"))
-  batch = batch_of(4)
-
-  def gradients(model):
-    def loss(p):
-      return objective.loss(
-        model.apply({"params": p}, batch, train=False), batch, objective.totals(batch)
-      )[0]
-
-    return jax.jit(jax.value_and_grad(loss))
-
-  plain = model_of(name, scan="unroll")
-  params = params_of(plain)
-  expected, found = (
-    gradients(plain)(params),
-    gradients(model_of(name, **{"scan": "unroll", **change}))(params),
-  )
+  expected, found = (gradients_of(name, **{"scan": "unroll", **c}) for c in ({}, change))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), expected, found)
 
 
@@ -219,15 +225,14 @@ def test_parameter_counts_are_the_published_ones(name, size):
   model = experiment.build(
     base.build(base.defaults("masked_lm" if name == "bert" else "causal_lm")), config
   )
-  shapes = jax.eval_shape(lambda: step_lib.init_params(model, batch_of(1), jax.random.key(0)))
-  assert flops.count_parameters(shapes, vocab) == PUBLISHED[name, size]
+  assert flops.count_parameters(shapes_of(model), vocab) == PUBLISHED[name, size]
 
 
 def test_padding_of_the_vocabulary_takes_no_probability():
   model = model_of("gpt")
   params = params_of(model)
   batch = batch_of(2)
-  losses = model.apply({"params": params}, batch, train=False)["losses"]
+  losses = outputs_of(model, params, batch)["losses"]
   table = params["backbone"]["token"]["embedding"]
   logits = (
     np.asarray(hidden(model, params, batch), np.float64) @ np.asarray(table, np.float64)[:100].T

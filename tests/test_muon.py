@@ -18,7 +18,7 @@ from llm.models.architecture import head_width_of
 from llm.performance import hlo
 from llm.training import loop, optimizer
 from tests.conftest import tiny
-from tests.test_models import model_of, params_of
+from tests.test_models import model_of, shapes_of
 from tests.test_training import final_state, same
 
 QUERY = "backbone/layers/attention/query/kernel"
@@ -111,7 +111,7 @@ def test_decay_multipliers_and_the_type_of_moments_are_those_of_adamw():
 @pytest.mark.parametrize("rank", [0, 2])
 def test_every_architecture_gives_its_matrices_and_its_state_a_place(name, rank):
   model = model_of(name, lora_rank=rank, lora_targets=".")
-  params = flatten(jax.eval_shape(lambda: params_of(model)))
+  params = flatten(shapes_of(model))
   for path, leaf in params.items():
     axes, last = optimizer.matrix_axes(path, leaf.ndim), path.rsplit("/", 1)[-1]
     is_matrix = STACKED in path and last in ("kernel", "lora_a", "lora_b")

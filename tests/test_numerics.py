@@ -1,9 +1,13 @@
 """Compiled programs compute what they say: beside float64 without a compiler, at odd sizes.
 
-`.ci/run` runs this file under a second Python too, whose JAX is another.
+`.ci/run` runs this file under a second Python too, whose JAX is another. Programs are compiled as
+those of users are, not as fast as tests/conftest.py has it.
 """
 
 import contextlib
+import dataclasses
+import functools
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -19,6 +23,11 @@ from llm.models import attention, layers, precision, resolve
 from llm.objectives import base
 from llm.training import experiment, optimizer, partition
 from llm.training import step as step_lib
+
+USERS = {}
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+  USERS["xla_cpu_use_fusion_emitters"] = True
+compiled_for_users = functools.partial(jax.jit, compiler_options=USERS)
 
 ROWS, LENGTH, VOCABULARY = 5, 37, 131  # no multiples of 2, 3 or 128
 OBJECTIVES = {
@@ -37,7 +46,7 @@ def test_sums_of_many_rows(rows):
     rng.normal(size=(3, 3)).astype(np.float32),
     rng.normal(size=(rows, 3)).astype(np.float32),
   )
-  sums = jax.jit(jax.vmap(lambda row: ((matrix @ row) ** 2).sum()))(x)
+  sums = compiled_for_users(jax.vmap(lambda row: ((matrix @ row) ** 2).sum()))(x)
   np.testing.assert_allclose(sums, ((x.astype(np.float64) @ matrix.T) ** 2).sum(1), rtol=1e-5)
 
 
@@ -79,6 +88,12 @@ def batch_of(name: str) -> dict[str, np.ndarray]:
   return batch | {"targets": np.roll(tokens, -1, 1), "weights": weights}
 
 
+@functools.cache
+def params_of(model) -> dict:
+  batch = batch_of(model.backbone.config.name)
+  return jax.jit(lambda: step_lib.init_params(model, batch, jax.random.key(0)))()
+
+
 def one_step(name: str, dtype: str, compiled: bool) -> tuple[float, dict, dict]:
   """(loss, first moments, change of the parameters) of a step of AdamW.
 
@@ -100,7 +115,7 @@ def one_step(name: str, dtype: str, compiled: bool) -> tuple[float, dict, dict]:
   objective = base.build(base.defaults(OBJECTIVES[name]))
   model, batch = experiment.build(objective, config), batch_of(name)
   with jax.enable_x64(False):  # else the draw itself would differ
-    params = step_lib.init_params(experiment.build(objective, config), batch, jax.random.key(0))
+    params = params_of(experiment.build(objective, dataclasses.replace(config, dtype="float32")))
   exact = jnp.float64 if dtype == "float64" else jnp.float32
   params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), exact), params)
   marks = partition.frozen_layers(params, "")
@@ -121,7 +136,7 @@ def one_step(name: str, dtype: str, compiled: bool) -> tuple[float, dict, dict]:
     return step_lib.train_step(model, objective, adamw, marks, 1, state, batch, 0)
 
   with contextlib.nullcontext() if compiled else jax.disable_jit():
-    state, metrics = (jax.jit(run) if compiled else run)(state)
+    state, metrics = (compiled_for_users(run) if compiled else run)(state)
   total, weight = next(value for key, value in metrics.items() if key.endswith("loss"))
   moments = {
     jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
@@ -192,8 +207,8 @@ def test_gradients_of_attention_are_those_of_plain_products(groups):
 
   with jax.enable_x64(False):
     expected = jax.grad(lambda *qkv: (plain(*qkv) * weights).sum(), (0, 1, 2))(q, k, v)
-    gradients = jax.grad(
-      lambda *qkv: (attention.attend(*qkv, seen, scale=0.3) * weights).sum(), (0, 1, 2)
+    gradients = compiled_for_users(
+      jax.grad(lambda *qkv: (attention.attend(*qkv, seen, scale=0.3) * weights).sum(), (0, 1, 2))
     )(q, k, v)
   for gradient, other in zip(gradients, expected):
     np.testing.assert_allclose(gradient, other, atol=2e-5)

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import scipy.stats
+import sklearn.metrics
 
 from llm.config import DataConfig, ModelConfig
 from llm.core import UserError
@@ -199,3 +200,20 @@ def test_figures_agree_with_hand_worked_ones():
   figures = classification.Objective(num_classes=1).score(predictions, rows)
   assert figures["spearman"] == pytest.approx(1 - 6 * 2 / (6 * 35))
   assert figures["pearson"] == pytest.approx(np.corrcoef(rows.labels, np.arange(6))[0, 1])
+
+
+@pytest.mark.filterwarnings("ignore:A single label")
+@pytest.mark.parametrize("classes, predicted", [(2, 2), (3, 3), (5, 3), (2, 1), (1, 1)])
+def test_figures_are_scikit_learns(classes, predicted):
+  """On draws in which classes are missing, too; undefined figures are 0."""
+  rng = np.random.default_rng(0)
+  for count in (1, 3, 40):
+    labels, found = rng.integers(classes, size=count), rng.integers(predicted, size=count)
+    figures = classification.agreement(labels.astype(float), found)
+    present = np.union1d(labels, found)
+    f1_C = sklearn.metrics.f1_score(labels, found, average=None, labels=present, zero_division=0)
+    assert figures["f1"][present] == pytest.approx(f1_C)
+    assert figures["macro_f1"] == pytest.approx(f1_C.mean())
+    assert figures["accuracy"] == sklearn.metrics.accuracy_score(labels, found)
+    expected = sklearn.metrics.matthews_corrcoef(labels, found)
+    assert figures["mcc"] == pytest.approx(expected, abs=1e-12)

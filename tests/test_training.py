@@ -28,16 +28,17 @@ from llm.training import experiment, loop, optimizer, partition
 from llm.training import state as state_lib
 from llm.training import step as step_lib
 from tests.conftest import tiny
-from tests.test_models import batch_of, model_of, params_of
+from tests.test_models import batch_of, model_of, params_of, shapes_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-MESHES = [
-  MeshConfig(data=1),
-  MeshConfig(data=2),
-  MeshConfig(data=4),
-  MeshConfig(data=8),
-  MeshConfig(data=2, fsdp=2, tensor=2),
-  MeshConfig(fsdp=2, tensor=2, context=2),
+ALONE = MeshConfig(data=1)
+SPLIT = MeshConfig(data=2, fsdp=2, tensor=2)
+# (mesh, parts of a batch): each axis is split, alone or beside others, and so is the batch in time.
+PLACES = [
+  (MeshConfig(data=2), 4),
+  (MeshConfig(data=8), 1),
+  (SPLIT, 1),
+  (MeshConfig(fsdp=2, tensor=2, context=2), 1),
 ]
 
 
@@ -86,12 +87,12 @@ def gradients(name, mesh_config, accum, dtype):
 @pytest.mark.parametrize("name", ["bert", "gpt", "t5"])
 def test_meshes_and_accumulation_agree(name):
   """Gradients in float64 to 1e-9, losses in float32 to 1e-5."""
-  loss32, _ = gradients(name, MESHES[0], 1, "float32")
-  assert gradients(name, MESHES[4], 1, "float32")[0] == pytest.approx(loss32, rel=1e-5)
+  loss32, _ = gradients(name, ALONE, 1, "float32")
+  assert gradients(name, SPLIT, 1, "float32")[0] == pytest.approx(loss32, rel=1e-5)
   with jax.enable_x64(True):
-    loss, expected = gradients(name, MESHES[0], 1, "float64")
+    loss, expected = gradients(name, ALONE, 1, "float64")
     assert loss == pytest.approx(loss32, rel=1e-5)
-    for mesh, accum in [(m, 1) for m in MESHES[1:]] + [(MESHES[1], 4)]:
+    for mesh, accum in PLACES:
       found = gradients(name, mesh, accum, "float64")[1]
       for path, value in expected.items():
         scale = max(np.abs(v).max() for v in expected.values())
@@ -269,10 +270,27 @@ def test_flops_are_the_formula():
     else:
       head = 2 * 12 * (width**2 + width * 128) + 2 * 4 * (width**2 + 2 * width)
       expected = 3 * (layers * (block + attention) + head)
-    params = jax.eval_shape(lambda model=model: params_of(model))
-    assert flops.model_flops(model, params, batch, model.backbone.config) == pytest.approx(
-      expected, rel=1e-9
-    )
+    count = flops.model_flops(model, shapes_of(model), batch, model.backbone.config)
+    assert count == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_save_of_small_arrays_compiles_nothing(byte_tokenizer, tmp_path):
+  """A program would slice each array for each device that holds it."""
+  whole = jax.NamedSharding(sharding.make_mesh(MeshConfig(data=8)), jax.P())
+  params = jax.device_put({"a": np.ones((64, 32)), "b": np.ones(48)}, whole)
+  compiled = []
+
+  def count(event, seconds, **_):
+    if event.endswith("backend_compile_duration"):
+      compiled.append(seconds)
+
+  jax.monitoring.register_event_duration_secs_listener(count)
+  saves = manager.Manager(tmp_path, 1, byte_tokenizer)
+  saves.save(1, params, None, {})
+  saves.close()
+  jax.monitoring.unregister_event_duration_listener(count)
+  assert same(manager.restore(manager.find(tmp_path), "params"), params)
+  assert not compiled
 
 
 def final_state(workdir):

@@ -34,6 +34,9 @@ MANIFEST = "manifest.json"
 CHANGING = {"_CHECKPOINT_METADATA", "commit_success.txt", MANIFEST}
 # While Orbax writes a step, this follows the step's number in the name of the folder.
 TEMPORARY = ".orbax-checkpoint-tmp"
+# The devices that hold the same array share the writing of it where each has this much to write.
+# Below that, it costs more than it saves: every device compiles a program for its part.
+LEAST_BYTES_A_DEVICE = 2**20
 
 
 class Damaged(UserError):
@@ -182,6 +185,17 @@ def restore(step: epath.Path, item: str, like: Any = None) -> Any:
       raise Damaged(f"{step}: {item} does not fit this run: {core.first_line(error)}")
 
 
+def _writing() -> ocp.PyTreeCheckpointHandler:
+  """Writes a tree of arrays."""
+  of_devices = ocp.type_handlers.ArrayHandler(
+    min_slice_bytes_for_replica_parallel=LEAST_BYTES_A_DEVICE
+  )
+  registry = ocp.type_handlers.create_type_handler_registry(
+    (jax.Array, of_devices), (np.ndarray, ocp.type_handlers.NumpyHandler())
+  )
+  return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+
+
 class Manager:
   """Saves the steps of a run, and removes all but the newest `keep` and the best."""
 
@@ -200,7 +214,7 @@ class Manager:
     # The step being written, or written last, and its description.
     self._pending: tuple[int, dict] | None = None
     self._writer = ocp.AsyncCheckpointer(
-      ocp.CompositeCheckpointHandler("params", "opt_state"),
+      ocp.CompositeCheckpointHandler(params=_writing(), opt_state=_writing()),
       async_options=ocp.AsyncOptions(post_finalization_callback=self._finish),
     )
 

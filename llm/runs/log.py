@@ -87,9 +87,16 @@ class Log:
   def events(self) -> Any:
     """The writer of TensorBoard events, made with the first figures.
 
-    Its package takes a second to import where torch is installed, which it imports too.
+    Its package would import torch where that is installed, which takes two seconds, only to know
+    an array of torch when it sees one.
     """
-    import tensorboardX
+    hidden = {} if "torch" in sys.modules else {"torch": None}
+    sys.modules.update(hidden)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    try:
+      import tensorboardX
+    finally:
+      for name in hidden:
+        del sys.modules[name]
 
     folder = str(self.folder.path / "events")
     return tensorboardX.SummaryWriter(folder, purge_step=self.first_step or None)
