@@ -132,6 +132,16 @@ def tiny(kind: str, train: str, **overrides):
   return config_lib.freeze(config)
 
 
+@pytest.fixture(scope="session")
+def bert_start(corpus, tmp_path_factory):
+  """The workdir of a tiny BERT after one step, which many runs start from. Not to be written to."""
+  from llm.training import loop
+
+  workdir = tmp_path_factory.mktemp("start") / "bert"
+  loop.train(tiny("bert", f"text:{corpus}", training__steps=1), workdir, say=lambda *_: None)
+  return workdir
+
+
 @functools.cache
 def _program(module):
   return jax.jit(lambda params, batch: module.apply({"params": params}, batch, train=False))

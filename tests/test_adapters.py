@@ -43,12 +43,11 @@ def test_fresh_adapters_change_nothing_and_merged_ones_are_exact(name):
   np.testing.assert_allclose(found, merged, atol=1e-5)
 
 
-def test_only_adapters_and_head_are_trained(tmp_path, corpus, reviews):
-  loop.train(tiny("bert", f"text:{corpus}", training__steps=1), tmp_path / "start")
+def test_only_adapters_and_head_are_trained(tmp_path, bert_start, reviews):
   config = tiny(
     "classifier",
     f"jsonl:{reviews}/train.jsonl",
-    transfer__checkpoint=str(tmp_path / "start"),
+    transfer__checkpoint=str(bert_start),
     transfer__skip=("^head/(?!pooler)",),
     model__lora_rank=2,
     model__lora_dropout=0.1,
@@ -56,7 +55,8 @@ def test_only_adapters_and_head_are_trained(tmp_path, corpus, reviews):
   )
   loop.train(config, tmp_path / "tuned")
   before, after = (
-    flatten(manager.restore(manager.find(tmp_path / run), "params")) for run in ("start", "tuned")
+    flatten(manager.restore(manager.find(run), "params"))
+    for run in (bert_start, tmp_path / "tuned")
   )
   for path, leaf in after.items():
     if path.endswith("lora_b"):

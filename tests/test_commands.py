@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -449,11 +450,19 @@ def test_a_workdir_of_another_config_is_not_touched(corpus, tmp_path):
   assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
 
 
-@pytest.fixture
-def trained(corpus, tmp_path):
+@pytest.fixture(scope="module")
+def trained_once(corpus, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("trained") / "run"
   config = tiny("gpt", f"text:{corpus}", training__save_every=2, training__steps=4)
-  loop.train(config, tmp_path)
-  return config, tmp_path
+  loop.train(config, workdir)
+  return config, workdir
+
+
+@pytest.fixture
+def trained(trained_once, tmp_path):
+  """(config, workdir) of a run with checkpoints at steps 2 and 4, which may be spoilt."""
+  config, workdir = trained_once
+  return config, pathlib.Path(shutil.copytree(workdir, tmp_path / "run"))
 
 
 def test_damaged_checkpoints_are_named_and_passed_over(trained, capsys):

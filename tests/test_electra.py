@@ -255,10 +255,10 @@ def pretrained(tmp_path_factory):
     folder / "letters.txt",
     model__dropout=0.0,
     optimizer__learning_rate=1e-2,
-    training__batch_size=32,
-    training__steps=100,
-    training__log_every=25,
-    training__save_every=50,
+    training__batch_size=16,
+    training__steps=60,
+    training__log_every=15,
+    training__save_every=30,
   )
   loop.train(config, folder / "run", say=lambda text: None)
   return folder / "run", config
@@ -280,7 +280,7 @@ def test_the_discriminator_learns(pretrained):
 def test_resuming_is_bit_equal(pretrained, tmp_path):
   workdir, config = pretrained
   shutil.copytree(workdir, tmp_path / "run")
-  shutil.rmtree(tmp_path / "run" / "checkpoints" / "100")
+  shutil.rmtree(tmp_path / "run" / "checkpoints" / "60")
   loop.train(config, tmp_path / "run", say=lambda text: None)
   expected, found = params_at(workdir), params_at(tmp_path / "run")
   assert all((found[path] == leaf).all() for path, leaf in expected.items())

@@ -129,14 +129,13 @@ def test_a_longer_run_keeps_the_rate_that_it_began_with(corpus, tmp_path):
   assert experiment.prepare(longer, step).config.optimizer.learning_rate == rate > 0
 
 
-def test_the_best_epoch_is_what_other_commands_take(reviews, corpus, tmp_path):
+def test_the_best_epoch_is_what_other_commands_take(reviews, bert_start, tmp_path):
   """It is evaluated every epoch, and a run that gets no better ends early."""
-  loop.train(tiny("bert", f"text:{corpus}", training__steps=1), tmp_path / "bert")
   config = tiny(
     "classifier",
     f"jsonl:{reviews}/train.jsonl",
     data__eval=f"jsonl:{reviews}/eval.jsonl",
-    transfer__checkpoint=str(tmp_path / "bert"),
+    transfer__checkpoint=str(bert_start),
     transfer__skip=("^head/",),
     optimizer__learning_rate=0.0,
     training__steps=0,
@@ -186,8 +185,7 @@ def test_progress_survives_a_checkpoint_and_forgets_another_goal():
     progress.add(4, {"loss": 1.0})
 
 
-def test_the_baseline_is_scikit_learns(reviews, corpus, tmp_path):
-  loop.train(tiny("bert", f"text:{corpus}", training__steps=1), tmp_path / "bert")
+def test_the_baseline_is_scikit_learns(reviews, bert_start, tmp_path):
   train, held_out = (
     [json.loads(line) for line in (reviews / f"{name}.jsonl").read_text().splitlines()]
     for name in ("train", "eval")
@@ -201,7 +199,7 @@ def test_the_baseline_is_scikit_learns(reviews, corpus, tmp_path):
     "classifier",
     f"jsonl:{tmp_path}/train.jsonl",
     data__eval=f"jsonl:{tmp_path}/eval.jsonl",
-    transfer__checkpoint=str(tmp_path / "bert"),
+    transfer__checkpoint=str(bert_start),
   )
   made = experiment.prepare(config)
   baselines = made.objective.baselines(made.train, made.held_out)
@@ -218,12 +216,11 @@ def test_the_baseline_is_scikit_learns(reviews, corpus, tmp_path):
   )
 
 
-def test_the_length_that_would_cut_few_is_said(reviews, corpus, tmp_path):
-  loop.train(tiny("bert", f"text:{corpus}", training__steps=1), tmp_path / "bert")
+def test_the_length_that_would_cut_few_is_said(reviews, bert_start, tmp_path):
   config = tiny(
     "classifier",
     f"jsonl:{reviews}/train.jsonl",
-    transfer__checkpoint=str(tmp_path / "bert"),
+    transfer__checkpoint=str(bert_start),
     training__sequence_length=32,
   )
   rows = experiment.prepare(config).batches.rows[0]
