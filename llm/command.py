@@ -40,7 +40,7 @@ def run(
     print(flags.FLAGS.main_module_help())
     sys.exit(0)
   try:
-    status = _guarded(main, argv, check_key or _check_key)
+    status = _guarded(main, argv, check_key or check_key_of_run)
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     status = 2
@@ -143,17 +143,18 @@ def _check_objective_keys(given: list[tuple[str, str]]):
   objective, which may itself be overridden, and else by running the config file once more.
   """
   values = dict(given)
-  keys = [name.removeprefix("config.objective.") for name in values if ".objective." in name]
+  prefix = "config.objective."
+  keys = [name.removeprefix(prefix) for name in values if name.startswith(prefix)]
   if not keys or "config" not in values:
     return
   # Imported here: a command that has no objective starts without its imports.
   from llm.objectives import base
 
   try:
-    config = flags.FLAGS["config"].parser.parse(values["config"])
+    config: Any = flags.FLAGS["config"].parser.parse(values["config"])
   except Exception:  # the config file is wrong, which the caller says
     return
-  name = values.get("config.objective.name", config.objective.name)
+  name = values.get("config.objective.name") or config.objective.name
   base.check_keys(name, keys)
   for key in keys:
     if key not in config.objective:
@@ -163,7 +164,7 @@ def _check_objective_keys(given: list[tuple[str, str]]):
       )
 
 
-def _check_key(key: str):
+def check_key_of_run(key: str):
   """Raises UserError, naming the nearest key, if no config has `key` (GROUP or GROUP.NAME).
 
   Those of an objective are known when its config was read (_check_objective_keys).

@@ -36,7 +36,7 @@ def check_key(key: str):
   if group not in ("study", "run"):
     raise config_lib.unknown_key("config", group, ("study", "run"))
   if group == "run" and rest:
-    command.check_key(rest)
+    command.check_key_of_run(rest)
 
 
 def run_study(name: str):

@@ -6,6 +6,7 @@ report can be made again without training.
 """
 
 import abc
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -140,8 +141,12 @@ def _result(one_run: Run, folder: pathlib.Path, use_devices: Callable | None) ->
   diverged = workdir / "diverged.txt"
   if diverged.exists():
     return Result(one_run, {})
+  logs = folder / "logs"
+  logs.mkdir(parents=True, exist_ok=True)
   try:
-    figures = loop.train(one_run.config, workdir, say=loop.silent, use_devices=use_devices)
+    # What the run says goes to a file: the console has the study's progress.
+    with open(logs / f"{one_run.name}.txt", "a") as log, contextlib.redirect_stdout(log):
+      figures = loop.train(one_run.config, workdir, use_devices=use_devices)
   except UserError as error:
     if "is not finite" not in str(error):
       raise UserError(f"run {one_run.name}: {error}")

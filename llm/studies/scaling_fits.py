@@ -67,7 +67,8 @@ def parametric(
   """The parameters with the least Huber loss of log L, by L-BFGS from a grid of starts.
 
   Every start is minimised until it converges: the original stopped early, which bent its intervals
-  (Besiroglu et al. 2024). near: the only start, for resampled runs. Raises UserError for fewer than 6 points, or 3 distinct N or D.
+  (Besiroglu et al. 2024). near: the only start, for resampled runs. Raises UserError for fewer
+  than 6 points, or 3 distinct N or D.
   """
   need(len(loss), 6, "the parametric law", "runs")
   need(min(len(np.unique(n)), len(np.unique(d))), 3, "the parametric law", "sizes and lengths each")
@@ -102,7 +103,7 @@ def parametric(
       np.array(start, float),
       jac=True,
       method="L-BFGS-B",
-      options={"maxiter": 5000, "maxfun": 20_000, "ftol": 1e-13, "gtol": 1e-9},
+      options={"maxiter": 2000, "maxfun": 5000, "ftol": 1e-12, "gtol": 1e-8},
     )
     for start in ranked[:STARTS]
   ]

@@ -44,6 +44,10 @@ class Study(frame.Study):
     )
 
   def next_runs(self, base: Config, done: Sequence[Result]) -> list[Run]:
+    scaling_fits.need(len(set(self.sizes)), 3, "the parametric law", "sizes (config.study.sizes)")
+    scaling_fits.need(
+      len(set(self.tokens)), 3, "the parametric law", "lengths (config.study.tokens)"
+    )
     grid = [
       _run(base, size, tokens, seed, "grid")
       for size in self.sizes
@@ -81,7 +85,9 @@ def _run(base: Config, size: str, tokens: str, seed: int, role: str) -> Run:
     layers, width = (int(number) for number in size.split("x"))
     steps = round(float(tokens) / (base.training.batch_size * base.training.sequence_length))
   except ValueError:
-    raise UserError(f"config.study: {size!r} is not LAYERSxWIDTH, or {tokens!r} no number of tokens")
+    raise UserError(
+      f"config.study: {size!r} is not LAYERSxWIDTH, or {tokens!r} no number of tokens"
+    )
   model = dataclasses.replace(
     base.model,
     num_layers=layers,
@@ -122,9 +128,7 @@ def _resampled(grid: Points, law: scaling_fits.Parametric) -> list[scaling_fits.
   members = list(cells.values())
   samples = []
   for _ in range(RESAMPLED):
-    drawn = [
-      int(rng.choice(members[cell])) for cell in rng.integers(0, len(members), len(members))
-    ]
+    drawn = [int(rng.choice(members[cell])) for cell in rng.integers(0, len(members), len(members))]
     n, d, loss = grid.n[drawn], grid.d[drawn], grid.loss[drawn]
     try:
       samples.append(scaling_fits.parametric(n, d, loss, near=law))
@@ -251,11 +255,27 @@ def _in_words(grid: Points, fits: dict[str, Any], held_out: list[dict]) -> str:
       predicted + "\n",
       "![loss against compute, and predicted against measured](scaling_law.png)\n",
       tabulate.tabulate(laws, ("", "here", "published"), "github", disable_numparse=True) + "\n",
+      *_doubts(third),
       "Published: Hoffmann et al. 2022; for approach 3 the refit of Besiroglu et al. 2024 follows; "
       "Kaplan et al. 2020 for L. Intervals resample runs and seeds. Approach 2 shifts the optimum "
       "where its grid is not centred on it; approach 1 sees only the sizes of the grid.\n",
     ]
   )
+
+
+def _doubts(third: dict[str, Any]) -> list[str]:
+  """A sentence where the grid does not determine an exponent."""
+  vague = [
+    name
+    for name in ("alpha", "beta")
+    if not 0.05 < third[name] < 2 or np.ptp(third["intervals"][name]) > 0.5
+  ]
+  if not vague:
+    return []
+  return [
+    f"**The grid does not determine {' and '.join(vague)}**: its losses hardly differ along that "
+    "axis, beside the noise of a run. Take a wider grid or more seeds.\n"
+  ]
 
 
 def _span(interval: Sequence[float]) -> str:
@@ -280,7 +300,9 @@ def _draw(
   for row in held_out:
     left.plot(6 * row["parameters"] * row["tokens"], row["measured"], "k*", markersize=9)
   left.set_xscale("log")
-  left.set(xlabel="6 N D, FLOPs", ylabel="nats a token, held out", title="runs, law, larger runs (*)")
+  left.set(
+    xlabel="6 N D, FLOPs", ylabel="nats a token, held out", title="runs, law, larger runs (*)"
+  )
   left.legend(title="parameters", frameon=False, fontsize=7)
   for row in held_out:
     error = [[row["predicted"] - row["low"]], [row["high"] - row["predicted"]]]

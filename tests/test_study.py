@@ -1,0 +1,189 @@
+"""The frame of the studies: rounds, parts, runs that diverged; and a law that predicts itself."""
+
+import json
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+
+from configs import study_scaling_law
+from llm import config as config_lib
+from llm.core import UserError
+from llm.studies import frame, scaling_fits, scaling_law
+from llm.training import loop
+
+LAW = scaling_fits.Parametric(1.5, 30.0, 60.0, 0.35, 0.33)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+  """The workdirs that were trained, by a stand-in whose losses follow a law with some noise."""
+  workdirs = []
+
+  def train(config, workdir, **_):
+    workdir.mkdir(parents=True)
+    workdirs.append(workdir.name)
+    model, training = config.model, config.training
+    n = 12 * model.num_layers * model.width**2
+    d = training.steps * training.batch_size * training.sequence_length
+    noise = np.random.default_rng(zlib.crc32(workdir.name.encode())).normal()
+    loss = float(LAW(n, d) * (1 + 0.002 * noise))
+    if config.optimizer.learning_rate > 1:
+      raise UserError("loss is not finite at step 3 (batch 2)")
+    result = {"eval": {"loss": loss}, "flops": 6.0 * n * d, "parameters": 1.1 * n, "seconds": 1.0}
+    (workdir / "result.json").write_text(json.dumps(result))
+    (workdir / "run.json").write_text(json.dumps({"revision": "a" * 40}))
+    return result
+
+  monkeypatch.setattr(loop, "train", train)
+  monkeypatch.setattr(scaling_law, "RESAMPLED", 20)
+  return workdirs
+
+
+def settings(**changes):
+  config = study_scaling_law.get_config()
+  config.study.update(changes)
+  return frame.build("scaling_law", config.study.to_dict()), config_lib.freeze(config.run)
+
+
+def test_larger_runs_are_predicted_and_then_trained(trained, tmp_path):
+  """The law that made the losses is found, and its larger runs lie inside their intervals."""
+  study, base = settings()
+  figures = frame.run(study, base, tmp_path)
+  grid = len(study.sizes) * len(study.tokens) * study.seeds
+  assert len(trained) == grid + len(study.held_out) * study.seeds
+  assert [name.rpartition("-")[0] for name in trained[grid::2]] == [
+    name.replace(":", "-").replace("4e6", "4e+06").replace("8e6", "8e+06")
+    for name in study.held_out
+  ]
+  third = figures["fits"]["approach_3"]
+  assert third["alpha"] == pytest.approx(LAW.alpha, abs=0.05)
+  assert third["beta"] == pytest.approx(LAW.beta, abs=0.05)
+  assert third["intervals"]["alpha"][0] <= third["alpha"] <= third["intervals"]["alpha"][1]
+  for row in figures["held_out"]:
+    assert row["predicted"] == pytest.approx(row["measured"], rel=0.01)
+  text = (tmp_path / "report.md").read_text()
+  inside = sum(r["low"] <= r["measured"] <= r["high"] for r in figures["held_out"])
+  assert f"**{inside} of 3 larger runs" in text
+  assert (tmp_path / "scaling_law.svg").exists()
+
+
+def test_the_report_is_the_same_again_without_training(trained, tmp_path, monkeypatch):
+  study, base = settings(seeds=1)
+  first = frame.run(study, base, tmp_path)
+
+  def done(config, workdir, **_):
+    return json.loads((workdir / "result.json").read_text())
+
+  monkeypatch.setattr(loop, "train", done)
+  assert frame.run(study, base, tmp_path) == first
+
+
+def test_a_wrong_prediction_is_said(trained, tmp_path, monkeypatch):
+  """Other losses of the larger runs change the words."""
+  study, base = settings(seeds=1)
+  frame.run(study, base, tmp_path / "a")
+  plain = loop.train
+
+  def worse(config, workdir, **more):
+    result = plain(config, workdir, **more)
+    if config.model.width > 128:
+      result["eval"]["loss"] *= 1.5
+    return result
+
+  monkeypatch.setattr(loop, "train", worse)
+  frame.run(study, base, tmp_path / "b")
+  texts = [(tmp_path / name / "report.md").read_text() for name in "ab"]
+  assert "the largest error is 3" in texts[1] and "the largest error is 3" not in texts[0]
+
+
+def test_runs_that_diverge_are_counted_and_left_out(trained, tmp_path):
+  study, base = settings(seeds=1)
+  plan = study.next_runs(base, [])
+  bad = config_lib.thaw(plan[0].config)
+  bad["optimizer"]["learning_rate"] = 2.0
+
+  class Worse(scaling_law.Study):
+    def next_runs(self, base, done):
+      first, *rest = super().next_runs(base, done)
+      return [frame.Run(first.name, config_lib.freeze(bad), first.facts), *rest]
+
+  figures = frame.run(Worse(seeds=1), base, tmp_path)
+  assert figures["diverged"] == [plan[0].name]
+  assert "1 runs diverged" in (tmp_path / "report.md").read_text()
+
+
+def test_parts_share_the_runs(trained, tmp_path):
+  """Two parts in threads train each run once and write one report."""
+  import threading
+
+  study, base = settings(seeds=1)
+  frame.WAIT, wait = 0.05, frame.WAIT
+  try:
+    threads = [
+      threading.Thread(target=frame.run, args=(study, base, tmp_path, (part, 2)))
+      for part in range(2)
+    ]
+    for thread in threads:
+      thread.start()
+    for thread in threads:
+      thread.join(60)
+  finally:
+    frame.WAIT = wait
+  assert len(trained) == len(set(trained)) == 23
+  assert json.loads((tmp_path / "result.json").read_text())["held_out"]
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"sizes": ("2x32",)}, "needs 3 sizes .config.study.sizes. at least, and there are 1"),
+    ({"tokens": ("1e6", "2e6")}, "needs 3 lengths"),
+    ({"sizes": ("2x32", "wide", "2x64")}, "not LAYERSxWIDTH"),
+    ({"held_out": ("2x64",)}, "not LAYERSxWIDTH:TOKENS"),
+    ({"seeds": 0}, "config.study.seeds"),
+  ],
+)
+def test_mistakes_are_one_line(trained, tmp_path, changes, message):
+  with pytest.raises(UserError, match=message) as error:
+    study, base = settings(**changes)
+    frame.run(study, base, tmp_path)
+  assert "\n" not in str(error.value)
+
+
+def test_an_unknown_study_lists_the_studies():
+  with pytest.raises(UserError, match="the studies are .*scaling_law"):
+    frame.build("alchemy", {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["0/2", "3/2", "x"])
+def test_a_part_of_nonsense(part, tmp_path):
+  command = [sys.executable, "-m", "llm.study", "scaling_law", f"--workdir={tmp_path}"]
+  done = subprocess.run([*command, f"--part={part}"], capture_output=True, text=True)
+  assert done.returncode == 2
+  assert done.stderr.strip().startswith(f"error: --part={part}: expected i/n")
+
+
+@pytest.mark.slow
+def test_a_small_study_by_the_command(tmp_path):
+  """Trained for real, killed after some runs, and gone on with."""
+  command = [sys.executable, "-m", "llm.study", "scaling_law", f"--workdir={tmp_path}/out"]
+  command += ["--config.study.sizes=('1x16','1x32','2x32')", "--config.study.seeds=1"]
+  command += [
+    "--config.study.tokens=('8e3','16e3','32e3')",
+    "--config.study.held_out=('2x48:2e4',)",
+  ]
+  command += ["--config.run.training.batch_size=8", "--config.run.training.eval_batches=2"]
+  killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+  while len(list(tmp_path.glob("out/runs/*/result.json"))) < 2:
+    assert killed.poll() is None
+  killed.kill()
+  killed.wait()
+  done = subprocess.run(command, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr[-2000:]
+  result = json.loads((tmp_path / "out" / "result.json").read_text())
+  assert len(result["runs"]) == 10 and len(result["held_out"]) == 1
+  assert "alpha" in result["fits"]["approach_3"]
