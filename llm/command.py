@@ -150,10 +150,10 @@ def _check_objective_keys(given: list[tuple[str, str]]):
   from llm.objectives import base
 
   try:
-    config = flags.FLAGS["config"].parser.parse(values["config"])
+    config: Any = flags.FLAGS["config"].parser.parse(values["config"])
   except Exception:  # the config file is wrong, which the caller says
     return
-  name = values.get("config.objective.name", config.objective.name)
+  name = values.get("config.objective.name") or config.objective.name
   base.check_keys(name, keys)
   for key in keys:
     if key not in config.objective:
