@@ -46,7 +46,8 @@ def get_config(size: str = "tiny") -> Any:
   )
   if size == "tiny":
     config.tokenizer.vocab_size = 8192
-    config.optimizer.update(warmup_steps=200)
+    # Short runs learn faster at 4 times the published rate (docs/recipes.md).
+    config.optimizer.update(learning_rate=0.04, warmup_steps=200)
     config.training.update(
       batch_size=32, sequence_length=128, steps=2_000, eval_every=500, save_every=500
     )
