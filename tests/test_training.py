@@ -334,6 +334,7 @@ import llm.data.batches
 {patch}
 import json
 loop.train(config.freeze(json.loads(sys.argv[1])), sys.argv[2])
+assert "torch" not in sys.modules  # it takes two seconds to import
 """
 
 # Where the process is killed, as a patch of the running program.
