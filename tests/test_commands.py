@@ -16,6 +16,7 @@ from llm import config as config_lib
 from llm.checkpoints import manager
 from llm.core import UserError
 from llm.objectives import base
+from llm.studies import frame
 from llm.training import loop
 from tests.conftest import tiny
 
@@ -361,7 +362,7 @@ def test_an_unknown_key_of_an_objective_is_named(
   monkeypatch.setattr(sys, "argv", argv)  # ml_collections reads it
   monkeypatch.chdir(ROOT)
   with pytest.raises(UserError, match=message) as error:
-    command._parse(argv, command._check_key)
+    command._parse(argv, command.check_key_of_run)
   assert "\n" not in str(error.value)
 
 
@@ -503,13 +504,29 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(trained, corpus, monkeypatch
   assert manager.find(workdir).name == "4"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
-def test_every_config_is_valid(path):
+RUNS = [p for kind in ("pretrain", "finetune") for p in (ROOT / "configs").glob(f"{kind}_*.py")]
+
+
+def config_module(path):
   import importlib.util
 
   spec = importlib.util.spec_from_file_location(path.stem, path)
+  assert spec and spec.loader
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
+  return module
+
+
+@pytest.mark.parametrize("path", (ROOT / "configs").glob("study_*.py"), ids=lambda p: p.stem)
+def test_every_study_has_a_config(path):
+  config = config_module(path).get_config()
+  frame.build(path.stem.removeprefix("study_"), config.study.to_dict())
+  config_lib.freeze(config.run)
+
+
+@pytest.mark.parametrize("path", sorted(RUNS), ids=lambda p: p.stem)
+def test_every_config_is_valid(path):
+  module = config_module(path)
   from llm.models import bert, electra, gpt, llama, modernbert, qwen3, t5
 
   arguments = {

@@ -580,3 +580,11 @@ def test_many_shards_are_one_array(tmp_path):
     for stop in range(start, len(joined) + 1):
       np.testing.assert_array_equal(tokens[start:stop], joined[start:stop])
   assert tokens[5] == joined[5]
+
+
+@pytest.mark.parametrize("module", [prepare_text, prepare_web, prepare_wikipedia])
+def test_every_config_of_a_corpus_is_valid(module):
+  config = module.get_config()
+  config.input = "somewhere"
+  settings = corpus_config.freeze(config)
+  assert corpus_config.freeze(corpus_config.thaw(settings)) == settings

@@ -61,7 +61,11 @@ def test_rates_follow_width_batch_and_steps():
   narrow = dataclasses.replace(config, model=dataclasses.replace(config.model, width=384))
   assert with_rate(narrow) == 2e-4
   assert with_rate(config, batch_size=rows // 4, steps=4 * steps) == 5e-5
-  assert with_rate(config, steps=steps // 10) == pytest.approx(1e-4 * 10**0.2, rel=0.03)
+  # Fewer tokens: more for a decoder, and not for BERT, whose recipe says its layers.
+  assert with_rate(config, steps=steps // 10) == 1e-4
+  assert with_rate(config, steps=steps * 10) == pytest.approx(1e-4 * 10**-0.2, rel=0.03)
+  free = dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, num_layers=0))
+  assert with_rate(free, steps=steps // 10) == pytest.approx(1e-4 * 10**0.2, rel=0.03)
   deep = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=48))
   shallow = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=6))
   assert with_rate(deep) == 2.5e-5 and with_rate(shallow) == 1e-4

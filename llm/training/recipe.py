@@ -33,7 +33,9 @@ def learning_rate(config: Config) -> float:
     grows with their number (Liu et al. 2020, section 4). Measured at 2, 4 and 8 layers
     (docs/recipes.md), where GPT, Llama and T5 have one best rate.
   - sqrt(tokens a step / published), by the noise of the gradient (Malladi et al. 2022, section 4).
-  - (published tokens of the run / tokens) ** TOKENS_POWER: short runs take larger steps.
+  - (published tokens of the run / tokens) ** TOKENS_POWER: short runs take larger steps. Where the
+    recipe says its layers this factor is at most 1: with more than the rate of its recipe, a short
+    run of BERT stays at the frequencies of words (docs/recipes.md).
   """
   recipe = config.recipe
   rate = recipe.learning_rate * (recipe.width / config.model.width) ** recipe.width_power
@@ -45,7 +47,8 @@ def learning_rate(config: Config) -> float:
     rate *= batch_ratio**0.5
     if recipe.steps:
       tokens_ratio = batch_ratio * config.training.steps / recipe.steps
-      rate *= tokens_ratio**-TOKENS_POWER
+      factor = tokens_ratio**-TOKENS_POWER
+      rate *= min(1.0, factor) if recipe.num_layers else factor
   return float(f"{min(rate, max(HIGHEST_RATE, recipe.learning_rate)):.3g}")
 
 
