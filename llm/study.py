@@ -25,9 +25,12 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/study_*.py")
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 
 
-def read_config() -> config_lib.Config:
-  """The config of the runs of the command line."""
-  return config_lib.freeze(_CONFIG.value.run)
+def build(name: str) -> tuple[frame.Study, config_lib.Config]:
+  """The study of a name and the config of its runs. Raises UserError where there is none."""
+  if name not in frame.names():
+    raise UserError(f"there is no study {name!r}: the studies are {', '.join(frame.names())}")
+  study = frame.build(name, _CONFIG.value.study.to_dict())
+  return study, config_lib.freeze(_CONFIG.value.run)
 
 
 def check_key(key: str):
@@ -41,12 +44,9 @@ def check_key(key: str):
 
 def run_study(name: str):
   """Runs the study of a name."""
-  if name not in frame.names():
-    raise UserError(f"there is no study {name!r}: the studies are {', '.join(frame.names())}")
+  study, base = build(name)
   if not _WORKDIR.value:
     raise UserError("--workdir is missing: the folder of the study")
-  study = frame.build(name, _CONFIG.value.study.to_dict())
-  base = read_config()
   if _QUICK.value:
     study, base = study.quick(), study.quick_base(base)
   folder = pathlib.Path(_WORKDIR.value).expanduser().absolute()

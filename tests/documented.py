@@ -49,8 +49,16 @@ def check(module_name: str, arguments: list[str]):
   # Configs read their overrides from here, one as soon as its module is imported.
   sys.argv = [module_name, *arguments]
   module = importlib.import_module(module_name)
+  check_key = None
+  name_of_study = ""
   if module_name == "llm.show":
     sys.argv = module.with_flag(sys.argv)
+  elif module_name == "llm.prepare":
+    check_key = module.corpus_config.check_key
+  elif module_name == "llm.study":
+    sys.argv = module.with_config(sys.argv)
+    name_of_study = sys.argv.pop(1)
+    check_key = module.check_key
   verbs = getattr(module, "VERBS", {})
   if verbs and arguments and not arguments[0].startswith("-"):
     verb = sys.argv.pop(1)
@@ -58,17 +66,19 @@ def check(module_name: str, arguments: list[str]):
       sys.exit(f"{module_name} has no {verb!r}")
 
   def freeze():
-    if not any(argument.startswith("--config=") for argument in arguments):
+    if not any(argument.startswith("--config=") for argument in sys.argv):
       return
     if module_name == "llm.prepare":
       module.read_config()
+      return
+    if module_name == "llm.study":
+      module.build(name_of_study)
       return
     from llm.objectives import base
     from llm.train import read_config
 
     base.build(read_config().objective)
 
-  check_key = module.corpus_config.check_key if module_name == "llm.prepare" else None
   command.run(freeze, sys.argv, check_key)
 
 
