@@ -27,10 +27,11 @@ CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 
 def build(name: str) -> tuple[frame.Study, config_lib.Config]:
   """The study of a name and the config of its runs. Raises UserError where there is none."""
-  if name not in frame.names():
-    raise UserError(f"there is no study {name!r}: the studies are {', '.join(frame.names())}")
-  study = frame.build(name, _CONFIG.value.study.to_dict())
-  return study, config_lib.freeze(_CONFIG.value.run)
+  config = _CONFIG.value
+  if config is None or not {"study", "run"} <= set(config):
+    frame.build(name, {})  # an unknown study is said first
+    raise UserError(f"--config must be a config of a study, e.g. configs/study_{name}.py")
+  return frame.build(name, config.study.to_dict()), config_lib.freeze(config.run)
 
 
 def check_key(key: str):

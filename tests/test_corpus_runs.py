@@ -82,6 +82,7 @@ def test_killed_in_each_stage_and_started_again(texts, undisturbed, tmp_path):
   """The whole group is killed as soon as each stage has begun; the last run ends as undisturbed."""
   stages = sorted(path.name for path in (undisturbed / "logs").iterdir())
   output = tmp_path / "out"
+  inside = 0
   for stage in stages:
     process = subprocess.Popen(
       command(texts, output, "--workers=2"),
@@ -94,6 +95,9 @@ def test_killed_in_each_stage_and_started_again(texts, undisturbed, tmp_path):
       time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    finished = len(list((output / "logs" / stage).glob("completions/*")))
+    inside += finished < len(list((undisturbed / "logs" / stage).glob("completions/*")))
+  assert inside > len(stages) // 2, "the kills came too late"
   run(texts, output, "--workers=2")
   assert shards(output) == shards(undisturbed)
   before, after = (json.loads((o / "report.json").read_text()) for o in (undisturbed, output))

@@ -53,7 +53,11 @@ def test_three_approaches_agree_on_the_exponent():
   expected = REFIT.beta / (REFIT.alpha + REFIT.beta)
   budgets = np.geomspace(1e20, 1e22, 7)
   by_parabolas = scaling_fits.exponent(scaling_fits.iso_flops(n, d, loss, budgets))
-  by_envelope = scaling_fits.exponent(scaling_fits.envelope(n, d, loss))
+  noise = 0.002 * np.random.default_rng(0).standard_normal(len(loss))
+  seeds = [np.tile(n, 2), np.tile(d, 2), np.concatenate([loss * (1 + noise), loss * (1 - noise)])]
+  of_seeds = scaling_fits.exponent(scaling_fits.iso_flops(*seeds, budgets))
+  assert of_seeds == pytest.approx(by_parabolas, abs=1e-6)
+  by_envelope = scaling_fits.exponent(scaling_fits.envelope(6 * n * d, n, loss))
   assert by_parabolas == pytest.approx(expected, abs=0.05)
   assert by_envelope == pytest.approx(expected, abs=0.1)
 

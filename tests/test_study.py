@@ -1,6 +1,8 @@
 """The frame of the studies: rounds, parts, runs that diverged; and a law that predicts itself."""
 
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import zlib
@@ -23,8 +25,10 @@ def trained(monkeypatch):
   workdirs = []
 
   def train(config, workdir, **_):
-    workdir.mkdir(parents=True)
+    workdir.mkdir(parents=True, exist_ok=True)
     workdirs.append(workdir.name)
+    if config.model.width > 128 or config.model.num_layers > 4:
+      assert (workdir.parents[1] / "prediction.json").exists(), "trained before it was predicted"
     model, training = config.model, config.training
     n = 12 * model.num_layers * model.width**2
     d = training.steps * training.batch_size * training.sequence_length
@@ -35,6 +39,7 @@ def trained(monkeypatch):
     result = {"eval": {"loss": loss}, "flops": 6.0 * n * d, "parameters": 1.1 * n, "seconds": 1.0}
     (workdir / "result.json").write_text(json.dumps(result))
     (workdir / "run.json").write_text(json.dumps({"revision": "a" * 40}))
+    (workdir / "config.json").write_text(json.dumps(config_lib.thaw(config)))
     return result
 
   monkeypatch.setattr(loop, "train", train)
@@ -101,13 +106,13 @@ def test_a_wrong_prediction_is_said(trained, tmp_path, monkeypatch):
 
 def test_runs_that_diverge_are_counted_and_left_out(trained, tmp_path):
   study, base = settings(seeds=1)
-  plan = study.next_runs(base, [])
+  plan = study.next_runs(base, [], tmp_path)
   bad = config_lib.thaw(plan[0].config)
   bad["optimizer"]["learning_rate"] = 2.0
 
   class Worse(scaling_law.Study):
-    def next_runs(self, base, done):
-      first, *rest = super().next_runs(base, done)
+    def next_runs(self, base, done, folder):
+      first, *rest = super().next_runs(base, done, folder)
       return [frame.Run(first.name, config_lib.freeze(bad), first.facts), *rest]
 
   figures = frame.run(Worse(seeds=1), base, tmp_path)
@@ -115,25 +120,24 @@ def test_runs_that_diverge_are_counted_and_left_out(trained, tmp_path):
   assert "1 runs diverged" in (tmp_path / "report.md").read_text()
 
 
-def test_parts_share_the_runs(trained, tmp_path):
-  """Two parts in threads train each run once and write one report."""
-  import threading
-
+def test_a_part_takes_its_share_and_the_results_of_others(trained, tmp_path):
+  """The runs of the second part lie there: the first trains its own, and the report is equal."""
   study, base = settings(seeds=1)
-  frame.WAIT, wait = 0.05, frame.WAIT
-  try:
-    threads = [
-      threading.Thread(target=frame.run, args=(study, base, tmp_path, (part, 2)))
-      for part in range(2)
-    ]
-    for thread in threads:
-      thread.start()
-    for thread in threads:
-      thread.join(60)
-  finally:
-    frame.WAIT = wait
-  assert len(trained) == len(set(trained)) == 23
-  assert json.loads((tmp_path / "result.json").read_text())["held_out"]
+  whole = frame.run(study, base, tmp_path / "whole")
+  rounds = [trained[:20], trained[20:]]
+  for name in (name for of_round in rounds for name in of_round[1::2]):
+    shutil.copytree(tmp_path / "whole" / "runs" / name, tmp_path / "part" / "runs" / name)
+  trained.clear()
+  assert frame.run(study, base, tmp_path / "part", (0, 2)) == whole
+  assert trained == [name for of_round in rounds for name in of_round[::2]]
+
+
+def test_results_of_another_config_are_refused(trained, tmp_path):
+  study, base = settings(seeds=1)
+  frame.run(study, base, tmp_path)
+  other = dataclasses.replace(base, tokenizer=dataclasses.replace(base.tokenizer, lowercase=True))
+  with pytest.raises(UserError, match="holds a run of another config"):
+    frame.run(study, other, tmp_path, (1, 2))
 
 
 @pytest.mark.parametrize(
@@ -144,6 +148,7 @@ def test_parts_share_the_runs(trained, tmp_path):
     ({"sizes": ("2x32", "wide", "2x64")}, "not LAYERSxWIDTH"),
     ({"held_out": ("2x64",)}, "not LAYERSxWIDTH:TOKENS"),
     ({"seeds": 0}, "config.study.seeds"),
+    ({"sizes": ("2x32", "2x32", "2x48", "3x64")}, "wants the run 2x32-1e.06-0 twice"),
   ],
 )
 def test_mistakes_are_one_line(trained, tmp_path, changes, message):

@@ -12,6 +12,8 @@ from datatrove.io import DataFolder
 from datatrove.pipeline.base import PipelineStep
 
 SHOWN = 10  # documents to look at, by task and reason
+MOST_REASONS = 100  # of a task
+REASON = "_dropped_because"  # in the metadata, where a field of the user's may be called reason
 EXCERPT = 2000  # characters of each
 
 
@@ -38,7 +40,9 @@ class Samples:
   def write(self, document: Document, rank: int) -> None:
     """Keeps a document, if there is room for more of its reason."""
     metadata = document.metadata
-    reason = str(metadata.get("reason") or metadata.get("filter_reason") or self.name)
+    reason = str(metadata.get(REASON) or metadata.get("filter_reason") or self.name)
+    if reason not in self._count and len(self._count) == MOST_REASONS:
+      return
     self._count[reason] += 1
     if self._count[reason] > SHOWN:
       return

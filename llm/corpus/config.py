@@ -86,7 +86,7 @@ def freeze(config: Mapping[str, Any]) -> Prepare:
   steps = plain.get("steps", ())
   steps = (steps,) if isinstance(steps, str) else tuple(steps)
   for step in steps:
-    if step not in STEPS and ":" not in step:
+    if not isinstance(step, str) or step not in STEPS and ":" not in step:
       raise UserError(
         f"config.steps: there is no step {step!r}; the steps are {', '.join(STEPS)}, or a function "
         "of your own as module:function"

@@ -1,7 +1,7 @@
 """Documents that share long runs of words with an evaluation source."""
 
 import dataclasses
-from typing import Any, NamedTuple, Sequence
+from typing import Any, Iterator, NamedTuple, Sequence
 
 import numpy as np
 import xxhash
@@ -15,7 +15,7 @@ from llm.core import UserError
 from llm.data import embedded, sources
 
 INDEX = "decontamination.npz"
-TEXTS = ("text", "text_pair", "question", "target", "instruction", "input", "output")
+TEXTS = ("text", "text_pair", "question", "target", "instruction", "input", "output", "prompt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +43,10 @@ class Runs(NamedTuple):
   source: np.ndarray
 
 
-def write_index(step: Decontaminate, folder: DataFolder) -> None:
-  """Writes the runs of words of all evaluation sources, for the filter of every task.
+def index(step: Decontaminate) -> dict[str, np.ndarray]:
+  """The runs of words of all evaluation sources, as the arrays of the index.
 
-  Raises UserError where no source is named or one cannot be read.
+  Raises UserError where no source is named, one cannot be read, or one has no run.
   """
   if not step.against:
     raise UserError(
@@ -55,20 +55,43 @@ def write_index(step: Decontaminate, folder: DataFolder) -> None:
     )
   found: dict[int, dict[int, int]] = {}  # words of a run -> hash -> the number of its source
   for number, spec in enumerate(step.against):
+    empty = True
     for record in sources.parse_one(spec, DataConfig()).records():
-      for text in (record.get(field) for field in TEXTS):
-        words = embedded.words_of(text).split() if isinstance(text, str) else []
-        if len(words) >= step.least:
-          length = min(step.words, len(words))
-          hashes = dict.fromkeys(hashed_runs(words, length), number)
-          found[length] = {**hashes, **found.get(length, {})}
+      for words in (embedded.words_of(text).split() for text in _texts(record)):
+        if len(words) < step.least:
+          continue
+        empty = False
+        length = min(step.words, len(words))
+        runs = found.setdefault(length, {})
+        for digest in hashed_runs(words, length):
+          runs.setdefault(digest, number)
+    if empty:
+      raise UserError(
+        f"config.decontaminate.against: no text of {spec} has {step.least} words "
+        "(config.decontaminate.least)"
+      )
   arrays = {}
-  for length, runs in found.items():
+  for length, runs in sorted(found.items()):
     hashes = np.array(sorted(runs), np.uint64)
     arrays[f"hashes_{length}"] = hashes
     arrays[f"source_{length}"] = np.array([runs[int(h)] for h in hashes], np.uint16)
+  return arrays
+
+
+def _texts(record: dict[str, Any]) -> Iterator[str]:
+  """All texts of an evaluation record."""
+  for field in TEXTS:
+    if isinstance(record.get(field), str):
+      yield record[field]
+  for message in record.get("messages") or ():
+    if isinstance(message, dict) and isinstance(message.get("content"), str):
+      yield message["content"]
+
+
+def write_index(arrays: dict[str, np.ndarray], folder: DataFolder) -> None:
+  """Writes the index for the filter of every task."""
   with folder.open(INDEX, "wb") as file:
-    np.savez(file, **arrays)
+    np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
 
 
 def read_index(folder: DataFolder) -> dict[int, Runs]:

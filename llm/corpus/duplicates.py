@@ -16,6 +16,7 @@ from datatrove.pipeline.dedup import exact_dedup, minhash, sentence_dedup
 from llm.config import key
 from llm.corpus.accounts import Samples
 
+GROUP = "_near_group"  # in the metadata: the number of the group of near duplicates
 MOST_LINES = 2**16 - 1  # of a document, that the signatures of datatrove can number
 
 
@@ -164,14 +165,13 @@ class GroupFilter(PipelineStep):
     removed = set(self._numbers(f"{rank:06d}.remove").tolist())
     with self.dropped as dropped, self.originals as originals:
       for number, document in enumerate(data):
-        document.metadata["group"] = group_of.get(number, -1)
+        document.metadata[GROUP] = group_of.get(number, -1)
         if number in removed:
           self.stat_update("dropped", "dropped_near_duplicate")
           dropped.write(document, rank)
           continue
         if number in group_of:
-          reason = {"reason": f"group {group_of[number]}"}
-          originals.write(Document(document.text, document.id, metadata=reason), rank)
+          originals.write(document, rank)
         yield document
 
   def _numbers(self, name: str) -> np.ndarray:

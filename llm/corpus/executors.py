@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import multiprocessing
 import os
+import resource
 import sys
 import threading
 from typing import Any, Callable, Sequence
@@ -98,9 +99,16 @@ def _end_with_command() -> None:
   threading.Thread(target=wait, daemon=True).start()
 
 
+def _allow_many_files() -> None:
+  """Stages that compare signatures open a file of every task at once."""
+  _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+  resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def _run_task(executor: Local, rank: int) -> None:
   """Runs one task in a process of the pool."""
   logger.remove()
+  _allow_many_files()
   executor = copy.copy(executor)
   executor.pipeline = copy.deepcopy(executor.pipeline)  # blocks count
   # datatrove shows errors on the console too; here the log has them, and the command its line.
@@ -188,17 +196,18 @@ def _slurm(stage: Stage, output: Output, where: Where, before: Any) -> SlurmPipe
     workers=where.workers,
     job_name=stage.name,
     qos="",
-    venv_path=_activation(),
+    env_command=_environment(),
     depends=before,
     logging_dir=output.logs(stage.name),
     mem_per_cpu_gb=4,
   )
 
 
-def _activation() -> str:
-  """The script that activates the environment of this process; "" where there is none."""
+def _environment() -> str:
+  """What a job does first: it opens many files, in the environment of this process."""
   path = os.path.join(sys.prefix, "bin", "activate")
-  return path if os.path.exists(path) else ""
+  activation = f"; source {path}" if os.path.exists(path) else ""
+  return f"ulimit -n $(ulimit -Hn){activation}"
 
 
 def _ray(stage: Stage, output: Output, where: Where, before: Any) -> RayPipelineExecutor:

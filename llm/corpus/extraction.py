@@ -1,5 +1,6 @@
 """Markup to main text, in a process of its own: a page that hangs or explodes costs only itself."""
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -12,10 +13,10 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.extractors.base import ExtractorSandbox
 
-from llm.core import first_line
-from llm.corpus.accounts import Samples
+from llm.corpus.accounts import REASON, Samples
 from llm.data import wikitext
 
+IS_TEXT = "_is_text"  # in the metadata of what needs no extraction
 START = 30.0  # seconds that the process may take to begin
 
 
@@ -68,7 +69,7 @@ class Bounded:
     except RecursionError:
       return "", "nested_too_deep"
     except Exception as error:  # a parser may raise anything on hostile input: it is counted
-      return "", f"failed ({type(error).__name__}: {first_line(error)[:80]})"
+      return "", f"failed ({type(error).__name__})"
 
 
 def _end_with_parent() -> None:
@@ -109,10 +110,11 @@ class Extract(PipelineStep):
 
   def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
     bounded = Bounded(self.function, self.megabytes)
-    self.function("")  # imports what it needs, before the process that does the work is forked
+    with contextlib.suppress(Exception):
+      self.function("")  # imports what it needs, before the process that does the work is forked
     with ExtractorSandbox(timeout=START, warmup_text="") as sandbox, self.dropped as dropped:
       for document in data:
-        if document.metadata.pop("is_text", False):
+        if document.metadata.pop(IS_TEXT, False):
           yield document
           continue
         with self.track_time():
@@ -125,10 +127,12 @@ class Extract(PipelineStep):
 
   def _in(self, sandbox: ExtractorSandbox, text: str, bounded: Bounded) -> tuple[str, str]:
     """(text, "") or ("", reason)."""
-    sandbox.timeout = START
-    sandbox._ensure_process(bounded)
-    sandbox.timeout = self.seconds
     try:
+      sandbox.timeout = START
+      sandbox._ensure_process(bounded)
+      # Held open here, it would hide that the other side is gone.
+      sandbox.child_conn.close()  # pyright: ignore[reportOptionalMemberAccess]
+      sandbox.timeout = self.seconds
       return sandbox.process_document(text, bounded)
     except TimeoutError:
       return "", "took_too_long"
@@ -137,5 +141,5 @@ class Extract(PipelineStep):
 
   def _drop(self, document: Document, reason: str, dropped: Samples, rank: int) -> None:
     self.stat_update("dropped", f"dropped_{reason}")
-    document.metadata["reason"] = reason
+    document.metadata[REASON] = reason
     dropped.write(document, rank)

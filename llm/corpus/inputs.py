@@ -4,7 +4,7 @@ import dataclasses
 import io
 import pathlib
 import re
-from typing import Any, BinaryIO, Iterator
+from typing import Any, BinaryIO, Iterator, cast
 
 import fsspec
 
@@ -36,7 +36,7 @@ class Piece:
   def open(self) -> BinaryIO:
     """The file as its bytes are stored."""
     stored: Any = fsspec.open(self.path, "rb")
-    return io.BufferedReader(stored.open())  # files of buckets lack methods
+    return cast(BinaryIO, io.BufferedReader(stored.open()))  # files of buckets lack methods
 
   def chunks(self) -> Iterator[bytes]:
     """The decompressed bytes of the piece. Raises OSError or EOFError where it is damaged.
@@ -49,6 +49,11 @@ class Piece:
     with self.open() as stored, decompressed(stored, self.path) as file:
       while chunk := file.read(CHUNK):
         yield chunk
+
+  def beyond(self) -> Iterator[bytes]:
+    """What follows the piece, for what begins in it and ends behind it."""
+    if self.stop < self.size:
+      yield from dataclasses.replace(self, start=self.stop, stop=self.size).chunks()
 
   def lines(self, longest: int) -> Iterator[bytes]:
     """The lines that begin in the piece, and the first `longest` bytes of what is longer.
@@ -76,7 +81,11 @@ def _rest_of_line(file: BinaryIO) -> None:
 
 def decompressed(stored: BinaryIO, path: str) -> BinaryIO:
   """A file that is read decompressed, by the ending of its path."""
-  return sources.decompressed(stored, pathlib.PurePath(path))
+  name = pathlib.PurePath(path)
+  if not sources.compression(name):
+    return stored
+  file: Any = sources.decompressed(stored, name)
+  return cast(BinaryIO, io.BufferedReader(file))  # streams of pyarrow have no readline
 
 
 def _bz2_streams(piece: Piece) -> Iterator[bytes]:
@@ -152,7 +161,11 @@ def _files_of(part: str, endings: tuple[str, ...]) -> dict[str, int]:
   system, path = _system(part)
   try:
     details: Any = system.glob(path, detail=True)
-    files = {name: entry for name, entry in details.items() if entry["type"] == "file"}
+    files = {
+      name: entry
+      for name, entry in details.items()
+      if entry["type"] == "file" or entry.get("islink") and system.isfile(name)
+    }
     for folder in (name for name, entry in details.items() if entry["type"] == "directory"):
       inside: Any = system.find(folder, detail=True)
       files |= {

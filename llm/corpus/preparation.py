@@ -37,17 +37,30 @@ def prepare(
   another config or other files began, where a task fails, and where no document is left.
   """
   plan, output = planned(settings, folder)
+  tokenizer = _given_tokenizer(settings.tokenizer)
+  index = {}
+  if "decontaminate" in settings.steps:
+    index = decontamination.index(settings.settings["decontaminate"])
+  given = {
+    "tokenizer": tokenizer.digest() if tokenizer else "",
+    "decontamination": cache.digest(*(array.tobytes() for array in index.values())),
+  }
   folder.mkdir(parents=True, exist_ok=True)
   with workdir.locked(folder):
-    _check_plan(folder, settings)
-    if tokenizer := _given_tokenizer(settings.tokenizer):
+    _check_plan(folder, settings, given)
+    if tokenizer:
       tokenizer.save(folder / "shards" / shards.TOKENIZER)
-    if "decontaminate" in settings.steps:
-      decontamination.write_index(settings.settings["decontaminate"], output.work)
+    if index:
+      decontamination.write_index(index, output.work)
     executors.run(plan, output, where, functools.partial(report.write, plan, output))
   if where.executor == "slurm":
     return None
   figures = json.loads((folder / "report.json").read_text())
+  if not figures["documents_in"]:
+    raise UserError(
+      f"config.input={settings.input}: no document could be read; "
+      f"{'; '.join(figures['damaged']) or 'there is none in it'}"
+    )
   if not figures["documents_out"]:
     emptied = next(step for step in figures["steps"] if not step["documents_out"])
     raise UserError(
@@ -76,10 +89,14 @@ def _given_tokenizer(settings: corpus_config.Tokenizer) -> tokenizer_lib.Tokeniz
   return tokenizer_lib.make(of_run, (), cache.cache_dir())
 
 
-def _check_plan(folder: epath.Path, settings: corpus_config.Prepare):
-  """Raises UserError where the output was begun with another config or other files."""
+def _check_plan(folder: epath.Path, settings: corpus_config.Prepare, given: dict[str, str]):
+  """Raises UserError where the output was begun with another config or other files.
+
+  given: digests of what the config names and that may change: tokenizer, evaluation texts.
+  """
   pieces = [[piece.path, piece.start, piece.stop, piece.size] for piece in _pieces(settings)]
-  now = json.loads(json.dumps({"config": corpus_config.thaw(settings), "pieces": pieces}))
+  plan = {"config": corpus_config.thaw(settings), "pieces": pieces, "given": given}
+  now = json.loads(json.dumps(plan))
   path = folder / PLAN
   if not path.exists():
     path.write_text(json.dumps(now, indent=1))
@@ -89,11 +106,17 @@ def _check_plan(folder: epath.Path, settings: corpus_config.Prepare):
     groups = [*now["config"], *before["config"]]
     other = [g for g in groups if before["config"].get(g) != now["config"].get(g)]
     same_files = before["pieces"] == now["pieces"]
+    changed = [name for name in given if before["given"][name] != given[name]]
   except (ValueError, TypeError, KeyError, AttributeError):
     raise UserError(f"{path} is damaged: give another --output, or delete this one")
   if other:
     raise UserError(
       f"{folder} was begun with another config.{other[0]}: give another --output, or delete it"
+    )
+  if changed:
+    raise UserError(
+      f"{folder} was begun with another {changed[0]} than {settings.input} gets now: give another "
+      "--output"
     )
   if not same_files:
     raise UserError(f"{folder} was begun with other input files: give another --output")

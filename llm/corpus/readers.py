@@ -9,6 +9,7 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
 from llm.core import first_line
+from llm.corpus import accounts
 from llm.corpus.accounts import Samples
 from llm.corpus.inputs import Piece, ending
 from llm.data import sources
@@ -54,7 +55,8 @@ class Reader(PipelineStep):
             item = Lost("empty", item.id)
           if isinstance(item, Lost):
             self.stat_update("dropped", f"dropped_{item.reason}")
-            dropped.write(Document(item.text, item.id, metadata={"reason": item.reason}), rank)
+            metadata = {accounts.REASON: item.reason}
+            dropped.write(Document(item.text, item.id, metadata=metadata), rank)
           else:
             yield item
 
@@ -66,11 +68,20 @@ class Reader(PipelineStep):
         with self.track_time():
           item = next(items, None)
       except DAMAGED as error:
+        if _passes(error):
+          raise
         self.stat_update(f"damaged {piece.path}: {first_line(error)}")
         return
       if item is None:
         return
       yield item
+
+
+def _passes(error: Exception) -> bool:
+  """Whether an error is of the system or the network, not of the file: the task is run again."""
+  return isinstance(error, ConnectionError | TimeoutError) or (
+    isinstance(error, OSError) and error.errno is not None
+  )
 
 
 def text_files(piece: Piece) -> Items:
@@ -83,10 +94,15 @@ def _document(record: dict[str, Any], id: str) -> Document | Lost:
   text = record.pop("text", None)
   if not isinstance(text, str):
     return Lost("no_text_field", id, str(record)[:500])
-  text = text.encode("utf-8", "replace").decode("utf-8")  # JSON may hold lone surrogates
-  id = str(record.pop("id", id))
+  text = _without_surrogates(text)
+  id = _without_surrogates(str(record.pop("id", id)))
   metadata = record.pop("metadata", None)
   return Document(text, id, metadata={**(metadata if isinstance(metadata, dict) else {}), **record})
+
+
+def _without_surrogates(text: str) -> str:
+  """Text that UTF-8 can hold: JSON may have lone surrogates."""
+  return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _jsonl(piece: Piece) -> Items:
@@ -131,6 +147,7 @@ def _block(lines: list[str], size: int, id: str) -> Document | Lost:
 
 def _csv(piece: Piece) -> Items:
   lines = (line.decode("utf-8-sig", errors="replace") for line in piece.lines(LONGEST))
+  csv.field_size_limit(LONGEST)
   reader = csv.DictReader(lines)
   number = 0
   while True:

@@ -11,6 +11,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from llm.corpus import accounts
 from llm.corpus.accounts import Counts, Passing, Timed
+from llm.corpus.duplicates import GROUP
 from llm.corpus.readers import Reader
 from llm.corpus.shards import Tokenize, TrainTokenizer
 from llm.corpus.stages import Output, Stage
@@ -61,7 +62,7 @@ class _Books:
       self._seconds += count.count("milliseconds") / 1000
     elif isinstance(block, Tokenize | TrainTokenizer):
       self.tokens += count.count("tokens")
-      self.accounts.append(self._unchanged(block.name, count.seconds))
+      self.accounts.append(self._last(block.name, count))
     elif isinstance(block, Passing):
       self._close(block, count)
     elif not any(isinstance(b, Passing) for b in stage.blocks):
@@ -97,10 +98,13 @@ class _Books:
     self._characters = characters
     self._dropped = {}
 
-  def _unchanged(self, name: str, seconds: float) -> Account:
-    """The account of a step that drops nothing."""
-    counts = (self._documents, self._documents, self._characters, self._characters)
-    return Account(name, *counts, {}, seconds)
+  def _last(self, name: str, count: Counts) -> Account:
+    """The account of a step after the documents are written."""
+    before = self._documents
+    self._documents -= count.count("dropped")
+    dropped = count.starting("dropped_")
+    counts = (before, self._documents, self._characters, self._characters)
+    return Account(name, *counts, dropped, count.seconds)
 
 
 def write(stages: Sequence[Stage], output: Output) -> dict[str, Any]:
@@ -116,7 +120,7 @@ def write(stages: Sequence[Stage], output: Output) -> dict[str, Any]:
   with folder.open("report.json", "wt") as file:
     json.dump(figures, file, indent=1)
   samples = _samples(stages, output)
-  with folder.open("report.md", "wt") as file:
+  with folder.open("report.md", "wt", encoding="utf-8", errors="replace") as file:
     file.write(_in_words(figures, samples))
   with folder.open("flow.png", "wb") as file:
     _draw(figures, file)
@@ -226,12 +230,15 @@ def _lengths(lengths: dict[str, dict[str, int]]) -> str:
 
 def _near(samples: dict[str, dict[str, list[dict]]]) -> list[str]:
   """What was dropped as a near duplicate, beside what was kept for it."""
-  originals = samples.get("near_duplicates-originals", {})
+  originals = {
+    record["metadata"].get(GROUP): record
+    for records in samples.get("near_duplicates-originals", {}).values()
+    for record in records
+  }
   rows = []
   for records in samples.get("near_duplicates", {}).values():
     for record in records:
-      group = f"group {record['metadata'].get('group')}"
-      for original in originals.get(group, [])[:1]:
+      if original := originals.get(record["metadata"].get(GROUP)):
         rows.append((_one_line(record, 100), _one_line(original, 100)))
   if not rows:
     return []
@@ -241,7 +248,9 @@ def _near(samples: dict[str, dict[str, list[dict]]]) -> list[str]:
 def _excerpts(step: str, by_reason: dict[str, list[dict]]) -> list[str]:
   parts = []
   for reason, records in sorted(by_reason.items()):
-    title = "Kept" if step == "kept" else f"Samples by {step}: {reason}"
+    title = "Kept" if step == "kept" else f"Dropped by {step}: {reason}"
+    if step == "line_duplicates":
+      title = "Shortened or dropped by line_duplicates"
     lines = "\n".join(f"- `{record['id']}` {_one_line(record, EXCERPT)}" for record in records)
     parts += [f"## {title}\n", lines + "\n"]
   return parts

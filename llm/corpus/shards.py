@@ -46,6 +46,7 @@ class Tokenize(PipelineStep):
       for group in _groups(data):
         with self.track_time():
           split = [documents.sentences(document.text, self.sentences) for document in group]
+          before = len(sentence_counts)
           for ids in documents.encode(split, tokenizer):
             sentence_lengths += [len(sentence) for sentence in ids]
             sentence_counts.append(len(ids))
@@ -53,6 +54,8 @@ class Tokenize(PipelineStep):
             sha.update(tokens)
             file.write(tokens)
             self.stat_update("tokens", value=len(tokens) // dtype.itemsize)
+          if empty := before + len(group) - len(sentence_counts):
+            self.stat_update("dropped", "dropped_no_tokens", value=empty)
     ends = np.cumsum(sentence_lengths, dtype="<u8")
     documents_ends = np.cumsum(sentence_counts, dtype="<u8")
     index = ends[documents_ends.astype(np.int64) - 1] if len(ends) else documents_ends
@@ -66,6 +69,7 @@ class Tokenize(PipelineStep):
       file.write(f"{tokenizer.name}|{dtype.itemsize}\n{tokens}\n{tokens:,} tokens")
     facts = {
       "sha256": sha.hexdigest(),
+      "ends_sha256": hashlib.sha256(index.tobytes() + ends.tobytes()).hexdigest(),
       "documents": len(sentence_counts),
       "tokens": tokens,
       "token_bytes": dtype.itemsize,

@@ -215,6 +215,8 @@ class OwnStep(BaseFilter):
 
   def filter(self, doc: Document) -> bool | tuple[bool, str]:
     answer = self.function(doc)
+    if answer is True and not doc.text.strip():
+      return False, "empty"
     if isinstance(answer, str):
       return False, answer
     if not isinstance(answer, bool):

@@ -4,6 +4,7 @@ from typing import Any
 
 from datatrove.data import Document
 
+from llm.corpus.extraction import IS_TEXT
 from llm.corpus.inputs import Piece
 from llm.corpus.readers import Items, Lost
 
@@ -50,7 +51,7 @@ def _document(content: bytes, record: Any, id: str) -> Document | Lost:
     return Lost("too_large", id, url)
   if record.record_type == WarcRecordType.conversion:
     text = content.decode("utf-8", "replace")
-    return Document(text, id, metadata={**metadata, "is_text": True})
+    return Document(text, id, metadata={**metadata, IS_TEXT: True})
   return _page(content, record, id, metadata)
 
 

@@ -1,5 +1,6 @@
 """A Wikipedia dump (pages-articles, XML) -> the wikitext of its articles."""
 
+import itertools
 import re
 import xml.etree.ElementTree as ElementTree
 from typing import Iterator
@@ -19,18 +20,27 @@ def articles(piece: Piece) -> Items:
 
   Only <page> elements are parsed, each alone. So no entity of a document type can expand.
   """
-  for number, page in enumerate(_pages(piece.chunks())):
+  for number, page in enumerate(_pages(piece)):
     id = f"{piece.name}:{number}"
     yield _article(page, id) if page is not None else Lost("too_large", id)
 
 
-def _pages(chunks: Iterator[bytes]) -> Iterator[bytes | None]:
-  """The <page> elements of an XML stream; None for one that is larger than `LONGEST`."""
+def _pages(piece: Piece) -> Iterator[bytes | None]:
+  """The <page> elements that begin in a piece; None for one that is larger than `LONGEST`.
+
+  Raises EOFError where the last one is cut off.
+  """
   buffer = b""
   searched = 0
   inside = False
   is_too_large = False
-  for chunk in chunks:
+  is_past = False
+  for chunk in itertools.chain(piece.chunks(), [None], piece.beyond()):
+    if chunk is None:
+      is_past = True
+      continue
+    if is_past and not inside:
+      return
     buffer += chunk
     while match := PAGE.search(buffer, searched):
       if match[0] == b"<page>":
@@ -41,6 +51,8 @@ def _pages(chunks: Iterator[bytes]) -> Iterator[bytes | None]:
       else:
         if inside:
           yield None if is_too_large else buffer[: match.end()]
+          if is_past:
+            return
         buffer = buffer[match.end() :]
         searched = 0
         inside = False
@@ -49,6 +61,8 @@ def _pages(chunks: Iterator[bytes]) -> Iterator[bytes | None]:
     if not inside or is_too_large:
       buffer = buffer[-len(b"</page>") :]
     searched = max(0, len(buffer) - len(b"</page>"))
+  if inside:
+    raise EOFError("the last page is cut off")
 
 
 def _article(page: bytes, id: str) -> Document | Lost:

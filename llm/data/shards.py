@@ -5,7 +5,7 @@ A folder holds `tokenizer/` and, for every shard NNNNN.ds (uint16 or uint32):
   NNNNN.ds.index      where each document ends, in tokens (uint64)
   NNNNN.ds.sentences  where each sentence ends, where asked for (uint64)
   NNNNN.ds.metadata   tokenizer, bytes a token and number of tokens, as datatrove writes them
-  NNNNN.ds.json       the facts that are checked: counts, SHA-256 of the tokens, the tokenizer
+  NNNNN.ds.json       facts: counts, SHA-256 of tokens and ends, the tokenizer. Sizes are checked
 """
 
 import bisect
@@ -18,7 +18,7 @@ from typing import Any, Iterator
 import numpy as np
 from etils import epath
 
-from llm import cache, storage
+from llm import storage
 from llm.core import UserError
 from llm.data import growing
 from llm.data import tokenizer as tokenizer_lib
@@ -38,6 +38,7 @@ class Facts:
 
   path: str
   sha256: str
+  ends_sha256: str
   documents: int
   tokens: int
   token_bytes: int
@@ -127,7 +128,7 @@ def facts(source: Source) -> tuple[Facts, ...]:
 
 def content(source: Source) -> list[str]:
   """Strings that change when the tokens change."""
-  return [shard.sha256 for shard in facts(source)]
+  return [shard.sha256 + shard.ends_sha256 for shard in facts(source)]
 
 
 def tokenizer(source: Source) -> tokenizer_lib.Tokenizer:
@@ -190,10 +191,3 @@ def offsets(source: Source, scratch: pathlib.Path, how: str) -> None:
 def _numbers(path: str) -> np.ndarray:
   """The uint64 numbers of a file."""
   return np.frombuffer(epath.Path(path).read_bytes(), "<u8").astype(np.int64)
-
-
-def check_digests(source: Source) -> None:
-  """Raises UserError where the tokens of a shard are not those that were written."""
-  for shard in facts(source):
-    if cache.file_digest(shard.path) != shard.sha256:
-      raise UserError(f"{source.spec}: {shard.path} is damaged: run llm.prepare again")

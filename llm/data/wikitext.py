@@ -12,8 +12,8 @@ def plain_text(wikitext: str) -> str:
   """Wikitext -> paragraphs of prose, one a line.
 
   What becomes of the markup: templates (infoboxes among them), tables, references, galleries,
-  formulas, and links to files and categories are left out. A link is its text. Headings, list items
-  and lines of 60 characters or fewer are left out: what stays ends as a sentence does.
+  formulas, and links to files and categories are left out. A link is its text. So are headings, and
+  lines of 60 characters or fewer, most list items among them: what stays ends as a sentence does.
   """
   code = mwparserfromhell.parse(wikitext)
   for node in code.filter_wikilinks(recursive=True):

@@ -18,6 +18,7 @@ from typing import Any, Callable, ClassVar, Mapping, Sequence
 import tqdm
 
 import llm.studies
+from llm import cache
 from llm import config as config_lib
 from llm.config import Config
 from llm.core import UserError, first_line
@@ -59,10 +60,10 @@ class Study(abc.ABC):
   title: ClassVar[str]
 
   @abc.abstractmethod
-  def next_runs(self, base: Config, done: Sequence[Result]) -> list[Run]:
+  def next_runs(self, base: Config, done: Sequence[Result], folder: pathlib.Path) -> list[Run]:
     """All runs that are wanted, given those that are done; it is asked again until none is new.
 
-    base: the config that the runs differ from.
+    base: the config that the runs differ from. folder: of the study, for what a round leaves.
     """
 
   @abc.abstractmethod
@@ -118,15 +119,18 @@ def run(
   started = time.time()
   trained = 0.0
   done: dict[str, Result] = {}
-  while fresh := [r for r in study.next_runs(base, list(done.values())) if r.name not in done]:
+  while fresh := _fresh(study.next_runs(base, list(done.values()), folder), done):
+    names = [*done, *(one_run.name for one_run in fresh)]
     progress = tqdm.tqdm(fresh[part[0] :: part[1]], desc="runs", unit="run", disable=None)
     for one_run in progress:
+      is_new = not (folder / "runs" / one_run.name / "result.json").exists()
       result = _result(one_run, folder, use_devices)
       done[one_run.name] = result
-      trained += result.figures.get("seconds", 0.0)
+      trained += is_new * result.figures.get("seconds", 0.0)
     for one_run in fresh:
       if one_run.name not in done:
         done[one_run.name] = _of_other_part(one_run, folder)
+    done = {name: done[name] for name in names}  # in one order, whichever part this is
   figures = write_report(study, list(done.values()), folder)
   print(
     f"{len(done)} runs in {duration(time.time() - started)}, of which "
@@ -135,11 +139,23 @@ def run(
   return figures
 
 
+def _fresh(wanted: Sequence[Run], done: Mapping[str, Result]) -> list[Run]:
+  """The runs that are not done. Raises UserError where two have one name."""
+  names = [one_run.name for one_run in wanted]
+  if twice := sorted({name for name in names if names.count(name) > 1}):
+    raise UserError(f"the study wants the run {twice[0]} twice: give each setting once")
+  return [one_run for one_run in wanted if one_run.name not in done]
+
+
+def _digest(config: Config) -> str:
+  return cache.digest(json.dumps(config_lib.thaw(config), sort_keys=True))
+
+
 def _result(one_run: Run, folder: pathlib.Path, use_devices: Callable | None) -> Result:
   """The result of a run, which is taken where it is not done."""
   workdir = folder / "runs" / one_run.name
   diverged = workdir / "diverged.txt"
-  if diverged.exists():
+  if diverged.exists() and diverged.read_text().startswith(_digest(one_run.config)):
     return Result(one_run, {})
   logs = folder / "logs"
   logs.mkdir(parents=True, exist_ok=True)
@@ -150,7 +166,7 @@ def _result(one_run: Run, folder: pathlib.Path, use_devices: Callable | None) ->
   except UserError as error:
     if "is not finite" not in str(error):
       raise UserError(f"run {one_run.name}: {error}")
-    diverged.write_text(first_line(error))
+    diverged.write_text(f"{_digest(one_run.config)}\n{first_line(error)}\n")
     return Result(one_run, {})
   return Result(one_run, figures)
 
@@ -158,13 +174,19 @@ def _result(one_run: Run, folder: pathlib.Path, use_devices: Callable | None) ->
 def _of_other_part(one_run: Run, folder: pathlib.Path) -> Result:
   """The result of a run that another process takes, once it is there."""
   workdir = folder / "runs" / one_run.name
+  print(f"waiting for the run {one_run.name}, which another part takes")
   while True:
     if (workdir / "diverged.txt").exists():
       return Result(one_run, {})
     try:
-      return Result(one_run, json.loads((workdir / "result.json").read_text()))
+      figures = json.loads((workdir / "result.json").read_text())
+      config = json.loads((workdir / "config.json").read_text())
     except (FileNotFoundError, ValueError):
       time.sleep(WAIT)
+      continue
+    if _digest(config_lib.freeze(config)) != _digest(one_run.config):
+      raise UserError(f"{workdir} holds a run of another config: give another --workdir")
+    return Result(one_run, figures)
 
 
 def write_report(study: Study, done: Sequence[Result], folder: pathlib.Path) -> dict[str, Any]:

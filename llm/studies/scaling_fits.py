@@ -26,16 +26,20 @@ class PowerLaw:
   scale: float
   exponent: float
 
-  def __call__(self, x: np.ndarray) -> np.ndarray:
+  def __call__(self, x: np.ndarray | float) -> np.ndarray:
     return (self.scale / np.asarray(x, float)) ** self.exponent
 
 
 def power_law(x: np.ndarray, loss: np.ndarray) -> PowerLaw:
-  """Least squares of log L on log x. Raises UserError for fewer than 3 distinct x."""
+  """Least squares of log L on log x.
+
+  Raises UserError for fewer than 3 distinct x, and where the loss does not fall.
+  """
   need(len(np.unique(x)), 3, "a power law", "sizes, lengths or budgets")
   slope, intercept = np.polyfit(np.log(x), np.log(loss), 1)
-  exponent = max(-slope, 1e-12)
-  return PowerLaw(float(np.exp(intercept / exponent)), float(exponent))
+  if slope > -1e-4:
+    raise UserError("a power law needs a loss that falls, and this one does not")
+  return PowerLaw(float(np.exp(intercept / -slope)), float(-slope))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Parametric:
   alpha: float
   beta: float
 
-  def __call__(self, n: np.ndarray, d: np.ndarray) -> np.ndarray:
+  def __call__(self, n: np.ndarray | float, d: np.ndarray | float) -> np.ndarray:
     n = np.asarray(n, float)
     d = np.asarray(d, float)
     return self.E + self.A / n**self.alpha + self.B / d**self.beta
@@ -118,8 +122,13 @@ def iso_flops(
 
   Approach 2 of Hoffmann et al. 2022. The losses of a size are interpolated in log D at C / (6 N).
   A parabola is only right near its minimum: far from it, it shifts the optimum (Besiroglu et al.
-  2024 and others), and so does a grid that is not centred on it.
+  2024 and others), and so does a grid that is not centred on it. Runs of equal N and D (seeds)
+  count as one, with their mean loss.
   """
+  cells = np.stack([n, d], 1)
+  distinct, cell = np.unique(cells, axis=0, return_inverse=True)
+  loss = np.bincount(cell.ravel(), loss) / np.bincount(cell.ravel())
+  n, d = distinct.T
   minima = []
   for budget in budgets:
     log_n, at_budget = [], []
@@ -141,13 +150,14 @@ def iso_flops(
   return minima
 
 
-def envelope(n: np.ndarray, d: np.ndarray, loss: np.ndarray) -> list[tuple[float, float, float]]:
+def envelope(
+  compute: np.ndarray, n: np.ndarray, loss: np.ndarray
+) -> list[tuple[float, float, float]]:
   """(C, N, L) of the runs that no run of as much or less compute beats, by C.
 
   Approach 1 of Hoffmann et al. 2022, on whole runs instead of training curves, since a curve is not
   at the end of its schedule.
   """
-  compute = 6 * n * d
   best = np.inf
   lowest = []
   for i in np.argsort(compute, kind="stable"):

@@ -6,8 +6,9 @@ the grid alone. Then the larger runs are predicted, and only then trained.
 """
 
 import dataclasses
+import json
 import pathlib
-from typing import Any, Sequence
+from typing import Any, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -43,7 +44,7 @@ class Study(frame.Study):
       seeds=1,
     )
 
-  def next_runs(self, base: Config, done: Sequence[Result]) -> list[Run]:
+  def next_runs(self, base: Config, done: Sequence[Result], folder: pathlib.Path) -> list[Run]:
     scaling_fits.need(len(set(self.sizes)), 3, "the parametric law", "sizes (config.study.sizes)")
     scaling_fits.need(
       len(set(self.tokens)), 3, "the parametric law", "lengths (config.study.tokens)"
@@ -56,7 +57,9 @@ class Study(frame.Study):
     ]
     if len(done) < len(grid):
       return grid
-    return [*grid, *self._held_out(base)]
+    held_out = self._held_out(base)
+    _predict(Points(_usable(done, "grid")), held_out, folder / PREDICTION)
+    return [*grid, *held_out]
 
   def _held_out(self, base: Config) -> list[Run]:
     runs = []
@@ -68,11 +71,12 @@ class Study(frame.Study):
     return runs
 
   def report(self, done: Sequence[Result], folder: pathlib.Path) -> tuple[dict[str, Any], str]:
-    grid = Points([r for r in done if r.run.facts["role"] == "grid" and not r.diverged])
-    later = [r for r in done if r.run.facts["role"] == "held out" and not r.diverged]
+    grid = Points(_usable(done, "grid"))
+    predicted = json.loads((folder / PREDICTION).read_text())["runs"]
+    later = _by_name(_usable(done, "held out"))
+    held_out = [_compared(predicted[name], runs) for name, runs in later.items()]
     law = scaling_fits.parametric(grid.n, grid.d, grid.loss)
     samples = _resampled(grid, law)
-    held_out = [_compared(name, runs, law, samples) for name, runs in _by_name(later).items()]
     fits = _fits(grid, law, samples)
     _draw(grid, law, held_out, folder)
     figures = {"fits": fits, "held_out": held_out}
@@ -98,20 +102,32 @@ def _run(base: Config, size: str, tokens: str, seed: int, role: str) -> Run:
   training = dataclasses.replace(
     base.training, steps=max(1, steps), epochs=0.0, seed=seed, eval_every=0
   )
-  facts = {"size": size, "tokens": float(tokens), "seed": seed, "role": role, "width": width}
+  trained = training.steps * training.batch_size * training.sequence_length
+  facts = {"size": size, "layers": layers, "width": width, "tokens": trained, "seed": seed}
   config = dataclasses.replace(base, model=model, training=training)
-  return Run(f"{size}-{float(tokens):.3g}-{seed}", config, {**facts, "layers": layers})
+  return Run(f"{size}-{float(tokens):g}-{seed}", config, {**facts, "role": role})
+
+
+def _usable(results: Sequence[Result], role: str) -> list[Result]:
+  """The results of the grid, or of the larger runs, that did not diverge."""
+  return [r for r in results if r.run.facts["role"] == role and not r.diverged]
+
+
+def _parameters(facts: Mapping[str, Any]) -> float:
+  """Of the layers of a model, without embeddings, biases and norms."""
+  return 12.0 * facts["layers"] * facts["width"] ** 2
 
 
 class Points:
-  """Runs as arrays. n: parameters without embeddings; n_all: with them; d: tokens; c: FLOPs."""
+  """Runs as arrays. n: parameters without embeddings; n_all: with them; d: tokens; c: FLOPs as
+  counted in the traced program."""
 
   def __init__(self, results: Sequence[Result]):
     self.results = results
     facts = [result.run.facts for result in results]
-    self.n = np.array([12.0 * f["layers"] * f["width"] ** 2 for f in facts])
+    self.n = np.array([_parameters(f) for f in facts])
     self.n_all = np.array([float(result.figures["parameters"]) for result in results])
-    self.d = np.array([f["tokens"] for f in facts])
+    self.d = np.array([float(f["tokens"]) for f in facts])
     self.c = np.array([result.figures["flops"] for result in results])
     self.loss = np.array([result.figures["eval"]["loss"] for result in results])
 
@@ -150,25 +166,42 @@ def _by_name(results: Sequence[Result]) -> dict[str, list[Result]]:
   return groups
 
 
-def _compared(
-  name: str,
-  runs: Sequence[Result],
-  law: scaling_fits.Parametric,
-  samples: Sequence[scaling_fits.Parametric],
-) -> dict[str, Any]:
-  """What was predicted for a larger run, and what it measured."""
-  points = Points(runs)
-  n, d = points.n[0], points.d[0]
-  low, high = _interval([float(sample(n, d)) for sample in samples])
-  return {
-    "name": name,
-    "parameters": float(n),
-    "tokens": float(d),
-    "predicted": float(law(n, d)),
-    "low": low,
-    "high": high,
-    "measured": float(points.loss.mean()),
-  }
+def _predict(grid: Points, held_out: Sequence[Run], path: pathlib.Path) -> None:
+  """Writes what the grid says of the larger runs, before they are trained.
+
+  What was written of the same grid stays. The interval is that of a run: the laws of resampled
+  runs, each with the error of one run of the grid.
+  """
+  names = sorted(result.run.name for result in grid.results)
+  if path.exists() and json.loads(path.read_text())["grid"] == names:
+    return
+  law = scaling_fits.parametric(grid.n, grid.d, grid.loss)
+  samples = _resampled(grid, law)
+  errors = np.log(grid.loss) - np.log(law(grid.n, grid.d))
+  rng = np.random.default_rng(1)
+  runs = {}
+  for one_run in held_out:
+    n, d = _parameters(one_run.facts), float(one_run.facts["tokens"])
+    drawn = [float(sample(n, d) * np.exp(rng.choice(errors))) for sample in samples]
+    low, high = _interval(drawn)
+    name = one_run.name.rpartition("-")[0]
+    prediction = {"predicted": float(law(n, d)), "low": low, "high": high}
+    runs[name] = {"name": name, "parameters": n, "tokens": d, **prediction}
+  path.write_text(json.dumps({"grid": names, "runs": runs}, indent=1))
+
+
+def _compared(prediction: Mapping[str, Any], runs: Sequence[Result]) -> dict[str, Any]:
+  """What was predicted for a larger run, and what its seeds measured."""
+  return {**prediction, "measured": float(Points(runs).loss.mean())}
+
+
+def _power_law(x: np.ndarray, loss: np.ndarray) -> dict[str, float | None]:
+  """The exponent and scale of a power law; None where too few runs are left for it."""
+  try:
+    law = scaling_fits.power_law(x, loss)
+  except UserError:
+    return {"exponent": None, "scale": None}
+  return {"exponent": law.exponent, "scale": law.scale}
 
 
 def _fits(
@@ -177,23 +210,17 @@ def _fits(
   """All fits by name, with their intervals."""
   longest, largest = grid.d == grid.d.max(), grid.n == grid.n.max()
   budgets = np.geomspace(grid.n.min() * grid.d.max() * 6, grid.n.max() * grid.d.min() * 6, 5)
-  by_size = scaling_fits.power_law(grid.n[longest], grid.loss[longest])
-  by_all = scaling_fits.power_law(grid.n_all[longest], grid.loss[longest])
-  by_length = scaling_fits.power_law(grid.d[largest], grid.loss[largest])
-  lowest = scaling_fits.envelope(grid.n, grid.d, grid.loss)
+  lowest = scaling_fits.envelope(grid.c, grid.n, grid.loss)
   parabolas = scaling_fits.iso_flops(grid.n, grid.d, grid.loss, sorted(budgets))
+  compute, _, best = np.array(lowest).T
   fits: dict[str, Any] = {
-    "kaplan_parameters": {"exponent": by_size.exponent, "scale": by_size.scale},
-    "kaplan_parameters_with_embeddings": {"exponent": by_all.exponent, "scale": by_all.scale},
-    "kaplan_tokens": {"exponent": by_length.exponent, "scale": by_length.scale},
+    "kaplan_parameters": _power_law(grid.n[longest], grid.loss[longest]),
+    "kaplan_parameters_with_embeddings": _power_law(grid.n_all[longest], grid.loss[longest]),
+    "kaplan_tokens": _power_law(grid.d[largest], grid.loss[largest]),
+    "kaplan_compute": _power_law(compute, best),
     "approach_1": {"exponent_of_parameters": scaling_fits.exponent(lowest), "points": lowest},
     "approach_2": {"exponent_of_parameters": scaling_fits.exponent(parabolas), "points": parabolas},
   }
-  if len(lowest) > 2:
-    by_compute = scaling_fits.power_law(
-      np.array([c for c, _, _ in lowest]), np.array([loss for _, _, loss in lowest])
-    )
-    fits["kaplan_compute"] = {"exponent": by_compute.exponent, "scale": by_compute.scale}
   exponents = [s.beta / (s.alpha + s.beta) for s in samples]
   fits["approach_3"] = {
     **dataclasses.asdict(law),
@@ -243,7 +270,7 @@ def _in_words(grid: Points, fits: dict[str, Any], held_out: list[dict]) -> str:
       "",
     ),
     ("L ~ D^-a", _number(fits["kaplan_tokens"]["exponent"]), "0.095"),
-    ("L ~ C^-a", _number(fits.get("kaplan_compute", {}).get("exponent")), "0.050"),
+    ("L ~ C^-a", _number(fits["kaplan_compute"]["exponent"]), "0.050"),
   ]
   return "\n".join(
     [
@@ -256,9 +283,10 @@ def _in_words(grid: Points, fits: dict[str, Any], held_out: list[dict]) -> str:
       "![loss against compute, and predicted against measured](scaling_law.png)\n",
       tabulate.tabulate(laws, ("", "here", "published"), "github", disable_numparse=True) + "\n",
       *_doubts(third),
-      "Published: Hoffmann et al. 2022; for approach 3 the refit of Besiroglu et al. 2024 follows; "
-      "Kaplan et al. 2020 for L. Intervals resample runs and seeds. Approach 2 shifts the optimum "
-      "where its grid is not centred on it; approach 1 sees only the sizes of the grid.\n",
+      "Published: Hoffmann et al. 2022; for approach 3 the refit of Besiroglu et al. 2024 "
+      "follows; Kaplan et al. 2020 for L. Intervals resample runs and seeds. Compute is counted in "
+      "the traced program; approach 2 takes 6 N D, and shifts the optimum where its grid is not "
+      "centred on it; approach 1 sees only the sizes of the grid.\n",
     ]
   )
 
