@@ -533,7 +533,7 @@ def slow(text):
 
 
 def test_a_page_that_hangs_or_explodes_costs_only_itself():
-  block = extraction.Extract("extract", slow, 1.0, 512, accounts.Samples(None, "extract"))
+  block = extraction.Extract("extract", slow, 3.0, 512, accounts.Samples(None, "extract"))
   block.dropped.write = lambda document, rank: None
   texts = ["one", "hang", "two", "explode", "three", "crash", "four", "raise", "five"]
   survivors = [d.text for d in block.run(iter([Document(t, t) for t in texts]))]

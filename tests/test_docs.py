@@ -1,5 +1,6 @@
 """The documentation holds: commands exist, links lead somewhere, the README stays short."""
 
+import bz2
 import json
 import os
 import pathlib
@@ -141,13 +142,26 @@ OVERRIDES = {
   "pretrain_gpt": PRETRAINING,
   "pretrain_t5": [*PRETRAINING, "--config.tokenizer.sentinels=100"],
   "reverse_words": SMALL_RUN,
+  **dict.fromkeys(
+    ("prepare_wikipedia", "prepare_web", "prepare_text"),
+    ["--workers=1", "--config.tokenizer.vocab_size=100"],
+  ),
 }
 
 # Pages whose commands are run, one after another in one folder.
-RUN = ("README.md", "classification.md", "questions.md", "chat.md", "preferences.md", "adding.md")
-# Commands that need a network or other hardware, or that wait at the terminal.
+RUN = (
+  "README.md",
+  "corpora.md",
+  "classification.md",
+  "questions.md",
+  "chat.md",
+  "preferences.md",
+  "adding.md",
+)
+# Commands that need a network or other hardware, that wait at the terminal or take minutes.
 NOT_RUN = re.compile(
   r"llm.show batch|hf:|tfds:|embedded:|gs://|:175b|v5p|v5e|--chat|quickstart|:alpaca|:reviews"
+  r"|slurm|llm.study"
 )
 
 
@@ -173,6 +187,13 @@ def workplace(tmp_path_factory):
   (folder / "corpus" / "a.txt").write_text("\n\n".join(documents[:20]) + "\n")
   (folder / "held_out.txt").write_text("\n\n".join(documents[20:]) + "\n")
   (folder / "prompts.txt").write_text("the film\na joy\n")
+  page = "<page><title>T</title><ns>0</ns><id>{}</id><revision><text>{}</text></revision></page>"
+  articles = [
+    page.format(i, f"{text} {text}".replace("\n", " ")) for i, text in enumerate(documents)
+  ]
+  (folder / "my_steps.py").write_text("def no_poems(document):\n  return True\n")
+  (folder / "dumps").mkdir()
+  (folder / "dumps" / "a.xml.bz2").write_bytes(bz2.compress("".join(articles).encode()))
   labelled = [{"text": s, "label": ("bad", "good")[i % 2]} for i, s in enumerate(sentences(1, 24))]
   questions = [
     {"id": str(i), "question": "What was it?", "answers": [{"text": "a joy", "answer_start": 4}]}

@@ -182,6 +182,7 @@ def test_a_small_study_by_the_command(tmp_path):
     "--config.study.held_out=('2x48:2e4',)",
   ]
   command += ["--config.run.training.batch_size=8", "--config.run.training.eval_batches=2"]
+  command += ["--config.run.training.sequence_length=64"]
   killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
   while len(list(tmp_path.glob("out/runs/*/result.json"))) < 2:
     assert killed.poll() is None
