@@ -1,7 +1,6 @@
 """What every command shares: flags, devices, the compilation cache and the exit on errors."""
 
 import ctypes
-import dataclasses
 import os
 import sys
 from typing import Any, Callable, Mapping
@@ -176,10 +175,7 @@ def check_key_of_run(key: str):
     raise config_lib.unknown_key("config", group, ())
   if group not in config_lib.GROUPS:
     raise config_lib.unknown_key("config", group, [*config_lib.GROUPS, "objective"])
-  group_class: Any = config_lib.GROUPS[group]
-  known = [field.name for field in dataclasses.fields(group_class)]
-  if names and (names[0] not in known or len(names) > 1):
-    raise config_lib.unknown_key(f"config.{group}", ".".join(names), known)
+  config_lib.check_name(group, names, config_lib.GROUPS[group])
 
 
 def use_compilation_cache():

@@ -325,6 +325,16 @@ def unknown_key(where: str, key: str, known, of: str = "") -> UserError:
   return UserError(f"unknown key {where}.{key}{of}: {hint}")
 
 
+def check_name(group: str, names: list[str], group_class: Any):
+  """Raises UserError, naming the nearest key, if a group of a config has no key of that name.
+
+  names: what follows the group, parted by dots; [] is the group itself.
+  """
+  known = [field.name for field in dataclasses.fields(group_class)]
+  if names and (names[0] not in known or len(names) > 1):
+    raise unknown_key(f"config.{group}", ".".join(names), known)
+
+
 def _checked(value, default, where: str):
   """`value`, if its type is that of `default` (an int may stand for a float)."""
   if isinstance(value, list):

@@ -49,7 +49,8 @@ def main():
   workers = _WORKERS.value or os.cpu_count() or 1
   where = executors.Where(_EXECUTOR.value, workers, _PARTITION.value, _TIME.value)
   if _DRY_RUN.value:
-    _show(*preparation.planned(settings, folder), where)
+    planned = preparation.planned(settings, folder)
+    _show(planned.plan, planned.output, where)
     return
   figures = preparation.prepare(settings, folder, where)
   if figures is None:

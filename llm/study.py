@@ -49,7 +49,7 @@ def run_study(name: str):
   if not _WORKDIR.value:
     raise UserError("--workdir is missing: the folder of the study")
   if _QUICK.value:
-    study, base = study.quick(), study.quick_base(base)
+    study = study.quick()
   folder = pathlib.Path(_WORKDIR.value).expanduser().absolute()
   folder.mkdir(parents=True, exist_ok=True)
   frame.run(study, base, folder, _part(), command.start_cpu)

@@ -1,5 +1,8 @@
 """Corpora: what is kept and dropped, and shards that train as the text they came from."""
 
+# Most imports need the extra, whose absence is said first.
+# ruff: noqa: E402
+
 import bz2
 import gzip
 import io
@@ -18,23 +21,23 @@ import pytest
 
 pytest.importorskip("datatrove", reason="the extra corpus is not installed")
 
-from datatrove.data import Document  # noqa: E402
-from datatrove.executor import LocalPipelineExecutor  # noqa: E402
-from datatrove.pipeline import filters, readers, writers  # noqa: E402
-from datatrove.pipeline.dedup import minhash  # noqa: E402
-from etils import epath  # noqa: E402
-from warcio.statusandheaders import StatusAndHeaders  # noqa: E402
-from warcio.warcwriter import WARCWriter  # noqa: E402
+from datatrove.data import Document
+from datatrove.executor import LocalPipelineExecutor
+from datatrove.pipeline import filters, readers, writers
+from datatrove.pipeline.dedup import minhash
+from etils import epath
+from warcio.statusandheaders import StatusAndHeaders
+from warcio.warcwriter import WARCWriter
 
-from configs import prepare_text, prepare_web, prepare_wikipedia  # noqa: E402
-from llm.config import DataConfig  # noqa: E402
-from llm.core import UserError  # noqa: E402
-from llm.corpus import accounts, executors, extraction, inputs, preparation, web, wikipedia  # noqa: E402
-from llm.corpus import config as corpus_config  # noqa: E402
-from llm.corpus import readers as corpus_readers  # noqa: E402
-from llm.data import documents, packing, sources  # noqa: E402
-from llm.data import shards as shards_lib  # noqa: E402
-from llm.data import tokenizer as tokenizer_lib  # noqa: E402
+from configs import prepare_text, prepare_web, prepare_wikipedia
+from llm.config import DataConfig
+from llm.core import UserError
+from llm.corpus import accounts, executors, extraction, inputs, preparation, web, wikipedia
+from llm.corpus import config as corpus_config
+from llm.corpus import readers as corpus_readers
+from llm.data import documents, packing, sources
+from llm.data import shards as shards_lib
+from llm.data import tokenizer as tokenizer_lib
 
 LOCAL = executors.Where("local", 1)
 

@@ -68,9 +68,7 @@ def check_key(key: str):
     return
   if group not in GROUPS:
     raise config_lib.unknown_key("config", group, [*KEYS, *GROUPS])
-  known = [field.name for field in dataclasses.fields(GROUPS[group])]
-  if names and (names[0] not in known or len(names) > 1):
-    raise config_lib.unknown_key(f"config.{group}", ".".join(names), known)
+  config_lib.check_name(group, names, GROUPS[group])
 
 
 def freeze(config: Mapping[str, Any]) -> Prepare:

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -19,13 +19,22 @@ from llm.runs import workdir
 PLAN = "prepare.json"  # in the output: the config and the pieces that it was begun with
 
 
-def planned(
-  settings: corpus_config.Prepare, folder: epath.Path
-) -> tuple[list[stages.Stage], stages.Output]:
-  """The stages of a corpus, and the folders that they use. Raises UserError on bad input."""
+class Planned(NamedTuple):
+  """What a preparation will do. tokenizer: the one that the config names; None trains one."""
+
+  plan: list[stages.Stage]
+  output: stages.Output
+  pieces: list[inputs.Piece]
+  tokenizer: tokenizer_lib.Tokenizer | None
+
+
+def planned(settings: corpus_config.Prepare, folder: epath.Path) -> Planned:
+  """The plan of a corpus in `folder`. The input is listed here. Raises UserError on bad input."""
   output = stages.Output(str(folder))
-  trains = _given_tokenizer(settings.tokenizer) is None
-  return stages.plan(settings, _pieces(settings), output, trains), output
+  pieces = _pieces(settings)
+  tokenizer = _given_tokenizer(settings.tokenizer)
+  plan = stages.plan(settings, pieces, output, trains_tokenizer=tokenizer is None)
+  return Planned(plan, output, pieces, tokenizer)
 
 
 def prepare(
@@ -36,8 +45,7 @@ def prepare(
   On Slurm the stages are only submitted: None. Raises UserError on bad input, on a folder that
   another config or other files began, where a task fails, and where no document is left.
   """
-  plan, output = planned(settings, folder)
-  tokenizer = _given_tokenizer(settings.tokenizer)
+  plan, output, pieces, tokenizer = planned(settings, folder)
   index = {}
   if "decontaminate" in settings.steps:
     index = decontamination.index(settings.settings["decontaminate"])
@@ -47,7 +55,7 @@ def prepare(
   }
   folder.mkdir(parents=True, exist_ok=True)
   with workdir.locked(folder):
-    _check_plan(folder, settings, given)
+    _check_plan(folder, settings, pieces, given)
     if tokenizer:
       tokenizer.save(folder / "shards" / shards.TOKENIZER)
     if index:
@@ -89,13 +97,18 @@ def _given_tokenizer(settings: corpus_config.Tokenizer) -> tokenizer_lib.Tokeniz
   return tokenizer_lib.make(of_run, (), cache.cache_dir())
 
 
-def _check_plan(folder: epath.Path, settings: corpus_config.Prepare, given: dict[str, str]):
+def _check_plan(
+  folder: epath.Path,
+  settings: corpus_config.Prepare,
+  pieces: list[inputs.Piece],
+  given: dict[str, str],
+):
   """Raises UserError where the output was begun with another config or other files.
 
   given: digests of what the config names and that may change: tokenizer, evaluation texts.
   """
-  pieces = [[piece.path, piece.start, piece.stop, piece.size] for piece in _pieces(settings)]
-  plan = {"config": corpus_config.thaw(settings), "pieces": pieces, "given": given}
+  files = [[piece.path, piece.start, piece.stop, piece.size] for piece in pieces]
+  plan = {"config": corpus_config.thaw(settings), "pieces": files, "given": given}
   now = json.loads(json.dumps(plan))
   path = folder / PLAN
   if not path.exists():

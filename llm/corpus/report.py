@@ -119,7 +119,7 @@ def write(stages: Sequence[Stage], output: Output) -> dict[str, Any]:
   folder = output.whole
   with folder.open("report.json", "wt") as file:
     json.dump(figures, file, indent=1)
-  samples = _samples(stages, output)
+  samples = _samples(output)
   with folder.open("report.md", "wt", encoding="utf-8", errors="replace") as file:
     file.write(_in_words(figures, samples))
   with folder.open("flow.png", "wb") as file:
@@ -147,7 +147,7 @@ def _figures(books: _Books) -> dict[str, Any]:
   }
 
 
-def _samples(stages: Sequence[Stage], output: Output) -> dict[str, dict[str, list[dict]]]:
+def _samples(output: Output) -> dict[str, dict[str, list[dict]]]:
   """Step -> reason -> documents to look at. Only of a corpus on this machine."""
   folder = pathlib.Path(output.samples.path)
   names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []

@@ -77,10 +77,6 @@ class Study(abc.ABC):
     """The same study, smaller: for ten minutes."""
     return self
 
-  def quick_base(self, base: Config) -> Config:
-    """The config of the runs of the quick study."""
-    return base
-
 
 def names() -> list[str]:
   """The studies that there are: files of llm/studies with a `Study`."""
