@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from llm.models import attention
-from llm.models.precision import TYPES, Precision, dot
+from llm.models.precision import TYPES, Precision, dot, over_rows
 from llm.sharding import constrain
 
 normal = nn.initializers.normal
@@ -52,8 +52,7 @@ def _matmul_forward(x, kernel_IxO, precision):
 
 def _matmul_backward(precision, saved, dy):
   x, kernel_IxO = saved
-  dkernel = dot(x.reshape(-1, x.shape[-1]).T, dy.reshape(-1, dy.shape[-1]), precision)
-  return dot(dy, kernel_IxO.T, precision), dkernel
+  return dot(dy, kernel_IxO.T, precision), over_rows(x, dy, precision)
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -77,7 +76,7 @@ def _matmul_table_forward(x, table_VxD, precision):
 
 def _matmul_table_backward(precision, saved, dy):
   x, table_VxD = saved
-  dtable_DxV = dot(x.reshape(-1, x.shape[-1]).T, dy.reshape(-1, dy.shape[-1]), precision)
+  dtable_DxV = over_rows(x, dy, precision)
   return dot(dy, table_VxD, precision), jax.lax.optimization_barrier(dtable_DxV).T
 
 

@@ -136,6 +136,23 @@ def dot(a: jax.Array, b: jax.Array, precision: Precision) -> jax.Array:
   )
 
 
+def over_rows(x: jax.Array, dy: jax.Array, precision: Precision) -> jax.Array:
+  """The sum over all leading dimensions of x^T dy: IxO, in a precision.
+
+  On CPU, XLA computes a product over flattened rows in float32, whatever its operands: bfloat16
+  keeps the leading dimensions and takes half the time. In float32, flattened rows need no copy.
+  """
+  if precision.operands == jnp.float32:
+    return dot(x.reshape(-1, x.shape[-1]).T, dy.reshape(-1, dy.shape[-1]), precision)
+  leading = tuple(range(x.ndim - 1))
+  return jax.lax.dot_general(
+    x.astype(precision.operands),
+    dy.astype(precision.operands),
+    ((leading, leading), ((), ())),
+    preferred_element_type=precision.values,
+  )
+
+
 def einsum(equation: str, a: jax.Array, b: jax.Array, precision: Precision) -> jax.Array:
   """jnp.einsum of two arrays in a precision."""
   return jnp.einsum(
