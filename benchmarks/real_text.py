@@ -173,7 +173,7 @@ def their_questions(_):
   encoded = [
     {
       "input_ids": w.tokens.tolist(),
-      "token_type_ids": w.types.tolist(),
+      "token_type_ids": w.arrays()["types"].astype(int).tolist(),
       "attention_mask": [1] * len(w.tokens),
       "start_positions": w.start,
       "end_positions": w.end,
