@@ -89,11 +89,13 @@ TRANSPOSED = "kernel_OxI"  # stands for `kernel` where one row is written, a tok
 def read_once(x: jax.Array, kernel_OxI: jax.Array) -> jax.Array:
   """x @ kernel^T in float32 or better, for an x of one row, as fast as a CPU reads the kernel.
 
-  The barrier keeps XLA from fusing the product with what follows. A fused product uses one core and
-  no wide loads.
+  The first barrier ties the kernel to x. Without it, XLA copies all kernels to float32 before the
+  loop over tokens, and every token reads twice the bytes. The last one keeps XLA from fusing the
+  product with what follows. A fused product uses one core and no wide loads.
   """
+  x, kernel_OxI = jax.lax.optimization_barrier((x.astype(kernel_OxI.dtype), kernel_OxI))
   y = jax.lax.dot_general(
-    x.astype(kernel_OxI.dtype),
+    x,
     kernel_OxI,
     (((x.ndim - 1,), (1,)), ((), ())),
     preferred_element_type=jnp.promote_types(kernel_OxI.dtype, jnp.float32),

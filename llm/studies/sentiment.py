@@ -38,8 +38,8 @@ FULL = (
   Setting(0, draws=2, searched=1, learning_rates=RATES, epochs=(2,)),
 )
 QUICK = (
-  Setting(64, draws=10, searched=1, learning_rates=RATES, epochs=(20,)),
-  Setting(256, draws=3, searched=1, learning_rates=RATES, epochs=(6,)),
+  Setting(64, draws=10, searched=2, learning_rates=RATES, epochs=(20,)),
+  Setting(256, draws=3, searched=2, learning_rates=RATES, epochs=(6,)),
 )
 # A published checkpoint of six layers. Its fine-tuning takes as long as that of all the others, so
 # it has few draws and no search. The recipe was chosen before, on the validation split (67.6 and

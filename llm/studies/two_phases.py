@@ -46,10 +46,10 @@ def pretraining_config(quick: bool, cache: str) -> Config:
   config.tokenizer.update(name="sentencepiece", vocab_size=8192)
   config.optimizer.learning_rate = 3e-3
   config.training.update(
-    steps=300 if quick else 1200,
+    steps=600 if quick else 1200,
     batch_size=32,
     sequence_length=questions.LENGTH,
-    log_every=50 if quick else 200,
+    log_every=100 if quick else 200,
   )
   return config_lib.freeze(config)
 
