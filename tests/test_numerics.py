@@ -173,7 +173,9 @@ def test_a_compiled_step_is_the_step_in_float64_without_a_compiler(name):
 def test_bfloat16_operands_are_rounded_and_their_products_summed_in_float32():
   types = precision.TYPES["bfloat16_operands"]
   rng = np.random.default_rng(0)
-  x, kernel, dy = (rng.normal(size=s).astype(np.float32) for s in ((7, 1031), (1031, 5), (7, 5)))
+  x, kernel, dy = (
+    rng.normal(size=s).astype(np.float32) for s in ((2, 7, 1031), (1031, 5), (2, 7, 5))
+  )
 
   def rounded(a):
     return np.asarray(jnp.asarray(a, jnp.bfloat16), np.float64)
@@ -183,9 +185,24 @@ def test_bfloat16_operands_are_rounded_and_their_products_summed_in_float32():
   assert (y.dtype, dx.dtype, dkernel.dtype) == (jnp.float32,) * 3
   np.testing.assert_allclose(y, rounded(x) @ rounded(kernel), rtol=1e-4, atol=1e-4)
   np.testing.assert_allclose(dx, rounded(dy) @ rounded(kernel).T, rtol=1e-4, atol=1e-4)
-  np.testing.assert_allclose(dkernel, rounded(x).T @ rounded(dy), rtol=1e-4, atol=1e-4)
+  expected = rounded(x).reshape(14, -1).T @ rounded(dy).reshape(14, -1)
+  np.testing.assert_allclose(dkernel, expected, rtol=1e-4, atol=1e-4)
   ones = layers.matmul(jnp.ones((1, 4096)), jnp.ones((4096, 1)), types)
   assert ones[0, 0] == 4096  # bfloat16 sums would stop at 256
+
+
+def test_a_loop_over_tokens_reads_bfloat16_kernels_as_they_are_stored():
+  """Copied to float32 before the loop, every token would read twice the bytes."""
+
+  def write(x_1xI, kernel_OxI):
+    def token(x_1xI):
+      return x_1xI + layers.read_once(x_1xI, kernel_OxI)[:, :64]
+
+    return jax.lax.while_loop(lambda x_1xI: x_1xI.sum() < 1e3, token, x_1xI)
+
+  program = compiled_for_users(write).lower(jnp.ones((1, 64)), jnp.ones((96, 64), jnp.bfloat16))
+  (loop,) = [line for line in program.compile().as_text().splitlines() if " while(" in line]
+  assert "bf16[96,64]" in loop and "f32[96,64]" not in loop.replace("bf16[96,64]", "")
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])
