@@ -28,14 +28,16 @@ from llm.core import UserError
 from llm.data import sources
 
 _SOURCE = flags.DEFINE_string(
-  "source", None, "A folder in the layout of transformers, hf:ORG/NAME or embedded:minilm."
+  "source",
+  None,
+  "A folder of transformers, hf:ORG/NAME, a GGUF file, embedded:NAME, or shards of llm.prepare.",
 )
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", None, "A workdir, its checkpoints folder or one step."
 )
-DOCUMENTS_A_FILE = 100_000
-
 _OUTPUT = flags.DEFINE_string("output", None, "The folder to write; must not exist.")
+
+DOCUMENTS_A_FILE = 100_000
 
 
 def _output() -> pathlib.Path:
@@ -82,7 +84,7 @@ def _export_with(write: Callable[..., None], package: str):
 
 
 def _shards_to_text():
-  """Writes the documents of the shards of --source, a file of JSON lines for every 100,000."""
+  """Writes the documents of the shards of --source as files of JSON lines."""
   output = _output()
   if not _SOURCE.value:
     raise UserError("--source is missing: the shards/ of llm.prepare")
@@ -103,8 +105,8 @@ VERBS = {
   "from_hf": lambda: _import_with(huggingface.read),
   "from_gguf": lambda: _import_with(gguf.read),
   "to_hf": lambda: _export_with(huggingface.export, "transformers"),
-  "shards": _shards_to_text,
   "adapters": lambda: _export_with(huggingface.export_adapters, "peft"),
+  "shards": _shards_to_text,
 }
 
 

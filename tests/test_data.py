@@ -9,6 +9,7 @@ from llm import cache
 from llm.config import DataConfig, TokenizerConfig
 from llm.core import UserError
 from llm.data import documents, embedded, sources, tokenizer, wikitext
+from llm.objectives import chat
 
 
 def records(spec, **data):
@@ -32,6 +33,25 @@ def test_jsonl_and_csv_with_renamed_fields(tmp_path):
   assert [(r["text"], r["label"]) for r in records(f"csv:{tmp_path}/a.csv", fields=fields)] == [
     ('x, with "quotes"', "3")
   ]
+
+
+def test_the_fields_of_conversations_and_preferences_are_renamed(tmp_path):
+  path = tmp_path / "a.jsonl"
+  path.write_text('{"q": "Name a colour.", "good": "Red.", "bad": "No."}\n')
+  (pair,) = records(f"jsonl:{path}", fields="prompt=q,chosen=good,rejected=bad")
+  assert (pair["prompt"], pair["chosen"], pair["rejected"]) == ("Name a colour.", "Red.", "No.")
+  (turn,) = records(f"jsonl:{path}", fields="instruction=q,output=good")
+  assert [t["content"] for t in chat.conversation(turn)] == ["Name a colour.", "Red."]
+
+
+def test_a_source_in_memory_is_read_once(tmp_path):
+  path = tmp_path / "a.txt"
+  path.write_text("one\n\ntwo\n")
+  source = sources.parse_one(f"text:{path}", DataConfig())
+  kept = sources.in_memory(source)
+  assert list(kept.records()) == list(source.records()) and kept.digest() == source.digest()
+  path.unlink()
+  assert [record["text"] for record in kept.records()] == ["one", "two"]
 
 
 def test_mixtures_and_splits_are_parsed(tmp_path):

@@ -115,10 +115,11 @@ def test_files_that_are_named_exist():
       assert placeholder or (ROOT / path).exists(), f"{page.name} names {path}"
 
 
-def test_the_page_on_adding_shows_the_example_as_it_is():
-  example = (ROOT / "examples" / "reverse_words.py").read_text()
+def test_the_page_on_adding_shows_code_as_it_is():
+  files = ("examples/reverse_words.py", "llm/data/sources.py")
+  code = "".join((ROOT / file).read_text() for file in files)
   for block in documented.blocks(ROOT / "docs" / "adding.md", "python"):
-    assert block in example
+    assert block in code
 
 
 # Appended to the commands that are run: less of everything, by the config file of the command.

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import safetensors.numpy
 import scipy.stats
 from flax import linen as nn
 
-from configs import finetune_classification, finetune_qa
+from configs import finetune_classification, finetune_qa, pretrain_electra
 from llm import config as config_lib
 from llm import models, sharding
 from llm.checkpoints import huggingface, manager
@@ -61,9 +62,37 @@ def test_the_loss_by_hand():
       "rtd_recall": 1.0,
     }
   )
+  lighter = dataclasses.replace(OBJECTIVE, discriminator_weight=7.0)
+  loss, _ = lighter.loss(outputs, batch, lighter.totals(batch))
+  assert loss == pytest.approx(2.5 + 7 * log.mean(), rel=1e-5)
   sums = OBJECTIVE.predict(outputs, batch)
   figures = OBJECTIVE.summary({name: np.asarray(array) for name, array in sums.items()})
   assert figures == pytest.approx({name: means[name] for name in figures}) and len(figures) == 6
+
+
+def test_the_parts_of_a_step_add_up():
+  """Each part is divided by the totals of the step, in the loss and in the weight of its metric."""
+  rng = np.random.default_rng(0)
+  outputs = {
+    "losses": jnp.asarray(rng.random((4, 3)), jnp.float32),
+    "correct": jnp.ones((4, 3)),
+    "detection_logits": jnp.asarray(rng.normal(size=(4, 5)), jnp.float32),
+    "replaced": jnp.asarray(rng.random((4, 5)) < 0.3),
+  }
+  batch = {
+    "masked_weights": jnp.array([[1.0, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1]]),
+    "segments": jnp.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0], [1, 0, 0, 0, 0]]),
+  }
+  totals = OBJECTIVE.totals(batch)
+  losses = []
+  means = []
+  for rows in (slice(4), slice(1), slice(1, 4)):
+    part = [{name: array[rows] for name, array in tree.items()} for tree in (outputs, batch)]
+    loss, metrics = OBJECTIVE.loss(*part, totals)
+    losses.append(float(loss))
+    means.append(metrics["loss"])
+  assert losses[1] + losses[2] == pytest.approx(losses[0], rel=1e-6)
+  assert float(means[1][1] + means[2][1]) == pytest.approx(1) == float(means[0][1])
 
 
 def test_draws_follow_the_generator_and_are_never_padding():
@@ -94,29 +123,29 @@ def test_draws_follow_the_generator_and_are_never_padding():
 
 
 class Drawn(nn.Module):
-  """In place of a generator: what it drew."""
+  """In place of a generator: what it drew, and whether it was trained."""
 
   tokens: tuple[int, ...]
 
   def __call__(self, batch, embedded, *, train):
-    return {"drawn": jnp.array([self.tokens])}
+    return {"drawn": jnp.array([self.tokens]), "generator_trains": train}
 
 
 class Seen(nn.Module):
-  """In place of a backbone: the tokens that it is given."""
+  """In place of a backbone: the tokens that it is given and, as table, whether it is trained."""
 
   def embed(self, batch):
     return None
 
   def __call__(self, batch, *, train):
-    return batch["tokens"], None, None
+    return batch["tokens"], train, None
 
 
 class Shown(nn.Module):
   """In place of a head: what the backbone gave."""
 
   def __call__(self, hidden, batch, table, *, train):
-    return {"seen": hidden}
+    return {"seen": hidden, "trains": (table, train)}
 
 
 def test_a_drawn_original_is_not_replaced_and_empty_slots_change_nothing():
@@ -127,22 +156,24 @@ def test_a_drawn_original_is_not_replaced_and_empty_slots_change_nothing():
     "masked_weights": jnp.array([[1.0, 1.0, 0.0]]),
   }
   network = replaced_token.Network(Seen(), Shown(), Drawn((8, 5, 3)))
-  outputs = network.apply({}, batch, train=False)
+  for train in (True, False):
+    outputs = network.apply({}, batch, train=train)
+    assert outputs["generator_trains"] == train and outputs["trains"] == (train, train)
   assert outputs["seen"].tolist() == [[7, 8, 5, 6, 0]]
   assert outputs["replaced"].tolist() == [[False, False, True, False, False]]
 
 
 @pytest.fixture(scope="module")
 def gradients():
-  """(mesh, devices) -> (losses, what was replaced, gradients), of generator and discriminator."""
+  """(mesh, devices) -> (losses, what was replaced, what two keys draw, gradients of each loss)."""
   model = model_of()
 
-  def terms(params):
-    rngs = {"dropout": jax.random.key(7)}
+  def terms(params, key):
+    rngs = {"dropout": key}
     outputs = model.apply({"params": params}, BATCH, train=True, rngs=rngs)
     _, metrics = OBJECTIVE.loss(outputs, BATCH, OBJECTIVE.totals(BATCH))
     losses = jnp.stack([metrics[name][0] for name in ("mlm_loss", "rtd_loss")])
-    return losses, (losses, outputs["replaced"])
+    return losses, (losses, outputs["replaced"], outputs["drawn"])
 
   with jax.set_mesh(sharding.make_mesh(MeshConfig(), jax.devices()[:1])):
     params = jax.jit(lambda: step_lib.init_params(model, batch_of(1), jax.random.key(0)))()
@@ -151,10 +182,12 @@ def gradients():
     mesh = sharding.make_mesh(mesh_config, jax.devices()[:devices])
     with jax.set_mesh(mesh):
       placed = jax.device_put(params, sharding.shardings(params, mesh))
-      grads, (losses, replaced) = jax.jit(jax.jacrev(terms, has_aux=True))(placed)
+      slopes = jax.jit(jax.jacrev(terms, has_aux=True))
+      grads, (losses, replaced, drawn) = slopes(placed, jax.random.key(7))
+      *_, drawn_later = slopes(placed, jax.random.key(8))[1]
     of_path = {path: np.asarray(leaf) for path, leaf in flatten(grads).items()}
     of_term = [{path: leaf[term] for path, leaf in of_path.items()} for term in range(2)]
-    return np.asarray(losses), np.asarray(replaced), of_term
+    return np.asarray(losses), np.asarray(replaced), np.asarray([drawn, drawn_later]), of_term
 
   return run
 
@@ -165,10 +198,11 @@ def on_one_device(gradients):
 
 
 def test_each_loss_reaches_its_own_network_and_the_shared_embedding(on_one_device):
-  _, replaced_BxT, (of_generator, of_discriminator) = on_one_device
+  _, replaced_BxT, (drawn_BxM, drawn_later_BxM), (of_generator, of_discriminator) = on_one_device
   masked = np.zeros_like(replaced_BxT)
   masked[:, [1, 4, 9]] = True
   assert replaced_BxT.any() and not replaced_BxT[~masked].any()
+  assert (drawn_BxM != drawn_later_BxM).any()
   for path in of_generator:
     reached = tuple(np.abs(term[path]).max() > 0 for term in (of_generator, of_discriminator))
     if path.endswith("key/bias"):
@@ -185,10 +219,10 @@ def test_each_loss_reaches_its_own_network_and_the_shared_embedding(on_one_devic
 
 
 def test_a_mesh_draws_the_same_tokens(gradients, on_one_device):
-  losses, replaced, _ = on_one_device
-  found = gradients(MeshConfig(data=2, fsdp=2, tensor=2), 8)
-  assert (found[1] == replaced).all()
-  np.testing.assert_allclose(found[0], losses, rtol=1e-5)
+  losses, _, drawn, _ = on_one_device
+  losses_there, _, drawn_there, _ = gradients(MeshConfig(data=2, fsdp=2, tensor=2), 8)
+  assert (drawn_there == drawn).all()
+  np.testing.assert_allclose(losses_there, losses, rtol=1e-5)
 
 
 # As ElectraForPreTraining counts them with 30,522 pieces.
@@ -210,12 +244,14 @@ def test_parameter_counts_are_the_published_ones(size):
   assert flops.count_parameters(shapes, config.vocab_size) == PUBLISHED[size]
 
 
-@pytest.mark.parametrize(
-  "size, share, shape", [("small", 0.25, (64, 1, 256)), ("base", 1 / 3, (256, 4, 1024))]
-)
-def test_the_generator_is_as_published(size, share, shape):
+@pytest.mark.parametrize("size, shape", [("small", (64, 1, 256)), ("base", (256, 4, 1024))])
+def test_the_generator_is_as_published(size, shape):
+  """Clark et al. 2020, table 6; a share of 0.85 becomes [MASK] in the published code."""
   config = ModelConfig(name="electra", vocab_size=30_522, **electra.SIZES[size])
-  generator = replaced_token.Objective(generator_share=share).generator_config(config)
+  objective: Any = base.build(pretrain_electra.get_config(size).objective)
+  assert (objective.mask_rate, objective.discriminator_weight) == (0.15, 50)
+  assert (objective.mask_share, objective.random_share) == (0.85, 0)
+  generator = objective.generator_config(config)
   assert (generator.width, generator.num_heads, generator.mlp_dim) == shape
   assert generator.num_layers == 12 and generator.embedding_width == config.embedding_width
 

@@ -302,7 +302,7 @@ def test_what_is_predicted_goes_to_its_record(regression, limit):
   figures, predictions = evaluation.run_over(told, {}, {}, rows, 8, mesh, limit)
   outcomes = objective.outcomes(predictions, rows)
   seen = sorted(np.concatenate(rows.packed[: 8 * limit or None]))
-  assert outcomes["labels"].tolist() == [labels[n] for n in seen] == outcomes["found"].tolist()
+  assert outcomes["labels"].tolist() == [labels[n] for n in seen] == outcomes["predicted"].tolist()
   batch_count = 1 if limit else -(-len(rows) // 8)
   assert figures["weight"] * batch_count == len(seen)
   if not limit:

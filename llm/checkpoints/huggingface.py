@@ -475,7 +475,15 @@ def export_adapters(step: epath.Path, folder: pathlib.Path):
       heads.add(tensor.theirs.rpartition(".")[0])
       arrays[f"base_model.model.{tensor.theirs}"] = tensor.to_theirs(parts)
   _save(folder / "adapter_model.safetensors", lambda: iter(arrays.items()))
-  adapter_config = {
+  adapter_config = _adapter_config(config, targets, heads)
+  (folder / "adapter_config.json").write_text(json.dumps(adapter_config, indent=2))
+
+
+def _adapter_config(
+  config: config_lib.Config, targets: set[str], heads: set[str]
+) -> dict[str, Any]:
+  """The content of adapter_config.json. targets, heads: modules of transformers."""
+  return {
     "peft_type": "LORA",
     "r": config.model.lora_rank,
     "lora_alpha": config.model.lora_alpha,
@@ -485,7 +493,6 @@ def export_adapters(step: epath.Path, folder: pathlib.Path):
     "modules_to_save": sorted(heads) or None,
     "base_model_name_or_path": config.transfer.checkpoint,
   }
-  (folder / "adapter_config.json").write_text(json.dumps(adapter_config, indent=2))
 
 
 def _is_adapted(tensor: families.Tensor, leaves: Mapping[str, Any]) -> bool:

@@ -1,28 +1,30 @@
 """The config of `llm.prepare`: what is read, the steps, the tokenizer, the shards."""
 
 import dataclasses
-from typing import Any, Mapping
+from typing import Any, Callable, Mapping
 
 import ml_collections
 
 from llm import config as config_lib
-from llm.config import key
+from llm.config import TokenizerConfig, key
 from llm.core import UserError
+from llm.corpus import readers, web, wikipedia
+from llm.corpus.inputs import Piece
+from llm.corpus.readers import Items
 from llm.corpus.steps import STEPS
 
 
 @dataclasses.dataclass(frozen=True)
-class Tokenizer:
-  """The tokenizer of the shards: that of a checkpoint, one in a file, or one that is trained."""
+class Tokenizer(TokenizerConfig):
+  """The tokenizer of the shards: that of a checkpoint, one in a file, or one that is trained.
 
+  Its keys are those of a run's tokenizer, two of them with other bounds, and two more.
+  """
+
+  name: str = key("sentencepiece", choices=("sentencepiece", "wordpiece", "huggingface", "bytes"))
+  vocab_size: int = key(8192, above=0)
   # A workdir of llm.train, whose tokenizer is taken; "": none.
   checkpoint: str = ""
-  # As in the config of a run.
-  name: str = key("sentencepiece", choices=("sentencepiece", "wordpiece", "huggingface", "bytes"))
-  path: str = ""
-  vocab_size: int = key(8192, above=0)
-  lowercase: bool = True
-  sentinels: int = key(0, at_least=0, at_most=10_000)
   # Characters of cleaned text that one is trained on.
   sample: int = key(100_000_000, above=0)
 
@@ -52,7 +54,12 @@ class Prepare:
 
 GROUPS: dict[str, Any] = {**STEPS, "tokenizer": Tokenizer, "shards": Shards}
 KEYS = ("input", "reader", "steps")
-READERS = ("wikipedia", "web", "text")
+# How config.reader reads a piece of a file, and the endings of the files that a folder stands for.
+READERS: dict[str, tuple[Callable[[Piece], Items], tuple[str, ...]]] = {
+  "wikipedia": (wikipedia.articles, wikipedia.ENDINGS),
+  "web": (web.pages, web.ENDINGS),
+  "text": (readers.text_files, tuple(readers.TEXT_FILES)),
+}
 
 
 def defaults(reader: str, steps: tuple[str, ...]) -> Any:

@@ -8,7 +8,6 @@ from etils import epath
 
 from llm import cache
 from llm.checkpoints import locate, manager
-from llm.config import TokenizerConfig
 from llm.core import UserError
 from llm.corpus import config as corpus_config
 from llm.corpus import decontamination, executors, inputs, report, stages
@@ -64,6 +63,12 @@ def prepare(
   if where.executor == "slurm":
     return None
   figures = json.loads((folder / "report.json").read_text())
+  _check_documents(figures, settings, folder)
+  return figures
+
+
+def _check_documents(figures: dict[str, Any], settings: corpus_config.Prepare, folder: epath.Path):
+  """Raises UserError where no document could be read, or none is left."""
   if not figures["documents_in"]:
     raise UserError(
       f"config.input={settings.input}: no document could be read; "
@@ -75,13 +80,12 @@ def prepare(
       f"no document is left of {figures['documents_in']:,}: the step {emptied['name']} dropped the "
       f"last {emptied['documents_in']:,} ({', '.join(emptied['dropped'])}); see {folder}/report.md"
     )
-  return figures
 
 
 def _pieces(settings: corpus_config.Prepare) -> list[inputs.Piece]:
   if settings.input.startswith("hf:"):
     return [inputs.Piece(settings.input, 0, 0, 0)]
-  _, endings = stages.READERS[settings.reader]
+  _, endings = corpus_config.READERS[settings.reader]
   return inputs.find(settings.input, endings)
 
 
@@ -91,10 +95,7 @@ def _given_tokenizer(settings: corpus_config.Tokenizer) -> tokenizer_lib.Tokeniz
     return manager.load_tokenizer(locate.find(settings.checkpoint))
   if settings.name == "sentencepiece" and not settings.path:
     return None
-  of_run = TokenizerConfig(
-    settings.name, settings.path, settings.vocab_size, settings.lowercase, settings.sentinels
-  )
-  return tokenizer_lib.make(of_run, (), cache.cache_dir())
+  return tokenizer_lib.make(settings, (), cache.cache_dir())
 
 
 def _check_plan(

@@ -154,7 +154,20 @@ def _samples(output: Output) -> dict[str, dict[str, list[dict]]]:
   return {name: accounts.read_samples(folder, name) for name in names}
 
 
+STEP_HEADERS = (
+  "step",
+  "documents in",
+  "out",
+  "characters out",
+  "tokens out",
+  "seconds",
+  "documents/s",
+  "MB/s",
+)
+
+
 def _in_words(figures: dict[str, Any], samples: dict[str, dict[str, list[dict]]]) -> str:
+  """The content of report.md."""
   tokens_a_character = figures["tokens"] / max(1, figures["characters_out"])
   kept = figures["documents_out"]
   parts = [
@@ -162,26 +175,16 @@ def _in_words(figures: dict[str, Any], samples: dict[str, dict[str, list[dict]]]
     f"{figures['documents_in']:,} documents in, {kept:,} out, "
     f"{figures['documents_in'] - kept:,} dropped; {figures['tokens']:,} tokens.\n",
     "![documents at every step](flow.png)\n",
-    _table(
-      (
-        "step",
-        "documents in",
-        "out",
-        "characters out",
-        "tokens out",
-        "seconds",
-        "documents/s",
-        "MB/s",
-      ),
-      [_row(step, tokens_a_character) for step in figures["steps"]],
-    ),
+    _table(STEP_HEADERS, [_row(step, tokens_a_character) for step in figures["steps"]]),
     "Tokens before the last step are estimated from the characters. Seconds are summed over tasks: "
     "the rates are those of one core.\n",
     "## Why documents were dropped\n",
-    _table(("reason", "documents"), [(k, f"{v:,}") for k, v in figures["dropped"].items()])
-    if figures["dropped"]
-    else "None was.\n",
   ]
+  if figures["dropped"]:
+    rows = [(reason, f"{count:,}") for reason, count in figures["dropped"].items()]
+    parts.append(_table(("reason", "documents"), rows))
+  else:
+    parts.append("None was.\n")
   if figures["damaged"]:
     lines = "\n".join(f"- {where}" for where in figures["damaged"])
     parts += ["## Files that could not be read to their end\n", lines + "\n"]

@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import json
-from typing import Any, Iterator
+from typing import Any, Iterator, NamedTuple
 
 import numpy as np
 from datatrove.data import Document
@@ -16,6 +16,18 @@ from llm.data import documents, shards
 from llm.data import tokenizer as tokenizer_lib
 
 AT_ONCE = 256  # documents tokenized in one call
+
+
+class _Written(NamedTuple):
+  """A shard that was written: where its sentences and documents end, in tokens (uint64)."""
+
+  sentence_ends: np.ndarray
+  document_ends: np.ndarray
+  sha256: str  # of the tokens
+
+  @property
+  def tokens(self) -> int:
+    return int(self.sentence_ends[-1]) if len(self.sentence_ends) else 0
 
 
 class Tokenize(PipelineStep):
@@ -37,48 +49,61 @@ class Tokenize(PipelineStep):
     if not self.output.exists(shards.TOKENIZER):
       return  # no document was left to train one on
     tokenizer = tokenizer_lib.load(_tokenizer_folder(self.output))
-    dtype = shards.id_type(tokenizer)
     name = f"{rank:05d}.ds"
+    with self.output.open(name, "wb") as file:
+      written = self._write_tokens(data, tokenizer, file)
+    self._write_ends(name, written)
+    self._write_facts(name, written, tokenizer)
+    yield from ()
+
+  def _write_tokens(self, data: Any, tokenizer: tokenizer_lib.Tokenizer, file: Any) -> _Written:
+    """Writes the tokens of all documents, and counts them."""
+    dtype = shards.id_type(tokenizer)
     sha = hashlib.sha256()
     sentence_lengths: list[int] = []
-    sentence_counts: list[int] = []
-    with self.output.open(name, "wb") as file:
-      for group in _groups(data):
-        with self.track_time():
-          split = [documents.sentences(document.text, self.sentences) for document in group]
-          before = len(sentence_counts)
-          for ids in documents.encode(split, tokenizer):
-            sentence_lengths += [len(sentence) for sentence in ids]
-            sentence_counts.append(len(ids))
-            tokens = np.array([token for sentence in ids for token in sentence], dtype).tobytes()
-            sha.update(tokens)
-            file.write(tokens)
-            self.stat_update("tokens", value=len(tokens) // dtype.itemsize)
-          if empty := before + len(group) - len(sentence_counts):
-            self.stat_update("dropped", "dropped_no_tokens", value=empty)
-    ends = np.cumsum(sentence_lengths, dtype="<u8")
-    documents_ends = np.cumsum(sentence_counts, dtype="<u8")
-    index = ends[documents_ends.astype(np.int64) - 1] if len(ends) else documents_ends
+    sentence_counts: list[int] = []  # one a document
+    for group in _groups(data):
+      with self.track_time():
+        split = [documents.sentences(document.text, self.sentences) for document in group]
+        before = len(sentence_counts)
+        for ids in documents.encode(split, tokenizer):
+          sentence_lengths += [len(sentence) for sentence in ids]
+          sentence_counts.append(len(ids))
+          tokens = np.array([token for sentence in ids for token in sentence], dtype).tobytes()
+          sha.update(tokens)
+          file.write(tokens)
+          self.stat_update("tokens", value=len(tokens) // dtype.itemsize)
+        if empty := before + len(group) - len(sentence_counts):
+          self.stat_update("dropped", "dropped_no_tokens", value=empty)
+    sentence_ends = np.cumsum(sentence_lengths, dtype="<u8")
+    last_sentences = np.cumsum(sentence_counts, dtype=np.int64) - 1
+    return _Written(sentence_ends, sentence_ends[last_sentences], sha.hexdigest())
+
+  def _write_ends(self, name: str, written: _Written):
+    """Writes where documents and sentences end."""
     with self.output.open(f"{name}.index", "wb") as file:
-      file.write(index.tobytes())
+      file.write(written.document_ends.tobytes())
     if self.sentences != "none":
       with self.output.open(f"{name}.sentences", "wb") as file:
-        file.write(ends.tobytes())
-    tokens = int(ends[-1]) if len(ends) else 0
+        file.write(written.sentence_ends.tobytes())
+
+  def _write_facts(self, name: str, written: _Written, tokenizer: tokenizer_lib.Tokenizer):
+    """Writes what is known of the shard. The last file says that the shard is whole."""
+    token_bytes = shards.id_type(tokenizer).itemsize
+    ends = written.document_ends.tobytes() + written.sentence_ends.tobytes()
     with self.output.open(f"{name}.metadata", "wt") as file:
-      file.write(f"{tokenizer.name}|{dtype.itemsize}\n{tokens}\n{tokens:,} tokens")
+      file.write(f"{tokenizer.name}|{token_bytes}\n{written.tokens}\n{written.tokens:,} tokens")
     facts = {
-      "sha256": sha.hexdigest(),
-      "ends_sha256": hashlib.sha256(index.tobytes() + ends.tobytes()).hexdigest(),
-      "documents": len(sentence_counts),
-      "tokens": tokens,
-      "token_bytes": dtype.itemsize,
+      "sha256": written.sha256,
+      "ends_sha256": hashlib.sha256(ends).hexdigest(),
+      "documents": len(written.document_ends),
+      "tokens": written.tokens,
+      "token_bytes": token_bytes,
       "sentences": self.sentences,
       "tokenizer": tokenizer.digest(),
     }
-    with self.output.open(f"{name}.json", "wt") as file:  # the last file: the shard is whole
+    with self.output.open(f"{name}.json", "wt") as file:
       json.dump(facts, file)
-    yield from ()
 
 
 def _groups(data: Any) -> Iterator[list[Document]]:

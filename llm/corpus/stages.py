@@ -11,20 +11,14 @@ from typing import Any
 from datatrove.io import DataFolder
 from datatrove.pipeline.base import PipelineStep
 
-from llm.corpus import interim, readers, web, wikipedia
+from llm.corpus import interim, readers
 from llm.corpus.accounts import Passing, Samples, Timed
-from llm.corpus.config import Prepare
+from llm.corpus.config import READERS, Prepare
 from llm.corpus.decontamination import Decontaminate
 from llm.corpus.duplicates import Barrier
 from llm.corpus.inputs import Piece
 from llm.corpus.shards import Tokenize, TrainTokenizer
 from llm.corpus.steps import STEPS, OwnStep, imported
-
-READERS: dict[str, Any] = {
-  "wikipedia": (wikipedia.articles, wikipedia.ENDINGS),
-  "web": (web.pages, web.ENDINGS),
-  "text": (readers.text_files, tuple(readers.TEXT_FILES)),
-}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """A Wikipedia dump (pages-articles, XML) -> the wikitext of its articles."""
 
-import itertools
 import re
 import xml.etree.ElementTree as ElementTree
 from typing import Iterator
@@ -30,39 +29,56 @@ def _pages(piece: Piece) -> Iterator[bytes | None]:
 
   Raises EOFError where the last one is cut off.
   """
-  buffer = b""
-  searched = 0
-  inside = False
-  is_too_large = False
-  is_past = False
-  for chunk in itertools.chain(piece.chunks(), [None], piece.beyond()):
-    if chunk is None:
-      is_past = True
-      continue
-    if is_past and not inside:
+  cutter = _PageCutter()
+  for chunk in piece.chunks():
+    yield from cutter.pages(chunk)
+  for chunk in piece.beyond():
+    if not cutter.inside:
       return
-    buffer += chunk
-    while match := PAGE.search(buffer, searched):
-      if match[0] == b"<page>":
-        buffer = buffer[match.start() :]
-        searched = len(match[0])
-        inside = True
-        is_too_large = False
-      else:
-        if inside:
-          yield None if is_too_large else buffer[: match.end()]
-          if is_past:
-            return
-        buffer = buffer[match.end() :]
-        searched = 0
-        inside = False
-    if inside and len(buffer) > LONGEST:
-      is_too_large = True
-    if not inside or is_too_large:
-      buffer = buffer[-len(b"</page>") :]
-    searched = max(0, len(buffer) - len(b"</page>"))
-  if inside:
+    for page in cutter.pages(chunk):
+      yield page
+      return
+  if cutter.inside:
     raise EOFError("the last page is cut off")
+
+
+class _PageCutter:
+  """Cuts the <page> elements out of a text that comes in chunks.
+
+  inside: whether the last page that began has not ended.
+  """
+
+  def __init__(self) -> None:
+    self.inside = False
+    self._is_too_large = False  # the page that it is inside of
+    self._buffer = b""
+    self._searched = 0  # bytes of the buffer without a tag
+
+  def pages(self, chunk: bytes) -> Iterator[bytes | None]:
+    """The pages that end in the next chunk; None for one that is larger than `LONGEST`."""
+    self._buffer += chunk
+    while tag := PAGE.search(self._buffer, self._searched):
+      if tag[0] == b"<page>":
+        self._begin(tag.start())
+        continue
+      if self.inside:
+        yield None if self._is_too_large else self._buffer[: tag.end()]
+      self.inside = False
+      self._buffer = self._buffer[tag.end() :]
+      self._searched = 0
+    if self.inside and len(self._buffer) > LONGEST:
+      self._is_too_large = True
+    longest_tag = len(b"</page>")  # its beginning may be all that the buffer holds
+    if not self.inside or self._is_too_large:
+      self._buffer = self._buffer[-longest_tag:]
+    self._searched = max(0, len(self._buffer) - longest_tag)
+
+  def _begin(self, start: int) -> None:
+    """A page begins at `start` of the buffer."""
+    self.inside = True
+    self._is_too_large = False
+    self._buffer = self._buffer[start:]
+    self._searched = len(b"<page>")
 
 
 def _article(page: bytes, id: str) -> Document | Lost:

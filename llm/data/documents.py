@@ -64,12 +64,13 @@ def load(source: Source, tokenizer: Tokenizer, how: str) -> Documents:
 
 def _of_shards(source: Source, tokenizer: Tokenizer, how: str) -> Documents:
   """The documents of token shards: only offsets are made here."""
-  shards.check_tokenizer(source, tokenizer)
-  key = cache.digest("shards 1", source.digest(), how)
+  facts = shards.facts(source)
+  shards.check_tokenizer(source, facts, tokenizer)
+  key = cache.digest("shards 2", *shards.content(facts), how)
   folder = cache.made_once(
-    source.cache / "tokens" / key[:32], lambda scratch: shards.offsets(source, scratch, how)
+    source.cache / "tokens" / key[:32], lambda scratch: shards.offsets(source, facts, how, scratch)
   )
-  tokens = shards.Tokens(shards.facts(source))
+  tokens = shards.Tokens(facts)
   return _open(folder, tokens.dtype, key, tokens)
 
 

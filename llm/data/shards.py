@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from typing import Any, Iterator
+from typing import Any, Iterator, Sequence
 
 import numpy as np
 from etils import epath
@@ -106,29 +106,33 @@ def facts(source: Source) -> tuple[Facts, ...]:
 
   Raises UserError where there is none, one is not whole, or they do not fit one another.
   """
-  folder = storage.folder(source.name)
-  found = []
-  for path in sorted(folder.glob("*.ds"), key=str):
-    try:
-      found.append(Facts(str(path), **json.loads(epath.Path(f"{path}.json").read_text())))
-    except (OSError, TypeError, ValueError):
-      raise UserError(f"{source.spec}: {path.name} is not whole: run llm.prepare again")
-    expected = found[-1].tokens * found[-1].token_bytes
-    if (size := path.stat().length) != expected:
-      raise UserError(f"{source.spec}: {path.name} has {size:,} bytes, expected {expected:,}")
-  if not found:
+  paths = sorted(storage.folder(source.name).glob("*.ds"), key=str)
+  shards = [_facts_of(path, source) for path in paths]
+  if not shards:
     raise UserError(f"{source.spec}: no shards (*.ds) in it: give the shards/ of llm.prepare")
-  if len({(shard.tokenizer, shard.token_bytes) for shard in found}) > 1:
+  if len({(shard.tokenizer, shard.token_bytes) for shard in shards}) > 1:
     raise UserError(f"{source.spec}: its shards are of several tokenizers")
-  with_tokens = tuple(shard for shard in found if shard.tokens)
+  with_tokens = tuple(shard for shard in shards if shard.tokens)
   if not with_tokens:
     raise UserError(f"{source.spec}: its shards hold no token")
   return with_tokens
 
 
-def content(source: Source) -> list[str]:
+def _facts_of(path: epath.Path, source: Source) -> Facts:
+  """The facts of one shard. Raises UserError where it is not whole."""
+  try:
+    shard = Facts(str(path), **json.loads(epath.Path(f"{path}.json").read_text()))
+  except (OSError, TypeError, ValueError):
+    raise UserError(f"{source.spec}: {path.name} is not whole: run llm.prepare again")
+  expected = shard.tokens * shard.token_bytes
+  if (size := path.stat().length) != expected:
+    raise UserError(f"{source.spec}: {path.name} has {size:,} bytes, expected {expected:,}")
+  return shard
+
+
+def content(shards: Sequence[Facts]) -> list[str]:
   """Strings that change when the tokens change."""
-  return [shard.sha256 + shard.ends_sha256 for shard in facts(source)]
+  return [shard.sha256 + shard.ends_sha256 for shard in shards]
 
 
 def tokenizer(source: Source) -> tokenizer_lib.Tokenizer:
@@ -139,9 +143,11 @@ def tokenizer(source: Source) -> tokenizer_lib.Tokenizer:
     raise UserError(f"{source.spec}: its folder {TOKENIZER}/ is missing: run llm.prepare again")
 
 
-def check_tokenizer(source: Source, of_run: tokenizer_lib.Tokenizer) -> None:
-  """Raises UserError where a run has another tokenizer than the shards."""
-  if of_run.digest() != facts(source)[0].tokenizer:
+def check_tokenizer(
+  source: Source, shards: Sequence[Facts], of_run: tokenizer_lib.Tokenizer
+) -> None:
+  """Raises UserError where a run has another tokenizer than the shards of a source."""
+  if of_run.digest() != shards[0].tokenizer:
     raise UserError(
       f"{source.spec}: its tokens are of another tokenizer than the run's; prepare the corpus with "
       "that of the checkpoint (--config.tokenizer.checkpoint=DIR)"
@@ -159,13 +165,12 @@ def records(source: Source) -> Iterator[dict]:
       start = stop
 
 
-def offsets(source: Source, scratch: pathlib.Path, how: str) -> None:
-  """Writes sentences.npy and documents.npy of `documents.Documents` into a folder.
+def offsets(source: Source, shards: Sequence[Facts], how: str, scratch: pathlib.Path) -> None:
+  """Writes sentences.npy and documents.npy of `documents.Documents` into the folder `scratch`.
 
   They are written shard by shard and mapped from disk, for they have 8 bytes a document and a
   sentence. how: as in `documents.load`.
   """
-  shards = facts(source)
   if how != "none" and any(shard.sentences == "none" for shard in shards):
     raise UserError(
       f"{source.spec}: it does not say where sentences begin, which next-sentence prediction "

@@ -22,6 +22,7 @@ In a text file, blank lines separate the documents. Each document is a record.
 import bz2
 import csv
 import dataclasses
+import functools
 import glob
 import gzip
 import io
@@ -38,7 +39,23 @@ from llm.data import embedded
 
 COMPRESSIONS = (".gz", ".bz2", ".zst")
 
-FIELDS = ("text", "text_pair", "label", "target", "question", "answers", "id")
+# The fields that config.data.fields may rename.
+FIELDS = (
+  "text",
+  "text_pair",
+  "label",
+  "target",
+  "question",
+  "answers",
+  "id",
+  "messages",
+  "instruction",
+  "input",
+  "output",
+  "prompt",
+  "chosen",
+  "rejected",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +144,23 @@ class Source:
         f"{_field_names(record)}; rename with config.data.fields='text=THEIR_NAME'"
       )
     return record
+
+
+@dataclasses.dataclass(frozen=True)
+class InMemory(Source):
+  """A source that is read once: its records stay in memory."""
+
+  @functools.cached_property
+  def _records(self) -> list[dict]:
+    return list(super().records())
+
+  def records(self) -> Iterator[dict]:
+    return iter(self._records)
+
+
+def in_memory(source: Source) -> InMemory:
+  """The same source, read once."""
+  return InMemory(**vars(source))
 
 
 def _field_names(record: dict) -> str:
@@ -402,7 +436,7 @@ def _shards_records(source: Source) -> Iterable[dict]:
 def _shards_content(source: Source) -> list[str]:
   from llm.data import shards
 
-  return shards.content(source)
+  return shards.content(shards.facts(source))
 
 
 def _tfds_content(source: Source) -> list[str]:

@@ -145,8 +145,10 @@ def at_positions(hidden_BxTxD: jax.Array, positions_BxN: jax.Array) -> jax.Array
 
 
 def pooler(hidden_BxTxD: jax.Array, firsts_BxN: jax.Array, types: Precision) -> jax.Array:
-  """BxNxD: tanh(W h + b) of the first token of each example of a row: of BERT's published code,
-  where both phases share it."""
+  """BxNxD: tanh(W h + b) of the first token of each example of a row.
+
+  As in BERT's published code, next-sentence prediction and classification share the layer.
+  """
   width = hidden_BxTxD.shape[-1]
   first_BxNxD = at_positions(hidden_BxTxD, firsts_BxN)
   return jnp.tanh(Linear((width, width), precision=types, name="pooler")(first_BxNxD))
@@ -167,17 +169,8 @@ class MaskedLMHead(nn.Module):
   def __call__(
     self, hidden_BxTxD: jax.Array, batch: Batch, table_VxD: jax.Array, *, train: bool
   ) -> dict[str, jax.Array]:
-    cfg, types, facts = self.config, precision.of(self.config), models.facts(self.config)
-    transform = Linear(
-      (cfg.width, embedding_width_of(cfg)),
-      precision=types,
-      kernel_init=normal(init_std_of(cfg)),
-      bias=facts.bias,
-      name="transform",
-    )
-    masked_BxMxD = at_positions(hidden_BxTxD, batch["masked_positions"])
-    masked_BxMxE = ACTIVATIONS[facts.activation](transform(masked_BxMxD))
-    masked_BxMxE = transformer.norm(cfg, facts, "transform_norm")(masked_BxMxE)
+    cfg, types = self.config, precision.of(self.config)
+    masked_BxMxE = self.transformed(at_positions(hidden_BxTxD, batch["masked_positions"]))
     bias_V = LMBias(padded_vocab(cfg.vocab_size), name="lm")()
     losses, correct = token_losses(
       masked_BxMxE,
@@ -200,11 +193,23 @@ class MaskedLMHead(nn.Module):
         chunk=cfg.loss_chunk,
       )
     if self.next_sentence:
-      pooled_BxNxD = pooler(hidden_BxTxD, batch["firsts"], types)
-      outputs["pair_logits"] = Linear((cfg.width, 2), precision=types, name="next_sentence")(
-        pooled_BxNxD
-      ).astype(losses.dtype)
+      next_sentence = Linear((cfg.width, 2), precision=types, name="next_sentence")
+      pair_logits_BxNx2 = next_sentence(pooler(hidden_BxTxD, batch["firsts"], types))
+      outputs["pair_logits"] = pair_logits_BxNx2.astype(losses.dtype)
     return outputs
+
+  def transformed(self, masked_BxMxD: jax.Array) -> jax.Array:
+    """BxMxE: the masked states, ready for the product with the table of tokens."""
+    cfg, facts = self.config, models.facts(self.config)
+    transform = Linear(
+      (cfg.width, embedding_width_of(cfg)),
+      precision=precision.of(cfg),
+      kernel_init=normal(init_std_of(cfg)),
+      bias=facts.bias,
+      name="transform",
+    )
+    masked_BxMxE = ACTIVATIONS[facts.activation](transform(masked_BxMxD))
+    return transformer.norm(cfg, facts, "transform_norm")(masked_BxMxE)
 
 
 class DetectionHead(nn.Module):

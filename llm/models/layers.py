@@ -58,29 +58,31 @@ def _matmul_backward(precision, saved, dy):
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-def _matmul_table(x: jax.Array, table_VxD: jax.Array, precision: Precision) -> jax.Array:
-  """x @ table^T -> the leading dimensions of x, then V. Its gradients have the same precision.
+def _transpose(table_VxD: jax.Array) -> jax.Array:
+  """DxV. The barrier in its gradient keeps XLA from computing that of the table as dy^T x.
 
-  The gradient of the table is computed as (x^T dy)^T. The barrier keeps XLA from turning that into
-  dy^T x, which takes 2.5 times as long on CPU.
+  (x^T dy)^T takes 0.4 times as long on CPU.
   """
-  return dot(x, table_VxD.T, precision)
+  return table_VxD.T
 
 
-matmul_table = jax.custom_vjp(_matmul_table, nondiff_argnums=(2,))
+transpose = jax.custom_vjp(_transpose)
 
 
-def _matmul_table_forward(x, table_VxD, precision):
-  return dot(x, table_VxD.T, precision), (x, table_VxD)
+def _transpose_forward(table_VxD):
+  return table_VxD.T, None
 
 
-def _matmul_table_backward(precision, saved, dy):
-  x, table_VxD = saved
-  dtable_DxV = over_rows(x, dy, precision)
-  return dot(dy, table_VxD, precision), jax.lax.optimization_barrier(dtable_DxV).T
+def _transpose_backward(_, dtable_DxV):
+  return (jax.lax.optimization_barrier(dtable_DxV).T,)
 
 
-matmul_table.defvjp(_matmul_table_forward, _matmul_table_backward)
+transpose.defvjp(_transpose_forward, _transpose_backward)
+
+
+def matmul_table(x: jax.Array, table_VxD: jax.Array, precision: Precision) -> jax.Array:
+  """x @ table^T -> the leading dimensions of x, then V. Its gradients have the same precision."""
+  return matmul(x, transpose(table_VxD), precision)
 
 
 TRANSPOSED = "kernel_OxI"  # stands for `kernel` where one row is written, a token at a time

@@ -299,11 +299,11 @@ class Objective(base.Labels):
     else:
       predicted_RxN = predictions["probabilities"].argmax(-1)
     numbers, predicted = packing.by_example(rows.packed, predicted_RxN)
-    return {"labels": rows.labels[numbers], "found": predicted}
+    return {"labels": rows.labels[numbers], "predicted": predicted}
 
   def summary(self, outcomes):
     labels = outcomes["labels"]
-    predicted = outcomes["found"]
+    predicted = outcomes["predicted"]
     if self.regression:
       if len(labels) < 2:
         return {"pearson": math.nan, "spearman": math.nan}

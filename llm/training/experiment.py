@@ -141,44 +141,49 @@ class Bundle(NamedTuple):
   config: Config
 
 
-def prepare(config: Config, own: epath.Path | None = None, say: Callable = print) -> Training:
-  """Everything that a run of `config` needs. own: the run's own checkpoint, when it goes on.
+def prepare(
+  config: Config, resume_from: epath.Path | None = None, say: Callable = print
+) -> Training:
+  """Everything that a run of `config` needs. resume_from: its own checkpoint, where it goes on.
 
   Raises UserError on bad input of every kind.
   """
   _check(config)
-  start = _start(config, own, say)
+  start = _start(config, resume_from, say)
   description = manager.describe(start) if start else {}
-  objective = base.build(description["config"]["objective"] if own else config.objective)
+  objective = base.build(description["config"]["objective"] if resume_from else config.objective)
   train = sources.parse(config.data.train, config.data)
   tokenizer = _tokenizer(config, start, train)
   model = _following(config.model, description, tokenizer.vocab_size, objective.labelled)
-  base.check_kind(objective, model)
-  if model.embedding_start != "random" and objective.labelled:
-    raise UserError(
-      "config.model.embedding_start=cooccurrence is for pretraining on running text; take random"
-    )
   length = config.training.sequence_length
-  if length > model.max_length:
-    raise UserError(
-      f"config.training.sequence_length={length} is longer than the model's "
-      f"{model.max_length} positions (config.model.max_length)"
-    )
+  _check_together(objective, model, length)
   objective = objective.fit(train, tokenizer)
   rows = [objective.rows(source, tokenizer, config.data, model, length) for source in train]
   batches = _batches(config, rows, [source.weight for source in train])
   held_out = eval_rows = None
   if config.data.eval:
     held_out = sources.parse_one(config.data.eval, config.data)
+    if objective.labelled:  # for its rows, its duplicates and the baselines
+      held_out = sources.in_memory(held_out)
     eval_rows = objective.eval_rows(held_out, tokenizer, config.data, model, length)
   fitted = dataclasses.replace(config, model=model, objective=base.to_mapping(objective))
-  if own and config.optimizer.learning_rate == -1:
+  if resume_from and config.optimizer.learning_rate == -1:
     fitted = _at_the_rate_of(description, fitted)
   asked = recipe.resolved(fitted, batches.steps_an_epoch(), objective.goal)
   resolved = asked
-  if own:
+  if resume_from:
     resolved = dataclasses.replace(asked, model=_as_settled(model, description))
-  return Training(resolved, objective, tokenizer, asked, start, batches, eval_rows, train, held_out)
+  return Training(
+    config=resolved,
+    objective=objective,
+    tokenizer=tokenizer,
+    asked=asked,
+    start=start,
+    batches=batches,
+    eval_rows=eval_rows,
+    train=train,
+    held_out=held_out,
+  )
 
 
 def without_data(config: Config, say: Callable = print) -> Experiment:
@@ -264,10 +269,24 @@ def _check(config: Config):
     )
 
 
-def _start(config: Config, own: epath.Path | None, say: Callable) -> epath.Path | None:
+def _check_together(objective: base.Objective, model: ModelConfig, length: int):
+  """Raises UserError where the objective, the model and the length of a row do not fit."""
+  base.check_kind(objective, model)
+  if model.embedding_start != "random" and objective.labelled:
+    raise UserError(
+      "config.model.embedding_start=cooccurrence is for pretraining on running text; take random"
+    )
+  if length > model.max_length:
+    raise UserError(
+      f"config.training.sequence_length={length} is longer than the model's "
+      f"{model.max_length} positions (config.model.max_length)"
+    )
+
+
+def _start(config: Config, resume_from: epath.Path | None, say: Callable) -> epath.Path | None:
   """The step that a run starts from: its own, else that of config.transfer.checkpoint."""
-  if own or not config.transfer.checkpoint:
-    return own
+  if resume_from or not config.transfer.checkpoint:
+    return resume_from
   return locate.find(config.transfer.checkpoint, say, config.data.cache)
 
 
@@ -303,12 +322,27 @@ def _following(model: ModelConfig, start: dict, vocab_size: int, labelled: bool)
 
 def _check_model(model: ModelConfig, vocab_size: int):
   """Raises UserError where keys of a model do not fit one another."""
-  facts = models.facts(model)
   if model.vocab_size and model.vocab_size != vocab_size:
     raise UserError(
       f"config.model.vocab_size={model.vocab_size} but the tokenizer has {vocab_size} pieces; "
       "0 takes the tokenizer's"
     )
+  _check_widths(model)
+  _check_local_layers(model)
+  if not model.tied and not models.facts(model).untied:
+    raise UserError(
+      f"config.model.tied=False: the output layer of {model.name} is its embedding table"
+    )
+  try:
+    re.compile(model.lora_targets)
+  except re.error as error:
+    raise UserError(
+      f"config.model.lora_targets={model.lora_targets!r} is no regular expression: {error}"
+    )
+
+
+def _check_widths(model: ModelConfig):
+  """Raises UserError where widths and heads do not fit one another."""
   if not model.head_width and model.width % model.num_heads:
     raise UserError(
       f"config.model.width={model.width} must be a multiple of num_heads={model.num_heads}"
@@ -318,16 +352,17 @@ def _check_model(model: ModelConfig, vocab_size: int):
       f"config.model.num_heads={model.num_heads} must be a multiple of "
       f"num_kv_heads={model.num_kv_heads}"
     )
-  if model.embedding_width not in (0, model.width) and not facts.embedding_project:
+  projects = models.facts(model).embedding_project
+  if model.embedding_width not in (0, model.width) and not projects:
     raise UserError(
       f"config.model.embedding_width={model.embedding_width}: the embedding of {model.name} is as "
       f"wide as its layers, {model.width}; 0 is that width"
     )
-  if not model.tied and not facts.untied:
-    raise UserError(
-      f"config.model.tied=False: the output layer of {model.name} is its embedding table"
-    )
-  if model.global_every > 1 and facts.kind != "encoder":
+
+
+def _check_local_layers(model: ModelConfig):
+  """Raises UserError where the pattern of local layers does not fit the model."""
+  if model.global_every > 1 and models.facts(model).kind != "encoder":
     raise UserError(
       f"config.model.global_every={model.global_every}: only encoders have local layers, and "
       f"{model.name} is none"
@@ -341,12 +376,6 @@ def _check_model(model: ModelConfig, vocab_size: int):
     raise UserError(
       f"config.model.global_every={model.global_every} is more than the {model.num_layers} layers "
       "(config.model.num_layers)"
-    )
-  try:
-    re.compile(model.lora_targets)
-  except re.error as error:
-    raise UserError(
-      f"config.model.lora_targets={model.lora_targets!r} is no regular expression: {error}"
     )
 
 
