@@ -152,9 +152,9 @@ class TokenizerConfig:
   name: str = key("", choices=("", "sentencepiece", "wordpiece", "huggingface", "bytes"))
   # A .model, vocab.txt or tokenizer.json to load; "": one is trained.
   path: str = ""
-  # Of a tokenizer that is trained.
+  # The pieces of a tokenizer that is trained.
   vocab_size: int = key(8192, at_least=0)
-  # Of a tokenizer that is trained, or of a WordPiece vocabulary.
+  # Whether a tokenizer that is trained, or a WordPiece vocabulary, ignores case.
   lowercase: bool = True
   # Ids for spans that are cut out (T5: 100), after the pieces of the file.
   sentinels: int = key(0, at_least=0, at_most=10_000)
@@ -190,9 +190,9 @@ class OptimizerConfig:
   schedule: str = key("linear", choices=("linear", "cosine", "constant", "rsqrt", "wsd"))
   # -1: a tenth of the run.
   warmup_steps: int = key(-1, at_least=0, unset=-1)
-  # Of the schedule wsd: the share of the steps in which the rate falls.
+  # The share of the steps in which the rate of the schedule wsd falls.
   decay_share: float = key(0.1, above=0, at_most=1)
-  # Of adamw: beta1, beta2, epsilon and the type of the first moment (that of muon's momentum too).
+  # The hyper-parameters of adamw. moment_dtype: of its first moment and of muon's momentum.
   beta1: float = 0.9
   beta2: float = 0.999
   epsilon: float = key(1e-6, above=0)
@@ -215,17 +215,18 @@ class OptimizerConfig:
 class RecipeConfig:
   """A published run, from which settings that are -1 are carried over (training/recipe.py)."""
 
-  # Its highest learning rate, and the width of its model.
+  # The highest learning rate of the published run, and the width of its model.
   learning_rate: float = key(1e-4, above=0)
   width: int = key(768, above=0)
   # The rate falls with this power of the width.
   width_power: float = key(1.0, at_least=0)
-  # Its layers: a deeper model has a lower rate; 0: the rate does not depend on the depth.
+  # The layers of its model: a deeper one gets a lower rate; 0: the depth does not matter.
   num_layers: int = key(0, at_least=0)
-  # Its tokens a step, and its steps, which need the former; 0: the rate does not depend on it.
+  # Its tokens a step; 0: the batch does not matter.
   batch_tokens: int = key(0, at_least=0)
+  # Its steps, which need batch_tokens; 0: the length of the run does not matter.
   steps: int = key(0, at_least=0)
-  # Its epochs, of large data.
+  # Its epochs. Small data get more.
   epochs: float = key(3.0, above=0)
 
 
@@ -246,7 +247,8 @@ class TrainingConfig:
   """Length and rhythm of a run. All counts are global, not per device."""
 
   steps: int = key(0, at_least=0)
-  # Of the training rows, in place of steps. -1: those of config.recipe, more of small data.
+  # Passes over the training rows, in place of steps. -1: those of config.recipe, or more where the
+  # data are small.
   epochs: float = key(0.0, at_least=0, unset=-1)
   # Examples: rows of text where a model learns to write or to fill in; labelled texts and
   # questions, of which several share a row.

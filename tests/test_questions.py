@@ -118,7 +118,7 @@ def test_windows_cover_every_answer_and_know_their_text(kind, contexts, tmp_path
     for slot, number in enumerate(rows.packed[row]):
       window = rows.windows[number]
       text, answer = contexts[window.question][0], contexts[window.question][2][0][0]
-      owned[window.question] += int(window.own_N.sum())
+      owned[window.question] += int(window.best_context_N.sum())
       start, end = example["starts"][slot], example["ends"][slot]
       assert (
         example["window_weights"][slot] == 1 and example["positions"][example["firsts"][slot]] == 0
@@ -151,7 +151,7 @@ def test_the_best_answer_is_that_of_all_windows(contexts, tmp_path):
   for row, numbers in enumerate(rows.packed):
     for slot, number in enumerate(numbers):
       window = rows.windows[number]
-      places = rng.integers(window.offset, window.offset + len(window.own_N), (2, 5))
+      places = rng.integers(window.offset, window.offset + len(window.best_context_N), (2, 5))
       scores = rng.random((2, 5))
       if window.start:
         places[:, 0], scores[:, 0] = (window.start, window.end), 5.0

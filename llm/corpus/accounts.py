@@ -124,8 +124,8 @@ class Counts(dict[str, float]):
 
   def starting(self, prefix: str) -> dict[str, int]:
     """What follows the prefix -> its total, the largest first."""
-    found = {k.removeprefix(prefix): int(v) for k, v in self.items() if k.startswith(prefix)}
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
+    totals = {k.removeprefix(prefix): int(v) for k, v in self.items() if k.startswith(prefix)}
+    return dict(sorted(totals.items(), key=lambda item: -item[1]))
 
 
 def of_stage(logs: DataFolder) -> list[Counts]:

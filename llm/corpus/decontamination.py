@@ -53,29 +53,35 @@ def index(step: Decontaminate) -> dict[str, np.ndarray]:
       "config.decontaminate.against names no evaluation source, e.g. "
       "\"('embedded:reviews[test]',)\"; leave decontaminate out of config.steps to do without"
     )
-  found: dict[int, dict[int, int]] = {}  # words of a run -> hash -> the number of its source
+  runs_of_length: dict[int, dict[int, int]] = {}  # words of a run -> hash -> number of its source
   for number, spec in enumerate(step.against):
-    empty = True
-    for record in sources.parse_one(spec, DataConfig()).records():
-      for words in (embedded.words_of(text).split() for text in _texts(record)):
-        if len(words) < step.least:
-          continue
-        empty = False
-        length = min(step.words, len(words))
-        runs = found.setdefault(length, {})
-        for digest in hashed_runs(words, length):
-          runs.setdefault(digest, number)
-    if empty:
-      raise UserError(
-        f"config.decontaminate.against: no text of {spec} has {step.least} words "
-        "(config.decontaminate.least)"
-      )
+    for words in _long_enough(spec, step.least):
+      length = min(step.words, len(words))
+      runs = runs_of_length.setdefault(length, {})
+      for digest in hashed_runs(words, length):
+        runs.setdefault(digest, number)
   arrays = {}
-  for length, runs in sorted(found.items()):
+  for length, runs in sorted(runs_of_length.items()):
     hashes = np.array(sorted(runs), np.uint64)
     arrays[f"hashes_{length}"] = hashes
     arrays[f"source_{length}"] = np.array([runs[int(h)] for h in hashes], np.uint16)
   return arrays
+
+
+def _long_enough(spec: str, least: int) -> Iterator[list[str]]:
+  """The words of each text of a source that has at least `least`. Raises UserError on none."""
+  empty = True
+  for record in sources.parse_one(spec, DataConfig()).records():
+    for text in _texts(record):
+      words = embedded.words_of(text).split()
+      if len(words) >= least:
+        empty = False
+        yield words
+  if empty:
+    raise UserError(
+      f"config.decontaminate.against: no text of {spec} has {least} words "
+      "(config.decontaminate.least)"
+    )
 
 
 def _texts(record: dict[str, Any]) -> Iterator[str]:

@@ -88,14 +88,14 @@ def plan(
     if not isinstance(step, Barrier):
       blocks += [_block(name, step, output), Passing(name)]
       continue
+    folder = output.folder(f"work/{number:02d}-{name}")
     passed_on = output.folder(f"work/{number:02d}-{name}/documents")
-    found = output.folder(f"work/{number:02d}-{name}")
-    ending = [interim.Write(passed_on), Timed(step.signatures(found))]
+    ending = [interim.Write(passed_on), Timed(step.signatures(folder))]
     stages.append(Stage(begun_by, [*blocks, *ending], tasks))
-    for finding in step.findings(found):
+    for finding in step.findings(folder):
       stages.append(Stage(f"{name}-{finding.name}", [finding.block], finding.tasks))
     begun_by = name
-    blocks = [interim.Read(passed_on), *step.blocks(name, found, output.samples), Passing(name)]
+    blocks = [interim.Read(passed_on), *step.blocks(name, folder, output.samples), Passing(name)]
   kept = Passing("kept", Samples(output.samples, "kept"))
   stages.append(Stage(begun_by, [*blocks, kept, interim.Write(output.documents)], tasks))
   if trains_tokenizer:

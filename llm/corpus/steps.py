@@ -149,7 +149,7 @@ class GopherQuality:
   max_bullet_lines_ratio: float = 0.9
   max_ellipsis_lines_ratio: float = 0.3
   max_non_alpha_words_ratio: float = 0.8
-  # Of the, be, to, of, and, that, have, with.
+  # How many of these words occur at least: the, be, to, of, and, that, have, with.
   min_stop_words: int = 2
 
   def block(self, name: str, dropped: Samples) -> PipelineStep:

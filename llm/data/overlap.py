@@ -39,36 +39,43 @@ def shared_runs(train: Sequence[Documents], held_out: Documents) -> list[tuple[i
 
   Documents of fewer than RUN tokens are not compared.
   """
-  bounds = held_out.bounds()
-  asked_N, document_N, place_N = [], [], []
-  for document in range(len(held_out)):
-    of_document = hashes(held_out.tokens_N[bounds[document] : bounds[document + 1]])
-    asked_N.append(of_document)
-    document_N.append(np.full(len(of_document), document))
-    place_N.append(bounds[document] + np.arange(len(of_document)))
-  asked = np.concatenate([np.zeros(0, np.uint64), *asked_N])
-  if not len(asked):
+  runs_N, document_N, place_N = _runs(held_out)
+  if not len(runs_N):
     return []
-  sorted_asked = np.unique(asked)
-  seen = np.zeros(len(sorted_asked), bool)
+  distinct_runs = np.unique(runs_N)
+  occurs = np.zeros(len(distinct_runs), bool)
   for documents in train:
-    _mark_seen(documents, sorted_asked, seen)
-  is_shared = seen[np.searchsorted(sorted_asked, asked)]
-  documents, first = np.unique(np.concatenate(document_N)[is_shared], return_index=True)
-  places = np.concatenate(place_N)[is_shared][first]
+    _mark_occurring(documents, distinct_runs, occurs)
+  is_shared_N = occurs[np.searchsorted(distinct_runs, runs_N)]
+  documents, firsts = np.unique(document_N[is_shared_N], return_index=True)
+  places = place_N[is_shared_N][firsts]
   return list(zip(documents.tolist(), places.tolist()))
 
 
-def _mark_seen(documents: Documents, asked: np.ndarray, seen: np.ndarray) -> None:
-  """Marks the asked hashes that occur in the documents. asked: sorted."""
+def _runs(held_out: Documents) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """(hash, document, place in tokens_N) of each run of the held-out documents."""
+  bounds = held_out.bounds()
+  runs = [np.zeros(0, np.uint64)]
+  documents = [np.zeros(0, np.int64)]
+  places = [np.zeros(0, np.int64)]
+  for document in range(len(held_out)):
+    of_document = hashes(held_out.tokens_N[bounds[document] : bounds[document + 1]])
+    runs.append(of_document)
+    documents.append(np.full(len(of_document), document))
+    places.append(bounds[document] + np.arange(len(of_document)))
+  return np.concatenate(runs), np.concatenate(documents), np.concatenate(places)
+
+
+def _mark_occurring(documents: Documents, runs: np.ndarray, occurs: np.ndarray) -> None:
+  """Marks the runs that occur in the documents. runs: sorted. occurs: for each run, is changed."""
   mask = np.uint64(2**BITS - 1)
-  may_be_asked = np.zeros(2**BITS, bool)
-  may_be_asked[asked & mask] = True
+  may_occur = np.zeros(2**BITS, bool)
+  may_occur[runs & mask] = True
   for start in range(0, len(documents.tokens_N), CHUNK):
-    runs = hashes(documents.tokens_N[start : start + CHUNK + RUN - 1])
-    runs = runs[may_be_asked[runs & mask]]
-    places = np.minimum(np.searchsorted(asked, runs), len(asked) - 1)
-    seen[places[asked[places] == runs]] = True
+    in_chunk = hashes(documents.tokens_N[start : start + CHUNK + RUN - 1])
+    in_chunk = in_chunk[may_occur[in_chunk & mask]]
+    places = np.minimum(np.searchsorted(runs, in_chunk), len(runs) - 1)
+    occurs[places[runs[places] == in_chunk]] = True
 
 
 def remarks(

@@ -7,6 +7,7 @@ tokenizer.json of a published checkpoint, or bytes. All have the attributes of `
 import io
 import json
 import pathlib
+import re
 from typing import Any, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -55,6 +56,10 @@ class Tokenizer:
   def decode(self, ids: Iterable[int]) -> str:
     """The text of the ids. Special ones are left out."""
     raise NotImplementedError
+
+  def shown(self, token: int) -> str:
+    """A piece as people read it."""
+    return self.pieces[token]
 
   @property
   def vocab_size(self) -> int:
@@ -266,6 +271,12 @@ class ByteTokenizer(Tokenizer):
   def decode(self, ids):
     return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
 
+  def shown(self, token):
+    """A letter for the byte of one; ▁ for a space, as in SentencePiece's vocabularies."""
+    if token == ord(" "):
+      return "▁"
+    return chr(token) if ord("!") <= token <= ord("~") else self.pieces[token]
+
 
 def _spans(offsets: Sequence[tuple[int, int]]) -> np.ndarray:
   """Nx2 characters, from and to."""
@@ -309,9 +320,14 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, lowercase: bool) 
       user_defined_symbols=[] if lowercase else ["\n"],
     )
   except (RuntimeError, OSError) as error:
+    reason = str(error).strip().splitlines()[-1]
+    if too_small := re.search(r"required_chars.* (\d+) vs (\d+)", reason):
+      raise UserError(
+        f"config.tokenizer.vocab_size={vocab_size} is too small: the characters of this text and "
+        f"the special pieces alone are {too_small[2]}"
+      )
     raise UserError(
-      f"cannot train a SentencePiece model of {vocab_size} pieces on this text: "
-      f"{str(error).strip().splitlines()[-1]}"
+      f"cannot train a SentencePiece model of {vocab_size} pieces on this text: {reason}"
     )
   return model.getvalue()
 

@@ -33,7 +33,7 @@ class Facts:
   fan_in_init: bool = False  # kernels start at init_std / sqrt(inputs) (T5)
   inner_dropout: bool = False  # inside the feed-forward layer too (T5)
   pooler: bool = True  # a layer over the first token goes before the classifier (BERT)
-  # Of fine-tuning, where the checkpoint was pretrained without dropout.
+  # The dropout of fine-tuning, where the checkpoint was pretrained without.
   tuning_dropout: float = 0.0
   embedding_project: bool = False  # the embedding may be narrower than the layers (ELECTRA)
 
@@ -55,7 +55,7 @@ def init_std_of(config: ModelConfig) -> float:
 
 
 def head_width_of(config: ModelConfig) -> int:
-  """K."""
+  """K: the width of an attention head."""
   return config.head_width or config.width // config.num_heads
 
 

@@ -110,7 +110,7 @@ class Attention(nn.Module):
     return self.out(mixed_BxTxHxK), past
 
   def project(self, name: str, heads: int, x_BxTxD: jax.Array, fan_in: int) -> jax.Array:
-    """BxTxHxK."""
+    """Queries, keys or values: BxTxHxK."""
     cfg, facts = self.config, self.facts
     return Linear(
       (cfg.width, heads, head_width_of(cfg)),
@@ -156,7 +156,7 @@ class Attention(nn.Module):
     )
 
   def out(self, mixed_BxTxHxK: jax.Array) -> jax.Array:
-    """BxTxD."""
+    """The heads, joined and projected to the width of the model: BxTxD."""
     cfg, facts = self.config, self.facts
     heads, head_width = cfg.num_heads, head_width_of(cfg)
     return Linear(
@@ -319,7 +319,7 @@ def one_by_one(
   memory: Memory | None,
   cache: Cache | None,
 ) -> tuple[jax.Array, tuple[Past, ...]]:
-  """The same of `unstacked` parameters, for writing -> (BxTxD, the past of each layer).
+  """As `stack`, with `unstacked` parameters, for writing -> (BxTxD, the past of each layer).
 
   A token reads each parameter once. Cutting the layers, and their pasts, out of one array would
   take most of its time.

@@ -35,28 +35,24 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-  """[CLS] question [SEP] part of the context [SEP].
+  """[CLS] question [SEP] part of the context [SEP]. The part has N tokens."""
 
-  question: its number. offset: where the part, N tokens, begins in `tokens`. spans_Nx2: the first
-  character of each token of the part in the context, and the one after its last. own_N: whether no
-  other window gives the token more context. start, end: the first and last token of the answer in
-  `tokens`; 0, the [CLS], if the part does not hold it.
-  """
-
-  question: int
+  question: int  # its number
   tokens: np.ndarray
-  offset: int
+  offset: int  # where the part begins in `tokens`
+  # The first character of each token of the part in the context, and the one after its last.
   spans_Nx2: np.ndarray
-  own_N: np.ndarray
+  best_context_N: np.ndarray  # whether no other window gives the token more context
+  # The first and last token of the answer in `tokens`; 0, the [CLS], if the part does not hold it.
   start: int
   end: int
 
   def arrays(self) -> dict[str, np.ndarray]:
     """The arrays of a row: ids, types, and whether an answer may end, and may start, at each."""
     places = np.arange(len(self.tokens))
-    may_end = (places >= self.offset) & (places < self.offset + len(self.own_N))
+    may_end = (places >= self.offset) & (places < self.offset + len(self.best_context_N))
     may_start = np.zeros(len(self.tokens), np.int32)
-    may_start[may_end] = self.own_N
+    may_start[may_end] = self.best_context_N
     return {
       "tokens": self.tokens,
       "types": places >= self.offset,  # 0 for the question, 1 for the part and its [SEP]
@@ -226,8 +222,8 @@ class Objective(base.Answers):
         last = offset + answer[1] - start
       ids = [tokenizer.cls, *question_ids, tokenizer.sep, *context_ids[part], tokenizer.sep]
       tokens = np.array(ids, np.int32)
-      own_N = owner_N[part] == index
-      windows.append(Window(number, tokens, offset, spans_Nx2[part], own_N, first, last))
+      best_context_N = owner_N[part] == index
+      windows.append(Window(number, tokens, offset, spans_Nx2[part], best_context_N, first, last))
     return windows
 
   def batch_spec(self, model, length):

@@ -27,7 +27,7 @@ class Progress:
     description: Mapping[str, Any],
     evaluations: Sequence[tuple[int, Mapping[str, float]]] = (),
   ) -> "Progress":
-    """That of the checkpoint which a run goes on from, if it had the same goal.
+    """The progress of the checkpoint that a run goes on from, if its goal was the same.
 
     evaluations: (step, figures) of the checkpoints on disk, which tell the best by another goal.
     """

@@ -68,7 +68,7 @@ class Experiment:
     return self.on_platform(platform, mesh.shape["context"])
 
   def on_platform(self, platform: str, context: int = 1, *, trains: bool = True) -> Self:
-    """The same for cpu, gpu or tpu and so many devices that share a row."""
+    """As `on`, for cpu, gpu or tpu. context: how many devices share a row."""
     length = self.config.training.sequence_length
     model = resolve.resolved(self.config.model, length, platform, context, trains=trains)
     return dataclasses.replace(self, config=dataclasses.replace(self.config, model=model))
@@ -98,7 +98,7 @@ class Training(Experiment):
 
   @property
   def names(self) -> tuple[str, ...]:
-    """Of the training sources."""
+    """The training sources, as the config names them."""
     return tuple(source.spec for source in self.train)
 
   def remarks(self) -> list[str]:

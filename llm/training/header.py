@@ -73,5 +73,6 @@ def _show_recipe(experiment: Training, say: Callable):
   warmup = optimizer_lib.warmup_steps(optimizer, config.training.steps)
   say(
     f"recipe      {optimizer.name}, learning rate {optimizer.learning_rate:.3g}, schedule "
-    f"{optimizer.schedule} after {warmup:,} steps, weights start at {config.model.init_std:.3g}"
+    f"{optimizer.schedule} after a warm-up of {warmup:,} steps, weights start at "
+    f"{config.model.init_std:.3g}"
   )

@@ -111,7 +111,7 @@ class _Run:
     self.mesh = mesh
     self.stop = stop
     self.say = say
-    # Of the last evaluation.
+    # What the last evaluation found.
     self.eval_figures: dict[str, float] = {}
     description = manager.describe(resume_from) if resume_from else {}
     goal = config.training.keep_best
