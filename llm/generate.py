@@ -146,7 +146,7 @@ def _print_written(written: Written, tokenizer: Tokenizer, prefix: str):
     return
   rows = []
   for step in written.choices:
-    rows.append([f"{tokenizer.shown(token)} {probability:.1%}" for token, probability in step])
+    rows.append([f"{tokenizer.pieces[token]} {probability:.1%}" for token, probability in step])
   print(tabulate.tabulate(rows, headers=("likeliest", "2nd", "3rd", "4th", "5th"), showindex=True))
 
 

@@ -54,13 +54,6 @@ def test_a_source_in_memory_is_read_once(tmp_path):
   assert [record["text"] for record in kept.records()] == ["one", "two"]
 
 
-def test_bytes_are_shown_as_letters():
-  of_bytes = tokenizer.ByteTokenizer()
-  (ids,) = of_bytes.encode(["a film\n"])
-  shown = [of_bytes.shown(token) for token in [*ids, of_bytes.eos]]
-  assert shown == ["a", "▁", "f", "i", "l", "m", "<0A>", "[EOS]"]
-
-
 def test_a_vocabulary_that_is_too_small_is_told():
   with pytest.raises(UserError, match=r"vocab_size=20 is too small: .* alone are 2\d\d"):
     tokenizer.train_sentencepiece(["the film was a joy"], 20, lowercase=False)

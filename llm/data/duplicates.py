@@ -27,12 +27,12 @@ def between(train: Sequence[Source], held_out: Source) -> tuple[list[dict], int]
 
   Labels are not compared. Records without words are left out.
   """
-  records = [(given_words(record), record) for record in held_out.records()]
-  words_held_out = {words for words, _ in records if words}
-  words_in_both = set()
+  asked = [(given_words(record), record) for record in held_out.records()]
+  wanted = {words for words, _ in asked if words}
+  seen = set()
   for source in train:
-    words_in_both.update(words_held_out.intersection(map(given_words, source.records())))
-  return [record for words, record in records if words in words_in_both], len(records)
+    seen.update(wanted.intersection(map(given_words, source.records())))
+  return [record for words, record in asked if words in seen], len(asked)
 
 
 def remarks(train: Sequence[Source], held_out: Source) -> list[str]:
@@ -40,9 +40,7 @@ def remarks(train: Sequence[Source], held_out: Source) -> list[str]:
   both, count = between(train, held_out)
   if not both:
     return []
-  names = [_name(record) for record in both[:NAMED]]
-  if len(both) > NAMED:
-    names.append("..")
+  names = [_name(record) for record in both[:NAMED]] + [".."] * (len(both) > NAMED)
   return [
     f"warning: {len(both):,} of the {count:,} records of {held_out.spec} are in the training data "
     f"too, which makes its figures too good: {'; '.join(names)}"

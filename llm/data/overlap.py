@@ -43,10 +43,10 @@ def shared_runs(train: Sequence[Documents], held_out: Documents) -> list[tuple[i
   if not len(runs_N):
     return []
   distinct_runs = np.unique(runs_N)
-  occurs = np.zeros(len(distinct_runs), bool)
+  seen = np.zeros(len(distinct_runs), bool)
   for documents in train:
-    _mark_occurring(documents, distinct_runs, occurs)
-  is_shared_N = occurs[np.searchsorted(distinct_runs, runs_N)]
+    _mark_seen(documents, distinct_runs, seen)
+  is_shared_N = seen[np.searchsorted(distinct_runs, runs_N)]
   documents, firsts = np.unique(document_N[is_shared_N], return_index=True)
   places = place_N[is_shared_N][firsts]
   return list(zip(documents.tolist(), places.tolist()))
@@ -66,16 +66,16 @@ def _runs(held_out: Documents) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   return np.concatenate(runs), np.concatenate(documents), np.concatenate(places)
 
 
-def _mark_occurring(documents: Documents, runs: np.ndarray, occurs: np.ndarray) -> None:
-  """Marks the runs that occur in the documents. runs: sorted. occurs: for each run, is changed."""
+def _mark_seen(documents: Documents, asked: np.ndarray, seen: np.ndarray) -> None:
+  """Marks the asked hashes that occur in the documents. asked: sorted."""
   mask = np.uint64(2**BITS - 1)
-  may_occur = np.zeros(2**BITS, bool)
-  may_occur[runs & mask] = True
+  may_be_asked = np.zeros(2**BITS, bool)
+  may_be_asked[asked & mask] = True
   for start in range(0, len(documents.tokens_N), CHUNK):
-    in_chunk = hashes(documents.tokens_N[start : start + CHUNK + RUN - 1])
-    in_chunk = in_chunk[may_occur[in_chunk & mask]]
-    places = np.minimum(np.searchsorted(runs, in_chunk), len(runs) - 1)
-    occurs[places[runs[places] == in_chunk]] = True
+    runs = hashes(documents.tokens_N[start : start + CHUNK + RUN - 1])
+    runs = runs[may_be_asked[runs & mask]]
+    places = np.minimum(np.searchsorted(asked, runs), len(asked) - 1)
+    seen[places[asked[places] == runs]] = True
 
 
 def remarks(

@@ -57,10 +57,6 @@ class Tokenizer:
     """The text of the ids. Special ones are left out."""
     raise NotImplementedError
 
-  def shown(self, token: int) -> str:
-    """A piece as people read it."""
-    return self.pieces[token]
-
   @property
   def vocab_size(self) -> int:
     """V, the number of pieces."""
@@ -270,12 +266,6 @@ class ByteTokenizer(Tokenizer):
 
   def decode(self, ids):
     return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
-
-  def shown(self, token):
-    """A letter for the byte of one; ▁ for a space, as in SentencePiece's vocabularies."""
-    if token == ord(" "):
-      return "▁"
-    return chr(token) if ord("!") <= token <= ord("~") else self.pieces[token]
 
 
 def _spans(offsets: Sequence[tuple[int, int]]) -> np.ndarray:

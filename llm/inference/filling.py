@@ -46,7 +46,7 @@ def fill(bundle: Bundle, text: str, count: int = 5) -> list[list[tuple[str, floa
   likeliest = []
   for probabilities_V in probabilities_NxV:
     tokens = np.argsort(-probabilities_V)[:count].tolist()
-    likeliest.append([(tokenizer.shown(i), float(probabilities_V[i])) for i in tokens])
+    likeliest.append([(tokenizer.pieces[i], float(probabilities_V[i])) for i in tokens])
   return likeliest
 
 

@@ -17,8 +17,6 @@ from llm.core import Batch, Params
 from llm.models import build_backbone, cache, facts, layers, precision
 from llm.models.cache import Cache
 
-EXPLAINED = 5  # likeliest tokens that are kept at every step
-
 
 class Sampling(NamedTuple):
   """How the next token is drawn.
@@ -67,6 +65,9 @@ def shardings(mesh: Mesh) -> Writing:
     key=replicated,
     read=replicated,
   )
+
+
+EXPLAINED = 5  # likeliest tokens that are kept at every step
 
 
 def for_one_row(params: Any, dtype: jnp.dtype) -> Any:
@@ -127,18 +128,23 @@ def start(
   """
   rows = batch["tokens"].shape[0]
   read = {}
+  positions_B = batch["positions"].max(-1) + 1
   if facts(config).kind == "encoder_decoder":
-    read = _read(config, params, batch)
+    states_BxSxD = build_backbone(config).apply(
+      {"params": params["backbone"]}, batch, train=False, method="encode"
+    )
+    read = {"states": states_BxSxD, "segments": batch["segments"], "positions": batch["positions"]}
     batch = {
       "tokens": jnp.full((rows, 1), pad, jnp.int32),
       "segments": jnp.ones((rows, 1), jnp.int32),
       "positions": jnp.zeros((rows, 1), jnp.int32),
     }
+    positions_B = jnp.ones(rows, jnp.int32)
   logits_BxV, filled = _step(config, params, batch, cache.empty(config, rows, slots), read)
   return Writing(
     cache=filled,
     logits_BxV=logits_BxV,
-    positions_B=batch["positions"].max(-1) + 1,
+    positions_B=positions_B,
     tokens_BxN=jnp.full((rows, new), pad, jnp.int32),
     best_BxNxE=jnp.zeros((rows, new, EXPLAINED), jnp.int32),
     odds_BxNxE=jnp.zeros((rows, new, EXPLAINED)),
@@ -147,14 +153,6 @@ def start(
     key=key,
     read=read,
   )
-
-
-def _read(config: ModelConfig, params: Params, batch: Batch) -> dict[str, jax.Array]:
-  """What the encoder makes of the prompts, for the decoder to look at."""
-  states_BxSxD: Any = build_backbone(config).apply(
-    {"params": params["backbone"]}, batch, train=False, method="encode"
-  )
-  return {"states": states_BxSxD, "segments": batch["segments"], "positions": batch["positions"]}
 
 
 def _step(

@@ -19,6 +19,7 @@ from llm.performance import flops
 from llm.runs.log import duration
 from llm.training import evaluation, header, in_words, loop, reference
 from llm.training import state as state_lib
+from llm.training import step as step_lib
 from llm.training.experiment import OF_THE_MACHINE, Training
 
 # Steps and batches of an evaluation that are timed, after a first one that compiles.
@@ -55,15 +56,26 @@ def run(
   say(keys(config, experiment.config, file, overridden))
   with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as scratch:
     experiment = reference.attached(experiment, mesh, say)
-    first = state_lib.first_state(experiment, None, epath.Path(scratch), mesh, say)
-    params = {**first.state.trained, **first.state.frozen}
-    parameters = flops.count_parameters(params, experiment.config.model.vocab_size)
-    header.show(experiment, mesh, parameters, first.origin, 0, say)
+    state, optimizer, frozen_masks, origin = state_lib.first_state(
+      experiment, None, epath.Path(scratch), mesh, say
+    )
+    parameters = flops.count_parameters(
+      {**state.trained, **state.frozen}, experiment.config.model.vocab_size
+    )
+    header.show(experiment, mesh, parameters, origin, 0, say)
     loop.baselines(experiment, say)
-    train_step, eval_step = loop.compiled_steps(experiment, first)
-    say(_time(experiment, first.state, train_step, eval_step, mesh))
-  row = in_words.row(experiment.batches[0], 0, experiment.tokenizer, experiment.objective)
-  say(f"batch 0, row 0: {row}")
+    train_step = step_lib.make_train_step(
+      experiment.model,
+      experiment.objective,
+      optimizer,
+      frozen_masks,
+      experiment.config.optimizer.grad_accum_steps,
+      jax.tree.map(lambda array: array.sharding, state),
+    )
+    eval_step = step_lib.make_eval_step(experiment.model, experiment.objective, frozen_masks)
+    say(_time(experiment, state, train_step, eval_step, mesh))
+  first = in_words.row(experiment.batches[0], 0, experiment.tokenizer, experiment.objective)
+  say(f"batch 0, row 0: {first}")
   say("a dry run: no workdir was written")
 
 

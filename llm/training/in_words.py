@@ -7,7 +7,7 @@ from llm.objectives import base
 
 
 def _decoded(tokenizer: Tokenizer, ids: np.ndarray) -> str:
-  return " ".join(tokenizer.shown(int(token)) for token in ids)
+  return " ".join(tokenizer.pieces[int(token)] for token in ids)
 
 
 def _masked_targets(row: dict) -> dict[int, int]:
@@ -26,9 +26,9 @@ def _document_lines(row: dict, tokenizer: Tokenizer, masked: dict[int, int]) -> 
     places = np.flatnonzero(segments == segment).tolist()
     pieces = []
     for place in places:
-      piece = tokenizer.shown(int(row["tokens"][place]))
+      piece = tokenizer.pieces[int(row["tokens"][place])]
       if place in masked:
-        piece = f"<{tokenizer.shown(masked[place])} => {piece}>"
+        piece = f"<{tokenizer.pieces[masked[place]]} => {piece}>"
       pieces.append(piece)
     first, last = row["positions"][places[0]], row["positions"][places[-1]]
     lines.append(f"  document {segment}, positions {first}..{last}: {' '.join(pieces)}")

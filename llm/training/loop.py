@@ -111,16 +111,27 @@ class _Run:
     self.mesh = mesh
     self.stop = stop
     self.say = say
-    # What the last evaluation found.
+    # Of the last evaluation.
     self.eval_figures: dict[str, float] = {}
     description = manager.describe(resume_from) if resume_from else {}
     goal = config.training.keep_best
     self.progress = Progress.of_run(goal, description, manager.evaluations(workdir) if goal else [])
-    first = state_lib.first_state(experiment, resume_from, workdir, mesh, say)
-    self.state, self.frozen_masks, self.origin = first.state, first.frozen_masks, first.origin
+    self.state, optimizer, self.frozen_masks, self.origin = state_lib.first_state(
+      experiment, resume_from, workdir, mesh, say
+    )
     self.first_step = int(self.state.step)
     self.steps = config.training.steps
-    self.train_step, self.eval_step = compiled_steps(experiment, first)
+    self.train_step = step_lib.make_train_step(
+      experiment.model,
+      experiment.objective,
+      optimizer,
+      self.frozen_masks,
+      config.optimizer.grad_accum_steps,
+      jax.tree.map(lambda array: array.sharding, self.state),
+    )
+    self.eval_step = step_lib.make_eval_step(
+      experiment.model, experiment.objective, self.frozen_masks
+    )
     params = jax.eval_shape(self.params)
     self.parameters = flops.count_parameters(params, config.model.vocab_size)
     self._show_header(resume_from)
@@ -283,10 +294,8 @@ class _Run:
     path = self.workdir / "result.json"
     if step == self.first_step:
       if path.exists():
-        done = f"already done: step {self.first_step} in {self.workdir}"
-        if self.stalled():
-          done += ", stopped early: a higher config.training.patience goes on"
-        self.say(done)
+        early = ", stopped early: a higher config.training.patience goes on" * self.stalled()
+        self.say(f"already done: step {self.first_step} in {self.workdir}{early}")
         return json.loads(path.read_text())
       if self.experiment.eval_rows is not None:
         self.eval_figures = self._evaluate(self.experiment.eval_rows)
@@ -322,20 +331,6 @@ class _Run:
       "eval": self.eval_figures,
       "best": self.progress.saved(),
     }
-
-
-def compiled_steps(experiment: Training, first: state_lib.FirstState) -> tuple[Callable, Callable]:
-  """The training step and the evaluation step of a run (step.py)."""
-  network, objective = experiment.model, experiment.objective
-  train_step = step_lib.make_train_step(
-    network,
-    objective,
-    first.optimizer,
-    first.frozen_masks,
-    experiment.config.optimizer.grad_accum_steps,
-    jax.tree.map(lambda array: array.sharding, first.state),
-  )
-  return train_step, step_lib.make_eval_step(network, objective, first.frozen_masks)
 
 
 def baselines(experiment: Training, say: Callable) -> dict[str, float]:

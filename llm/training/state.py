@@ -44,15 +44,6 @@ class Plan(NamedTuple):
   frozen_masks: FrozenMasks
 
 
-class FirstState(NamedTuple):
-  """The state that a run begins or goes on with. origin: where its parameters come from."""
-
-  state: TrainState
-  optimizer: optax.GradientTransformation
-  frozen_masks: FrozenMasks
-  origin: str
-
-
 def plan(experiment: Experiment, mesh: Mesh) -> Plan:
   """Shapes, shardings and optimizer of a run. Nothing is allocated.
 
@@ -113,15 +104,27 @@ def first_state(
   workdir: epath.Path,
   mesh: Mesh,
   say: Callable,
-) -> FirstState:
-  """Allocates the state of a run.
+) -> tuple[TrainState, optax.GradientTransformation, FrozenMasks, str]:
+  """(state, optimizer, frozen masks, where the parameters come from).
 
   resume_from: a verified step of the run itself, None for a new run. Raises UserError as `plan`,
   and where a checkpoint does not fit.
   """
   planned = plan(experiment, mesh)
   shardings = jax.tree.map(lambda array: array.sharding, planned.state)
-  params, origin = _first_params(experiment, planned, resume_from, workdir, say)
+  if resume_from:
+    params = manager.restore(resume_from, "params", planned.params)
+    origin = f"resumed from {resume_from}"
+  elif experiment.config.transfer.checkpoint:
+    params = _transferred_params(experiment, planned, workdir, say)
+    origin = f"transferred from {experiment.start}"
+  else:
+    params = _fresh_params(planned)
+    origin = "random initialisation"
+    vectors_VxE = experiment.vectors(say)
+    if vectors_VxE is not None:
+      params = _with_vectors(params, vectors_VxE, experiment.config.model.init_std)
+      origin = "random initialisation, embeddings by the neighbours of each piece"
   trained, frozen = jax.jit(
     lambda p: partition.split(p, planned.frozen_masks),
     out_shardings=(shardings.trained, shardings.frozen),
@@ -133,29 +136,7 @@ def first_state(
     opt_state = jax.jit(planned.optimizer.init, out_shardings=shardings.opt_state)(trained)
     step = 0
   state = TrainState(jax.device_put(np.int32(step), shardings.step), trained, frozen, opt_state)
-  return FirstState(state, planned.optimizer, planned.frozen_masks, origin)
-
-
-def _first_params(
-  experiment: Training,
-  planned: Plan,
-  resume_from: epath.Path | None,
-  workdir: epath.Path,
-  say: Callable,
-) -> tuple[Params, str]:
-  """(the parameters on the mesh, where they come from)."""
-  if resume_from:
-    params = manager.restore(resume_from, "params", planned.params)
-    return params, f"resumed from {resume_from}"
-  if experiment.config.transfer.checkpoint:
-    params = _transferred_params(experiment, planned, workdir, say)
-    return params, f"transferred from {experiment.start}"
-  params = _fresh_params(planned)
-  vectors_VxE = experiment.vectors(say)
-  if vectors_VxE is None:
-    return params, "random initialisation"
-  params = _with_vectors(params, vectors_VxE, experiment.config.model.init_std)
-  return params, "random initialisation, embeddings by the neighbours of each piece"
+  return state, planned.optimizer, planned.frozen_masks, origin
 
 
 def _fresh_params(planned: Plan) -> Params:
