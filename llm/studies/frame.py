@@ -36,6 +36,13 @@ class Run:
   config: Config
   facts: Mapping[str, Any]
 
+  def take(self, workdir: pathlib.Path, use_devices: Callable | None) -> Mapping[str, Any]:
+    """The figures of the run, which is taken where it is not done; use_devices: of `loop.train`.
+
+    A run that is more than one llm.train replaces this. It leaves config.json and result.json.
+    """
+    return loop.train(self.config, workdir, use_devices=use_devices)
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
@@ -158,7 +165,7 @@ def _result(one_run: Run, folder: pathlib.Path, use_devices: Callable | None) ->
   try:
     # What the run says goes to a file: the console has the study's progress.
     with open(logs / f"{one_run.name}.txt", "a") as log, contextlib.redirect_stdout(log):
-      figures = loop.train(one_run.config, workdir, use_devices=use_devices)
+      figures = one_run.take(workdir, use_devices)
   except UserError as error:
     if "is not finite" not in str(error):
       raise UserError(f"run {one_run.name}: {error}")
