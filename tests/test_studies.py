@@ -13,8 +13,9 @@ from llm.core import UserError
 from llm.data import sources
 from llm.models import classical
 from llm.objectives import classification
-from llm.studies import label_efficiency, report, two_phases
-from llm.studies.label_efficiency import Run, Setting
+from llm.studies import fine_tuner, label_curve, report, two_phases
+from llm.studies.fine_tuner import Run
+from llm.studies.label_curve import Setting
 from llm.studies.report import Compared
 from llm.training import experiment
 from llm.training import step as step_lib
@@ -43,7 +44,7 @@ def study(reviews, byte_tokenizer):
     dropout=0.0,
   )
   splits = {
-    s: label_efficiency.encode(objective, source, byte_tokenizer, config, 48)
+    s: fine_tuner.encode(objective, source, byte_tokenizer, config, 48)
     for s, source in found.items()
   }
   one = {k: v[:1] for k, v in splits["train"].arrays.items()}
@@ -55,7 +56,7 @@ def study(reviews, byte_tokenizer):
     for seed, arm in enumerate(("pretrained", "scratch"))
   }
   mesh = sharding.make_mesh(MeshConfig(data=2), jax.devices()[:2])
-  return label_efficiency.FineTuner(objective, config, starts, 8, mesh), splits
+  return fine_tuner.FineTuner(objective, config, starts, 8, mesh), splits
 
 
 def test_runs_do_not_touch_their_neighbours(study):
@@ -63,7 +64,7 @@ def test_runs_do_not_touch_their_neighbours(study):
   tuner, splits = study
 
   def draw(n):
-    return label_efficiency.draw(splits["train"], 24, n)
+    return label_curve.draw(splits["train"], 24, n)
 
   runs = [
     Run("pretrained", draw(0), 3e-3, 2, 0),
@@ -79,7 +80,7 @@ def test_runs_do_not_touch_their_neighbours(study):
 def test_a_plain_study_learns_and_its_rows_hold_what_was_measured(study):
   tuner, splits = study
   setting = Setting(0, draws=2, searched=1, learning_rates=(1e-5, 1e-2), epochs=(10,))
-  rows, differences = label_efficiency.run(
+  rows, differences = label_curve.run(
     tuner, [setting], splits["train"], splits["eval"], splits["eval"]
   )
   found = {r["model"]: r for r in rows}
@@ -98,7 +99,7 @@ def test_a_rate_that_diverges_is_counted_and_not_chosen(study, capsys):
   tuner, splits = study
   train, held_out = splits["train"], splits["eval"]
   setting = Setting(24, draws=2, searched=2, learning_rates=(1e30, 1e-6), epochs=(2,))
-  rows, _ = label_efficiency.run(tuner, [setting], train, held_out, held_out)
+  rows, _ = label_curve.run(tuner, [setting], train, held_out, held_out)
   arms = {row["model"]: row for row in rows}
   for arm in ("pretrained", "scratch"):
     chosen = arms[arm]["chosen"]
@@ -107,12 +108,12 @@ def test_a_rate_that_diverges_is_counted_and_not_chosen(study, capsys):
   assert capsys.readouterr().out.count("(2 of the 4 runs of its search diverged)") == 2
   bad = dataclasses.replace(setting, learning_rates=(1e30, 1e31))
   with pytest.raises(UserError, match="pretrained at 24 labels diverged at every .*: 1e.30, 1e.31"):
-    label_efficiency.measure(tuner, bad, train, held_out, held_out, _Bar())
+    label_curve.measure(tuner, bad, train, held_out, held_out, _Bar())
   # Without a search, a run that diverges has labelled nothing right.
   alone = dataclasses.replace(setting, learning_rates=(1e30,))
-  row = label_efficiency.measure(tuner, alone, train, None, held_out, _Bar())[0]
+  row = label_curve.measure(tuner, alone, train, None, held_out, _Bar())[0]
   assert row["accuracies"] == [0.0, 0.0] and row["diverged"] == 2
-  assert label_efficiency.in_words(row).endswith("(2 of its 2 runs diverged and count as 0)")
+  assert label_curve.in_words(row).endswith("(2 of its 2 runs diverged and count as 0)")
 
 
 def test_a_study_that_cannot_be_made_is_one_line_before_any_run(study):
@@ -137,7 +138,7 @@ def test_a_study_that_cannot_be_made_is_one_line_before_any_run(study):
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(tuner, "accuracies", lambda *_: pytest.fail("a run was trained"))
       with pytest.raises(UserError, match=message) as error:
-        label_efficiency.run(tuner, settings, learned, validation, held_out)
+        label_curve.run(tuner, settings, learned, validation, held_out)
     assert "\n" not in str(error.value)
 
 
@@ -146,30 +147,28 @@ def test_paired_interval_is_scipys():
   a, b = rng.random(20), rng.random(20)
   low, high = scipy.stats.ttest_rel(a, b).confidence_interval(0.95)
   np.testing.assert_allclose(
-    label_efficiency.paired_difference(a, b), ((a - b).mean(), low, high), rtol=1e-12
+    label_curve.paired_difference(a, b), ((a - b).mean(), low, high), rtol=1e-12
   )
 
 
 def test_draws_are_distinct_rows_and_differ(study):
   train = study[1]["train"]
-  first, second = (label_efficiency.draw(train, 24, n) for n in (0, 1))
+  first, second = (label_curve.draw(train, 24, n) for n in (0, 1))
   assert (
-    len(set(first)) == 24
-    and set(first) != set(second)
-    and first == label_efficiency.draw(train, 24, 0)
+    len(set(first)) == 24 and set(first) != set(second) and first == label_curve.draw(train, 24, 0)
   )
 
 
 def test_labels_that_are_worth_the_same():
   """64 labels reach 60, which the other arm has half way from 100 to 400 labels: at 200."""
   curve = {100: [0.55, 0.55], 400: [0.65, 0.65], 1600: [0.75]}
-  equal, low, high = label_efficiency.equivalent_labels([0.60, 0.60], curve)
+  equal, low, high = label_curve.equivalent_labels([0.60, 0.60], curve)
   assert equal == pytest.approx(200, rel=1e-3) and (low, high) == (equal, equal)
-  assert label_efficiency.equivalent_labels([0.5], curve)[0] == pytest.approx(100)
-  assert label_efficiency.equivalent_labels([0.9], curve)[0] == pytest.approx(1600)
+  assert label_curve.equivalent_labels([0.5], curve)[0] == pytest.approx(100)
+  assert label_curve.equivalent_labels([0.9], curve)[0] == pytest.approx(1600)
   # A curve that falls counts as one that stays: fewer labels reach what more do.
-  assert label_efficiency.equivalent_labels([0.6], {100: [0.6], 400: [0.5]})[0] <= 400
-  _, low, high = label_efficiency.equivalent_labels([0.58, 0.62], curve)
+  assert label_curve.equivalent_labels([0.6], {100: [0.6], 400: [0.5]})[0] <= 400
+  _, low, high = label_curve.equivalent_labels([0.58, 0.62], curve)
   assert low < 200 < high
 
 

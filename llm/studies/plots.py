@@ -1,11 +1,13 @@
 """Plots of the studies."""
 
 import pathlib
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 
 # Model -> its name in the legend, its colour, its marker and line.
 STYLES = {
@@ -17,13 +19,25 @@ STYLES = {
 }
 
 
-def label_curve(rows: list[dict], path: pathlib.Path, title: str):
-  """Writes a PNG of accuracy against the number of labels: mean and standard deviation over draws.
+COLOURS = ("#e9a23b", "#7b5ea7", "#17becf", "#8c564b")
 
-  rows: results of `label_efficiency.run`.
+
+def _style(model: str, others: list[str]) -> tuple[str, str, str]:
+  """The name, colour and line of a model. others: those without a style, in order."""
+  if model in STYLES:
+    return STYLES[model]
+  return model, COLOURS[others.index(model) % len(COLOURS)], "o-"
+
+
+def label_curve(rows: list[dict], path: pathlib.Path, title: str):
+  """Writes accuracy against the number of labels: mean and standard deviation over draws.
+
+  rows: results of `label_curve.run`. path: of a PNG; an SVG lies beside it.
   """
   figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-  for model, (label, colour, style) in STYLES.items():
+  models = list(dict.fromkeys([*STYLES, *(row["model"] for row in rows)]))
+  for model in models:
+    label, colour, style = _style(model, models[len(STYLES) :])
     points = [row for row in rows if row["model"] == model]
     points.sort(key=lambda row: row["labels"])
     if points:
@@ -36,19 +50,86 @@ def label_curve(rows: list[dict], path: pathlib.Path, title: str):
         capsize=3,
         label=label,
       )
-  counts = sorted({row["labels"] for row in rows})
+  _over_labels(axes, sorted({row["labels"] for row in rows}))
+  axes.set(xlabel="labels", ylabel="test accuracy, %", title=title)
+  axes.legend(frameon=False)
+  save(figure, path)
+
+
+def worth(points: list[dict], path: pathlib.Path):
+  """Writes how many labels from scratch equal the labels of each arm, with intervals.
+
+  points: dicts of arm, labels, equal, low and high. path: as of `label_curve`.
+  """
+  figure, axes = plt.subplots(figsize=(6, 4.5), layout="constrained")
+  arms = list(dict.fromkeys([*STYLES, *(point["arm"] for point in points)]))
+  for arm in arms:
+    label, colour, style = _style(arm, arms[len(STYLES) :])
+    of_arm = [point for point in points if point["arm"] == arm]
+    if of_arm:
+      below = [point["equal"] - point["low"] for point in of_arm]
+      above = [point["high"] - point["equal"] for point in of_arm]
+      axes.errorbar(
+        [point["labels"] for point in of_arm],
+        [point["equal"] for point in of_arm],
+        yerr=np.maximum([below, above], 0),
+        fmt=style,
+        color=colour,
+        capsize=3,
+        label=label,
+      )
+  counts = sorted({point["labels"] for point in points})
+  axes.plot(counts, counts, "k:", linewidth=0.7)
+  axes.set_yscale("log")
+  _over_labels(axes, counts)
+  axes.set(xlabel="labels", ylabel="labels from scratch that are worth the same")
+  axes.legend(frameon=False)
+  save(figure, path)
+
+
+def gains(
+  panels: dict[str, np.ndarray], marks: dict[str, np.ndarray], names: list[str], path: pathlib.Path
+):
+  """Writes matrices of source x target, in points of accuracy; NaN is left white.
+
+  panels: title -> the gains. marks: title -> whether each is told apart from 0, in bold.
+  """
+  columns = 2 if len(panels) > 1 else 1
+  rows = -(-len(panels) // columns)
+  figure, axes = plt.subplots(
+    rows, columns, figsize=(4.5 * columns, 3.8 * rows), layout="constrained", squeeze=False
+  )
+  largest = max(np.nanmax(np.abs(gain)) for gain in panels.values()) or 1.0
+  for axis in axes.flat[len(panels) :]:
+    axis.set_axis_off()
+  for axis, (title, gain) in zip(axes.flat, panels.items()):
+    axis.imshow(gain, cmap="RdBu", vmin=-largest, vmax=largest)
+    for (source, target), value in np.ndenumerate(gain):
+      if np.isfinite(value):
+        weight = "bold" if marks[title][source, target] else "normal"
+        axis.text(target, source, f"{value:+.1f}", ha="center", va="center", weight=weight)
+    axis.set_xticks(range(len(names)), names, rotation=20)
+    axis.set_yticks(range(len(names)), names)
+    axis.set(xlabel="target", ylabel="source", title=title)
+  save(figure, path)
+
+
+def _over_labels(axes: Any, counts: list[int]):
+  """A logarithmic axis of label counts."""
   axes.set_xscale("log")
   axes.set_xticks(counts, [f"{count:,}" for count in counts])
   axes.minorticks_off()
-  axes.axhline(50, color="black", linewidth=0.5, linestyle=":")
-  axes.set(xlabel="labels", ylabel="test accuracy, %", title=title)
-  axes.legend(frameon=False)
+
+
+def save(figure: Any, path: pathlib.Path):
+  """Writes a PNG and an SVG beside it."""
   figure.savefig(path, dpi=150)
+  figure.savefig(path.with_suffix(".svg"))
   plt.close(figure)
 
 
 def reply_loss(curves: dict[str, list[tuple[int, float]]], path: pathlib.Path):
-  """Writes a PNG of the loss of held-out replies against the steps of fine-tuning.
+  """Writes the loss of held-out replies against the steps of fine-tuning.
 
   curves: (step, nats a token) of each evaluation, by the name of the model.
   """
@@ -57,5 +138,4 @@ def reply_loss(curves: dict[str, list[tuple[int, float]]], path: pathlib.Path):
     axes.plot(*zip(*points), "o-", color=colour, label=name)
   axes.set(xlabel="steps of fine-tuning", ylabel="nats a token", title="Held-out replies")
   axes.legend(frameon=False)
-  figure.savefig(path, dpi=150)
-  plt.close(figure)
+  save(figure, path)

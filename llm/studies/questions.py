@@ -22,8 +22,8 @@ from llm.data import sources
 from llm.objectives import base
 from llm.runs import metrics
 from llm.studies import responses
+from llm.studies.few_labels import INIT_STD
 from llm.studies.report import Compared
-from llm.studies.sentiment import SCRATCH_INIT_STD
 from llm.training import evaluation, experiment, loop
 
 # Tokens of a window, the length of the rows of the pretraining.
@@ -61,7 +61,7 @@ def tuning_config(checkpoint: str, cache: str, quick: bool) -> Config:
 
 def from_scratch(config: Config) -> Config:
   """The same with none of the checkpoint's parameters, and the start that suits labels alone."""
-  model = dataclasses.replace(config.model, init_std=SCRATCH_INIT_STD)
+  model = dataclasses.replace(config.model, init_std=INIT_STD)
   return dataclasses.replace(responses.from_scratch(config), model=model)
 
 

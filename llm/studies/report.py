@@ -10,6 +10,7 @@ import jinja2
 import tabulate
 
 from llm.runs.log import duration
+from llm.studies import label_curve
 
 CAVEATS = (
   "Both arms have the same architecture, data, batches and fresh head. On sentiment, learning rate "
@@ -56,11 +57,7 @@ def worth_sentence(equal: Mapping[str, Any], minutes: float) -> str:
   """The first line of the report."""
 
   def count(labels: float) -> str:
-    if labels >= 0.999 * equal["most"]:
-      return f"{equal['most']:,} or more"
-    if labels <= 1.001 * equal["labels"]:
-      return f"{equal['labels']:,} or fewer"
-    return f"{labels:,.0f}"
+    return label_curve.in_labels(labels, equal["labels"], equal["most"])
 
   def told(model: str) -> str:
     of_model = equal[model]

@@ -7,22 +7,15 @@ published checkpoint too, and fits the classical models to the same labels.
 import dataclasses
 from typing import Mapping, Sequence
 
-import jax
-import numpy as np
 import tqdm
 from etils import epath
 
 from llm import sharding
-from llm.checkpoints import locate, manager, transfer
-from llm.config import DataConfig, MeshConfig, ModelConfig, TransferConfig
-from llm.core import Params
-from llm.data import sources
-from llm.data.tokenizer import Tokenizer
-from llm.objectives import base, classification
-from llm.studies import label_efficiency
-from llm.studies.label_efficiency import FineTuner, Setting, Split
-from llm.training import experiment
-from llm.training import step as step_lib
+from llm.config import DataConfig, MeshConfig
+from llm.studies import few_labels, label_curve
+from llm.studies.few_labels import Arm
+from llm.studies.fine_tuner import FineTuner, Split
+from llm.studies.label_curve import Setting
 
 # Tokens of a row: most review sentences fit.
 LENGTH = 40
@@ -48,52 +41,17 @@ PUBLISHED = (
   Setting(64, draws=4, searched=0, learning_rates=(3e-4,), epochs=(5,)),
   Setting(256, draws=2, searched=0, learning_rates=(2e-4,), epochs=(3,)),
 )
-# The init_std of parameters that are fine-tuned from scratch. Labels alone are learned better from
-# 0.02 than from what suits pretraining (validation accuracy 56 against 53 at 64 labels, 61 against
-# 56 at 256). So each arm has the start that suits it.
-SCRATCH_INIT_STD = 0.02
-
-
-def _splits(
-  data: DataConfig, tokenizer: Tokenizer, model: ModelConfig
-) -> tuple[classification.Objective, dict[str, Split]]:
-  """The objective, and the splits of the reviews in the tokens of a model."""
-  parsed = {
-    split: sources.parse(f"embedded:reviews[{split}]", data)[0]
-    for split in ("train", "validation", "test")
-  }
-  objective = classification.Objective(pooling="mean").fit([parsed["train"]], tokenizer)
-  splits = {
-    split: label_efficiency.encode(objective, source, tokenizer, model, LENGTH)
-    for split, source in parsed.items()
-  }
-  return objective, splits
-
-
-def _fresh(objective: classification.Objective, model: ModelConfig) -> Params:
-  """Random parameters."""
-  row = base.zero_row(objective.batch_spec(model, LENGTH))
-  model = dataclasses.replace(model, init_std=SCRATCH_INIT_STD)
-  network = experiment.build(objective, model)
-  return jax.tree.map(np.asarray, step_lib.init_params(network, row, jax.random.key(1)))
-
-
-def _with_backbone(fresh: Params, checkpoint: epath.Path) -> Params:
-  """`fresh` with the backbone of a checkpoint."""
-  saved = manager.restore(checkpoint, "params")
-  params, _ = transfer.transfer(fresh, saved, TransferConfig(skip=("^head/",)))
-  return params
+REVIEWS = "embedded:reviews[{split}]"
 
 
 def fine_tuner(pretrained: epath.Path, data: DataConfig) -> tuple[FineTuner, dict[str, Split]]:
   """(the tuner of both arms, the splits). pretrained: a verified step."""
-  saved = experiment.from_checkpoint(pretrained)
-  model = dataclasses.replace(saved.config.model, dropout=0.1)
-  objective, splits = _splits(data, saved.tokenizer, model)
-  scratch = _fresh(objective, model)
-  starts = {"pretrained": _with_backbone(scratch, pretrained), "scratch": scratch}
+  arm = Arm(str(pretrained), False, REVIEWS, cache=data.cache, length=LENGTH, batch_size=BATCH_SIZE)
+  start = few_labels.prepared(arm)
+  scratch = few_labels.prepared(dataclasses.replace(arm, scratch=True))
+  starts = {"pretrained": start.params, "scratch": scratch.params}
   mesh = sharding.make_mesh(MeshConfig())
-  return FineTuner(objective, model, starts, BATCH_SIZE, mesh), splits
+  return FineTuner(start.objective, start.model, starts, BATCH_SIZE, mesh), start.splits
 
 
 def published(data: DataConfig, settings: Sequence[Setting]) -> list[dict]:
@@ -101,32 +59,30 @@ def published(data: DataConfig, settings: Sequence[Setting]) -> list[dict]:
 
   It has six layers, was distilled from a larger model, and then tuned on sentence pairs.
   """
-  step = locate.find("embedded:minilm", print, data.cache)
-  saved = experiment.from_checkpoint(step)
-  model = saved.config.model
-  objective, splits = _splits(data, saved.tokenizer, model)
-  starts = {"published_bert": _with_backbone(_fresh(objective, model), step)}
+  size = BATCH_SIZE // 2
+  arm = Arm("embedded:minilm", False, REVIEWS, cache=data.cache, length=LENGTH, batch_size=size)
+  start = few_labels.prepared(arm)
+  starts = {"published_bert": start.params}
   mesh = sharding.make_mesh(MeshConfig())
-  tuner = FineTuner(objective, model, starts, BATCH_SIZE // 2, mesh)
+  tuner = FineTuner(start.objective, start.model, starts, size, mesh)
+  splits = [start.splits[split] for split in few_labels.SPLITS]
   rows = []
-  total = sum(label_efficiency.count_fits(setting, len(starts)) for setting in settings)
+  total = sum(label_curve.count_fits(setting, len(starts)) for setting in settings)
   with tqdm.tqdm(desc="published BERT", total=total, unit=" runs", disable=None) as bar:
     for setting in settings:
-      rows += label_efficiency.measure(
-        tuner, setting, splits["train"], splits["validation"], splits["test"], bar
-      )
+      rows += label_curve.measure(tuner, setting, *splits, bar)
   return rows
 
 
 def measured(
   pretrained: epath.Path, data: DataConfig, quick: bool
 ) -> tuple[list[dict], list[dict]]:
-  """(a row a model and label count, a difference a label count) of label_efficiency.run.
+  """(a row a model and label count, a difference a label count) of label_curve.run.
 
   pretrained: a verified step. quick: fewer label counts and draws, and no published checkpoint.
   """
   tuner, splits = fine_tuner(pretrained, data)
-  rows, differences = label_efficiency.run(
+  rows, differences = label_curve.run(
     tuner, QUICK if quick else FULL, splits["train"], splits["validation"], splits["test"]
   )
   if not quick:

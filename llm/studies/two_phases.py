@@ -21,7 +21,7 @@ from llm.config import Config
 from llm.objectives import base, chat
 from llm.runs import metrics
 from llm.runs.log import duration
-from llm.studies import label_efficiency, plots, questions, report, responses, sentiment
+from llm.studies import label_curve, plots, questions, report, responses, sentiment
 from llm.studies.report import Compared
 from llm.training import experiment, loop
 
@@ -94,7 +94,7 @@ def worth(rows: list[dict]) -> dict[str, Any]:
   result: dict[str, Any] = {"labels": fewest, "most": max(curve)}
   for model in ("pretrained", "published_bert"):
     if row := sentiment.by_model(rows, fewest).get(model):
-      equal, low, high = label_efficiency.equivalent_labels(row["accuracies"], curve)
+      equal, low, high = label_curve.equivalent_labels(row["accuracies"], curve)
       result[model] = {"labels": equal, "low": low, "high": high}
   return result
 

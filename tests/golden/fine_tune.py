@@ -26,17 +26,17 @@ def splits():
   from llm import cache
   from llm.data import embedded, sources
   from llm.objectives import classification
-  from llm.studies import label_efficiency
+  from llm.studies import fine_tuner
 
   folder = embedded.model("minilm", cache.cache_dir())
   converted = huggingface.read(folder)
   found = [sources.parse(f"embedded:reviews[{s}]", DataConfig())[0] for s in ("train", "test")]
   objective = classification.Objective().fit(found[:1], None)
   train, test = (
-    label_efficiency.encode(objective, s, converted[2], converted[1].model, LENGTH) for s in found
+    fine_tuner.encode(objective, s, converted[2], converted[1].model, LENGTH) for s in found
   )
   rows = np.random.default_rng(0).choice(len(test.labels), 500, replace=False)
-  test = label_efficiency.Split(
+  test = fine_tuner.Split(
     [test.texts[i] for i in rows], test.labels[rows], {k: v[rows] for k, v in test.arrays.items()}
   )
   return train, test, objective, converted, folder
@@ -49,23 +49,23 @@ def ours():
   from llm.checkpoints import transfer
   from llm.config import MeshConfig, TransferConfig
   from llm.models import classical
-  from llm.studies import label_efficiency
+  from llm.studies import fine_tuner, label_curve
   from llm.training import experiment, step
 
   train, test, objective, (params, config, _), _ = splits()
   one = {k: v[:1] for k, v in train.arrays.items()}
   fresh = step.init_params(experiment.build(objective, config.model), one, jax.random.key(0))
   start, _ = transfer.transfer(fresh, params, TransferConfig(skip=(r"^head/(?!pooler)",)))
-  tuner = label_efficiency.FineTuner(
+  tuner = fine_tuner.FineTuner(
     objective, config.model, {"bert": start}, BATCH, sharding.make_mesh(MeshConfig())
   )
 
   class Bar:
     update = staticmethod(lambda: None)
 
-  draws = [label_efficiency.draw(train, LABELS, n) for n in range(HERE)]
+  draws = [label_curve.draw(train, LABELS, n) for n in range(HERE)]
   found = tuner.accuracies(
-    [label_efficiency.Run("bert", d, RATE, EPOCHS, n) for n, d in enumerate(draws)],
+    [fine_tuner.Run("bert", d, RATE, EPOCHS, n) for n, d in enumerate(draws)],
     train,
     test,
     Bar,
@@ -84,7 +84,7 @@ def torchs():
   import torch
   import transformers
 
-  from llm.studies import label_efficiency
+  from llm.studies import label_curve
 
   train, test, _, _, folder = splits()
   tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -99,7 +99,7 @@ def torchs():
   out = []
   for seed in range(DRAWS):
     torch.manual_seed(seed)
-    chosen = np.array(label_efficiency.draw(train, LABELS, seed))
+    chosen = np.array(label_curve.draw(train, LABELS, seed))
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
       folder, num_labels=2
     ).train()
