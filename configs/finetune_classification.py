@@ -14,32 +14,11 @@ Published: accuracy of BERT on GLUE's test set of SST-2: tiny 83.2, mini 85.9, s
 NBSVM has an accuracy of 91.2 on IMDb (Wang and Manning 2012).
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from llm import config as config_lib
+from llm.data import glue
 from llm.objectives import base
-
-
-class Task(NamedTuple):
-  """A task of GLUE. fields: config.data.fields. metric: the official one, which keeps the best."""
-
-  fields: str
-  split: str
-  metric: str
-
-
-GLUE = {
-  "cola": Task("text=sentence", "validation", "mcc"),
-  "sst2": Task("text=sentence", "validation", "accuracy"),
-  "mrpc": Task("text=sentence1,text_pair=sentence2", "validation", "f1"),
-  "qqp": Task("text=question1,text_pair=question2", "validation", "f1"),
-  "stsb": Task("text=sentence1,text_pair=sentence2", "validation", "pearson"),
-  "mnli": Task("text=premise,text_pair=hypothesis", "validation_matched", "accuracy"),
-  "mnli_mismatched": Task("text=premise,text_pair=hypothesis", "validation_mismatched", "accuracy"),
-  "qnli": Task("text=question,text_pair=sentence", "validation", "accuracy"),
-  "rte": Task("text=sentence1,text_pair=sentence2", "validation", "accuracy"),
-  "wnli": Task("text=sentence1,text_pair=sentence2", "validation", "accuracy"),
-}
 
 
 def get_config(task: str = "") -> Any:
@@ -64,13 +43,21 @@ def get_config(task: str = "") -> Any:
   elif task == "imdb":
     config.data.update(train="tfds:imdb_reviews[train]", eval="tfds:imdb_reviews[test]")
     config.training.sequence_length = 512
-  elif task in GLUE:
-    fields, split, metric = GLUE[task]
-    name = f"tfds:glue/{task.removesuffix('_mismatched')}"
-    config.data.update(train=f"{name}[train]", eval=f"{name}[{split}]", fields=fields)
-    config.training.keep_best = f"max:{metric}"
-    if task == "stsb":
-      config.objective.num_classes = 1
+  elif task.removesuffix("_mismatched") in glue.TASKS:
+    _of_glue(config, task)
   elif task:
-    raise ValueError(f"unknown task {task!r}; known: reviews, imdb, {', '.join(GLUE)}")
+    names = ", ".join(glue.TASKS)
+    raise ValueError(f"unknown task {task!r}; known: reviews, imdb, mnli_mismatched, {names}")
   return config
+
+
+def _of_glue(config: Any, task: str):
+  """Sets what a task of GLUE needs."""
+  name = task.removesuffix("_mismatched")
+  facts = glue.TASKS[name]
+  split = facts.validation if name == task else glue.MISMATCHED
+  source = f"tfds:glue/{name}"
+  config.data.update(train=f"{source}[train]", eval=f"{source}[{split}]", fields=facts.fields)
+  config.training.keep_best = f"max:{facts.metric}"
+  if facts.regression:
+    config.objective.num_classes = 1
