@@ -8,26 +8,26 @@ from the checkpoint that learned MNLI (Liu et al. 2019, section 5.1).
 
 import dataclasses
 import pathlib
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import tabulate
 
-from llm import sharding, storage
+from llm import sharding
 from llm.checkpoints import manager
 from llm.config import Config, MeshConfig, key
 from llm.core import UserError, round_up
 from llm.data import batches, glue, sources
-from llm.runs import workdir as workdir_lib
 from llm.studies import frame, plots
 from llm.studies.frame import Result, Run
+from llm.studies.scored import Scored
 from llm.training import evaluation, experiment
 
-# GLUE's test set, in the order of glue.TASKS; MNLI as matched/mismatched, others with two figures in
-# the order of their metrics; - was not published. The small ones are of the README of
-# google-research/bert, base and large of Devlin et al. 2019 (table 1).
+# GLUE's test set, in the order of glue.TASKS: MNLI as matched/mismatched, others with two figures
+# in the order of their metrics, and - for what was not published. The small ones are of the README
+# of google-research/bert, base and large of Devlin et al. 2019 (table 1).
 PUBLISHED = {
   "BERT tiny": "0.0 83.2 81.1/71.1 74.3/73.6 62.2/83.4 70.2/70.3 81.5 57.2 62.3",
   "BERT mini": "0.0 85.9 81.1/71.8 75.4/73.3 66.4/86.2 74.8/74.3 84.1 57.9 62.3",
@@ -36,6 +36,12 @@ PUBLISHED = {
   "BERT base": "52.1 93.5 88.9/- -/85.8 71.2/- 84.6/83.4 90.5 66.4 -",
   "BERT large": "60.5 94.9 89.3/- -/86.5 72.1/- 86.7/85.9 92.7 70.1 -",
 }
+NOTE = (
+  "Figures here are of the validation split, on which rate and epochs were chosen; those that are "
+  "published are of the test split, which only GLUE's server scores. The average is that of Devlin "
+  "et al. 2019: both figures of MNLI, F1 of QQP and MRPC, Spearman's correlation of STS-B, without "
+  "WNLI. Intervals of the median resample the seeds.\n"
+)
 RESAMPLED = 2_000  # times, for the intervals
 
 
@@ -168,7 +174,9 @@ class Study(frame.Study):
       and {name: result.run.facts[name] for name in chosen} == chosen
       and result.run.facts["task"] == task
     ]
-    names = [*glue.TASKS[task].metrics, *(["mismatched"] if task == "mnli" else [])]
+    names = [*glue.TASKS[task].metrics]
+    if all("mismatched" in result.figures["eval"] for result in runs):
+      names.append("mismatched")
     figures = {}
     for name in names:
       values = [_value(result, name) for result in runs]
@@ -199,29 +207,18 @@ class Study(frame.Study):
         tabulate.tabulate(details, detail_headers, "github", disable_numparse=True) + "\n",
         *([started] if self.from_mnli else []),
         *([at_edge] if edges else []),
-        "Figures here are of the validation split, on which rate and epochs were chosen; those that "
-        "are published are of the test split, which only GLUE's server scores. The average is that "
-        "of Devlin et al. 2019: both figures of MNLI, F1 of QQP and MRPC, Spearman's correlation of "
-        "STS-B, without WNLI. Intervals of the median resample the seeds.\n",
+        NOTE,
       ]
     )
 
 
 @dataclasses.dataclass(frozen=True)
-class WithMismatched(Run):
+class WithMismatched(Scored):
   """A run of MNLI that is also scored on the split of other genres. source: of that split."""
 
   source: str
 
-  def take(self, workdir: pathlib.Path, use_devices: Callable | None) -> Mapping[str, Any]:
-    result = super().take(workdir, use_devices)
-    if "mismatched" not in result["eval"]:
-      figures = {**result["eval"], "mismatched": self._accuracy(workdir)}
-      result = {**result, "eval": figures}
-      workdir_lib.write_json(storage.folder(workdir) / "result.json", result)
-    return result
-
-  def _accuracy(self, workdir: pathlib.Path) -> float:
+  def score(self, workdir: pathlib.Path) -> dict[str, float]:
     step = manager.find(workdir)
     bundle = experiment.load(step)
     saved = experiment.from_checkpoint(step)
@@ -235,7 +232,7 @@ class WithMismatched(Run):
     size = round_up(size, mesh.size)
     with jax.set_mesh(mesh):
       figures, _ = evaluation.of_checkpoint(bundle, saved.objective, rows, length, size, mesh)
-    return figures["accuracy"]
+    return {"mismatched": figures["accuracy"]}
 
 
 def _value(result: Result, name: str) -> float:

@@ -1,0 +1,230 @@
+"""Encoder, decoder and encoder-decoder side by side, each with its own objective of pretraining.
+
+All are pretrained with the same FLOPs on the same text and vocabulary, at a learning rate that is
+chosen among the same ones, and fine-tuned with the same search on three tasks
+(architecture_tasks.py). An encoder-decoder stands at the layers of the others, with more
+parameters, and at half of them, with about as many.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any, Mapping, Sequence
+
+import jax
+from llm import models
+from llm.config import Config, key
+from llm.core import UserError
+from llm.objectives import base as objectives
+from llm.performance import flops
+from llm.studies import architecture_report, few_labels, frame
+from llm.studies import architecture_tasks as tasks_lib
+from llm.studies.frame import Result, Run
+from llm.training import experiment as experiment_lib
+from llm.training import step as step_lib
+
+SENTINELS = 100  # of an encoder-decoder, as T5 has
+
+
+@dataclasses.dataclass(frozen=True)
+class Study(frame.Study):
+  """models: NAME:LAYERS:OBJECTIVE, in the width of config.run. budget: FLOPs of a pretraining.
+  rates: learning rates of pretraining. tuning_rates: of fine-tuning. epochs: TASK=EPOCHS. seeds:
+  pretrainings of each model, each fine-tuned once on each task. sentiment, questions, replies: the
+  tasks, sources with {split}.
+  """
+
+  title = "Architectures"
+
+  models: tuple = (
+    "bert:2:masked_lm",
+    "electra:2:replaced_token",
+    "gpt:2:causal_lm",
+    "t5:2:span_corruption",
+    "t5:1:span_corruption",
+  )
+  budget: str = "2e13"
+  rates: tuple = ("1e-3", "3e-3")
+  tuning_rates: tuple = ("3e-4", "1e-3", "3e-3")
+  epochs: tuple = ("sentiment=3", "questions=10", "replies=3")
+  seeds: int = key(3, at_least=1)
+  sentiment: str = "embedded:reviews[{split}]"
+  questions: str = "embedded:abstracts[{split}]"
+  replies: str = "embedded:alpaca[{split}]"
+
+  def quick(self) -> "Study":
+    return dataclasses.replace(
+      self,
+      models=self.models[::2],
+      budget=str(min(1e12, self._budget())),
+      rates=self.rates[-1:],
+      tuning_rates=self.tuning_rates[1:2],
+      epochs=("sentiment=1", "questions=3", "replies=1"),
+      seeds=2,
+    )
+
+  def next_runs(self, base: Config, done: Sequence[Result], folder: pathlib.Path) -> list[Run]:
+    epochs = self._epochs()
+    self._budget()
+    files = folder / "data"
+    tasks_lib.write_files({task: getattr(self, task) for task in epochs}, base.data, files)
+    search = [
+      self._pretraining(base, model, rate, 0) for model in self.models for rate in self.rates
+    ]
+    runs = list(search)
+    if _missing(search, done):
+      return runs
+    rates = {model: self._best(done, model, "") for model in self.models}
+    pretrainings = {
+      (model, seed): self._pretraining(base, model, rate, seed)
+      for model, rate in rates.items()
+      for seed in range(self.seeds)
+    }
+    runs += [run for (_, seed), run in pretrainings.items() if seed]
+    if _missing(runs, done):
+      return runs
+    pairs = [
+      (model, task)
+      for model in self.models
+      for task in epochs
+      if tasks_lib.form(task, _parts(model)[0])
+    ]
+
+    def tuning(model: str, task: str, rate: str, seed: int, split: str) -> Run:
+      start = pretrainings[model, seed]
+      checkpoint = str(folder / "runs" / start.name)
+      config = tasks_lib.tuning_config(start.config, checkpoint, task, files, split)
+      config = _with_training(config, float(rate), epochs[task], seed)
+      return _tuning(model, task, rate, seed, split, config, files)
+
+    runs += [
+      tuning(model, task, rate, 0, "validation")
+      for model, task in pairs
+      for rate in self.tuning_rates
+    ]
+    if _missing(runs, done):
+      return runs
+    return runs + [
+      tuning(model, task, self._best(done, model, task), seed, "test")
+      for model, task in pairs
+      for seed in range(self.seeds)
+    ]
+
+  def _budget(self) -> float:
+    try:
+      budget = float(self.budget)
+    except ValueError:
+      budget = 0.0
+    if budget <= 0:
+      raise UserError(f"config.study.budget={self.budget!r} must be a number of FLOPs, e.g. 2e13")
+    return budget
+
+  def _epochs(self) -> dict[str, float]:
+    """Task -> its epochs. Raises UserError on tasks or numbers that are none."""
+    epochs = {}
+    for text in self.epochs:
+      task, number = few_labels.named(text, "config.study.epochs")
+      if task not in tasks_lib.FORMS or not number.replace(".", "", 1).isdigit():
+        raise UserError(
+          f"config.study.epochs: {text!r} is not TASK=EPOCHS with TASK one of "
+          f"{', '.join(tasks_lib.FORMS)}"
+        )
+      epochs[task] = float(number)
+    return epochs
+
+  def _pretraining(self, base: Config, model: str, rate: str, seed: int) -> Run:
+    name, layers, objective = _parts(model)
+    kind = models.facts_of(name).kind
+    sentinels = SENTINELS if kind == "encoder_decoder" else 0
+    if objective != base.objective["name"]:
+      hyper_parameters: Mapping[str, Any] = objectives.defaults(objective)
+    else:
+      hyper_parameters = base.objective
+    config = dataclasses.replace(
+      base,
+      model=dataclasses.replace(base.model, name=name, num_layers=layers),
+      objective=dict(hyper_parameters),
+      tokenizer=dataclasses.replace(base.tokenizer, sentinels=sentinels),
+      optimizer=dataclasses.replace(base.optimizer, learning_rate=float(rate)),
+      training=dataclasses.replace(base.training, steps=1, epochs=0.0, seed=seed),
+    )
+    steps = max(1, round(self._budget() / flops_a_step(config)))
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=steps))
+    facts = {"role": "pretraining", "model": model, "rate": rate, "seed": seed, "split": ""}
+    return Run(_name(model, "pretraining", rate, seed), config, facts)
+
+  def _best(self, done: Sequence[Result], model: str, task: str) -> str:
+    """The rate that was best on held-out data with the first seed. task: "" is the pretraining.
+
+    Raises UserError where all diverged.
+    """
+    split = "validation" if task else ""
+    of_search = [
+      result
+      for result in done
+      if not result.diverged
+      and result.run.facts["model"] == model
+      and result.run.facts.get("task", "") == task
+      and result.run.facts["split"] == split
+      and result.run.facts["seed"] == 0
+    ]
+    if not of_search:
+      raise UserError(f"{model} {task} diverged at every rate: give lower ones")
+    of_task = tasks_lib.form(task, _parts(model)[0]) if task else None
+    metric, lower = (of_task.metric, of_task.lower) if of_task else ("loss", True)
+    sign = -1 if lower else 1
+    best = max(of_search, key=lambda result: sign * result.figures["eval"][metric])
+    return best.run.facts["rate"]
+
+  def report(self, done: Sequence[Result], folder: pathlib.Path) -> tuple[dict[str, Any], str]:
+    return architecture_report.report(done, self.models, list(self._epochs()), folder)
+
+
+def _parts(model: str) -> tuple[str, int, str]:
+  """NAME:LAYERS:OBJECTIVE. Raises UserError where it is none."""
+  name, _, rest = model.partition(":")
+  layers, _, objective = rest.partition(":")
+  if name not in models.NAMES or not layers.isdigit() or int(layers) < 1 or not objective:
+    raise UserError(
+      f"config.study.models: {model!r} is not NAME:LAYERS:OBJECTIVE, with NAME one of "
+      f"{', '.join(models.NAMES)}, e.g. bert:2:masked_lm"
+    )
+  return name, int(layers), objective
+
+
+def _name(model: str, task: str, rate: str, seed: int, split: str = "") -> str:
+  name, layers, objective = _parts(model)
+  return "-".join(filter(None, (name, str(layers), objective, task, rate, str(seed), split)))
+
+
+def flops_a_step(config: Config) -> float:
+  """FLOPs of a training step, as runs count them; no data is read."""
+  plan = experiment_lib.without_data(config).on_platform(jax.default_backend())
+  row = plan.one_row()
+  params = jax.eval_shape(lambda: step_lib.init_params(plan.model, row, jax.random.key(0)))
+  of_row = flops.model_flops(plan.model, params, row, plan.config.model)
+  return of_row * config.training.batch_size
+
+
+def _with_training(config: Config, rate: float, epochs: float, seed: int) -> Config:
+  return dataclasses.replace(
+    config,
+    optimizer=dataclasses.replace(config.optimizer, learning_rate=rate),
+    training=dataclasses.replace(config.training, steps=0, epochs=epochs, seed=seed, keep=1),
+  )
+
+
+def _tuning(
+  model: str, task: str, rate: str, seed: int, split: str, config: Config, files: pathlib.Path
+) -> Run:
+  name = _name(model, task, rate, seed, split)
+  facts = {"role": "fine-tuning", "model": model, "task": task, "rate": rate, "seed": seed}
+  facts["split"] = split
+  of_task = tasks_lib.form(task, _parts(model)[0])
+  if of_task and of_task.writes:
+    return tasks_lib.Writes(name, config, facts, files / f"{task}_{split}.jsonl")
+  return Run(name, config, facts)
+
+
+def _missing(runs: Sequence[Run], done: Sequence[Result]) -> bool:
+  names = {result.run.name for result in done}
+  return any(run.name not in names for run in runs)
