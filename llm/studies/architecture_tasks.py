@@ -26,6 +26,8 @@ from llm.training import experiment
 # that all fit in the rows that were pretrained.
 CONTEXT = 60
 CHARACTERS = 450
+# What a token of English takes on average, to estimate how many examples share a row.
+CHARACTERS_A_TOKEN = 4.5
 # Tokens that a written answer has at most.
 ANSWER_LENGTH = 48
 # Prompts that are answered at a time.
@@ -159,11 +161,16 @@ def tuning_config(
     eval=f"jsonl:{files}/{task}_{split}.jsonl",
     fields="",
   )
-  has_new_head = isinstance(base.build(objective), base.Labels)
-  skip = (r"^(head|generator)/",) if has_new_head else ()
+  labels = isinstance(base.build(objective), base.Labels)
+  skip = (r"^(head|generator)/",) if labels else ()
+  training = pretraining.training
+  if not labels:  # its batches count rows, which hold several examples
+    rows = _rows(files / f"{task}_train.jsonl", training.batch_size, training.sequence_length)
+    training = dataclasses.replace(training, batch_size=rows)
   return dataclasses.replace(
     pretraining,
     objective=objective,
+    training=training,
     data=data,
     model=ModelConfig(),
     tokenizer=TokenizerConfig(),
@@ -173,6 +180,17 @@ def tuning_config(
 
 def _records(path: pathlib.Path) -> list[dict[str, Any]]:
   return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _rows(path: pathlib.Path, examples: int, length: int) -> int:
+  """About how many rows of `length` tokens hold so many examples of a file, packed."""
+  records = _records(path)
+  texts = [
+    (record.get("prompt_text", record["text"]), record.get("target", "")) for record in records
+  ]
+  characters = sum(len(prompt) + len(target) for prompt, target in texts)
+  tokens = characters / len(records) / CHARACTERS_A_TOKEN
+  return max(1, round(examples * tokens / length))
 
 
 def _targets(path: pathlib.Path) -> tuple[str, ...]:

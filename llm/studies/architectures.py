@@ -11,6 +11,7 @@ import pathlib
 from typing import Any, Mapping, Sequence
 
 import jax
+
 from llm import models
 from llm.config import Config, key
 from llm.core import UserError
