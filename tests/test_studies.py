@@ -9,7 +9,7 @@ import scipy.stats
 
 from llm import sharding
 from llm.config import DataConfig, MeshConfig, ModelConfig
-from llm.core import UserError
+from llm.core import UserError, unflatten
 from llm.data import sources
 from llm.models import classical
 from llm.objectives import classification
@@ -75,6 +75,21 @@ def test_runs_do_not_touch_their_neighbours(study):
   assert together == [
     tuner.accuracies([run], splits["train"], splits["eval"], _Bar())[0] for run in runs
   ]
+
+
+def test_tuners_of_one_network_share_their_programs(study):
+  """A second tuner, of other starts and another length, compiles nothing."""
+  tuner, splits = study
+  train, held_out = splits["train"], splits["eval"]
+  starts = {"pretrained": unflatten(tuner.starts["scratch"])}
+  programs = tuner.programs
+  other = fine_tuner.FineTuner(programs.objective, tuner.model_config, starts, 8, tuner.mesh)
+  rows = label_curve.draw(train, 24, 0)
+  tuner.accuracies([Run("pretrained", rows, 1e-3, 1, 0)], train, held_out, _Bar())
+  other.accuracies([Run("pretrained", rows, 3e-3, 2, 1)], train, held_out, _Bar())
+  assert other.programs is programs
+  for compiled in (programs.init_states, programs.train_steps, programs.predictions):
+    assert compiled._cache_size() == 1
 
 
 def test_a_plain_study_learns_and_its_rows_hold_what_was_measured(study):
