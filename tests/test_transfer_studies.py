@@ -199,7 +199,8 @@ def test_architectures_get_the_same_flops(model):
   """The steps of each follow from FLOPs that are counted without data."""
   study, base = build("architectures", run={"model.width": 64, "tokenizer.vocab_size": 512})
   config = study._pretraining(base, model, "1e-3", 0).config
-  flops = config.training.steps * architectures.flops_a_step(config)
+  text = json.dumps(config_lib.thaw(config))
+  flops = config.training.steps * architectures.flops_a_step(text)
   assert flops == pytest.approx(float(study.budget), rel=0.01)
 
 
@@ -270,6 +271,7 @@ MISTAKES = [
   ("architectures", {"models": ("bert:2",)}, "not NAME:LAYERS:OBJECTIVE"),
   ("architectures", {"budget": "much"}, "must be a number of FLOPs"),
   ("architectures", {"epochs": ("poems=3",)}, "not TASK=EPOCHS"),
+  ("architectures", {"rates": ("fast",)}, "'fast' is no learning rate"),
 ]
 
 

@@ -7,11 +7,14 @@ parameters, and at half of them, with about as many.
 """
 
 import dataclasses
+import functools
+import json
 import pathlib
 from typing import Any, Mapping, Sequence
 
 import jax
 
+from llm import config as config_lib
 from llm import models
 from llm.config import Config, key
 from llm.core import UserError
@@ -23,6 +26,7 @@ from llm.studies.frame import Result, Run
 from llm.training import experiment as experiment_lib
 from llm.training import step as step_lib
 
+FILES = "data"  # the folder of the tasks' files
 SENTINELS = 100  # of an encoder-decoder, as T5 has
 
 
@@ -65,50 +69,52 @@ class Study(frame.Study):
 
   def next_runs(self, base: Config, done: Sequence[Result], folder: pathlib.Path) -> list[Run]:
     epochs = self._epochs()
-    self._budget()
-    files = folder / "data"
-    tasks_lib.write_files({task: getattr(self, task) for task in epochs}, base.data, files)
+    self._check_rates()
     search = [
       self._pretraining(base, model, rate, 0) for model in self.models for rate in self.rates
     ]
-    runs = list(search)
+    if not done:
+      of_tasks = {task: getattr(self, task) for task in epochs}
+      tasks_lib.write_files(of_tasks, base.data, folder / FILES)
     if _missing(search, done):
-      return runs
-    rates = {model: self._best(done, model, "") for model in self.models}
-    pretrainings = {
-      (model, seed): self._pretraining(base, model, rate, seed)
-      for model, rate in rates.items()
+      return search
+    starts = {
+      (model, seed): self._pretraining(base, model, self._best(done, model, ""), seed)
+      for model in self.models
       for seed in range(self.seeds)
     }
-    runs += [run for (_, seed), run in pretrainings.items() if seed]
-    if _missing(runs, done):
-      return runs
+    pretrained = [*search, *(run for (_, seed), run in starts.items() if seed)]
+    if _missing(pretrained, done):
+      return pretrained
     pairs = [
       (model, task)
       for model in self.models
       for task in epochs
       if tasks_lib.form(task, _parts(model)[0])
     ]
-
-    def tuning(model: str, task: str, rate: str, seed: int, split: str) -> Run:
-      start = pretrainings[model, seed]
-      checkpoint = str(folder / "runs" / start.name)
-      config = tasks_lib.tuning_config(start.config, checkpoint, task, files, split)
-      config = _with_training(config, float(rate), epochs[task], seed)
-      return _tuning(model, task, rate, seed, split, config, files)
-
-    runs += [
-      tuning(model, task, rate, 0, "validation")
+    tuned = [
+      self._tuning(starts[model, 0], task, rate, 0, "validation", folder)
       for model, task in pairs
       for rate in self.tuning_rates
     ]
-    if _missing(runs, done):
-      return runs
-    return runs + [
-      tuning(model, task, self._best(done, model, task), seed, "test")
+    if _missing(tuned, done):
+      return [*pretrained, *tuned]
+    diverged = {result.run.name for result in done if result.diverged}
+    final = [
+      self._tuning(starts[model, seed], task, self._best(done, model, task), seed, "test", folder)
       for model, task in pairs
       for seed in range(self.seeds)
+      if starts[model, seed].name not in diverged
     ]
+    return [*pretrained, *tuned, *final]
+
+  def _check_rates(self):
+    """Raises UserError where a learning rate is no number."""
+    for rate in (*self.rates, *self.tuning_rates):
+      try:
+        float(rate)
+      except ValueError:
+        raise UserError(f"config.study: {rate!r} is no learning rate, e.g. 1e-3")
 
   def _budget(self) -> float:
     try:
@@ -140,18 +146,42 @@ class Study(frame.Study):
       hyper_parameters: Mapping[str, Any] = objectives.defaults(objective)
     else:
       hyper_parameters = base.objective
-    config = dataclasses.replace(
+    shared = dataclasses.replace(
       base,
       model=dataclasses.replace(base.model, name=name, num_layers=layers),
       objective=dict(hyper_parameters),
       tokenizer=dataclasses.replace(base.tokenizer, sentinels=sentinels),
-      optimizer=dataclasses.replace(base.optimizer, learning_rate=float(rate)),
-      training=dataclasses.replace(base.training, steps=1, epochs=0.0, seed=seed),
+      training=dataclasses.replace(base.training, steps=1, epochs=0.0),
     )
-    steps = max(1, round(self._budget() / flops_a_step(config)))
-    config = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=steps))
+    steps = max(1, round(self._budget() / flops_a_step(json.dumps(config_lib.thaw(shared)))))
+    config = dataclasses.replace(
+      shared,
+      optimizer=dataclasses.replace(base.optimizer, learning_rate=float(rate)),
+      training=dataclasses.replace(shared.training, steps=steps, seed=seed),
+    )
     facts = {"role": "pretraining", "model": model, "rate": rate, "seed": seed, "split": ""}
     return Run(_name(model, "pretraining", rate, seed), config, facts)
+
+  def _tuning(
+    self, start: Run, task: str, rate: str, seed: int, split: str, folder: pathlib.Path
+  ) -> Run:
+    """Fine-tunes a pretraining on a task, and scores it on a split."""
+    model = start.facts["model"]
+    files = folder / FILES
+    checkpoint = str(folder / "runs" / start.name)
+    config = tasks_lib.tuning_config(start.config, checkpoint, task, files, split)
+    training = dataclasses.replace(
+      config.training, steps=0, epochs=self._epochs()[task], seed=seed, keep=1
+    )
+    optimizer = dataclasses.replace(config.optimizer, learning_rate=float(rate))
+    config = dataclasses.replace(config, optimizer=optimizer, training=training)
+    name = _name(model, task, rate, seed, split)
+    facts = {"role": "fine-tuning", "model": model, "task": task, "rate": rate, "seed": seed}
+    facts["split"] = split
+    of_task = tasks_lib.form(task, _parts(model)[0])
+    if of_task and of_task.writes:
+      return tasks_lib.Writes(name, config, facts, files / f"{task}_{split}.jsonl")
+    return Run(name, config, facts)
 
   def _best(self, done: Sequence[Result], model: str, task: str) -> str:
     """The rate that was best on held-out data with the first seed. task: "" is the pretraining.
@@ -197,33 +227,15 @@ def _name(model: str, task: str, rate: str, seed: int, split: str = "") -> str:
   return "-".join(filter(None, (name, str(layers), objective, task, rate, str(seed), split)))
 
 
-def flops_a_step(config: Config) -> float:
-  """FLOPs of a training step, as runs count them; no data is read."""
+@functools.cache
+def flops_a_step(config_text: str) -> float:
+  """FLOPs of a training step of a config in JSON, as runs count them; no data is read."""
+  config = config_lib.freeze(json.loads(config_text))
   plan = experiment_lib.without_data(config).on_platform(jax.default_backend())
   row = plan.one_row()
   params = jax.eval_shape(lambda: step_lib.init_params(plan.model, row, jax.random.key(0)))
   of_row = flops.model_flops(plan.model, params, row, plan.config.model)
   return of_row * config.training.batch_size
-
-
-def _with_training(config: Config, rate: float, epochs: float, seed: int) -> Config:
-  return dataclasses.replace(
-    config,
-    optimizer=dataclasses.replace(config.optimizer, learning_rate=rate),
-    training=dataclasses.replace(config.training, steps=0, epochs=epochs, seed=seed, keep=1),
-  )
-
-
-def _tuning(
-  model: str, task: str, rate: str, seed: int, split: str, config: Config, files: pathlib.Path
-) -> Run:
-  name = _name(model, task, rate, seed, split)
-  facts = {"role": "fine-tuning", "model": model, "task": task, "rate": rate, "seed": seed}
-  facts["split"] = split
-  of_task = tasks_lib.form(task, _parts(model)[0])
-  if of_task and of_task.writes:
-    return tasks_lib.Writes(name, config, facts, files / f"{task}_{split}.jsonl")
-  return Run(name, config, facts)
 
 
 def _missing(runs: Sequence[Run], done: Sequence[Result]) -> bool:

@@ -97,6 +97,7 @@ class Prepared(NamedTuple):
   learning_rate: float
 
 
+@functools.lru_cache(maxsize=1)
 def prepared(arm: Arm) -> Prepared:
   """Reads the splits and the checkpoint. Raises UserError on bad input of every kind."""
   config = arm.config()
@@ -246,7 +247,7 @@ def missing(runs: Sequence[frame.Run], done: Sequence[frame.Result]) -> bool:
   return any(run.name not in results for run in runs)
 
 
-def rows(done: Sequence[frame.Result]) -> list[dict[str, Any]]:
+def result_rows(done: Sequence[frame.Result]) -> list[dict[str, Any]]:
   """The rows of all cells. model: the arm. network: whether it is one."""
   results = []
   for result in done:

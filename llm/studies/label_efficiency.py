@@ -48,9 +48,11 @@ class Study(frame.Study):
   batch_size: int = key(32, at_least=1)
 
   def quick(self) -> "Study":
+    # Published checkpoints are larger, and take most of the time.
+    own = tuple(text for text in self.checkpoints if "embedded:" not in text)
     return dataclasses.replace(
       self,
-      checkpoints=tuple(text for text in self.checkpoints if "embedded:" not in text),
+      checkpoints=own or self.checkpoints,
       middle_steps=min(100, self.middle_steps),
       labels=("64x6:20", "256x3:6", "1024x2:3"),
       searched=1,
@@ -133,7 +135,7 @@ class Study(frame.Study):
     return kind(f"{name}-{setting.labels or 'all'}", arm.config(), facts, arm, setting)
 
   def report(self, done: Sequence[Result], folder: pathlib.Path) -> tuple[dict[str, Any], str]:
-    rows = few_labels.rows(done)
+    rows = few_labels.result_rows(done)
     worth = _worth(rows)
     differences = _differences(rows)
     plots.label_curve(rows, folder / "label_curve.png", f"{self.target}: accuracy by labels")

@@ -18,7 +18,8 @@ from llm.studies import few_labels, frame, plots
 from llm.studies.few_labels import Arm, Cell
 from llm.studies.frame import Result, Run
 
-STARTS = ("scratch", "pretrained")
+SCRATCH = "scratch"
+STARTS = (SCRATCH, "pretrained")
 NONE = "none"  # no source
 RESAMPLED = 2_000  # times, for the intervals
 
@@ -67,27 +68,37 @@ class Study(frame.Study):
       return pretraining
     first = few_labels.checkpoint(self.checkpoint, folder)
     sources = [
-      self._source(start, source, seed, self._arm(first, start, tasks[source], base))
+      self._source(start, source, seed, self._arm(first, start == SCRATCH, tasks[source], base))
       for start in self.starts
       for source in tasks
       for seed in range(self.seeds)
     ]
     if few_labels.missing(sources, done):
       return [*pretraining, *sources]
-    cells = []
-    for target in tasks:
-      plain = [(start, NONE, 0, first) for start in self.starts]
-      helped = [
-        (*run.name.split("-")[:2], run.facts["seed"], str(folder / "runs" / run.name))
-        for run in sources
-        if run.facts["source"] != target
-      ]
-      for start, source, seed, checkpoint in [*plain, *helped]:
-        scratch = start == "scratch" and source == NONE
-        arm = self._arm(checkpoint, "scratch" if scratch else "", tasks[target], base)
-        facts = {"start": start, "source": source, "seed": seed, "target": target}
-        cells += [_cell(facts, arm, setting) for setting in settings]
+    cells = [
+      _cell(facts, self._arm(start, scratch, tasks[facts["target"]], base), setting)
+      for facts, start, scratch in self._pairs(sources, first, folder)
+      for setting in settings
+    ]
     return [*pretraining, *sources, *cells]
+
+  def _pairs(
+    self, sources: Sequence[Run], first: str, folder: pathlib.Path
+  ) -> list[tuple[dict[str, Any], str, bool]]:
+    """(facts, the checkpoint to start from, whether from scratch) of each source and target.
+
+    first: the checkpoint without a source.
+    """
+    pairs = []
+    for target in self._tasks():
+      for start in self.starts:
+        facts = {"start": start, "source": NONE, "seed": 0, "target": target}
+        pairs.append((facts, first, start == SCRATCH))
+      for run in sources:
+        if run.facts["source"] != target:
+          facts = {name: run.facts[name] for name in ("start", "source", "seed")}
+          pairs.append(({**facts, "target": target}, str(folder / "runs" / run.name), False))
+    return pairs
 
   def _tasks(self) -> dict[str, str]:
     """Name -> source. Raises UserError on fewer than two, and on names that are taken."""
@@ -102,10 +113,10 @@ class Study(frame.Study):
       raise UserError(f"config.study.starts must be of {', '.join(STARTS)}, not {self.starts}")
     return tasks
 
-  def _arm(self, checkpoint: str, start: str, target: str, base: Config) -> Arm:
+  def _arm(self, checkpoint: str, scratch: bool, target: str, base: Config) -> Arm:
     return Arm(
       checkpoint=checkpoint,
-      scratch=start == "scratch",
+      scratch=scratch,
       target=target,
       fields=self.fields,
       cache=base.data.cache,
@@ -124,7 +135,7 @@ class Study(frame.Study):
     return Run(name, dataclasses.replace(config, training=training), facts)
 
   def report(self, done: Sequence[Result], folder: pathlib.Path) -> tuple[dict[str, Any], str]:
-    rows = few_labels.rows(done)
+    rows = few_labels.result_rows(done)
     tasks = list(self._tasks())
     gains = _gains(rows)
     panels, marks = _matrices(gains, tasks)
