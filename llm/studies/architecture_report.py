@@ -32,7 +32,7 @@ def report(
   pretrained = {model: _pretrained(done, model) for model in models}
   of_tasks = {task: _of_task(done, task, models) for task in tasks}
   compared = {task: _compared(of_task) for task, of_task in of_tasks.items()}
-  _draw(of_tasks, folder / "architectures.png")
+  _draw(of_tasks, folder / "architectures")
   figures = {"pretraining": pretrained, "tasks": of_tasks, "compared": compared}
   return figures, _in_words(pretrained, of_tasks, compared)
 

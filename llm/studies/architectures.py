@@ -14,8 +14,8 @@ from typing import Any, Mapping, Sequence
 
 import jax
 
+from llm import cache, models
 from llm import config as config_lib
-from llm import models
 from llm.config import Config, key
 from llm.core import UserError
 from llm.objectives import base as objectives
@@ -26,7 +26,6 @@ from llm.studies.frame import Result, Run
 from llm.training import experiment as experiment_lib
 from llm.training import step as step_lib
 
-FILES = "data"  # the folder of the tasks' files
 SENTINELS = 100  # of an encoder-decoder, as T5 has
 
 
@@ -39,6 +38,7 @@ class Study(frame.Study):
   """
 
   title = "Architectures"
+  counts_diverged = True
 
   models: tuple = (
     "bert:2:masked_lm",
@@ -73,9 +73,9 @@ class Study(frame.Study):
     search = [
       self._pretraining(base, model, rate, 0) for model in self.models for rate in self.rates
     ]
+    files = self._files(folder)
     if not done:
-      of_tasks = {task: getattr(self, task) for task in epochs}
-      tasks_lib.write_files(of_tasks, base.data, folder / FILES)
+      tasks_lib.write_files({task: getattr(self, task) for task in epochs}, base.data, files)
     if _missing(search, done):
       return search
     starts = {
@@ -107,6 +107,10 @@ class Study(frame.Study):
       if starts[model, seed].name not in diverged
     ]
     return [*pretrained, *tuned, *final]
+
+  def _files(self, folder: pathlib.Path) -> pathlib.Path:
+    """The folder of the tasks' files. Other sources have another one."""
+    return folder / "data" / cache.digest(self.sentiment, self.questions, self.replies)[:8]
 
   def _check_rates(self):
     """Raises UserError where a learning rate is no number."""
@@ -167,7 +171,7 @@ class Study(frame.Study):
   ) -> Run:
     """Fine-tunes a pretraining on a task, and scores it on a split."""
     model = start.facts["model"]
-    files = folder / FILES
+    files = self._files(folder)
     checkpoint = str(folder / "runs" / start.name)
     config = tasks_lib.tuning_config(start.config, checkpoint, task, files, split)
     training = dataclasses.replace(

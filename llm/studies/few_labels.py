@@ -14,7 +14,6 @@ from typing import Any, Callable, Mapping, NamedTuple, Sequence
 import jax
 import numpy as np
 import tqdm
-from etils import epath
 
 from llm import config as config_lib
 from llm import sharding, storage
@@ -138,26 +137,13 @@ class Cell(frame.Run):
     folder = storage.folder(workdir)
     with workdir_lib.locked(folder):
       workdir_lib.claim(folder, self.config, go_on=False)
-      if figures := self._done(folder):
-        return figures
+      if (folder / "result.json").exists():
+        return json.loads((folder / "result.json").read_text())
       started = time.time()
       workdir_lib.write_json(folder / "run.json", workdir_lib.run_record())
-      workdir_lib.write_json(folder / "setting.json", self._setting())
       figures = {**self.measured(), "seconds": time.time() - started}
       workdir_lib.write_json(folder / "result.json", figures)
     return figures
-
-  def _setting(self) -> dict[str, Any]:
-    """The setting as JSON gives it back."""
-    return json.loads(json.dumps(dataclasses.asdict(self.setting)))
-
-  def _done(self, folder: epath.Path) -> dict[str, Any]:
-    """The figures of an earlier run; {} where there are none. Raises UserError where it differs."""
-    if not (folder / "result.json").exists():
-      return {}
-    if json.loads((folder / "setting.json").read_text()) != self._setting():
-      raise UserError(f"{folder} holds a run of other draws or epochs: give another --workdir")
-    return json.loads((folder / "result.json").read_text())
 
   def measured(self) -> dict[str, Any]:
     """rows: of label_curve.measure. eval: the mean accuracy on the test split."""
@@ -210,6 +196,14 @@ def setting(text: str, searched: int, factors: Sequence[str]) -> Setting:
   if labels < 0 or draws < 1 or min((*choices, *rates)) <= 0:
     raise UserError(f"config.study: draws, epochs and rates of {text!r} must be positive")
   return Setting(labels, draws, min(searched, draws), rates, choices)
+
+
+def name_of(arm: str, of: Setting) -> str:
+  """The name of a cell. Other draws, epochs or rates have another name, and are other runs."""
+  labels = str(of.labels or "all")
+  epochs = "_".join(str(number) for number in of.epochs)
+  rates = "_".join(f"{rate:g}" for rate in of.learning_rates)
+  return f"{arm}-{labels}x{of.draws}-epochs{epochs}-rates{rates}-searched{of.searched}"
 
 
 def named(text: str, of: str) -> tuple[str, str]:

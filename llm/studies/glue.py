@@ -53,6 +53,7 @@ class Study(frame.Study):
   """
 
   title = "GLUE"
+  counts_diverged = True
 
   data: str = "tfds:glue/{task}[{split}]"
   fields: str = key("glue", choices=("glue", "ours"))
@@ -151,17 +152,16 @@ class Study(frame.Study):
     search = [r for r in done if r.run.facts["task"] == task and r.run.facts["seed"] == 0]
     if len(search) < len(self.rates) * len(self.epochs):
       return None
-    usable = [result for result in search if not result.diverged]
-    if not usable:
+    if all(result.diverged for result in search):
       raise UserError(f"{task} diverged at every rate: {', '.join(self.rates)}; give lower ones")
-    return max(usable, key=lambda result: _value(result, glue.TASKS[task].metric))
+    return max(search, key=lambda result: _value(result, glue.TASKS[task].metric))
 
   def report(self, done: Sequence[Result], folder: pathlib.Path) -> tuple[dict[str, Any], str]:
     tasks = {}
     for task in glue.TASKS:
       if task in self.tasks and (best := self._best(task, done)):
         tasks[task] = self._figures(task, best, done)
-    _draw(tasks, folder / "glue.png")
+    _draw(tasks, folder / "glue")
     return {"tasks": tasks, "published": PUBLISHED}, self._in_words(tasks)
 
   def _figures(self, task: str, best: Result, done: Sequence[Result]) -> dict[str, Any]:
@@ -170,12 +170,11 @@ class Study(frame.Study):
     runs = [
       result
       for result in done
-      if not result.diverged
-      and {name: result.run.facts[name] for name in chosen} == chosen
+      if {name: result.run.facts[name] for name in chosen} == chosen
       and result.run.facts["task"] == task
     ]
     names = [*glue.TASKS[task].metrics]
-    if all("mismatched" in result.figures["eval"] for result in runs):
+    if task == "mnli":
       names.append("mismatched")
     figures = {}
     for name in names:
@@ -236,8 +235,8 @@ class WithMismatched(Scored):
 
 
 def _value(result: Result, name: str) -> float:
-  """A figure of a run; where it is undefined (a constant prediction), 0."""
-  value = result.figures["eval"][name]
+  """A figure of a run; 0 where it diverged, or is undefined for a constant prediction."""
+  value = 0.0 if result.diverged else result.figures["eval"][name]
   return 0.0 if np.isnan(value) else float(value)
 
 

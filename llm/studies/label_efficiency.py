@@ -132,14 +132,14 @@ class Study(frame.Study):
     )
     kind = Classical if name == CLASSICAL else Cell
     facts = {"role": "fine-tuning", "arm": name, "labels": setting.labels}
-    return kind(f"{name}-{setting.labels or 'all'}", arm.config(), facts, arm, setting)
+    return kind(few_labels.name_of(name, setting), arm.config(), facts, arm, setting)
 
   def report(self, done: Sequence[Result], folder: pathlib.Path) -> tuple[dict[str, Any], str]:
     rows = few_labels.result_rows(done)
     worth = _worth(rows)
     differences = _differences(rows)
-    plots.label_curve(rows, folder / "label_curve.png", f"{self.target}: accuracy by labels")
-    plots.worth(worth, folder / "worth.png")
+    plots.label_curve(rows, folder / "label_curve", f"{self.target}: accuracy by labels")
+    plots.worth(worth, folder / "worth")
     figures = {"worth": worth, "curve": rows, "differences": differences}
     return figures, _in_words(rows, worth, differences)
 

@@ -32,7 +32,7 @@ def _style(model: str, others: list[str]) -> tuple[str, str, str]:
 def label_curve(rows: list[dict], path: pathlib.Path, title: str):
   """Writes accuracy against the number of labels: mean and standard deviation over draws.
 
-  rows: results of `label_curve.run`. path: of a PNG; an SVG lies beside it.
+  rows: results of `label_curve.run`. path: without its ending.
   """
   figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
   models = list(dict.fromkeys([*STYLES, *(row["model"] for row in rows)]))
@@ -121,15 +121,8 @@ def _over_labels(axes: Any, counts: list[int]):
   axes.minorticks_off()
 
 
-def save(figure: Any, path: pathlib.Path):
-  """Writes a PNG and an SVG beside it."""
-  figure.savefig(path, dpi=150)
-  figure.savefig(path.with_suffix(".svg"))
-  plt.close(figure)
-
-
 def reply_loss(curves: dict[str, list[tuple[int, float]]], path: pathlib.Path):
-  """Writes the loss of held-out replies against the steps of fine-tuning.
+  """Writes a PNG of the loss of held-out replies against the steps of fine-tuning.
 
   curves: (step, nats a token) of each evaluation, by the name of the model.
   """
@@ -138,4 +131,12 @@ def reply_loss(curves: dict[str, list[tuple[int, float]]], path: pathlib.Path):
     axes.plot(*zip(*points), "o-", color=colour, label=name)
   axes.set(xlabel="steps of fine-tuning", ylabel="nats a token", title="Held-out replies")
   axes.legend(frameon=False)
-  save(figure, path)
+  figure.savefig(path, dpi=150)
+  plt.close(figure)
+
+
+def save(figure: plt.Figure, path: pathlib.Path):
+  """Writes a figure as PATH.png and PATH.svg."""
+  for ending in ("png", "svg"):
+    figure.savefig(path.with_name(f"{path.name}.{ending}"), dpi=150)
+  plt.close(figure)

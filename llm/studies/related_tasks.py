@@ -139,14 +139,14 @@ class Study(frame.Study):
     tasks = list(self._tasks())
     gains = _gains(rows)
     panels, marks = _matrices(gains, tasks)
-    plots.gains(panels, marks, tasks, folder / "related_tasks.png")
+    plots.gains(panels, marks, tasks, folder / "related_tasks")
     sources = [result for result in done if result.run.facts.get("role") == "source"]
     return {"gains": gains, "rows": rows}, _in_words(rows, gains, sources)
 
 
 def _cell(facts: Mapping[str, Any], arm: Arm, setting: few_labels.Setting) -> Cell:
   name = "-".join(str(facts[part]) for part in ("start", "source", "seed"))
-  name += f"-to-{facts['target']}-{setting.labels or 'all'}"
+  name = few_labels.name_of(f"{name}-to-{facts['target']}", setting)
   more = {"role": "fine-tuning", "arm": name, "labels": setting.labels}
   return Cell(name, arm.config(), {**facts, **more}, arm, setting)
 

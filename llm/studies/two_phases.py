@@ -166,7 +166,7 @@ def run(workdir: pathlib.Path, quick: bool, cache: str, use_devices: Callable):
   compared.append(replies)
   equal = worth(rows)
   title = "Sentiment of review sentences: what pretraining buys"
-  plots.label_curve(rows, workdir / "label_curve.png", title)
+  plots.label_curve(rows, workdir / "label_curve", title)
   pretrainings = {"BERT": pretraining, "GPT": gpt_pretraining}
   shown = {"Questions: who took part in the study?": answered.shown, "Replies": prompts}
   seconds = time.time() - started_at
