@@ -114,7 +114,7 @@ class Study(frame.Study):
 
   def _run(
     self, base: Config, task: str, start: str, rate: str, epochs: str, seed: int
-  ) -> "Run | WithMismatched":
+  ) -> Run:
     facts = glue.TASKS[task]
     try:
       optimizer = dataclasses.replace(base.optimizer, learning_rate=float(rate))
