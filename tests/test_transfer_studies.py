@@ -258,6 +258,7 @@ MISTAKES = [
   ("label_efficiency", {"target": "jsonl:a.jsonl"}, "write {split} where"),
   ("label_efficiency", {"target": "jsonl:nowhere_{split}.jsonl"}, "no such file"),
   ("label_efficiency", {"labels": ("64",)}, "not LABELSxDRAWS:EPOCHS"),
+  ("label_efficiency", {"labels": ("64x2:1",)}, "needs 2 label counts at least"),
   ("label_efficiency", {"rates": ("fast",)}, "are no numbers"),
   ("label_efficiency", {"labels": ("64x0:1",)}, "must be positive"),
   ("label_efficiency", {"checkpoints": ("scratch=here",)}, "the name 'scratch' is taken"),

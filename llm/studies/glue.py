@@ -112,9 +112,7 @@ class Study(frame.Study):
   def source(self, task: str, split: str) -> str:
     return self.data.replace("{task}", task).replace("{split}", split)
 
-  def _run(
-    self, base: Config, task: str, start: str, rate: str, epochs: str, seed: int
-  ) -> Run:
+  def _run(self, base: Config, task: str, start: str, rate: str, epochs: str, seed: int) -> Run:
     facts = glue.TASKS[task]
     try:
       optimizer = dataclasses.replace(base.optimizer, learning_rate=float(rate))

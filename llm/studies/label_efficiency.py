@@ -61,6 +61,11 @@ class Study(frame.Study):
   def next_runs(self, base: Config, done: Sequence[Result], folder: pathlib.Path) -> list[Run]:
     starts = self._starts(folder)
     settings = [few_labels.setting(text, self.searched, self.rates) for text in self.labels]
+    if len({setting.labels for setting in settings}) < 2:
+      raise UserError(
+        "how many labels are worth the same needs 2 label counts at least (config.study.labels), "
+        f"and there is {len(settings)}"
+      )
     if not done:
       few_labels.check_target(self.target, self.fields, base.data.cache)
     pretraining = [few_labels.pretraining(base)] if few_labels.HERE in self._values() else []
@@ -156,16 +161,8 @@ def _networks(rows: Sequence[Mapping]) -> list[str]:
 
 
 def _worth(rows: Sequence[Mapping]) -> list[dict[str, Any]]:
-  """For each arm and label count, the labels from scratch that are worth the same.
-
-  Raises UserError where the curve from scratch has too few points.
-  """
+  """For each arm and label count, the labels from scratch that are worth the same."""
   curve = _of(rows, SCRATCH)
-  if len(curve) < 2:
-    raise UserError(
-      "how many labels are worth the same needs 2 label counts at least (config.study.labels), and "
-      f"there are {len(curve)}"
-    )
   worth = []
   for arm in _networks(rows):
     for labels, accuracies in sorted(_of(rows, arm).items()):
@@ -190,12 +187,14 @@ def _in_words(rows: list[dict], worth: list[dict], differences: list[dict]) -> s
   counts = sorted(_of(rows, SCRATCH))
   fewest, most = counts[0], counts[-1]
 
-  def count(labels: float) -> str:
-    return label_curve.in_labels(labels, fewest, most)
+  def equal(point: Mapping[str, Any]) -> str:
+    names = ("equal", "low", "high")
+    mean, low, high = (label_curve.in_labels(point[name], fewest, most) for name in names)
+    return mean if low == high else f"{mean} [{low} to {high}]"
 
   first = [
-    f"- **{fewest:,} labels with `{point['arm']}` are worth {count(point['equal'])} "
-    f"[{count(point['low'])} to {count(point['high'])}] labels without pretraining**"
+    f"- **{fewest:,} labels with `{point['arm']}` are worth {equal(point)} labels without "
+    "pretraining**"
     for point in worth
     if point["labels"] == fewest
   ]
@@ -203,7 +202,7 @@ def _in_words(rows: list[dict], worth: list[dict], differences: list[dict]) -> s
     (
       point["arm"],
       f"{point['labels']:,}",
-      f"{count(point['equal'])} [{count(point['low'])} to {count(point['high'])}]",
+      equal(point),
       f"{100 * gain['mean']:+.1f} [{100 * gain['low']:+.1f}, {100 * gain['high']:+.1f}]",
       "pretraining helps" if gain["low"] > 0 else "harms" if gain["high"] < 0 else "not told apart",
     )
