@@ -116,8 +116,12 @@ def test_labels_that_are_worth_the_same_are_found(trained, labelled, tmp_path, m
   text = (tmp_path / "report.md").read_text()
   assert "- **16 labels with `pretrained` are worth 6" in text
   again = []
-  plain_again = lambda cell: again.append(cell.name) or plain(cell)  # noqa: E731
-  monkeypatch.setattr(few_labels.Cell, "measured", plain_again)
+
+  def measured_again(cell):
+    again.append(cell.name)
+    return plain(cell)
+
+  monkeypatch.setattr(few_labels.Cell, "measured", measured_again)
   assert frame.run(study, base, tmp_path) == result and not again
   more = dataclasses.replace(study, labels=(*study.labels[:3], "1024x9:1"))
   frame.run(more, base, tmp_path)
@@ -187,7 +191,7 @@ def test_glue_takes_the_best_rate_and_the_median_of_seeds(trained, glue_files, t
   start = configs["rte-3e-4-4-0"].transfer.checkpoint
   assert start == str(tmp_path / "runs" / "mnli-1e-4-4-0")
   assert configs["stsb-1e-4-4-0"].objective["num_classes"] == 1
-  assert "| 81.0/75.0 |" in (tmp_path / "report.md").read_text().replace("  ", "")
+  assert "| 81.0/75.0 " in (tmp_path / "report.md").read_text()
 
 
 def test_the_average_is_that_of_the_paper():
