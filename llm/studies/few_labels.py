@@ -167,9 +167,9 @@ class Classical(Cell):
 
   def measured(self) -> dict[str, Any]:
     start = prepared(self.arm)
+    train, validation, test = (start.splits[split] for split in SPLITS)
     with _bar(label_curve.count_classical_fits(self.setting)) as bar:
-      splits = (start.splits[split] for split in SPLITS)
-      rows = label_curve.measure_classical(self.setting, *splits, bar)
+      rows = label_curve.measure_classical(self.setting, train, validation, test, bar)
     best = max(row["accuracy_mean"] for row in rows)
     return {"rows": rows, "eval": {"accuracy": best}, "flops": 0.0}
 

@@ -65,12 +65,12 @@ def published(data: DataConfig, settings: Sequence[Setting]) -> list[dict]:
   starts = {"published_bert": start.params}
   mesh = sharding.make_mesh(MeshConfig())
   tuner = FineTuner(start.objective, start.model, starts, size, mesh)
-  splits = [start.splits[split] for split in few_labels.SPLITS]
+  train, validation, test = (start.splits[split] for split in few_labels.SPLITS)
   rows = []
   total = sum(label_curve.count_fits(setting, len(starts)) for setting in settings)
   with tqdm.tqdm(desc="published BERT", total=total, unit=" runs", disable=None) as bar:
     for setting in settings:
-      rows += label_curve.measure(tuner, setting, *splits, bar)
+      rows += label_curve.measure(tuner, setting, train, validation, test, bar)
   return rows
 
 
