@@ -348,7 +348,7 @@ def test_cells_are_trained_for_real(labelled, bert_start, tmp_path):
     target=f"jsonl:{labelled}/a_{{split}}.jsonl",
     checkpoints=(f"bert={bert_start}",),
     middle=(),
-    labels=("16x2:2", "0x1:4"),
+    labels=("16x2:2", "0x1:2"),
     rates=("0.1",),
     length=64,
     batch_size=8,
@@ -360,8 +360,8 @@ def test_cells_are_trained_for_real(labelled, bert_start, tmp_path):
   }
   assert rows["nbsvm", 64]["accuracy_mean"] > 0.9  # one word tells the label
   flops = {(run["arm"], run["labels"]): run["flops"] for run in result["runs"]}
-  # 2 draws of 2 epochs of 2 batches, and 1 draw of 4 epochs of 8.
-  assert flops["bert", 0] == pytest.approx(4 * flops["bert", 16])
+  # 2 draws of 2 epochs of 2 batches, and 1 draw of 2 epochs of 8.
+  assert flops["bert", 0] == pytest.approx(2 * flops["bert", 16])
 
 
 @pytest.mark.slow
@@ -373,5 +373,5 @@ def test_the_four_labelled_sets_are_read():
     assert all((record["score"] > 0) == (record["label"] == "positive") for record in records)
     counts[name] = len(records)
   assert counts["reviews"] == 5_242 + 5_326
-  assert 3_500 < counts["products"] <= 3_708 and 5_000 < counts["editorials"] <= 5_190
-  assert 4_000 < counts["tweets"] <= 4_200
+  assert 3_500 < counts["products"] <= 3_708 and 4_900 < counts["editorials"] <= 5_190
+  assert 3_900 < counts["tweets"] <= 4_200
