@@ -29,8 +29,8 @@ from llm.runs.stop import Stop, Stopped
 from llm.training import evaluation, header, partition, reference
 from llm.training import experiment as experiment_lib
 from llm.training import optimizer as optimizer_lib
+from llm.training import plan as plan_lib
 from llm.training import state as state_lib
-from llm.training import step as step_lib
 from llm.training.experiment import Training
 
 
@@ -116,27 +116,17 @@ class _Run:
     description = manager.describe(resume_from) if resume_from else {}
     goal = config.training.keep_best
     self.progress = Progress.of_run(goal, description, manager.evaluations(workdir) if goal else [])
-    self.state, optimizer, self.frozen_masks, self.origin = state_lib.first_state(
-      experiment, resume_from, workdir, mesh, say
+    self.plan = plan_lib.of(experiment, mesh)
+    self.state, self.origin = state_lib.first_state(
+      experiment, self.plan, resume_from, workdir, say
     )
     self.first_step = int(self.state.step)
     self.steps = config.training.steps
-    self.train_step = step_lib.make_train_step(
-      experiment.model,
-      experiment.objective,
-      optimizer,
-      self.frozen_masks,
-      config.optimizer.grad_accum_steps,
-      jax.tree.map(lambda array: array.sharding, self.state),
-    )
-    self.eval_step = step_lib.make_eval_step(
-      experiment.model, experiment.objective, self.frozen_masks
-    )
-    params = jax.eval_shape(self.params)
-    self.parameters = flops.count_parameters(params, config.model.vocab_size)
+    self.pace = optimizer_lib.pace(config.optimizer, self.steps)
+    self.parameters = flops.count_parameters(self.plan.params, config.model.vocab_size)
     self._show_header(resume_from)
     self.baselines = baselines(experiment, say) if self.first_step < self.steps else {}
-    self.peak_flops, self.flops_a_step = _flops(experiment, params, mesh, say)
+    self.peak_flops, self.flops_a_step = _flops(experiment, self.plan, mesh, say)
     self._open()
 
   def _show_header(self, resume_from: epath.Path | None):
@@ -216,7 +206,9 @@ class _Run:
       batch = next(self.stream)
     first = number == self.first_step
     with self.meter.timed("compile") if first else contextlib.nullcontext():
-      self.state, metrics = self.train_step(self.state, batch, self.config.training.seed)
+      self.state, metrics = self.plan.train_step(
+        self.state, batch, self.config.training.seed, self.pace
+      )
     self.meter.add(metrics)
     self.log.advance()
 
@@ -246,7 +238,7 @@ class _Run:
   def _evaluate(self, rows: base.Rows) -> dict[str, float]:
     """The figures with those of the baselines; {} where a signal interrupts."""
     figures = evaluation.evaluate(
-      self.eval_step,
+      self.plan.eval_step,
       self.state.trained,
       self.state.frozen,
       self.experiment.objective,
@@ -274,7 +266,7 @@ class _Run:
 
   def params(self) -> Params:
     """Trained and frozen parameters as one tree."""
-    return partition.merge(self.state.trained, self.state.frozen, self.frozen_masks)
+    return partition.merge(self.state.trained, self.state.frozen, self.plan.frozen_masks)
 
   def close(self):
     """Waits for the last checkpoint and closes what is open, even where one of them fails."""
@@ -348,12 +340,13 @@ def baselines(experiment: Training, say: Callable) -> dict[str, float]:
   return baselines
 
 
-def _flops(experiment: Training, params: Params, mesh: Mesh, say: Callable) -> tuple[float, float]:
+def _flops(
+  experiment: Training, planned: plan_lib.Plan, mesh: Mesh, say: Callable
+) -> tuple[float, float]:
   """(peak FLOP/s of the mesh, FLOPs of the model in a step)."""
   config = experiment.config
   peak, source = flops.peak_flops(mesh, precision.of(config.model))
-  of_row = flops.model_flops(experiment.model, params, experiment.one_row(), config.model)
-  of_step = of_row * experiment.batches.batch_size
+  of_step = planned.flops_a_row * experiment.batches.batch_size
   say(f"peak        {peak / 1e9:,.0f} GFLOP/s ({source}), {of_step / 1e9:,.1f} GFLOP a step")
   return peak, of_step
 
