@@ -20,6 +20,7 @@ from llm.studies import frame
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the study and of its runs.")
 _QUICK = flags.DEFINE_bool("quick", False, "Less of everything.")
 _PART = flags.DEFINE_string("part", "1/1", "i/n: this process takes the i-th of n shares.")
+_LEAVE_OUT = flags.DEFINE_bool("leave_out_diverged", False, "Report without runs that diverged.")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/study_*.py")
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
@@ -52,7 +53,7 @@ def run_study(name: str):
     study = study.quick()
   folder = pathlib.Path(_WORKDIR.value).expanduser().absolute()
   folder.mkdir(parents=True, exist_ok=True)
-  frame.run(study, base, folder, _part(), command.start_cpu)
+  frame.run(study, base, folder, _part(), command.start_cpu, _LEAVE_OUT.value)
 
 
 def _part() -> tuple[int, int]:

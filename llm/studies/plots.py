@@ -59,3 +59,10 @@ def reply_loss(curves: dict[str, list[tuple[int, float]]], path: pathlib.Path):
   axes.legend(frameon=False)
   figure.savefig(path, dpi=150)
   plt.close(figure)
+
+
+def save(figure: plt.Figure, path: pathlib.Path):
+  """Writes a figure as PATH.png and PATH.svg."""
+  for ending in ("png", "svg"):
+    figure.savefig(path.with_name(f"{path.name}.{ending}"), dpi=150)
+  plt.close(figure)
