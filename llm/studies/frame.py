@@ -13,12 +13,13 @@ import importlib
 import json
 import pathlib
 import pkgutil
+import re
 import time
 from typing import Any, Callable, ClassVar, Mapping, Sequence
 
 import llm.studies
 from llm import config as config_lib
-from llm.config import Config
+from llm.config import Config, ModelConfig
 from llm.core import UserError, first_line
 from llm.runs import workdir as workdir_lib
 from llm.runs.log import duration
@@ -109,6 +110,21 @@ class Study(abc.ABC):
   def quick(self) -> "Study":
     """The same study, smaller: for ten minutes."""
     return self
+
+
+def sized(model: ModelConfig, size: str) -> ModelConfig:
+  """The model with the layers and the width of LAYERSxWIDTH, and heads of 32 columns.
+
+  Raises UserError where `size` is not of that form.
+  """
+  match = re.fullmatch("([1-9][0-9]*)x([1-9][0-9]*)", size)
+  if not match:
+    raise UserError(f"config.study.sizes: {size!r} is not LAYERSxWIDTH, e.g. 4x128")
+  layers, width = int(match[1]), int(match[2])
+  heads = max(1, width // 32)
+  return dataclasses.replace(
+    model, num_layers=layers, width=width, num_heads=heads, mlp_dim=4 * width
+  )
 
 
 def names() -> list[str]:

@@ -100,20 +100,11 @@ class Study(frame.Study):
 
 def _run(base: Config, size: str, tokens: str, seed: int, role: str) -> Run:
   """The run of a size and a length."""
+  model = frame.sized(base.model, size)
   try:
-    layers, width = (int(number) for number in size.split("x"))
     steps = round(float(tokens) / (base.training.batch_size * base.training.sequence_length))
   except ValueError:
-    raise UserError(
-      f"config.study: {size!r} is not LAYERSxWIDTH, or {tokens!r} no number of tokens"
-    )
-  model = dataclasses.replace(
-    base.model,
-    num_layers=layers,
-    width=width,
-    num_heads=max(1, width // 32),
-    mlp_dim=4 * width,
-  )
+    raise UserError(f"config.study: {tokens!r} is no number of tokens")
   training = dataclasses.replace(
     base.training, steps=max(1, steps), epochs=0.0, seed=seed, eval_every=0
   )
@@ -122,8 +113,8 @@ def _run(base: Config, size: str, tokens: str, seed: int, role: str) -> Run:
   rate = config.optimizer.learning_rate
   facts = {
     "size": size,
-    "layers": layers,
-    "width": width,
+    "layers": model.num_layers,
+    "width": model.width,
     "tokens": trained,
     "seed": seed,
     "learning_rate": recipe.learning_rate(config) if rate == -1 else rate,
