@@ -1,4 +1,4 @@
-"""The frame of the studies: rounds, parts, runs that diverged; and a law that predicts itself."""
+"""The frame of the studies: rounds, parts, runs that diverged; a law that predicts itself."""
 
 import dataclasses
 import json
@@ -44,6 +44,7 @@ def trained(monkeypatch):
 
   monkeypatch.setattr(loop, "train", train)
   monkeypatch.setattr(scaling_law, "RESAMPLED", 20)
+  monkeypatch.setattr(scaling_fits, "STARTS", 3)
   return workdirs
 
 
@@ -53,6 +54,9 @@ def untimed(figures):
     timed = ("seconds", "wall_clock")
     return {name: untimed(value) for name, value in figures.items() if name not in timed}
   return [untimed(value) for value in figures] if isinstance(figures, list) else figures
+
+
+SMALL = {"sizes": ("2x32", "3x64", "4x96"), "tokens": ("1e6", "2e6", "4e6"), "seeds": 1}
 
 
 def settings(**changes):
@@ -84,7 +88,7 @@ def test_larger_runs_are_predicted_and_then_trained(trained, tmp_path):
 
 
 def test_the_report_is_the_same_again_without_training(trained, tmp_path, monkeypatch):
-  study, base = settings(seeds=1)
+  study, base = settings(**SMALL)
   first = frame.run(study, base, tmp_path)
 
   monkeypatch.delattr(loop, "train")
@@ -93,7 +97,7 @@ def test_the_report_is_the_same_again_without_training(trained, tmp_path, monkey
 
 def test_a_wrong_prediction_is_said(trained, tmp_path, monkeypatch):
   """Other losses of the larger runs change the words."""
-  study, base = settings(seeds=1)
+  study, base = settings(**SMALL)
   frame.run(study, base, tmp_path / "a")
   plain = loop.train
 
@@ -110,7 +114,7 @@ def test_a_wrong_prediction_is_said(trained, tmp_path, monkeypatch):
 
 
 def test_runs_that_diverge_are_named_and_left_out_if_asked(trained, tmp_path):
-  study, base = settings(seeds=1)
+  study, base = settings(**SMALL)
   plan = study.next_runs(base, [], tmp_path)
   bad = config_lib.thaw(plan[0].config)
   bad["optimizer"]["learning_rate"] = 2.0
@@ -120,18 +124,18 @@ def test_runs_that_diverge_are_named_and_left_out_if_asked(trained, tmp_path):
       first, *rest = super().next_runs(base, done, folder)
       return [frame.Run(first.name, config_lib.freeze(bad), first.facts), *rest]
 
-  with pytest.raises(UserError, match=f"1 of 20 runs diverged .{plan[0].name}.: lower"):
-    frame.run(Worse(seeds=1), base, tmp_path)
-  figures = frame.run(Worse(seeds=1), base, tmp_path, leave_out_diverged=True)
+  with pytest.raises(UserError, match=f"1 of 9 runs diverged .{plan[0].name}.: lower"):
+    frame.run(Worse(**SMALL), base, tmp_path)
+  figures = frame.run(Worse(**SMALL), base, tmp_path, leave_out_diverged=True)
   assert figures["diverged"] == [plan[0].name]
   assert "1 runs diverged" in (tmp_path / "report.md").read_text()
 
 
 def test_a_part_takes_its_share_and_the_results_of_others(trained, tmp_path):
   """The runs of the second part lie there: the first trains its own, and the report is equal."""
-  study, base = settings(seeds=1)
+  study, base = settings(**SMALL)
   whole = frame.run(study, base, tmp_path / "whole")
-  rounds = [trained[:20], trained[20:]]
+  rounds = [trained[:9], trained[9:]]
   for name in (name for of_round in rounds for name in of_round[1::2]):
     shutil.copytree(tmp_path / "whole" / "runs" / name, tmp_path / "part" / "runs" / name)
     results = tmp_path / "part" / "results"
@@ -143,11 +147,58 @@ def test_a_part_takes_its_share_and_the_results_of_others(trained, tmp_path):
 
 
 def test_results_of_another_config_are_refused(trained, tmp_path):
-  study, base = settings(seeds=1)
+  study, base = settings(**SMALL)
   frame.run(study, base, tmp_path)
+  trained.clear()
   other = dataclasses.replace(base, tokenizer=dataclasses.replace(base.tokenizer, lowercase=True))
-  with pytest.raises(UserError, match="holds a run of another config"):
+  with pytest.raises(UserError, match="another config .tokenizer.lowercase was true, is false"):
     frame.run(study, other, tmp_path, (1, 2))
+  assert not trained
+
+
+def test_a_study_that_was_killed_gives_the_same_report(trained, tmp_path, monkeypatch):
+  study, base = settings(**SMALL)
+  whole = frame.run(study, base, tmp_path / "whole")
+  plain = loop.train
+
+  def killed(config, workdir, **more):
+    if len(trained) % 4 == 3:
+      trained.append("killed")
+      raise KeyboardInterrupt
+    return plain(config, workdir, **more)
+
+  monkeypatch.setattr(loop, "train", killed)
+  figures, kills = None, 0
+  while figures is None:
+    try:
+      figures = frame.run(study, base, tmp_path / "killed")
+    except KeyboardInterrupt:
+      kills += 1
+  assert kills >= 2 and untimed(figures) == untimed(whole)
+  texts = [(tmp_path / name / "report.md").read_text().splitlines() for name in ("whole", "killed")]
+  assert texts[0][:-1] == texts[1][:-1]  # the last line is the wall clock
+
+
+def test_versions_that_differ_are_said(trained, tmp_path):
+  study, base = settings(**SMALL)
+  frame.run(study, base, tmp_path)
+  path = next((tmp_path / "results").iterdir())
+  path.write_text(path.read_text().replace("a" * 12, "b" * 12))
+  result = frame.run(study, base, tmp_path)
+  assert {run["revision"] for run in result["runs"]} == {"a" * 12, "b" * 12}
+  assert "made by 2 versions of the source (11 by aaa" in (tmp_path / "report.md").read_text()
+
+
+def test_the_best_size_and_length_of_a_budget(trained, tmp_path):
+  """That of the law that made the losses, within a factor; and no budget of nonsense."""
+  study, base = settings(budgets=("1e15",))
+  row = frame.run(study, base, tmp_path)["optimal"][0]
+  n, d = LAW.optimal(np.array(1e15))
+  assert n / 3 < row["parameters"] < 3 * n and d / 3 < row["tokens"] < 3 * d
+  assert row["parameters_interval"][0] <= row["parameters"] <= row["parameters_interval"][1]
+  assert 6 * row["parameters"] * row["tokens"] == pytest.approx(1e15)
+  with pytest.raises(UserError, match="config.study.budgets.*expected FLOPs"):
+    frame.run(settings(budgets=("many",))[0], base, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -156,6 +207,7 @@ def test_results_of_another_config_are_refused(trained, tmp_path):
     ({"sizes": ("2x32",)}, "needs 3 sizes .config.study.sizes. at least, and there are 1"),
     ({"tokens": ("1e6", "2e6")}, "needs 3 lengths"),
     ({"sizes": ("2x32", "wide", "2x64")}, "not LAYERSxWIDTH"),
+    ({"tokens": ("1e6", "2e6", "many")}, "'many' is no number of tokens"),
     ({"held_out": ("2x64",)}, "not LAYERSxWIDTH:TOKENS"),
     ({"seeds": 0}, "config.study.seeds"),
     ({"sizes": ("2x32", "2x32", "2x48", "3x64")}, "wants the run 2x32-1e.06-0 twice"),
@@ -203,3 +255,6 @@ def test_a_small_study_by_the_command(tmp_path):
   result = json.loads((tmp_path / "out" / "result.json").read_text())
   assert len(result["runs"]) == 10 and len(result["held_out"]) == 1
   assert "alpha" in result["fits"]["approach_3"]
+  whole = [part.replace("/out", "/whole") for part in command]
+  subprocess.run(whole, check=True, capture_output=True)
+  assert untimed(json.loads((tmp_path / "whole" / "result.json").read_text())) == untimed(result)

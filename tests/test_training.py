@@ -536,6 +536,30 @@ def test_the_best_checkpoint_stays(corpus, tmp_path):
   assert set(manager.steps(tmp_path / "checkpoints")) == {6, max(losses, key=losses.get)}
 
 
+def test_runs_of_one_shape_share_their_programs(corpus, tmp_path):
+  """Another rate, length, warm-up and seed compile nothing; another width does."""
+  programs = []
+
+  def listen(event, _, **__):
+    programs.extend([event] * event.endswith("backend_compile_duration"))
+
+  def compiled(**changes):
+    programs.clear()
+    plain = {"training__steps": 2, "data__eval": f"text:{corpus}", "model__dropout": 0.0}
+    config = tiny("gpt", f"text:{corpus}", **{**plain, **changes})
+    loop.train(config, tmp_path / str(changes), say=lambda *_: None)
+    return len(programs)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    assert compiled(model__mlp_dim=80) >= 4
+    others = {"training__steps": 3, "training__seed": 5, "optimizer__learning_rate": 3e-3}
+    assert compiled(model__mlp_dim=80, optimizer__warmup_steps=1, **others) == 0
+    assert compiled(model__mlp_dim=96) >= 4
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
 def test_a_profile_is_written(corpus, tmp_path):
   loop.train(tiny("gpt", f"text:{corpus}", training__profile="2:4", training__steps=4), tmp_path)
   assert list((tmp_path / "profile").rglob("*.xplane.pb"))
