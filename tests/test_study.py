@@ -124,7 +124,7 @@ def test_runs_that_diverge_are_named_and_left_out_if_asked(trained, tmp_path):
       first, *rest = super().next_runs(base, done, folder)
       return [frame.Run(first.name, config_lib.freeze(bad), first.facts), *rest]
 
-  with pytest.raises(UserError, match=f"1 of 9 runs diverged .{plan[0].name}.: lower"):
+  with pytest.raises(UserError, match=f"1 of 9 runs diverged .{plan[0].name}: loss is not fin"):
     frame.run(Worse(**SMALL), base, tmp_path)
   figures = frame.run(Worse(**SMALL), base, tmp_path, leave_out_diverged=True)
   assert figures["diverged"] == [plan[0].name]

@@ -60,13 +60,14 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """What came out of a run. figures: of its result.json, {} where it diverged. wall: seconds.
+  """What came out of a run. figures: of its result.json, {} where it diverged.
 
-  revision: of the source that made it.
+  error: how it diverged. wall: seconds. revision: of the source that made it.
   """
 
   run: Run
   figures: Mapping[str, Any]
+  error: str = ""
   wall: float = 0.0
   revision: str = "unknown"
 
@@ -204,10 +205,12 @@ def _check_folder(one_run: Run, folder: pathlib.Path):
 
 def _check_finite(done: Sequence[Result]):
   """Raises UserError where a run diverged."""
-  if diverged := [result.run.name for result in done if result.diverged]:
+  if diverged := [result for result in done if result.diverged]:
+    names = ", ".join(result.run.name for result in diverged)
     raise UserError(
-      f"{len(diverged)} of {len(done)} runs diverged ({', '.join(diverged)}): lower their "
-      "learning rate, or give --leave_out_diverged for a report without them"
+      f"{len(diverged)} of {len(done)} runs diverged ({names}: "
+      f"{diverged[0].error.partition(';')[0]}): lower their learning rate, or give "
+      "--leave_out_diverged for a report without them"
     )
 
 
@@ -239,6 +242,7 @@ def _taken(one_run: Run, folder: pathlib.Path, use_devices: Callable | None) -> 
   workdir = one_run.folder(folder)
   started_at = time.time()
   figures: Mapping[str, Any] = {}
+  diverged = ""
   try:
     # What the run says goes to a file: the console has the study's progress.
     with open(logs / f"{one_run.name}.txt", "a") as log, contextlib.redirect_stdout(log):
@@ -246,9 +250,15 @@ def _taken(one_run: Run, folder: pathlib.Path, use_devices: Callable | None) -> 
   except UserError as error:
     if "is not finite" not in str(error):
       raise UserError(f"run {one_run.name}: {first_line(error)}")
+    diverged = first_line(error)
   record = workdir / "run.json"
   revision = json.loads(record.read_text())["revision"][:12] if record.exists() else "unknown"
-  saved = {"figures": figures, "wall": time.time() - started_at, "revision": revision}
+  saved: dict[str, Any] = {
+    "figures": figures,
+    "error": diverged,
+    "wall": time.time() - started_at,
+    "revision": revision,
+  }
   path = _path(one_run, folder)
   path.parent.mkdir(exist_ok=True)
   workdir_lib.write_json(path, saved)

@@ -219,5 +219,7 @@ def what_matters(
 
 def _explained(design: np.ndarray, ranks: np.ndarray) -> float:
   """The share of the variance of ranks that least squares on `design` explain."""
+  if not np.var(ranks):
+    return 0.0
   fitted = design @ np.linalg.lstsq(design, ranks, rcond=None)[0]
   return float(1 - np.var(ranks - fitted) / np.var(ranks))
