@@ -6,7 +6,6 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import tiny
 
 from configs import study_emergence
 from llm import config as config_lib
@@ -16,6 +15,7 @@ from llm.data import made, sources
 from llm.objectives import base
 from llm.studies import emergence, frame
 from llm.training import loop
+from tests.conftest import tiny
 
 
 def test_no_held_out_prompt_is_trained_on_and_targets_are_right():
@@ -78,8 +78,10 @@ def train_as(curve):
 
 
 CURVES = {
-  # Each token gets better evenly, by size and by length.
-  "a sharp metric": lambda n, share: 0.2 + 0.79 * (np.log2(n / 12288) / 5 + np.log2(share) / 20),
+  # The loss of a token falls evenly, by size and by length.
+  "a sharp metric": lambda n, share: np.exp(
+    -1.61 + 0.32 * np.log2(n / 12288) + 0.05 * np.log2(share)
+  ),
   "a jump in both": lambda n, share: 0.98 if n * share > 2e5 else 0.1,
   "not learned": lambda n, share: 0.3 + 0.02 * np.log2(n / 12288),
 }
