@@ -537,7 +537,7 @@ def test_the_best_checkpoint_stays(corpus, tmp_path):
 
 
 def test_runs_of_one_shape_share_their_programs(corpus, tmp_path):
-  """Another rate, length, warm-up and seed compile nothing; another width does."""
+  """Another rate, length, warm-up and seed compile nothing."""
   programs = []
 
   def listen(event, _, **__):
@@ -555,7 +555,6 @@ def test_runs_of_one_shape_share_their_programs(corpus, tmp_path):
     assert compiled(model__mlp_dim=80) >= 4
     others = {"training__steps": 3, "training__seed": 5, "optimizer__learning_rate": 3e-3}
     assert compiled(model__mlp_dim=80, optimizer__warmup_steps=1, **others) == 0
-    assert compiled(model__mlp_dim=96) >= 4
   finally:
     jax.monitoring.unregister_event_duration_listener(listen)
 
