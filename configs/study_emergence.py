@@ -3,7 +3,7 @@
   python -m llm.study emergence --workdir=DIR [--quick]
 
 A GPT learns the sums of numbers of three digits, written plainly and last digit first, and to copy
-random letters. Sizes of 12 thousand to 590 thousand parameters, five seeds; the rate is constant
+what followed a letter. Sizes of 12 thousand to 590 thousand parameters, five seeds; the rate is constant
 after its warm-up, so that each evaluation is that of a run of its length.
 
 Published: exact match of reversed addition at 200 thousand parameters is .003, .084, .907 and 1.0

@@ -26,6 +26,9 @@ def test_no_held_out_prompt_is_trained_on_and_targets_are_right():
   for record in made.records("reversed_addition", "validation")[:50]:
     a, b = record["text"].rstrip("=").split("+")
     assert int(record["target"][::-1]) == int(a) + int(b)
+  for record in made.records("copying", "validation")[:50]:
+    word, cue = record["text"].split("|")
+    assert cue + record["target"] in word and len(record["target"]) == 8
   with pytest.raises(UserError, match="there is addition, reversed_addition, copying"):
     made.records("division", "train")
 

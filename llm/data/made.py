@@ -9,7 +9,7 @@ from llm.core import UserError
 
 TRAIN = 50_000  # records, less those that are held out
 VALIDATION = 1_000
-COPIED = 10  # letters of a copied word
+LETTERS, COPIED = 16, 8  # letters of a word, and those that are copied
 
 
 def _addition(rng: np.random.Generator) -> tuple[str, str]:
@@ -25,9 +25,11 @@ def _reversed_addition(rng: np.random.Generator) -> tuple[str, str]:
 
 
 def _copying(rng: np.random.Generator) -> tuple[str, str]:
-  """Random letters again, which takes an induction head (Olsson et al. 2022)."""
-  word = "".join(rng.choice(list(string.ascii_lowercase), COPIED))
-  return f"{word}|", word
+  """Distinct letters, then one of them: which followed it? It takes an induction head (Olsson et al.
+  2022), for the distance to what is copied is random."""
+  word = "".join(rng.permutation(list(string.ascii_lowercase))[:LETTERS])
+  start = 1 + rng.integers(LETTERS - COPIED)
+  return f"{word}|{word[start - 1]}", word[start : start + COPIED]
 
 
 KINDS = {"addition": _addition, "reversed_addition": _reversed_addition, "copying": _copying}

@@ -432,7 +432,7 @@ def _made_records(source: Source) -> Iterable[dict]:
 
 
 def _made_content(source: Source) -> list[str]:
-  return [source.name, source.split, str(made.TRAIN), str(made.COPIED)]
+  return [source.name, source.split, str(made.TRAIN), str(made.LETTERS)]
 
 
 def _shards_records(source: Source) -> Iterable[dict]:
