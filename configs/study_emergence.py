@@ -3,8 +3,8 @@
   python -m llm.study emergence --workdir=DIR [--quick]
 
 A GPT learns the sums of numbers of three digits, written plainly and last digit first, and to copy
-what followed a letter. Sizes of 12 thousand to 590 thousand parameters, five seeds; the rate is constant
-after its warm-up, so that each evaluation is that of a run of its length.
+what followed a letter. Sizes of 12 thousand to 590 thousand parameters, five seeds; the rate is
+constant after its warm-up, so that each evaluation is that of a run of its length.
 
 Published: exact match of reversed addition at 200 thousand parameters is .003, .084, .907 and 1.0
 at epochs 7, 12, 15 and 19. Schaeffer et al. 2023 say when a jump is one of the metric alone.

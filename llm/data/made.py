@@ -25,8 +25,10 @@ def _reversed_addition(rng: np.random.Generator) -> tuple[str, str]:
 
 
 def _copying(rng: np.random.Generator) -> tuple[str, str]:
-  """Distinct letters, then one of them: which followed it? It takes an induction head (Olsson et al.
-  2022), for the distance to what is copied is random."""
+  """Distinct letters, then one of them: the target is what followed it.
+
+  It takes an induction head (Olsson et al. 2022): the distance to what is copied is random.
+  """
   word = "".join(rng.permutation(list(string.ascii_lowercase))[:LETTERS])
   start = 1 + rng.integers(LETTERS - COPIED)
   return f"{word}|{word[start - 1]}", word[start : start + COPIED]
