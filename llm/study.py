@@ -12,7 +12,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from llm import command
+from llm import command, storage
 from llm import config as config_lib
 from llm.core import UserError
 from llm.studies import frame
@@ -49,6 +49,11 @@ def run_study(name: str):
   study, base = build(name)
   if not _WORKDIR.value:
     raise UserError("--workdir is missing: the folder of the study")
+  if storage.is_bucket(_WORKDIR.value):
+    raise UserError(
+      f"--workdir={_WORKDIR.value}: a study draws its pictures into its folder, which cannot be a "
+      "bucket: give a local or a shared folder"
+    )
   if _QUICK.value:
     study = study.quick()
   folder = pathlib.Path(_WORKDIR.value).expanduser().absolute()
