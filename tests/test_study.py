@@ -43,7 +43,7 @@ def trained(monkeypatch):
     return result
 
   monkeypatch.setattr(loop, "train", train)
-  monkeypatch.setattr(scaling_law, "RESAMPLED", 20)
+  monkeypatch.setattr(scaling_law, "RESAMPLED", 3)
   monkeypatch.setattr(scaling_fits, "GRID", ((3,), (3,), (0,), (0.3,), (0.3,)))
   return workdirs
 
@@ -65,8 +65,9 @@ def settings(**changes):
   return frame.build("scaling_law", config.study.to_dict()), config_lib.freeze(config.run)
 
 
-def test_larger_runs_are_predicted_and_then_trained(trained, tmp_path):
+def test_larger_runs_are_predicted_and_then_trained(trained, tmp_path, monkeypatch):
   """The law that made the losses is found, and its larger runs lie inside their intervals."""
+  monkeypatch.setattr(scaling_law, "RESAMPLED", 20)
   study, base = settings()
   figures = frame.run(study, base, tmp_path)
   grid = len(study.sizes) * len(study.tokens) * study.seeds
@@ -189,8 +190,9 @@ def test_versions_that_differ_are_said(trained, tmp_path):
   assert "made by 2 versions of the source (11 by aaa" in (tmp_path / "report.md").read_text()
 
 
-def test_the_best_size_and_length_of_a_budget(trained, tmp_path):
+def test_the_best_size_and_length_of_a_budget(trained, tmp_path, monkeypatch):
   """That of the law that made the losses, within a factor; and no budget of nonsense."""
+  monkeypatch.setattr(scaling_law, "RESAMPLED", 20)
   study, base = settings(budgets=("1e15",))
   row = frame.run(study, base, tmp_path)["optimal"][0]
   n, d = LAW.optimal(np.array(1e15))
