@@ -66,7 +66,7 @@ class Study(frame.Study):
     )
     config = dataclasses.replace(base, model=model, training=training, data=data)
     facts = {"task": task, "size": size, "seed": seed}
-    return Run(f"{task}-{size}-{seed}", config, facts, cost=model.num_layers * model.width)
+    return Run(f"{task}-{size}-{seed}", config, facts, cost=model.num_layers * model.width + 60)
 
   def report(self, done: Sequence[Result], folder: pathlib.Path) -> tuple[dict[str, Any], str]:
     curves = {task: self._curves(task, done, folder) for task in self.tasks}
@@ -141,15 +141,20 @@ def interval_of_mean(values: np.ndarray) -> tuple[float, float, float]:
   return float(values.mean()), float(low), float(high)
 
 
-def verdict(exact: Sequence[float], loss: Sequence[float], learned: bool) -> str:
-  """What a curve is. exact, loss: the largest steps, as (share, low, high)."""
+def jump(points: int) -> float:
+  """The largest step from which a curve jumps: halfway from that of a straight line to all."""
+  return (1 + 1 / (points - 1)) / 2
+
+
+def verdict(exact: Sequence[float], loss: Sequence[float], points: int, learned: bool) -> str:
+  """What a curve through so many points is. exact, loss: the largest steps, (share, low, high)."""
   if not learned:
     return "not learned"
-  if not exact[0] >= 0.5:
+  if not exact[0] >= jump(points):
     return "no jump"
-  if loss[1] >= 0.5:
+  if loss[1] >= jump(points):
     return "a jump in both"
-  return "a sharp metric" if loss[2] < 0.5 else "undecided"
+  return "a sharp metric" if loss[2] < jump(points) else "undecided"
 
 
 def _of_task(curves: Curves) -> dict[str, Any]:
@@ -182,9 +187,11 @@ def _view(values: dict[str, np.ndarray]) -> dict[str, Any]:
   exact = interval_of_mean(largest_step(values["exact_match"]))
   loss = interval_of_mean(largest_step(-values["loss"]))
   learned = bool((values["exact_match"].max(1) >= LEARNED).mean() >= 0.5)
+  points = values["loss"].shape[1]
   return {
-    "points": values["loss"].shape[1],
+    "points": points,
+    "jump": jump(points),
     "largest_step_exact_match": exact,
     "largest_step_loss": loss,
-    "verdict": verdict(exact, loss, learned),
+    "verdict": verdict(exact, loss, points, learned),
   }

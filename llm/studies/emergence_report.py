@@ -6,19 +6,20 @@ from typing import Any, Mapping, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import tabulate
+from matplotlib.ticker import NullFormatter
 
 from llm.studies import plots
 
 MEANING = {
   "not learned": "most seeds never reach 50% exact match, so there is no threshold to look at: "
   "nothing is shown",
-  "no jump": "exact match has less than half of its change in any step: it does not jump",
+  "no jump": "exact match does not jump",
   "a jump in both": "the loss of a token jumps with exact match: the model changes there, "
   "whichever metric one takes",
-  "a sharp metric": "exact match jumps, and the loss of a token has less than half of its change "
-  "in any step: a smooth curve under a sharp metric",
-  "undecided": "exact match jumps; the interval of the loss holds one half, so these seeds do not "
-  "tell a jump of the model from one of the metric",
+  "a sharp metric": "exact match jumps where the loss of a token does not: a smooth curve under a "
+  "sharp metric",
+  "undecided": "exact match jumps, and the loss of a token may or may not: these seeds do not tell "
+  "a jump of the model from one of the metric",
 }
 
 
@@ -73,8 +74,9 @@ def _sentence(name: str, view: Mapping[str, Any]) -> str:
   return (
     f"**Over {view['points']} {name}: {view['verdict']}.** The largest step has "
     f"{_interval(view['largest_step_exact_match'], '.0%')} of the change of exact match and "
-    f"{_interval(view['largest_step_loss'], '.0%')} of that of the loss, where a straight line has "
-    f"{1 / (view['points'] - 1):.0%}: {MEANING[view['verdict']]}."
+    f"{_interval(view['largest_step_loss'], '.0%')} of that of the loss. A straight line has "
+    f"{1 / (view['points'] - 1):.0%}, a jump {view['jump']:.0%} or more: "
+    f"{MEANING[view['verdict']]}."
   )
 
 
@@ -95,6 +97,7 @@ def draw(curves: Mapping[str, Any], folder: pathlib.Path):
         length.plot(of_task.steps, seed, color=line.get_color(), linewidth=0.4, alpha=0.6)
       beside.plot(metrics["loss"].ravel(), metrics["exact_match"].ravel(), ".", markersize=3)
     length.set(xscale="log", xlabel="steps", ylabel="exact match")
+    length.xaxis.set_minor_formatter(NullFormatter())
     length.legend(frameon=False, fontsize=7)
     beside.invert_xaxis()
     beside.set(xlabel="nats a token", ylabel="exact match")
@@ -107,4 +110,6 @@ def _against_size(axes: Any, curves: Any, metric: str, label: str):
   for parameters, of_size in zip(curves.parameters, values):
     axes.plot([parameters] * len(of_size), of_size, "o", color="#adb5bd", markersize=4)
   axes.plot(curves.parameters, [np.mean(of_size) for of_size in values], "k-", linewidth=1)
-  axes.set(xscale="log", xlabel="parameters", ylabel=label)
+  axes.set(xscale="log", xlabel="size, by parameters", ylabel=label)
+  axes.set_xticks(curves.parameters, curves.sizes)
+  axes.xaxis.set_minor_formatter(NullFormatter())
