@@ -134,7 +134,7 @@ def interval_of_mean(values: np.ndarray) -> tuple[float, float, float]:
   """(mean, low, high) over resampled seeds; NaN where there is none."""
   values = values[np.isfinite(values)]
   if not len(values):
-    return (float("nan"),) * 3
+    return float("nan"), float("nan"), float("nan")
   rng = np.random.default_rng(0)
   means = values[rng.integers(0, len(values), (RESAMPLED, len(values)))].mean(1)
   low, high = np.percentile(means, [2.5, 97.5])

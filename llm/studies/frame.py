@@ -17,6 +17,8 @@ import re
 import time
 from typing import Any, Callable, ClassVar, Mapping, Sequence
 
+from etils import epath
+
 import llm.studies
 from llm import config as config_lib
 from llm.config import Config, ModelConfig
@@ -261,7 +263,7 @@ def _taken(one_run: Run, folder: pathlib.Path, use_devices: Callable | None) -> 
   }
   path = _path(one_run, folder)
   path.parent.mkdir(exist_ok=True)
-  workdir_lib.write_json(path, saved)
+  workdir_lib.write_json(epath.Path(path), saved)
   return Result(one_run, **saved)
 
 

@@ -6,6 +6,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 # Model -> its name in the legend, its colour, its marker and line.
 STYLES = {
@@ -61,7 +62,7 @@ def reply_loss(curves: dict[str, list[tuple[int, float]]], path: pathlib.Path):
   plt.close(figure)
 
 
-def save(figure: plt.Figure, path: pathlib.Path):
+def save(figure: Figure, path: pathlib.Path):
   """Writes a figure as PATH.png and PATH.svg."""
   for ending in ("png", "svg"):
     figure.savefig(path.with_name(f"{path.name}.{ending}"), dpi=150)

@@ -144,8 +144,8 @@ def draw(grid: Any, law: Parametric, held_out: Sequence[dict], folder: pathlib.P
   )
   left.legend(title="parameters", frameon=False, fontsize=7)
   for row in held_out:
-    error = [[row["predicted"] - row["low"]], [row["high"] - row["predicted"]]]
-    right.errorbar(row["measured"], row["predicted"], yerr=error, fmt="o", capsize=3)
+    (point,) = right.plot(row["measured"], row["predicted"], "o")
+    right.vlines(row["measured"], row["low"], row["high"], color=point.get_color())
     right.annotate(row["name"], (row["measured"], row["predicted"]), fontsize=7)
   right.plot(grid.loss, law(grid.n, grid.d), "x", color="#adb5bd", markersize=4)
   span = [min(grid.loss.min(), *(r["measured"] for r in held_out), np.inf), grid.loss.max()]
