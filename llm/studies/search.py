@@ -37,7 +37,7 @@ class Study(frame.Study):
   title = "Search"
   counts_diverged = True
 
-  keys: tuple = ("optimizer.learning_rate=log(3e-4,3e-2)", "optimizer.weight_decay=log(1e-3,1)")
+  keys: tuple = ("optimizer.learning_rate=log(3e-4,3e-2)", "optimizer.warmup_steps=5|50|150")
   how: str = key("random", choices=("grid", "random"))
   trials: int = key(18, at_least=2)
   points: int = key(3, at_least=2)
