@@ -53,10 +53,12 @@ def run(name: str, shape, accum: int, dtype: str, optimizer, steps: int):
       jax.device_put(params, sharding.shardings(params, mesh)), marks
     )
     state, losses = step_lib.init_state(trained, frozen, optimizer), []
-    train = step_lib.make_train_step(model, objective, optimizer, marks, accum, None)
+    train = step_lib.one_at_a_time(
+      step_lib.make_train_step(model, objective, lambda _: optimizer, marks, accum, None)
+    )
     for number in range(steps):
       batch = {k: np.concatenate([v, v]) for k, v in batch_of(8, seed=number).items()}
-      state, found = train(state, jax.device_put(batch, sharding.batch_sharding(mesh)), 0)
+      state, found = train(state, jax.device_put(batch, sharding.batch_sharding(mesh)), 0, None)
       losses.append(metrics.means([jax.device_get(found)])["loss"])
 
   def host(tree):

@@ -47,8 +47,9 @@ def loop_of(config, count):
   from llm import config as config_lib
   from llm.data import batches as batches_lib
   from llm.training import experiment as experiment_lib
+  from llm.training import optimizer
+  from llm.training import plan as plan_lib
   from llm.training import state as state_lib
-  from llm.training import step as step_lib
 
   made = experiment_lib.prepare(config_lib.freeze(config), say=lambda *_: None)
   command.start_cpu()
@@ -56,12 +57,9 @@ def loop_of(config, count):
   mesh = sharding.make_mesh(made.config.mesh)
   made = made.on(mesh)
   with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
-    state, optimizer, marks, _ = state_lib.first_state(
-      made, None, pathlib.Path(folder), mesh, lambda *_: None
-    )
-  train = step_lib.make_train_step(
-    made.model, made.objective, optimizer, marks, 1, jax.tree.map(lambda x: x.sharding, state)
-  )
+    planned = plan_lib.of(made, mesh)
+    state, _ = state_lib.first_state(made, planned, None, pathlib.Path(folder), lambda *_: None)
+  pace = optimizer.pace(made.config.optimizer, made.config.training.steps)
   states = [state]
   stream = batches_lib.stream(made.batches, 0, made.config.training.steps, mesh, 4)
 
@@ -71,7 +69,7 @@ def loop_of(config, count):
       for _ in range(steps):
         batch = next(stream)
         seen += count(batch)
-        states[0], _ = train(states[0], batch, 0)
+        states[0], _ = planned.train_step(states[0], batch, 0, pace)
       jax.block_until_ready(states[0])
     return seen
 

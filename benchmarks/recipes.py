@@ -32,6 +32,7 @@ from llm import config as config_lib
 from llm.config import Config, MeshConfig
 from llm.training import evaluation, experiment, state
 from llm.training import optimizer as optimizer_lib
+from llm.training import plan as plan_lib
 from llm.training import step as step_lib
 
 # Of the default rate. The first are tried always, the others while the best has no neighbour.
@@ -75,15 +76,13 @@ class Runs:
     self.experiment = experiment.prepare(config, say=lambda *_: None).on(self.mesh)
     self.config = self.experiment.config
     with jax.set_mesh(self.mesh):
-      first, _, self.masks, _ = state.first_state(
-        self.experiment, None, workdir, self.mesh, lambda *_: None
-      )
+      planned = plan_lib.of(self.experiment, self.mesh)
+      first, _ = state.first_state(self.experiment, planned, None, workdir, lambda *_: None)
+    self.masks = planned.frozen_masks
     self.trained = jax.tree.map(np.asarray, first.trained)
     self.frozen = first.frozen
     self.step = jax.jit(self._step, donate_argnums=0)
-    self.eval_step = step_lib.make_eval_step(
-      self.experiment.model, self.experiment.objective, self.masks
-    )
+    self.eval_step = planned.eval_step
 
   def _optimizer(self, rate: Any):
     config = self.config

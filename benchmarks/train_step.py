@@ -128,13 +128,15 @@ def ours(shape, dtype):
         np.int32(0), trained, frozen, jax.jit(tx.init, out_shardings=placed)(trained)
       )
     ]
-    train = step_lib.make_train_step(model, objective, tx, marks, 1, None)
+    train = step_lib.one_at_a_time(
+      step_lib.make_train_step(model, objective, lambda _: tx, marks, 1, None)
+    )
     batch = jax.device_put(batch, sharding.batch_sharding(mesh))
 
   def run(steps):
     with jax.set_mesh(mesh):
       for _ in range(steps):
-        state[0], _ = train(state[0], batch, 0)
+        state[0], _ = train(state[0], batch, 0, None)
       jax.block_until_ready(state[0])
 
   return {"pretune": run}, of_step, ceiling

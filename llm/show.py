@@ -25,7 +25,7 @@ from llm.performance import hardware
 from llm.train import read_config
 from llm.training import experiment as experiment_lib
 from llm.training import in_words
-from llm.training import state as state_lib
+from llm.training import plan as plan_lib
 
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", None, "A workdir, its checkpoints folder or one step."
@@ -65,7 +65,7 @@ def show_sharding():
   """Prints every parameter and moment: shape, type, mesh axes and bytes on a device."""
   experiment = experiment_lib.without_data(read_config())
   mesh = _mesh(experiment.config.mesh)
-  state = state_lib.plan(experiment.on(mesh), mesh).state
+  state = plan_lib.of(experiment.on(mesh), mesh).state
   named = {"params": state.trained, "frozen": state.frozen, "optimizer": state.opt_state}
   rows = []
   total = 0

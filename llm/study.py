@@ -12,7 +12,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from llm import command
+from llm import command, storage
 from llm import config as config_lib
 from llm.core import UserError
 from llm.studies import frame
@@ -20,6 +20,7 @@ from llm.studies import frame
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the study and of its runs.")
 _QUICK = flags.DEFINE_bool("quick", False, "Less of everything.")
 _PART = flags.DEFINE_string("part", "1/1", "i/n: this process takes the i-th of n shares.")
+_LEAVE_OUT = flags.DEFINE_bool("leave_out_diverged", False, "Report without runs that diverged.")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/study_*.py")
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
@@ -48,11 +49,16 @@ def run_study(name: str):
   study, base = build(name)
   if not _WORKDIR.value:
     raise UserError("--workdir is missing: the folder of the study")
+  if storage.is_bucket(_WORKDIR.value):
+    raise UserError(
+      f"--workdir={_WORKDIR.value}: a study draws its pictures into its folder, which cannot be a "
+      "bucket: give a local or a shared folder"
+    )
   if _QUICK.value:
     study = study.quick()
   folder = pathlib.Path(_WORKDIR.value).expanduser().absolute()
   folder.mkdir(parents=True, exist_ok=True)
-  frame.run(study, base, folder, _part(), command.start_cpu)
+  frame.run(study, base, folder, _part(), command.start_cpu, _LEAVE_OUT.value)
 
 
 def _part() -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The frame of the studies: rounds, parts, runs that diverged; and a law that predicts itself."""
+"""The frame of the studies: rounds, parts, runs that diverged; a law that predicts itself."""
 
 import dataclasses
 import json
@@ -43,8 +43,20 @@ def trained(monkeypatch):
     return result
 
   monkeypatch.setattr(loop, "train", train)
-  monkeypatch.setattr(scaling_law, "RESAMPLED", 20)
+  monkeypatch.setattr(scaling_law, "RESAMPLED", 3)
+  monkeypatch.setattr(scaling_fits, "GRID", ((3,), (3,), (0,), (0.3,), (0.3,)))
   return workdirs
+
+
+def untimed(figures):
+  """Figures without their wall clock."""
+  if isinstance(figures, dict):
+    timed = ("seconds", "wall_clock")
+    return {name: untimed(value) for name, value in figures.items() if name not in timed}
+  return [untimed(value) for value in figures] if isinstance(figures, list) else figures
+
+
+SMALL = {"sizes": ("2x32", "3x64", "4x96"), "tokens": ("1e6", "2e6", "4e6"), "seeds": 1}
 
 
 def settings(**changes):
@@ -53,8 +65,9 @@ def settings(**changes):
   return frame.build("scaling_law", config.study.to_dict()), config_lib.freeze(config.run)
 
 
-def test_larger_runs_are_predicted_and_then_trained(trained, tmp_path):
+def test_larger_runs_are_predicted_and_then_trained(trained, tmp_path, monkeypatch):
   """The law that made the losses is found, and its larger runs lie inside their intervals."""
+  monkeypatch.setattr(scaling_law, "RESAMPLED", 20)
   study, base = settings()
   figures = frame.run(study, base, tmp_path)
   grid = len(study.sizes) * len(study.tokens) * study.seeds
@@ -76,19 +89,16 @@ def test_larger_runs_are_predicted_and_then_trained(trained, tmp_path):
 
 
 def test_the_report_is_the_same_again_without_training(trained, tmp_path, monkeypatch):
-  study, base = settings(seeds=1)
+  study, base = settings(**SMALL)
   first = frame.run(study, base, tmp_path)
 
-  def done(config, workdir, **_):
-    return json.loads((workdir / "result.json").read_text())
-
-  monkeypatch.setattr(loop, "train", done)
+  monkeypatch.delattr(loop, "train")
   assert frame.run(study, base, tmp_path) == first
 
 
 def test_a_wrong_prediction_is_said(trained, tmp_path, monkeypatch):
   """Other losses of the larger runs change the words."""
-  study, base = settings(seeds=1)
+  study, base = settings(**SMALL)
   frame.run(study, base, tmp_path / "a")
   plain = loop.train
 
@@ -104,8 +114,8 @@ def test_a_wrong_prediction_is_said(trained, tmp_path, monkeypatch):
   assert "the largest error is 3" in texts[1] and "the largest error is 3" not in texts[0]
 
 
-def test_runs_that_diverge_are_counted_and_left_out(trained, tmp_path):
-  study, base = settings(seeds=1)
+def test_runs_that_diverge_are_named_and_left_out_if_asked(trained, tmp_path):
+  study, base = settings(**SMALL)
   plan = study.next_runs(base, [], tmp_path)
   bad = config_lib.thaw(plan[0].config)
   bad["optimizer"]["learning_rate"] = 2.0
@@ -115,29 +125,82 @@ def test_runs_that_diverge_are_counted_and_left_out(trained, tmp_path):
       first, *rest = super().next_runs(base, done, folder)
       return [frame.Run(first.name, config_lib.freeze(bad), first.facts), *rest]
 
-  figures = frame.run(Worse(seeds=1), base, tmp_path)
+  with pytest.raises(UserError, match="1 of 9 runs diverged .2x32-1e.06-0: loss is not fin"):
+    frame.run(Worse(**SMALL), base, tmp_path)
+  figures = frame.run(Worse(**SMALL), base, tmp_path, leave_out_diverged=True)
   assert figures["diverged"] == [plan[0].name]
   assert "1 runs diverged" in (tmp_path / "report.md").read_text()
 
 
 def test_a_part_takes_its_share_and_the_results_of_others(trained, tmp_path):
   """The runs of the second part lie there: the first trains its own, and the report is equal."""
-  study, base = settings(seeds=1)
+  study, base = settings(**SMALL)
   whole = frame.run(study, base, tmp_path / "whole")
-  rounds = [trained[:20], trained[20:]]
+  rounds = [trained[:9], trained[9:]]
   for name in (name for of_round in rounds for name in of_round[1::2]):
     shutil.copytree(tmp_path / "whole" / "runs" / name, tmp_path / "part" / "runs" / name)
+    results = tmp_path / "part" / "results"
+    results.mkdir(exist_ok=True)
+    shutil.copy(tmp_path / "whole" / "results" / f"{name}.json", results)
   trained.clear()
-  assert frame.run(study, base, tmp_path / "part", (0, 2)) == whole
+  assert untimed(frame.run(study, base, tmp_path / "part", (0, 2))) == untimed(whole)
   assert trained == [name for of_round in rounds for name in of_round[::2]]
 
 
 def test_results_of_another_config_are_refused(trained, tmp_path):
-  study, base = settings(seeds=1)
+  study, base = settings(**SMALL)
   frame.run(study, base, tmp_path)
+  trained.clear()
   other = dataclasses.replace(base, tokenizer=dataclasses.replace(base.tokenizer, lowercase=True))
-  with pytest.raises(UserError, match="holds a run of another config"):
+  with pytest.raises(UserError, match="another config .tokenizer.lowercase was false, is true"):
     frame.run(study, other, tmp_path, (1, 2))
+  assert not trained
+
+
+def test_a_study_that_was_killed_gives_the_same_report(trained, tmp_path, monkeypatch):
+  study, base = settings(**SMALL)
+  whole = frame.run(study, base, tmp_path / "whole")
+  plain = loop.train
+
+  def killed(config, workdir, **more):
+    if len(trained) % 4 == 3:
+      trained.append("killed")
+      raise KeyboardInterrupt
+    return plain(config, workdir, **more)
+
+  monkeypatch.setattr(loop, "train", killed)
+  figures, kills = None, 0
+  while figures is None:
+    try:
+      figures = frame.run(study, base, tmp_path / "killed")
+    except KeyboardInterrupt:
+      kills += 1
+  assert kills >= 2 and untimed(figures) == untimed(whole)
+  texts = [(tmp_path / name / "report.md").read_text().splitlines() for name in ("whole", "killed")]
+  assert texts[0][:-1] == texts[1][:-1]  # the last line is the wall clock
+
+
+def test_versions_that_differ_are_said(trained, tmp_path):
+  study, base = settings(**SMALL)
+  frame.run(study, base, tmp_path)
+  path = next((tmp_path / "results").iterdir())
+  path.write_text(path.read_text().replace("a" * 12, "b" * 12))
+  result = frame.run(study, base, tmp_path)
+  assert {run["revision"] for run in result["runs"]} == {"a" * 12, "b" * 12}
+  assert "made by 2 versions of the source (11 by aaa" in (tmp_path / "report.md").read_text()
+
+
+def test_the_best_size_and_length_of_a_budget(trained, tmp_path, monkeypatch):
+  """That of the law that made the losses, within a factor; and no budget of nonsense."""
+  monkeypatch.setattr(scaling_law, "RESAMPLED", 20)
+  study, base = settings(budgets=("1e15",))
+  row = frame.run(study, base, tmp_path)["optimal"][0]
+  n, d = LAW.optimal(np.array(1e15))
+  assert n / 3 < row["parameters"] < 3 * n and d / 3 < row["tokens"] < 3 * d
+  assert row["parameters_interval"][0] <= row["parameters"] <= row["parameters_interval"][1]
+  assert 6 * row["parameters"] * row["tokens"] == pytest.approx(1e15)
+  with pytest.raises(UserError, match="config.study.budgets.*expected FLOPs"):
+    frame.run(settings(budgets=("many",))[0], base, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -146,6 +209,7 @@ def test_results_of_another_config_are_refused(trained, tmp_path):
     ({"sizes": ("2x32",)}, "needs 3 sizes .config.study.sizes. at least, and there are 1"),
     ({"tokens": ("1e6", "2e6")}, "needs 3 lengths"),
     ({"sizes": ("2x32", "wide", "2x64")}, "not LAYERSxWIDTH"),
+    ({"tokens": ("1e6", "2e6", "many")}, "'many' is no number of tokens"),
     ({"held_out": ("2x64",)}, "not LAYERSxWIDTH:TOKENS"),
     ({"seeds": 0}, "config.study.seeds"),
     ({"sizes": ("2x32", "2x32", "2x48", "3x64")}, "wants the run 2x32-1e.06-0 twice"),
@@ -193,3 +257,6 @@ def test_a_small_study_by_the_command(tmp_path):
   result = json.loads((tmp_path / "out" / "result.json").read_text())
   assert len(result["runs"]) == 10 and len(result["held_out"]) == 1
   assert "alpha" in result["fits"]["approach_3"]
+  whole = [part.replace("/out", "/whole") for part in command]
+  subprocess.run(whole, check=True, capture_output=True)
+  assert untimed(json.loads((tmp_path / "whole" / "result.json").read_text())) == untimed(result)

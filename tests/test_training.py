@@ -25,6 +25,7 @@ from llm.objectives import base
 from llm.performance import flops
 from llm.runs import metrics
 from llm.training import experiment, loop, optimizer, partition
+from llm.training import plan as plan_lib
 from llm.training import state as state_lib
 from llm.training import step as step_lib
 from tests.conftest import tiny
@@ -76,8 +77,8 @@ def gradients(name, mesh_config, accum, dtype):
     )
     state = step_lib.init_state(trained, frozen, Catch)
     placed = jax.device_put(batch, sharding.batch_sharding(mesh))
-    state, found = step_lib.make_train_step(model, objective, Catch, marks, accum, None)(
-      state, placed, 0
+    state, found = step_lib.make_train_step(model, objective, lambda _: Catch, marks, accum, None)(
+      state, placed, 0, None
     )
   return metrics.means([jax.device_get(found)])["loss"], {
     k: np.asarray(v) for k, v in state.opt_state.items()
@@ -233,7 +234,8 @@ def test_frozen_parameters_stay_and_cost_no_moments(freeze, corpus, tmp_path):
   mesh = sharding.make_mesh(config.mesh)
   made = experiment.prepare(config).on(mesh)
   with jax.set_mesh(mesh):
-    state, *_ = state_lib.first_state(made, None, tmp_path, mesh, print)
+    planned = plan_lib.of(made, mesh)
+    state, _ = state_lib.first_state(made, planned, None, tmp_path, print)
     before = jax.device_get(state)
   loop.train(config, tmp_path)
   after = flatten(manager.restore(manager.find(tmp_path), "params"))
@@ -340,19 +342,14 @@ assert "torch" not in sys.modules  # it takes two seconds to import
 # Where the process is killed, as a patch of the running program.
 KILLS = {
   "in a step": """
-make = step.make_train_step
-def killing(*args):
-  train = make(*args)
-  count = [0]
-  def wrapped(*a):
-    count[0] += 1
-    if count[0] == 4:
-      # The save runs beside the steps.
-      while not os.path.exists(sys.argv[2] + "/checkpoints/2"): pass
-      os.kill(os.getpid(), signal.SIGKILL)
-    return train(*a)
-  return wrapped
-step.make_train_step = killing
+take_step = loop._Run.take_step
+def killing(run, number):
+  if number == 3:
+    # The save runs beside the steps.
+    while not os.path.exists(sys.argv[2] + "/checkpoints/2"): pass
+    os.kill(os.getpid(), signal.SIGKILL)
+  take_step(run, number)
+loop._Run.take_step = killing
 """,
   "in an asynchronous save": """
 finish = manager.Manager._finish
@@ -539,6 +536,29 @@ def test_the_best_checkpoint_stays(corpus, tmp_path):
   assert set(manager.steps(tmp_path / "checkpoints")) == {6, max(losses, key=losses.get)}
 
 
+def test_runs_of_one_shape_share_their_programs(corpus, tmp_path):
+  """Another rate, length, warm-up and seed compile nothing."""
+  programs = []
+
+  def listen(event, _, **__):
+    programs.extend([event] * event.endswith("backend_compile_duration"))
+
+  def compiled(**changes):
+    programs.clear()
+    plain = {"training__steps": 2, "data__eval": f"text:{corpus}", "model__dropout": 0.0}
+    config = tiny("gpt", f"text:{corpus}", **{**plain, **changes})
+    loop.train(config, tmp_path / str(changes), say=lambda *_: None)
+    return len(programs)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    assert compiled(model__mlp_dim=80) >= 4
+    others = {"training__steps": 3, "training__seed": 5, "optimizer__learning_rate": 3e-3}
+    assert compiled(model__mlp_dim=80, optimizer__warmup_steps=1, **others) == 0
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
 def test_a_profile_is_written(corpus, tmp_path):
   loop.train(tiny("gpt", f"text:{corpus}", training__profile="2:4", training__steps=4), tmp_path)
   assert list((tmp_path / "profile").rglob("*.xplane.pb"))
@@ -550,7 +570,7 @@ def test_a_batch_out_of_memory_is_one_line(corpus, tmp_path, monkeypatch, capsys
   def explode(*args):
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
 
-  monkeypatch.setattr(step_lib, "make_train_step", lambda *a: explode)
+  monkeypatch.setattr(loop._Run, "take_step", explode)
   with pytest.raises(SystemExit) as stop:
     command.run(lambda: loop.train(tiny("gpt", f"text:{corpus}"), tmp_path), ["train"])
   assert stop.value.code == 2 and "remat=full" in capsys.readouterr().err

@@ -35,7 +35,7 @@ from typing import Any, BinaryIO, Callable, Iterable, Iterator, cast
 from llm import cache
 from llm.config import DataConfig
 from llm.core import UserError, first_line
-from llm.data import embedded
+from llm.data import embedded, made
 
 COMPRESSIONS = (".gz", ".bz2", ".zst")
 
@@ -427,6 +427,14 @@ def _embedded_content(source: Source) -> list[str]:
   return [embedded.ARCHIVES.get(source.name, ("", "", ""))[1], source.split]
 
 
+def _made_records(source: Source) -> Iterable[dict]:
+  return made.records(source.name, source.split or "train")
+
+
+def _made_content(source: Source) -> list[str]:
+  return [source.name, source.split, str(made.TRAIN), str(made.LETTERS)]
+
+
 def _shards_records(source: Source) -> Iterable[dict]:
   from llm.data import shards  # it reads through a tokenizer, which knows sources
 
@@ -479,6 +487,7 @@ def _of_files(read: Callable[[pathlib.Path], Iterator[dict]], *endings: str) -> 
 
 KINDS: dict[str, Kind] = {
   "embedded": Kind(_embedded_records, _embedded_content, takes_split=True),
+  "made": Kind(_made_records, _made_content, takes_split=True),
   "text": _of_files(_text_records, ".txt", ".text"),
   "jsonl": _of_files(_jsonl_records, ".jsonl", ".ndjson"),
   "csv": _of_files(_csv_records, ".csv"),

@@ -13,7 +13,7 @@ from llm.core import UserError
 from llm.runs import metrics as metrics_lib
 
 # What a run can spend time on, besides training.
-ACTIVITIES = ("input", "compile", "evaluation", "checkpoint")
+ACTIVITIES = ("start", "input", "compile", "evaluation", "checkpoint")
 
 
 def _check_finite(history: list[dict], first_step: int):

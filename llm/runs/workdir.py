@@ -11,7 +11,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from typing import Any, Iterator
+from typing import Any, Collection, Iterator
 
 import jax
 import numpy as np
@@ -92,16 +92,21 @@ def run_record() -> dict[str, Any]:
   }
 
 
-def _differences(old: dict, new: dict) -> list[str]:
-  """A line for every key that two configs set to different values and that may not change."""
+def differences(old: dict, new: dict, may_change: Collection[str]) -> list[str]:
+  """A line for every key that two configs set to different values and that may not change.
+
+  old, new: as config.json holds them, perhaps of an earlier revision. Raises UserError where one
+  is no config.
+  """
+  old, new = with_new_keys(old), with_new_keys(new)
   lines = []
-  for group in sorted({*old, *new} - MAY_CHANGE):
+  for group in sorted({*old, *new} - set(may_change)):
     old_group = old.get(group, {})
     new_group = new.get(group, {})
     for key in sorted({*old_group, *new_group}):
       before = json.dumps(old_group.get(key))
       after = json.dumps(new_group.get(key))
-      if before != after and f"{group}.{key}" not in MAY_CHANGE:
+      if before != after and f"{group}.{key}" not in may_change:
         lines.append(f"{group}.{key} was {before}, is {after}")
   return lines
 
@@ -189,10 +194,9 @@ def _check_same_config(path: epath.Path, config: Config):
     old = with_new_keys(json.loads(path.read_text()))
   except (ValueError, UserError):
     raise UserError(f"{path} is damaged; --go_on replaces it")
-  differences = _differences(old, with_new_keys(config_lib.thaw(config)))
-  if differences:
+  if changed := differences(old, config_lib.thaw(config), MAY_CHANGE):
     raise UserError(
-      f"{path.parent} holds a run of another config ({'; '.join(differences[:4])}): choose another "
+      f"{path.parent} holds a run of another config ({'; '.join(changed[:4])}): choose another "
       "--workdir, or --go_on to go on with the new one"
     )
 

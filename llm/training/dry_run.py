@@ -18,8 +18,9 @@ from llm.data import batches as batches_lib
 from llm.performance import flops
 from llm.runs.log import duration
 from llm.training import evaluation, header, in_words, loop, reference
+from llm.training import optimizer as optimizer_lib
+from llm.training import plan as plan_lib
 from llm.training import state as state_lib
-from llm.training import step as step_lib
 from llm.training.experiment import OF_THE_MACHINE, Training
 
 # Steps and batches of an evaluation that are timed, after a first one that compiles.
@@ -56,24 +57,14 @@ def run(
   say(keys(config, experiment.config, file, overridden))
   with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as scratch:
     experiment = reference.attached(experiment, mesh, say)
-    state, optimizer, frozen_masks, origin = state_lib.first_state(
-      experiment, None, epath.Path(scratch), mesh, say
-    )
+    planned = plan_lib.of(experiment, mesh)
+    state, origin = state_lib.first_state(experiment, planned, None, epath.Path(scratch), say)
     parameters = flops.count_parameters(
       {**state.trained, **state.frozen}, experiment.config.model.vocab_size
     )
     header.show(experiment, mesh, parameters, origin, 0, say)
     loop.baselines(experiment, say)
-    train_step = step_lib.make_train_step(
-      experiment.model,
-      experiment.objective,
-      optimizer,
-      frozen_masks,
-      experiment.config.optimizer.grad_accum_steps,
-      jax.tree.map(lambda array: array.sharding, state),
-    )
-    eval_step = step_lib.make_eval_step(experiment.model, experiment.objective, frozen_masks)
-    say(_time(experiment, state, train_step, eval_step, mesh))
+    say(_time(experiment, planned, state, mesh))
   first = in_words.row(experiment.batches[0], 0, experiment.tokenizer, experiment.objective)
   say(f"batch 0, row 0: {first}")
   say("a dry run: no workdir was written")
@@ -105,17 +96,16 @@ def keys(config: Config, resolved: Config, file: str, overridden: Collection[str
   return tabulate.tabulate(lines, headers=("key", "value", "from"), disable_numparse=True)
 
 
-def _time(
-  experiment: Training, state: TrainState, train_step: Callable, eval_step: Callable, mesh: Any
-) -> str:
+def _time(experiment: Training, planned: plan_lib.Plan, state: TrainState, mesh: Any) -> str:
   """The time that the run will take, by a few steps of it."""
   training = experiment.config.training
+  pace = optimizer_lib.pace(experiment.config.optimizer, training.steps)
   seconds = []
   batches = batches_lib.stream(experiment.batches, 0, 1 + TIMED, mesh, prefetch=1)
   for _ in range(1 + TIMED):
     started_at = time.perf_counter()
     batch = next(batches)
-    state, _ = jax.block_until_ready(train_step(state, batch, training.seed))
+    state, _ = jax.block_until_ready(planned.train_step(state, batch, training.seed, pace))
     seconds.append(time.perf_counter() - started_at)
   compilation, *others = seconds
   step = statistics.median(others)
@@ -126,7 +116,7 @@ def _time(
   )
   if experiment.eval_rows is not None:
     evaluations = -(-training.steps // (training.eval_every or training.steps))
-    of_each = _evaluation_seconds(experiment, state, eval_step, mesh)
+    of_each = _evaluation_seconds(experiment, state, planned.eval_step, mesh)
     total += evaluations * of_each
     line += f", {evaluations} evaluations of {duration(of_each)}"
   return f"{line}: about {duration(total)}"

@@ -29,8 +29,8 @@ from llm.runs.stop import Stop, Stopped
 from llm.training import evaluation, header, partition, reference
 from llm.training import experiment as experiment_lib
 from llm.training import optimizer as optimizer_lib
+from llm.training import plan as plan_lib
 from llm.training import state as state_lib
-from llm.training import step as step_lib
 from llm.training.experiment import Training
 
 
@@ -39,15 +39,18 @@ def train(
   workdir: str | pathlib.PurePath,
   *,
   go_on: bool = False,
+  until: int = 0,
   say: Callable = print,
   use_devices: Callable | None = None,
 ) -> dict[str, Any]:
   """Runs a config to its end in `workdir` and returns what result.json holds.
 
   A run that was interrupted resumes. go_on: also where the workdir holds a run of another config.
-  say: prints a line. use_devices(config.mesh): called before JAX is first used. Raises UserError on
-  bad input, and Stopped after a signal, when everything is saved.
+  until: the step after which the run stops for now, saved; 0 is its end. say: prints a line.
+  use_devices(config.mesh): called before JAX is first used. Raises UserError on bad input, and
+  Stopped after a signal, when everything is saved.
   """
+  started_at = time.time()
   workdir = storage.folder(workdir)
   checkpoints = workdir / "checkpoints"
   stop = Stop()
@@ -66,7 +69,8 @@ def train(
           )
         experiment = reference.attached(experiment, mesh, say)
         workdir_lib.claim(workdir, config, go_on)
-        return _Run(experiment, resume_from, workdir, mesh, stop, say).to_its_end()
+        run = _Run(experiment, resume_from, workdir, mesh, stop, say, until, started_at)
+        return run.to_its_end()
 
 
 def on_mesh(
@@ -102,9 +106,11 @@ class _Run:
     mesh: Mesh,
     stop: Stop,
     say: Callable,
+    until: int,
+    started_at: float,
   ):
     config = experiment.config
-    self.started_at = time.time()
+    self.started_at = started_at
     self.experiment = experiment
     self.config = config
     self.workdir = workdir
@@ -116,27 +122,18 @@ class _Run:
     description = manager.describe(resume_from) if resume_from else {}
     goal = config.training.keep_best
     self.progress = Progress.of_run(goal, description, manager.evaluations(workdir) if goal else [])
-    self.state, optimizer, self.frozen_masks, self.origin = state_lib.first_state(
-      experiment, resume_from, workdir, mesh, say
+    self.plan = plan_lib.of(experiment, mesh)
+    self.state, self.origin = state_lib.first_state(
+      experiment, self.plan, resume_from, workdir, say
     )
     self.first_step = int(self.state.step)
-    self.steps = config.training.steps
-    self.train_step = step_lib.make_train_step(
-      experiment.model,
-      experiment.objective,
-      optimizer,
-      self.frozen_masks,
-      config.optimizer.grad_accum_steps,
-      jax.tree.map(lambda array: array.sharding, self.state),
-    )
-    self.eval_step = step_lib.make_eval_step(
-      experiment.model, experiment.objective, self.frozen_masks
-    )
-    params = jax.eval_shape(self.params)
-    self.parameters = flops.count_parameters(params, config.model.vocab_size)
+    steps = config.training.steps
+    self.last_step = min(steps, until or steps)
+    self.pace = optimizer_lib.pace(config.optimizer, steps)
+    self.parameters = flops.count_parameters(self.plan.params, config.model.vocab_size)
     self._show_header(resume_from)
-    self.baselines = baselines(experiment, say) if self.first_step < self.steps else {}
-    self.peak_flops, self.flops_a_step = _flops(experiment, params, mesh, say)
+    self.baselines = baselines(experiment, say) if self.first_step < self.last_step else {}
+    self.peak_flops, self.flops_a_step = _flops(experiment, self.plan, mesh, say)
     self._open()
 
   def _show_header(self, resume_from: epath.Path | None):
@@ -152,12 +149,13 @@ class _Run:
     config = self.config
     self.saver = manager.Manager(self.workdir, config.training.keep, self.experiment.tokenizer)
     self.log_folder = workdir_lib.LogFolder(self.workdir)
-    self.log = Log(self.log_folder, self.first_step, self.steps)
+    self.log = Log(self.log_folder, self.first_step, self.last_step)
     self.meter = Meter(self.first_step, self.experiment.batches.tokens())
+    self.meter.total_seconds["start"] = time.time() - self.started_at
     self.stream = batches_lib.stream(
       self.experiment.batches,
       self.first_step,
-      self.steps,
+      self.last_step,
       self.mesh,
       config.data.prefetch,
       config.data.workers,
@@ -170,7 +168,7 @@ class _Run:
     stop_signal = 0
     try:
       with profiling(training.profile, self.log_folder.path) as before_step:
-        while step < self.steps and not stop_signal and not self.stalled():
+        while step < self.last_step and not stop_signal and not self.stalled():
           before_step(step, self.state)
           self.take_step(step)
           step += 1
@@ -208,7 +206,7 @@ class _Run:
 
     every: 0 means after the last one alone.
     """
-    return step == self.steps or every > 0 and step % every == 0
+    return step == self.last_step or every > 0 and step % every == 0
 
   def take_step(self, number: int):
     """One update with batch `number`."""
@@ -216,7 +214,9 @@ class _Run:
       batch = next(self.stream)
     first = number == self.first_step
     with self.meter.timed("compile") if first else contextlib.nullcontext():
-      self.state, metrics = self.train_step(self.state, batch, self.config.training.seed)
+      self.state, metrics = self.plan.train_step(
+        self.state, batch, self.config.training.seed, self.pace
+      )
     self.meter.add(metrics)
     self.log.advance()
 
@@ -246,7 +246,7 @@ class _Run:
   def _evaluate(self, rows: base.Rows) -> dict[str, float]:
     """The figures with those of the baselines; {} where a signal interrupts."""
     figures = evaluation.evaluate(
-      self.eval_step,
+      self.plan.eval_step,
       self.state.trained,
       self.state.frozen,
       self.experiment.objective,
@@ -274,7 +274,7 @@ class _Run:
 
   def params(self) -> Params:
     """Trained and frozen parameters as one tree."""
-    return partition.merge(self.state.trained, self.state.frozen, self.frozen_masks)
+    return partition.merge(self.state.trained, self.state.frozen, self.plan.frozen_masks)
 
   def close(self):
     """Waits for the last checkpoint and closes what is open, even where one of them fails."""
@@ -293,17 +293,17 @@ class _Run:
     """
     path = self.workdir / "result.json"
     if step == self.first_step:
-      if path.exists():
+      if path.exists() and (result := json.loads(path.read_text()))["step"] == step:
         early = ", stopped early: a higher config.training.patience goes on" * self.stalled()
         self.say(f"already done: step {self.first_step} in {self.workdir}{early}")
-        return json.loads(path.read_text())
+        return result
       if self.experiment.eval_rows is not None:
         self.eval_figures = self._evaluate(self.experiment.eval_rows)
         if stop_signal := self.stop.requested():
           raise Stopped(128 + stop_signal)
     result = self._result(step)
     workdir_lib.write_json(path, result)
-    if self.stalled() and step < self.steps:
+    if self.stalled() and step < self.last_step:
       self.say(f"stopped early: {self.progress.since} evaluations were no better")
     if self.progress.step >= 0:
       self.say(
@@ -348,12 +348,13 @@ def baselines(experiment: Training, say: Callable) -> dict[str, float]:
   return baselines
 
 
-def _flops(experiment: Training, params: Params, mesh: Mesh, say: Callable) -> tuple[float, float]:
+def _flops(
+  experiment: Training, planned: plan_lib.Plan, mesh: Mesh, say: Callable
+) -> tuple[float, float]:
   """(peak FLOP/s of the mesh, FLOPs of the model in a step)."""
   config = experiment.config
   peak, source = flops.peak_flops(mesh, precision.of(config.model))
-  of_row = flops.model_flops(experiment.model, params, experiment.one_row(), config.model)
-  of_step = of_row * experiment.batches.batch_size
+  of_step = planned.flops_a_row * experiment.batches.batch_size
   say(f"peak        {peak / 1e9:,.0f} GFLOP/s ({source}), {of_step / 1e9:,.1f} GFLOP a step")
   return peak, of_step
 

@@ -2,7 +2,7 @@
 
 import math
 import re
-from typing import Any, Callable, cast
+from typing import Any, Callable, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,24 @@ from llm.sharding import constrain, layer_by_layer
 from llm.training import partition
 
 Number = float | jax.Array  # an array where a search traces it
+
+
+class Pace(NamedTuple):
+  """What the learning rate of a run follows: arguments of the compiled step.
+
+  So runs that differ in nothing else share one program. warmup: steps of it.
+  """
+
+  learning_rate: Number
+  steps: Number
+  warmup: Number
+
+
+def pace(config: OptimizerConfig, steps: int) -> Pace:
+  """The pace of a run of `steps` steps."""
+  if config.learning_rate < 0:
+    raise ValueError("the learning rate is that of a recipe, and was not carried over")
+  return Pace(config.learning_rate, steps, warmup_steps(config, steps))
 
 
 def warmup_steps(config: OptimizerConfig, steps: int) -> int:
@@ -286,7 +304,7 @@ def make(
   config: OptimizerConfig,
   trained: Leaves,
   num_layers: int,
-  steps: int,
+  steps: Number,
   learning_rate: Number | None = None,
   warmup: Number | None = None,
 ) -> optax.GradientTransformation:
@@ -306,7 +324,7 @@ def make(
     config,
     config.learning_rate if learning_rate is None else learning_rate,
     steps,
-    warmup_steps(config, steps) if warmup is None else warmup,
+    warmup_steps(config, int(steps)) if warmup is None else warmup,
   )
 
   def apply_factors(updates: Any, _) -> Any:

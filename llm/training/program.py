@@ -12,8 +12,7 @@ from llm import sharding
 from llm.config import Config
 from llm.core import Params, TrainState, first_line
 from llm.performance import flops, hardware, hlo
-from llm.training import state as state_lib
-from llm.training import step as step_lib
+from llm.training import plan as plan_lib
 from llm.training.experiment import Experiment
 
 # What the TPU compiler says where a program does not fit: (needed, available) a device.
@@ -34,7 +33,7 @@ def rows_of(experiment: Experiment) -> int:
   return experiment.config.training.batch_size
 
 
-def traced_step(experiment: Experiment, planned: state_lib.Plan, mesh: Mesh) -> jax.stages.Traced:
+def traced_step(experiment: Experiment, planned: plan_lib.Plan, mesh: Mesh) -> jax.stages.Traced:
   """The training step of a plan, traced for its mesh. Nothing is allocated."""
   rows = rows_of(experiment)
   placed = sharding.batch_sharding(mesh)
@@ -42,16 +41,8 @@ def traced_step(experiment: Experiment, planned: state_lib.Plan, mesh: Mesh) -> 
     name: jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype, sharding=placed)
     for name, array in experiment.one_row().items()
   }
-  step = step_lib.jitted_train_step(
-    experiment.model,
-    experiment.objective,
-    planned.optimizer,
-    planned.frozen_masks,
-    experiment.config.optimizer.grad_accum_steps,
-    jax.tree.map(lambda array: array.sharding, planned.state),
-  )
   with jax.set_mesh(mesh):
-    return step.trace(planned.state, batch, np.int32(0))
+    return planned.jitted_train_step.trace(planned.state, batch, np.int32(0), plan_lib.NO_PACE)
 
 
 def report(experiment: Experiment, topology: hardware.Topology) -> dict[str, Any]:
@@ -65,7 +56,7 @@ def report(experiment: Experiment, topology: hardware.Topology) -> dict[str, Any
   mesh = hardware.mesh(config.mesh, topology)
   accum_steps = config.optimizer.grad_accum_steps
   sharding.check_batch(config.training.batch_size, rows, accum_steps, mesh)
-  planned = state_lib.plan(experiment, mesh)
+  planned = plan_lib.of(experiment, mesh)
   traced = traced_step(experiment, planned, mesh)
   result = {"topology": topology.name, "devices": mesh.size, "mesh": dict(mesh.shape)}
   result |= _sizes(experiment, planned.params, traced)

@@ -11,6 +11,7 @@ from llm.core import Batch, Leaves, Params, TrainState
 from llm.objectives import base
 from llm.sharding import BATCH, constrain
 from llm.training import partition
+from llm.training.optimizer import Pace
 from llm.training.partition import FrozenMasks
 
 
@@ -104,39 +105,25 @@ def one_at_a_time(compiled: Callable) -> Callable:
   return lambda *args: jax.block_until_ready(compiled(*args))
 
 
-def jitted_train_step(
+def make_train_step(
   model: nn.Module,
   objective: base.Objective,
-  optimizer: optax.GradientTransformation,
+  optimizer: Callable[[Pace], optax.GradientTransformation],
   frozen_masks: FrozenMasks,
   accum_steps: int,
   shardings: Any,
 ) -> Any:
-  """The compiled step (state, batch, seed) -> (state, metrics).
+  """The compiled step (state, batch, seed, pace) -> (state, metrics).
 
-  shardings: of the new state, a TrainState of them; None leaves it to the compiler. The memory of
-  the old state is reused for the new one.
+  Runs that differ only in seed and pace share it. shardings: of the new state, a TrainState of
+  them; None leaves it to the compiler. The memory of the old state is reused for the new one.
   """
   return jax.jit(
-    lambda state, batch, seed: train_step(
-      model, objective, optimizer, frozen_masks, accum_steps, state, batch, seed
+    lambda state, batch, seed, pace: train_step(
+      model, objective, optimizer(pace), frozen_masks, accum_steps, state, batch, seed
     ),
     donate_argnums=0,
     out_shardings=(shardings, None),
-  )
-
-
-def make_train_step(
-  model: nn.Module,
-  objective: base.Objective,
-  optimizer: optax.GradientTransformation,
-  frozen_masks: FrozenMasks,
-  accum_steps: int,
-  shardings: Any,
-) -> Callable:
-  """`jitted_train_step`, on CPU one step at a time."""
-  return one_at_a_time(
-    jitted_train_step(model, objective, optimizer, frozen_masks, accum_steps, shardings)
   )
 
 
