@@ -199,7 +199,7 @@ def _targets(path: pathlib.Path) -> tuple[str, ...]:
   return tuple(f"{label}={label}" for label in labels)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Writes(Scored):
   """A run whose checkpoint answers questions in writing. path: the file of the questions."""
 

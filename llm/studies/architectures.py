@@ -184,7 +184,7 @@ class Study(frame.Study):
     facts["split"] = split
     of_task = tasks_lib.form(task, _parts(model)[0])
     if of_task and of_task.writes:
-      return tasks_lib.Writes(name, config, facts, files / f"{task}_{split}.jsonl")
+      return tasks_lib.Writes(name, config, facts, path=files / f"{task}_{split}.jsonl")
     return Run(name, config, facts)
 
   def _best(self, done: Sequence[Result], model: str, task: str) -> str:

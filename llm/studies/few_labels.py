@@ -124,7 +124,7 @@ def _tuner(arm: Arm) -> tuple[FineTuner, Prepared]:
   return FineTuner(start.objective, start.model, starts, arm.batch_size, mesh), start
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Cell(frame.Run):
   """An arm at one number of labels. setting: its rates are factors of the recipe's."""
 

@@ -59,13 +59,6 @@ class Run:
     """
     return loop.train(self.config, workdir, until=self.until, use_devices=use_devices)
 
-  def take(self, workdir: pathlib.Path, use_devices: Callable | None) -> Mapping[str, Any]:
-    """The figures of the run, which is taken where it is not done; use_devices: of `loop.train`.
-
-    A run that is more than one llm.train replaces this. It leaves config.json and result.json.
-    """
-    return loop.train(self.config, workdir, use_devices=use_devices)
-
 
 @dataclasses.dataclass(frozen=True)
 class Result:

@@ -139,7 +139,7 @@ class Study(frame.Study):
     name = f"{task}-{rate}-{epochs}-{seed}"
     about = {"task": task, "rate": rate, "epochs": epochs, "seed": seed}
     if task == "mnli":
-      return WithMismatched(name, config, about, self.source(task, glue.MISMATCHED))
+      return WithMismatched(name, config, about, source=self.source(task, glue.MISMATCHED))
     return Run(name, config, about)
 
   def _best(self, task: str, done: Sequence[Result]) -> Result | None:
@@ -209,7 +209,7 @@ class Study(frame.Study):
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class WithMismatched(Scored):
   """A run of MNLI that is also scored on the split of other genres. source: of that split."""
 

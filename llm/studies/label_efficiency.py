@@ -137,7 +137,7 @@ class Study(frame.Study):
     )
     kind = Classical if name == CLASSICAL else Cell
     facts = {"role": "fine-tuning", "arm": name, "labels": setting.labels}
-    return kind(few_labels.name_of(name, setting), arm.config(), facts, arm, setting)
+    return kind(few_labels.name_of(name, setting), arm.config(), facts, arm=arm, setting=setting)
 
   def report(self, done: Sequence[Result], folder: pathlib.Path) -> tuple[dict[str, Any], str]:
     rows = few_labels.result_rows(done)

@@ -148,7 +148,7 @@ def _cell(facts: Mapping[str, Any], arm: Arm, setting: few_labels.Setting) -> Ce
   name = "-".join(str(facts[part]) for part in ("start", "source", "seed"))
   name = few_labels.name_of(f"{name}-to-{facts['target']}", setting)
   more = {"role": "fine-tuning", "arm": name, "labels": setting.labels}
-  return Cell(name, arm.config(), {**facts, **more}, arm, setting)
+  return Cell(name, arm.config(), {**facts, **more}, arm=arm, setting=setting)
 
 
 def _gains(rows: Sequence[Mapping]) -> list[dict[str, Any]]:
