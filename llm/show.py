@@ -36,7 +36,6 @@ _TOPOLOGY = flags.DEFINE_string(
   "topology", "", "Devices to plan for, e.g. v5e:4x4; default: those of this machine."
 )
 _CORPUS = flags.DEFINE_string("corpus", None, "The --output of llm.prepare.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Of a run that learns from rewards.")
 _STEP = flags.DEFINE_integer("step", 0, "The batch of this step, or its rollouts.", lower_bound=0)
 _ROWS = flags.DEFINE_integer("rows", 2, "How many of its rows or prompts.", lower_bound=1)
 
@@ -140,9 +139,10 @@ def show_corpus():
 
 def show_rollouts():
   """Prints prompts of a logged step, what the model wrote after them, and what it earned."""
-  if not _WORKDIR.value:
+  workdir = flags.FLAGS.workdir  # a flag of llm.train
+  if not workdir:
     raise UserError("--workdir is missing: the workdir of a run of configs/finetune_grpo.py")
-  path = storage.folder(_WORKDIR.value) / "rollouts.jsonl"
+  path = storage.folder(workdir) / "rollouts.jsonl"
   if not path.exists():
     raise UserError(f"{path}: there is none: the run learns from no rewards, or has logged no step")
   samples = [json.loads(line) for line in path.read_text().splitlines()]
