@@ -14,6 +14,9 @@ A `Batch` is a dict of fixed-shape arrays of B rows:
   tokens, segments, positions  BxT int32; segment 0 is padding, 1.. are a packed row's documents
   types                        BxT int32, where the model has token types
   targets, weights             BxT, causal language modelling
+  advantages, sampled_losses, reference_losses   BxT, answers that the model wrote: what each token
+                               earned, and minus its log-probability when it was drawn and under
+                               the reference
   masked_positions, masked_targets, masked_weights   BxM, masked language modelling
   firsts                       BxN int32, where each example of a row begins; example n is segment
                                n + 1; an empty slot has weight 0

@@ -150,6 +150,15 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P(BATCH))
 
 
+def host_rows(array: jax.Array) -> np.ndarray:
+  """All rows of a global array, on every process."""
+  if array.is_fully_addressable:
+    return np.asarray(array)
+  from jax.experimental import multihost_utils
+
+  return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
 def check_batch(examples: int, rows: int, accum_steps: int, mesh: Mesh) -> None:
   """Raises UserError unless the rows of a batch divide over accumulation steps and batch axes.
 

@@ -1,11 +1,13 @@
-"""Show a batch in words, how parameters lie on the mesh, or what a checkpoint holds.
+"""Show a batch in words, how parameters lie on the mesh, what a checkpoint holds or a model wrote.
 
 python -m llm.show batch      --config=... [--step=N --rows=N]
 python -m llm.show sharding   --config=... [--topology=v5p:8x8x8]
 python -m llm.show checkpoint --checkpoint=DIR
 python -m llm.show corpus     DIR
+python -m llm.show rollouts   --workdir=DIR [--step=N --rows=N]
 """
 
+import json
 import pathlib
 import pydoc
 import sys
@@ -34,8 +36,8 @@ _TOPOLOGY = flags.DEFINE_string(
   "topology", "", "Devices to plan for, e.g. v5e:4x4; default: those of this machine."
 )
 _CORPUS = flags.DEFINE_string("corpus", None, "The --output of llm.prepare.")
-_STEP = flags.DEFINE_integer("step", 0, "The batch of this step.", lower_bound=0)
-_ROWS = flags.DEFINE_integer("rows", 2, "How many of its rows to show.", lower_bound=1)
+_STEP = flags.DEFINE_integer("step", 0, "The batch of this step, or its rollouts.", lower_bound=0)
+_ROWS = flags.DEFINE_integer("rows", 2, "How many of its rows or prompts.", lower_bound=1)
 
 
 def show_batch():
@@ -135,6 +137,32 @@ def show_corpus():
   pydoc.pager(report.read_text())
 
 
+def show_rollouts():
+  """Prints prompts of a logged step, what the model wrote after them, and what it earned."""
+  workdir = flags.FLAGS.workdir  # a flag of llm.train
+  if not workdir:
+    raise UserError("--workdir is missing: the workdir of a run of configs/finetune_grpo.py")
+  path = storage.folder(workdir) / "rollouts.jsonl"
+  if not path.exists():
+    raise UserError(f"{path}: there is none: the run learns from no rewards, or has logged no step")
+  samples = [json.loads(line) for line in path.read_text().splitlines()]
+  steps = sorted({sample["step"] for sample in samples})
+  step = _STEP.value or steps[-1]
+  if step not in steps:
+    raise UserError(
+      f"--step={step}: rollouts were logged of {len(steps)} steps, from {steps[0]} to {steps[-1]} "
+      "(config.training.log_every)"
+    )
+  of_step = [sample for sample in samples if sample["step"] == step]
+  for sample in of_step[: _ROWS.value]:
+    print(f"step {step}, prompt: {sample['prompt']!r}")
+    rows = [
+      (answer.get("reward", answer.get("fault")), answer["tokens"], repr(answer["text"]))
+      for answer in sample["answers"]
+    ]
+    print(tabulate.tabulate(rows, headers=("reward", "tokens", "answer")))
+
+
 def with_flag(argv: Sequence[str]) -> list[str]:
   """`corpus DIR` as `corpus --corpus=DIR`."""
   arguments = list(argv)
@@ -148,6 +176,7 @@ VERBS = {
   "sharding": show_sharding,
   "checkpoint": show_checkpoint,
   "corpus": show_corpus,
+  "rollouts": show_rollouts,
 }
 
 

@@ -14,6 +14,7 @@ FLOORS = [
   ("storage", "config", "cache"),
   ("sharding",),
   ("models", "data"),
+  ("rewards",),
   ("objectives",),
   ("checkpoints",),
   ("performance",),

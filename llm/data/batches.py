@@ -142,6 +142,16 @@ def to_mesh(parts: dict[Part, dict[str, np.ndarray]], batch_size: int, mesh: Mes
   return {key: global_array(key) for key in first_part}
 
 
+def place(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
+  """A global batch, of which every process holds all rows."""
+  count = len(next(iter(batch.values())))
+  parts = {
+    (start, stop): {key: values[start:stop] for key, values in batch.items()}
+    for start, stop in own_rows(count, mesh)
+  }
+  return to_mesh(parts, count, mesh)
+
+
 def stream(
   batches: Batches, start: int, stop: int, mesh: Mesh, prefetch: int, workers: int = 0
 ) -> grain.DatasetIterator[Batch]:

@@ -16,7 +16,6 @@ from llm.core import Batch, Params, UserError
 from llm.data import batches as batches_lib
 from llm.objectives import base
 from llm.training import experiment as experiment_lib
-from llm.training.evaluation import host_rows
 
 BATCH_SIZE = 32  # rows at a time
 
@@ -60,7 +59,7 @@ class Labeller:
       params = manager.restore(self.step, "params")
       params = jax.device_put(params, sharding.shardings(params, mesh))
       model = experiment_lib.build(self.objective, config.model, length)
-      forward = jax.jit(functools.partial(_predict, model, self.objective))
+      forward = jax.jit(functools.partial(predicted, model, self.objective))
       batches = tqdm.tqdm(
         batches_lib.passes(rows, BATCH_SIZE, mesh),
         desc="predicting",
@@ -68,16 +67,17 @@ class Labeller:
         unit=" batches",
         disable=None,
       )
-      predicted = [jax.tree.map(host_rows, forward(params, batch)) for batch in batches]
+      by_batch = [jax.tree.map(sharding.host_rows, forward(params, batch)) for batch in batches]
     predictions = {}
-    for name in predicted[0]:
-      parts = [of_batch[name] for of_batch in predicted]
+    for name in by_batch[0]:
+      parts = [of_batch[name] for of_batch in by_batch]
       predictions[name] = np.concatenate(parts)[: len(rows)]  # the last batch was filled up
     return predictions, rows
 
 
-def _predict(
+def predicted(
   model: nn.Module, objective: base.Objective, params: Params, batch: Batch
 ) -> dict[str, jax.Array]:
+  """What an objective predicts for a batch."""
   outputs: Any = model.apply({"params": params}, batch, train=False)
   return objective.predict(outputs, batch)

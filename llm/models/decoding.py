@@ -33,14 +33,16 @@ class Sampling(NamedTuple):
 class Writing(flax.struct.PyTreeNode):
   """Rows that are being written: `count` of at most N tokens are there.
 
-  E are the EXPLAINED likeliest tokens of each step. read: what an encoder-decoder has read, as its
-  states, segments and positions; {} for a decoder.
+  E are the EXPLAINED likeliest tokens of each step. losses: minus the log-probability of each
+  token, at the temperature of the draw and before top_k and top_p. read: what an encoder-decoder
+  has read, as its states, segments and positions; {} for a decoder.
   """
 
   cache: Cache
   logits_BxV: jax.Array  # of the next token, without the vocabulary's padding
   positions_B: jax.Array  # of the next token
   tokens_BxN: jax.Array
+  losses_BxN: jax.Array
   best_BxNxE: jax.Array  # the likeliest tokens
   odds_BxNxE: jax.Array  # their probabilities
   finished_B: jax.Array  # whether the row has its end token
@@ -58,6 +60,7 @@ def shardings(mesh: Mesh) -> Writing:
     logits_BxV=replicated,
     positions_B=replicated,
     tokens_BxN=replicated,
+    losses_BxN=replicated,
     best_BxNxE=replicated,
     odds_BxNxE=replicated,
     finished_B=replicated,
@@ -146,6 +149,7 @@ def start(
     logits_BxV=logits_BxV,
     positions_B=positions_B,
     tokens_BxN=jnp.full((rows, new), pad, jnp.int32),
+    losses_BxN=jnp.zeros((rows, new)),
     best_BxNxE=jnp.zeros((rows, new, EXPLAINED), jnp.int32),
     odds_BxNxE=jnp.zeros((rows, new, EXPLAINED)),
     finished_B=jnp.zeros(rows, bool),
@@ -191,6 +195,12 @@ def draw(logits_BxV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array
     least_Bx1 = jnp.where(kept_BxV, ordered_BxV, jnp.inf).min(-1, keepdims=True)
     logits_BxV = jnp.where(logits_BxV >= least_Bx1, logits_BxV, -jnp.inf)
   return jax.random.categorical(key, logits_BxV).astype(jnp.int32)
+
+
+def drawn_losses(logits_BxV: jax.Array, token_B: jax.Array, temperature: float) -> jax.Array:
+  """Minus the log-probability of a token of each row: B. A temperature of 0 is as 1."""
+  log_probs_BxV = jax.nn.log_softmax(logits_BxV / (temperature or 1.0))
+  return -jnp.take_along_axis(log_probs_BxV, token_B[:, None], axis=-1)[:, 0]
 
 
 def advance(
@@ -240,6 +250,7 @@ def _with_one_more(
     logits_BxV=logits_BxV,
     positions_B=w.positions_B + 1,
     tokens_BxN=put(w.tokens_BxN, token_B),
+    losses_BxN=put(w.losses_BxN, drawn_losses(w.logits_BxV, token_B, sampling.temperature)),
     best_BxNxE=put(w.best_BxNxE, best_BxE),
     odds_BxNxE=put(w.odds_BxNxE, odds_BxE),
     finished_B=w.finished_B | (token_B == eos),

@@ -119,14 +119,20 @@ def in_chunks(
 
 
 class CausalLMHead(nn.Module):
-  """Next-token losses through the tied embedding table; no parameters of its own."""
+  """Next-token losses through the tied embedding table; no parameters of its own.
+
+  temperature: divides the logits.
+  """
 
   config: ModelConfig
+  temperature: float = 1.0
 
   @nn.compact
   def __call__(
     self, hidden_BxTxD: jax.Array, batch: Batch, table_VxD: jax.Array, *, train: bool
   ) -> dict[str, jax.Array]:
+    if self.temperature != 1:
+      hidden_BxTxD = hidden_BxTxD / self.temperature
     losses, correct = token_losses(
       hidden_BxTxD,
       table_VxD,

@@ -10,7 +10,7 @@ import dataclasses
 import importlib
 import pathlib
 import pkgutil
-from typing import Any, Callable, ClassVar, Iterable, Mapping, Protocol, Sequence
+from typing import Any, Callable, ClassVar, Iterable, Mapping, NamedTuple, Protocol, Sequence
 
 import jax
 import numpy as np
@@ -53,6 +53,67 @@ class Rows(Protocol):
     ...
 
 
+class Answer(NamedTuple):
+  """What a model wrote after a prompt.
+
+  ids: with the end token, where it wrote one. losses: minus the log-probability of each, in nats,
+  when it was drawn. ended: whether it wrote the end token.
+  """
+
+  ids: np.ndarray
+  losses: np.ndarray
+  ended: bool
+
+
+class Actor(Protocol):
+  """The model with its current parameters, lent to an objective that learns from what it writes.
+
+  All that it does is a function of the parameters, of config.training.seed and of the step.
+  """
+
+  def write(
+    self,
+    prompts: Sequence[np.ndarray],
+    answers: int,
+    max_tokens: int,
+    temperature: float,
+    draw: int = 0,
+  ) -> list[Answer]:
+    """`answers` answers to each prompt, given as ids: those of the first prompt first.
+
+    A temperature of 0 takes the likeliest tokens. draw: numbers the calls of one step.
+    """
+    ...
+
+  def rng(self, draw: int) -> np.random.Generator:
+    """Randomness of this step for the host."""
+    ...
+
+  def place(self, rows: Sequence[dict[str, np.ndarray]]) -> Batch:
+    """These rows as a batch on the mesh. Rows of zeros fill it up, which have weight 0."""
+    ...
+
+  def reference_losses(self, batch: Batch) -> jax.Array:
+    """`losses` of the network, BxT, with the parameters of the checkpoint that the run starts from.
+
+    Raises UserError where there is none.
+    """
+    ...
+
+
+class OnPolicy(NamedTuple):
+  """What a step learns from, where the current parameters have a part in it.
+
+  tokens: of the batch, without padding; None where they are those of the rows. metrics: (sum,
+  weight), as those of the loss. samples: records to look at, as JSON takes them.
+  """
+
+  batch: Batch
+  tokens: int | None = None
+  metrics: Mapping[str, tuple[float, float]] = {}
+  samples: Sequence[Mapping[str, Any]] = ()
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective(abc.ABC):
   """What every objective can do. A subclass is a frozen dataclass.
@@ -68,6 +129,11 @@ class Objective(abc.ABC):
   def goal(self) -> str:
     """The figure of an evaluation by which checkpoints are compared, and whether more is better."""
     return "min:loss"
+
+  @property
+  def updates(self) -> int:
+    """How many updates a step takes with its batch."""
+    return 1
 
   def __post_init__(self):
     config_lib.check_bounds(self, "config.objective")
@@ -126,6 +192,15 @@ class Objective(abc.ABC):
     call it.
     """
     return rows
+
+  def on_policy(self, batch: Batch, rows: Sequence[Any], actor: Actor, *, train: bool) -> OnPolicy:
+    """What the current parameters make of a batch, before a step learns from it.
+
+    It is for data that the model itself makes, such as its answers to prompts; by default the batch
+    is learned as it came. rows: the `Rows` of each source. With train=False, an evaluation: row n
+    of the result belongs to row n of the batch, and nothing is drawn at random.
+    """
+    return OnPolicy(batch)
 
   def trains(self, facts: Facts) -> bool:
     """Whether it trains an architecture of these facts."""

@@ -39,7 +39,7 @@ def conversation(record: dict) -> list[dict]:
   if not isinstance(record["messages"], list):
     raise UserError(f"{where}: messages must be a list of objects with role and content")
   turns = [
-    _turn(message, f"{where}: message {number}")
+    turn_of(message, f"{where}: message {number}")
     for number, message in enumerate(record["messages"], 1)
   ]
   if not any(turn["weight"] for turn in turns):
@@ -64,7 +64,7 @@ def _alpaca_turns(record: dict, where: str) -> list[dict]:
   ]
 
 
-def _turn(message: object, where: str) -> dict:
+def turn_of(message: object, where: str) -> dict:
   """One of `messages` as a turn. Raises UserError if it is none."""
   if not isinstance(message, dict) or not isinstance(message.get("content"), str):
     raise UserError(f"{where} must be an object with the texts role and content")

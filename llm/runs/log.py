@@ -7,7 +7,7 @@ import os
 import pathlib
 import sys
 import time
-from typing import Any
+from typing import Any, Mapping, Sequence
 
 import jax
 import tqdm
@@ -41,7 +41,7 @@ def _figure(name: str, value: float) -> str:
 
 
 def _keep_lines_up_to(step: int, path: pathlib.Path):
-  """Drops the lines of metrics.jsonl after `step`, and a last line that a killed run cut off."""
+  """Drops the lines of a file after `step`, and a last line that a killed run cut off."""
   if not path.exists():
     return
   kept = []
@@ -73,6 +73,7 @@ class Log:
     self.copied_at = time.time()
     metrics_path = folder.path / "metrics.jsonl"
     _keep_lines_up_to(first_step, metrics_path)
+    _keep_lines_up_to(first_step, folder.path / "rollouts.jsonl")
     self.file = open(metrics_path, "a", buffering=1)
     self.bar = tqdm.tqdm(
       total=steps,
@@ -134,6 +135,13 @@ class Log:
       self.events.add_scalar(f"{split}/{name}", value, step)
     if time.time() - self.copied_at > COPY_EVERY:
       self.flush()
+
+  def samples(self, step: int, samples: Sequence[Mapping[str, Any]]):
+    """Adds records of a step to rollouts.jsonl, to look at (llm.show rollouts)."""
+    if not self.writes:
+      return
+    with open(self.folder.path / "rollouts.jsonl", "a") as file:
+      file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
 
   def _console_line(self, step: int, figures: dict[str, float], split: str) -> str:
     shown = [_figure(name, value) for name, value in figures.items() if name not in NOT_ON_CONSOLE]

@@ -13,7 +13,7 @@ from llm.core import UserError
 from llm.runs import metrics as metrics_lib
 
 # What a run can spend time on, besides training.
-ACTIVITIES = ("start", "input", "compile", "evaluation", "checkpoint")
+ACTIVITIES = ("start", "input", "writing", "compile", "evaluation", "checkpoint")
 
 
 def _check_finite(history: list[dict], first_step: int):
@@ -42,21 +42,25 @@ class Meter:
 
   # Steps whose metrics are known to be finite.
   checked_steps: int
-  # Tokens of a step, without padding.
-  tokens_per_step: float
+  # Of each step since the last log line: tokens without padding, and FLOPs of the model.
+  work: list[tuple[float, float]] = dataclasses.field(default_factory=list)
   on_device: list = dataclasses.field(default_factory=list)
   on_host: list = dataclasses.field(default_factory=list)
-  # Tokens a second, of each log line.
-  paces: list[float] = dataclasses.field(default_factory=list)
+  # Tokens and FLOPs a second, of each log line.
+  paces: list[tuple[float, float]] = dataclasses.field(default_factory=list)
+  # Of the whole run.
+  total_flops: float = 0.0
   # When the last log line was written.
   logged_at: float = dataclasses.field(default_factory=time.perf_counter)
   # Seconds by activity: since the last log line, and of the whole run.
   recent_seconds: dict[str, float] = dataclasses.field(default_factory=_zeros)
   total_seconds: dict[str, float] = dataclasses.field(default_factory=_zeros)
 
-  def add(self, metrics: dict[str, Any]):
-    """Takes the metrics of one more step, without waiting for them."""
+  def add(self, metrics: dict[str, Any], tokens: float, flops: float):
+    """Takes the metrics and the work of one more step, without waiting for them."""
     self.on_device.append(metrics)
+    self.work.append((tokens, flops))
+    self.total_flops += flops
 
   def settle(self, step: int):
     """Fetches the metrics of all steps up to `step`. Raises UserError if one is not finite."""
@@ -67,25 +71,34 @@ class Meter:
     self.checked_steps = step
 
   def figures(self, step: int) -> dict[str, float]:
-    """Mean metrics, tokens a second and the share of time spent on input, since the last call."""
+    """Mean metrics, tokens a second and the share of time spent on input, since the last call.
+
+    Input and writing are part of the training that the tokens are counted over.
+    """
     self.settle(step)
     elapsed = time.perf_counter() - self.logged_at
     input_seconds = self.recent_seconds.pop("input", 0.0)
+    self.recent_seconds.pop("writing", 0.0)
     compiled = "compile" in self.recent_seconds
     training_seconds = elapsed - sum(self.recent_seconds.values())
     # The time of the first step is counted as compilation. So that step does not count, unless it
     # is the only one.
-    steps = len(self.on_host) - compiled
-    if steps:
-      pace = steps * self.tokens_per_step / training_seconds
+    if len(self.work) > compiled:
+      counted, seconds = self.work[compiled:], training_seconds
     else:
-      pace = self.tokens_per_step / elapsed
-    self.paces.append(pace)
+      counted, seconds = self.work, elapsed
+    tokens, flops = (sum(amounts) for amounts in zip(*counted))
+    self.paces.append((tokens / seconds, flops / seconds))
     means = metrics_lib.means(self.on_host)
     self.on_host = []
+    self.work = []
     self.logged_at = time.perf_counter()
     self.recent_seconds.clear()
-    return {**means, "tokens_per_second": pace, "input_wait": input_seconds / training_seconds}
+    return {
+      **means,
+      "tokens_per_second": tokens / seconds,
+      "input_wait": input_seconds / training_seconds,
+    }
 
   @contextlib.contextmanager
   def timed(self, activity: str) -> Iterator[None]:

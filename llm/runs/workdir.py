@@ -218,10 +218,10 @@ class LogFolder:
       return
     self._scratch = tempfile.TemporaryDirectory(prefix="pretune-")
     self.path = pathlib.Path(self._scratch.name)
-    remote = workdir / "metrics.jsonl"
-    if remote.exists():
-      local = self.path / remote.name
-      self._copied_sizes[local] = local.write_bytes(remote.read_bytes())
+    for remote in (workdir / "metrics.jsonl", workdir / "rollouts.jsonl"):
+      if remote.exists():
+        local = self.path / remote.name
+        self._copied_sizes[local] = local.write_bytes(remote.read_bytes())
 
   def copy(self):
     """Writes to the bucket what changed since the last call.

@@ -20,6 +20,7 @@ from llm.runs.log import duration
 from llm.training import evaluation, header, in_words, loop, reference
 from llm.training import optimizer as optimizer_lib
 from llm.training import plan as plan_lib
+from llm.training import sampler as sampler_lib
 from llm.training import state as state_lib
 from llm.training.experiment import OF_THE_MACHINE, Training
 
@@ -64,7 +65,8 @@ def run(
     )
     header.show(experiment, mesh, parameters, origin, 0, say)
     loop.baselines(experiment, say)
-    say(_time(experiment, planned, state, mesh))
+    sampler = reference.sampler(experiment, planned.frozen_masks, mesh, say)
+    say(_time(experiment, planned, state, mesh, sampler))
   first = in_words.row(experiment.batches[0], 0, experiment.tokenizer, experiment.objective)
   say(f"batch 0, row 0: {first}")
   say("a dry run: no workdir was written")
@@ -96,16 +98,23 @@ def keys(config: Config, resolved: Config, file: str, overridden: Collection[str
   return tabulate.tabulate(lines, headers=("key", "value", "from"), disable_numparse=True)
 
 
-def _time(experiment: Training, planned: plan_lib.Plan, state: TrainState, mesh: Any) -> str:
+def _time(
+  experiment: Training,
+  planned: plan_lib.Plan,
+  state: TrainState,
+  mesh: Any,
+  sampler: sampler_lib.Sampler,
+) -> str:
   """The time that the run will take, by a few steps of it."""
   training = experiment.config.training
   pace = optimizer_lib.pace(experiment.config.optimizer, training.steps)
   seconds = []
   batches = batches_lib.stream(experiment.batches, 0, 1 + TIMED, mesh, prefetch=1)
-  for _ in range(1 + TIMED):
+  for number in range(1 + TIMED):
     started_at = time.perf_counter()
-    batch = next(batches)
-    state, _ = jax.block_until_ready(planned.train_step(state, batch, training.seed, pace))
+    actor = sampler.at(state.trained, state.frozen, number)
+    made = experiment.objective.on_policy(next(batches), experiment.batches.rows, actor, train=True)
+    state, _ = jax.block_until_ready(planned.train_step(state, made.batch, training.seed, pace))
     seconds.append(time.perf_counter() - started_at)
   compilation, *others = seconds
   step = statistics.median(others)
@@ -116,14 +125,18 @@ def _time(experiment: Training, planned: plan_lib.Plan, state: TrainState, mesh:
   )
   if experiment.eval_rows is not None:
     evaluations = -(-training.steps // (training.eval_every or training.steps))
-    of_each = _evaluation_seconds(experiment, state, planned.eval_step, mesh)
+    of_each = _evaluation_seconds(experiment, state, planned.eval_step, mesh, sampler)
     total += evaluations * of_each
     line += f", {evaluations} evaluations of {duration(of_each)}"
   return f"{line}: about {duration(total)}"
 
 
 def _evaluation_seconds(
-  experiment: Training, state: TrainState, eval_step: Callable, mesh: Any
+  experiment: Training,
+  state: TrainState,
+  eval_step: Callable,
+  mesh: Any,
+  sampler: sampler_lib.Sampler,
 ) -> float:
   """Seconds of an evaluation, by its first batches."""
   batch_size = experiment.batches.batch_size
@@ -133,7 +146,17 @@ def _evaluation_seconds(
 
   def seconds_of(batches: int) -> float:
     started_at = time.perf_counter()
-    evaluation.run_over(eval_step, state.trained, state.frozen, rows, batch_size, mesh, batches)
+    evaluation.evaluate(
+      eval_step,
+      state.trained,
+      state.frozen,
+      experiment.objective,
+      rows,
+      batch_size,
+      mesh,
+      batches,
+      actor=sampler.at(state.trained, state.frozen, 0),
+    )
     return time.perf_counter() - started_at
 
   seconds_of(1)

@@ -240,11 +240,15 @@ def build(
 
   length: tokens of a row; 0 is any, which the reference attention takes.
   """
+  return objective.model(settled(model, length, trains=trains))
+
+
+def settled(model: ModelConfig, length: int, *, trains: bool = False) -> ModelConfig:
+  """A model with "auto" settled for this machine and the mesh in use; length: as of `build`."""
   if not length and model.attention == "auto":
     model = dataclasses.replace(model, attention="reference")
   context = jax.sharding.get_abstract_mesh().shape.get("context", 1)
-  settled = resolve.resolved(model, length, jax.default_backend(), context, trains=trains)
-  return objective.model(settled)
+  return resolve.resolved(model, length, jax.default_backend(), context, trains=trains)
 
 
 def _check(config: Config):

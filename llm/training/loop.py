@@ -130,10 +130,12 @@ class _Run:
     steps = config.training.steps
     self.last_step = min(steps, until or steps)
     self.pace = optimizer_lib.pace(config.optimizer, steps)
+    self.tokens_a_step = experiment.batches.tokens()
+    self.sampler = reference.sampler(experiment, self.plan.frozen_masks, mesh, say)
     self.parameters = flops.count_parameters(self.plan.params, config.model.vocab_size)
     self._show_header(resume_from)
     self.baselines = baselines(experiment, say) if self.first_step < self.last_step else {}
-    self.peak_flops, self.flops_a_step = _flops(experiment, self.plan, mesh, say)
+    self.peak_flops = _peak_flops(experiment, self.plan, mesh, say)
     self._open()
 
   def _show_header(self, resume_from: epath.Path | None):
@@ -150,7 +152,7 @@ class _Run:
     self.saver = manager.Manager(self.workdir, config.training.keep, self.experiment.tokenizer)
     self.log_folder = workdir_lib.LogFolder(self.workdir)
     self.log = Log(self.log_folder, self.first_step, self.last_step)
-    self.meter = Meter(self.first_step, self.experiment.batches.tokens())
+    self.meter = Meter(self.first_step)
     self.meter.total_seconds["start"] = time.time() - self.started_at
     self.stream = batches_lib.stream(
       self.experiment.batches,
@@ -213,22 +215,30 @@ class _Run:
     with self.meter.timed("input"):
       batch = next(self.stream)
     first = number == self.first_step
+    with self.meter.timed("compile" if first else "writing"):
+      made = self.experiment.objective.on_policy(
+        batch, self.experiment.batches.rows, self.actor(number), train=True
+      )
+    computed = len(next(iter(made.batch.values()))) * self.experiment.objective.updates  # rows
     with self.meter.timed("compile") if first else contextlib.nullcontext():
       self.state, metrics = self.plan.train_step(
-        self.state, batch, self.config.training.seed, self.pace
+        self.state, made.batch, self.config.training.seed, self.pace
       )
-    self.meter.add(metrics)
+    tokens = self.tokens_a_step if made.tokens is None else made.tokens
+    self.meter.add({**metrics, **made.metrics}, tokens, computed * self.plan.flops_a_row)
+    if made.samples and self.due(number + 1, self.config.training.log_every):
+      self.log.samples(number + 1, made.samples)
     self.log.advance()
+
+  def actor(self, step: int) -> base.Actor:
+    """The current parameters, for an objective that learns from what they write."""
+    return self.sampler.at(self.state.trained, self.state.frozen, step)
 
   def report(self, step: int):
     """Logs the means since the last report."""
     figures = self.meter.figures(step)
-    self.log.metrics(step, {**figures, "mfu": self.mfu(figures["tokens_per_second"])})
-
-  def mfu(self, tokens_per_second: float) -> float:
-    """The model FLOPs utilization: the share of the peak FLOP/s that those of the model are."""
-    flops_a_token = self.flops_a_step / self.experiment.batches.tokens()
-    return flops_a_token * tokens_per_second / self.peak_flops
+    _, flops_per_second = self.meter.paces[-1]
+    self.log.metrics(step, {**figures, "mfu": flops_per_second / self.peak_flops})
 
   def evaluate(self, step: int) -> dict[str, float]:
     """Logs the figures of the evaluation source; {} without one, or where a signal interrupts."""
@@ -255,6 +265,7 @@ class _Run:
       self.mesh,
       self.config.training.eval_batches,
       self.stop,
+      self.actor(int(self.state.step)),
     )
     return {**figures, **self.baselines} if figures else {}
 
@@ -315,7 +326,9 @@ class _Run:
 
   def _result(self, step: int) -> dict[str, Any]:
     """What result.json holds."""
-    pace = float(np.median(self.meter.paces)) if self.meter.paces else None
+    pace = flops_per_second = None
+    if self.meter.paces:
+      pace, flops_per_second = np.median(self.meter.paces, axis=0).tolist()
     seconds = time.time() - self.started_at
     usage = zip(self.experiment.names, self.experiment.batches.usage(step))
     return {
@@ -325,12 +338,18 @@ class _Run:
       "seconds": seconds,
       "shares": self.meter.shares(seconds),
       "tokens_per_second": pace,
-      "mfu": pace and self.mfu(pace),
-      "flops": step * self.flops_a_step,
+      "mfu": flops_per_second and flops_per_second / self.peak_flops,
+      "flops": step * self.flops_a_step(step),
       "data": {name: {"epochs": epochs, "tokens": tokens} for name, (epochs, tokens) in usage},
       "eval": self.eval_figures,
       "best": self.progress.saved(),
     }
+
+  def flops_a_step(self, step: int) -> float:
+    """FLOPs of the model in a step, by the steps of this process up to `step`."""
+    if step > self.first_step:
+      return self.meter.total_flops / (step - self.first_step)
+    return self.experiment.batches.batch_size * self.plan.flops_a_row
 
 
 def baselines(experiment: Training, say: Callable) -> dict[str, float]:
@@ -348,15 +367,13 @@ def baselines(experiment: Training, say: Callable) -> dict[str, float]:
   return baselines
 
 
-def _flops(
-  experiment: Training, planned: plan_lib.Plan, mesh: Mesh, say: Callable
-) -> tuple[float, float]:
-  """(peak FLOP/s of the mesh, FLOPs of the model in a step)."""
+def _peak_flops(experiment: Training, planned: plan_lib.Plan, mesh: Mesh, say: Callable) -> float:
+  """The peak FLOP/s of the mesh."""
   config = experiment.config
   peak, source = flops.peak_flops(mesh, precision.of(config.model))
   of_step = planned.flops_a_row * experiment.batches.batch_size
   say(f"peak        {peak / 1e9:,.0f} GFLOP/s ({source}), {of_step / 1e9:,.1f} GFLOP a step")
-  return peak, of_step
+  return peak
 
 
 def _say_new_length(resume_from: epath.Path, config: Config, first_step: int, say: Callable):

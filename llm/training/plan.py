@@ -80,13 +80,15 @@ class Plan:
     )
 
   def optimizer(self, pace: Pace) -> optax.GradientTransformation:
+    # The schedule is that of the steps, however many updates each of them takes.
+    updates = self.shape.objective.updates
     return optimizer_lib.make(
       self.shape.optimizer,
       self._trained,
       self.shape.model.num_layers,
-      pace.steps,
+      pace.steps * updates,
       pace.learning_rate,
-      pace.warmup,
+      pace.warmup * updates,
     )
 
   def _init(self, seed: jax.typing.ArrayLike) -> Params:

@@ -4,22 +4,27 @@ Objectives that compare the model with a reference need them (preference optimiz
 """
 
 import dataclasses
+import functools
 from typing import Any, Callable
 
+import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from llm import cache
+from llm import cache, sharding
 from llm.checkpoints import locate, manager
 from llm.config import Config
-from llm.core import UserError
+from llm.core import Batch, Leaves, UserError, flatten, unflatten
 from llm.data.tokenizer import Tokenizer
 from llm.objectives import base
 from llm.training import evaluation
 from llm.training import experiment as experiment_lib
+from llm.training import sampler as sampler_lib
+from llm.training import step as step_lib
 from llm.training.experiment import Training
+from llm.training.partition import FrozenMasks
 
 
 def attached(experiment: Training, mesh: Mesh, say: Callable) -> Training:
@@ -70,6 +75,50 @@ def predictor(
       return dict(saved)
 
   return predict
+
+
+def sampler(
+  experiment: Training, frozen_masks: FrozenMasks, mesh: Mesh, say: Callable
+) -> sampler_lib.Sampler:
+  """The sampler of a run, which knows the reference; "auto" must be settled."""
+  config = experiment.config
+  return sampler_lib.Sampler(
+    config.model,
+    experiment.tokenizer,
+    frozen_masks,
+    mesh,
+    config.training.seed,
+    config.optimizer.grad_accum_steps,
+    _losses(experiment, mesh, say),
+  )
+
+
+def _losses(experiment: Training, mesh: Mesh, say: Callable) -> Callable[[Batch], jax.Array]:
+  """A function from a batch to `losses` of the network under the reference, BxT.
+
+  It loads the reference when it is first called, and raises UserError as `predictor`.
+  """
+  config = experiment.config
+
+  @functools.cache
+  def program() -> tuple[Callable, Leaves]:
+    bundle = experiment_lib.load(_reference_step(config, experiment.tokenizer, say))
+    params = flatten(bundle.params)
+    placed = jax.device_put(params, sharding.shardings(params, mesh))
+    length = config.training.sequence_length
+    model = experiment_lib.build(experiment.objective, bundle.config.model, length)
+
+    def apply(params: Leaves, batch: Batch) -> jax.Array:
+      outputs: Any = model.apply({"params": unflatten(params)}, batch, train=False)
+      return outputs["losses"]
+
+    return step_lib.one_at_a_time(jax.jit(apply)), placed
+
+  def of_batch(batch: Batch) -> jax.Array:
+    apply, params = program()
+    return apply(params, batch)
+
+  return of_batch
 
 
 def _reference_step(config: Config, tokenizer: Tokenizer, say: Callable) -> epath.Path:

@@ -40,13 +40,36 @@ def train_step(
   batch: Batch,
   seed: jax.typing.ArrayLike,
 ) -> tuple[TrainState, base.Metrics]:
-  """One update. Only the trained parameters have gradients.
+  """The updates of one batch (`objective.updates`). Only the trained parameters have gradients.
 
   Losses are divided by the weights of the whole global batch, so the result depends neither on the
   mesh nor on `accum_steps`, the number of parts that the batch is computed in.
   """
-  totals = objective.totals(batch)
   rng = jax.random.fold_in(jax.random.key(seed), state.step)
+
+  def update(state: TrainState, rng: jax.Array) -> tuple[TrainState, base.Metrics]:
+    return _update(model, objective, optimizer, frozen_masks, accum_steps, state, batch, rng)
+
+  if objective.updates == 1:
+    new_state, metrics = update(state, rng)
+  else:
+    new_state, metrics = jax.lax.scan(update, state, jax.random.split(rng, objective.updates))
+    metrics = jax.tree.map(lambda of_updates: of_updates.sum(0), metrics)
+  return new_state.replace(step=state.step + 1), metrics
+
+
+def _update(
+  model: nn.Module,
+  objective: base.Objective,
+  optimizer: optax.GradientTransformation,
+  frozen_masks: FrozenMasks,
+  accum_steps: int,
+  state: TrainState,
+  batch: Batch,
+  rng: jax.Array,
+) -> tuple[TrainState, base.Metrics]:
+  """One update; the step of the state stays. rng: of the dropout."""
+  totals = objective.totals(batch)
 
   def loss_of(trained: Leaves, part: Batch, rng: jax.Array) -> tuple[jax.Array, base.Metrics]:
     params = partition.merge(trained, state.frozen, frozen_masks)
@@ -61,7 +84,7 @@ def train_step(
   updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
   metrics["grad_norm"] = (optax.global_norm(grads), jnp.ones(()))
   new_state = TrainState(
-    step=state.step + 1,
+    step=state.step,
     trained=cast(Leaves, optax.apply_updates(state.trained, updates)),
     frozen=state.frozen,
     opt_state=opt_state,
