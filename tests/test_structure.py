@@ -22,6 +22,7 @@ FLOORS = [
   ("training",),
   ("inference",),
   ("studies",),
+  ("server",),
 ]
 
 
