@@ -142,6 +142,17 @@ def bert_start(corpus, tmp_path_factory):
   return workdir
 
 
+@pytest.fixture(scope="session")
+def gpt_start(corpus, tmp_path_factory):
+  """The workdir of a tiny GPT after one step. Not to be written to."""
+  from llm.training import loop
+
+  workdir = tmp_path_factory.mktemp("start") / "gpt"
+  config = tiny("gpt", f"text:{corpus}", training__steps=1, model__max_length=128)
+  loop.train(config, workdir, say=lambda *_: None)
+  return workdir
+
+
 @functools.cache
 def _program(module):
   return jax.jit(lambda params, batch: module.apply({"params": params}, batch, train=False))

@@ -162,7 +162,7 @@ RUN = (
 # Commands that need a network or other hardware, that wait at the terminal or take minutes.
 NOT_RUN = re.compile(
   r"llm.show batch|hf:|tfds:|embedded:|gs://|:175b|v5p|v5e|--chat|quickstart|:alpaca|:reviews"
-  r"|slurm|llm.study"
+  r"|slurm|llm.study|llm.serve"
 )
 
 

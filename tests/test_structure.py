@@ -23,6 +23,7 @@ FLOORS = [
   ("training",),
   ("inference",),
   ("studies",),
+  ("server",),
 ]
 
 

@@ -1,7 +1,7 @@
 """A fine-tuned checkpoint labels records, or answers questions on them."""
 
 import functools
-from typing import Any, Sequence
+from typing import Any, Callable, Sequence
 
 import jax
 import numpy as np
@@ -49,17 +49,28 @@ class Labeller:
     if ignored := [field for field in inputs if field in record and field not in known]:
       raise UserError(f"{where} has a {ignored[0]}, which would be ignored: {takes}")
 
+  @functools.cached_property
+  def mesh(self) -> jax.sharding.Mesh:
+    """Of all devices."""
+    return sharding.make_mesh(MeshConfig())
+
+  @functools.cached_property
+  def program(self) -> tuple[Params, Callable]:
+    """(the parameters on the mesh, the compiled function of them and a batch)."""
+    config = self.saved.config
+    params = manager.restore(self.step, "params")
+    params = jax.device_put(params, sharding.shardings(params, self.mesh))
+    model = experiment_lib.build(self.objective, config.model, config.training.sequence_length)
+    return params, jax.jit(functools.partial(predicted, model, self.objective))
+
   def label(self, records: Sequence[dict]) -> tuple[base.Predictions, base.Rows]:
     """(predictions, rows), for the objective's `results` and `write`."""
     config = self.saved.config
     length = config.training.sequence_length
     rows = self.objective.encode(records, self.saved.tokenizer, config.model, length)
-    mesh = sharding.make_mesh(MeshConfig())
+    mesh = self.mesh
     with jax.set_mesh(mesh):
-      params = manager.restore(self.step, "params")
-      params = jax.device_put(params, sharding.shardings(params, mesh))
-      model = experiment_lib.build(self.objective, config.model, length)
-      forward = jax.jit(functools.partial(predicted, model, self.objective))
+      params, forward = self.program
       batches = tqdm.tqdm(
         batches_lib.passes(rows, BATCH_SIZE, mesh),
         desc="predicting",

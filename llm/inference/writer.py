@@ -111,7 +111,7 @@ class Writer:
     tokens. Raises UserError if a prompt is empty or too long.
     """
     ids = [self._encoded(prompt, max_tokens) for prompt in prompts]
-    batch, slots = self._batch(ids, max_tokens)
+    batch, slots = self.batch(ids, max_tokens)
     on_cpu = self.mesh.size == 1 and jax.default_backend() == "cpu"
     if on_cpu and len(ids) == 1:
       config, params = self.for_one_row
@@ -140,7 +140,7 @@ class Writer:
       )
     return ids
 
-  def _batch(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> tuple[dict, int]:
+  def batch(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> tuple[dict, int]:
     """(the prompts as a batch, the slots that the cache needs).
 
     Lengths are rounded up to powers of two and slots to multiples of 64, so that few programs are

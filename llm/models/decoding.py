@@ -73,6 +73,20 @@ def shardings(mesh: Mesh) -> Writing:
 EXPLAINED = 5  # likeliest tokens that are kept at every step
 
 
+READ_BY_EVERY_TOKEN = ("token", "output")  # tables; the others are looked up alone
+
+
+def for_many_rows(params: Any, dtype: jnp.dtype) -> Any:
+  """The parameters in the form that writes many rows fastest: weights are cast to dtype once."""
+
+  def cast(path: tuple, leaf: jax.Array) -> jax.Array:
+    *_, module, name = (getattr(part, "key", None) for part in path)
+    is_table = name == "embedding" and module in READ_BY_EVERY_TOKEN
+    return jnp.asarray(leaf, dtype) if name == "kernel" or is_table else leaf
+
+  return jax.tree_util.tree_map_with_path(cast, params)
+
+
 def for_one_row(params: Any, dtype: jnp.dtype) -> Any:
   """The parameters in the form that writes a single row fastest.
 
@@ -83,7 +97,7 @@ def for_one_row(params: Any, dtype: jnp.dtype) -> Any:
     return tuple(for_one_row(layer, dtype) for layer in params)
   prepared = {}
   for name, value in params.items():
-    if name in ("token", "output"):
+    if name in READ_BY_EVERY_TOKEN:
       prepared[name] = {"embedding": jnp.asarray(value["embedding"], dtype)}
     elif isinstance(value, dict) and "kernel" in value:
       other = {key: leaf for key, leaf in value.items() if key != "kernel"}
@@ -143,7 +157,7 @@ def start(
       "positions": jnp.zeros((rows, 1), jnp.int32),
     }
     positions_B = jnp.ones(rows, jnp.int32)
-  logits_BxV, filled = _step(config, params, batch, cache.empty(config, rows, slots), read)
+  logits_BxV, filled = step(config, params, batch, cache.empty(config, rows, slots), read)
   return Writing(
     cache=filled,
     logits_BxV=logits_BxV,
@@ -159,7 +173,7 @@ def start(
   )
 
 
-def _step(
+def step(
   config: ModelConfig, params: Params, batch: Batch, past: Cache, read: Batch
 ) -> tuple[jax.Array, Cache]:
   """(logits BxV after the new tokens of a batch, the cache with these tokens)."""
@@ -189,11 +203,7 @@ def draw(logits_BxV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array
     least_Bx1 = jax.lax.top_k(logits_BxV, min(sampling.top_k, logits_BxV.shape[-1]))[0][:, -1:]
     logits_BxV = jnp.where(logits_BxV >= least_Bx1, logits_BxV, -jnp.inf)
   if sampling.top_p < 1:
-    ordered_BxV = jnp.sort(logits_BxV, axis=-1, descending=True)
-    probabilities_BxV = jax.nn.softmax(ordered_BxV)
-    kept_BxV = jnp.cumsum(probabilities_BxV, -1) - probabilities_BxV < sampling.top_p
-    least_Bx1 = jnp.where(kept_BxV, ordered_BxV, jnp.inf).min(-1, keepdims=True)
-    logits_BxV = jnp.where(logits_BxV >= least_Bx1, logits_BxV, -jnp.inf)
+    logits_BxV = nucleus(logits_BxV, sampling.top_p)
   return jax.random.categorical(key, logits_BxV).astype(jnp.int32)
 
 
@@ -201,6 +211,18 @@ def drawn_losses(logits_BxV: jax.Array, token_B: jax.Array, temperature: float) 
   """Minus the log-probability of a token of each row: B. A temperature of 0 is as 1."""
   log_probs_BxV = jax.nn.log_softmax(logits_BxV / (temperature or 1.0))
   return -jnp.take_along_axis(log_probs_BxV, token_B[:, None], axis=-1)[:, 0]
+
+
+def nucleus(logits_BxV: jax.Array, top_p: float | jax.Array) -> jax.Array:
+  """The logits of the fewest likeliest tokens whose probabilities sum to p or more, others -inf.
+
+  top_p: of all rows, or Bx1.
+  """
+  ordered_BxV = jnp.sort(logits_BxV, axis=-1, descending=True)
+  probabilities_BxV = jax.nn.softmax(ordered_BxV)
+  kept_BxV = jnp.cumsum(probabilities_BxV, -1) - probabilities_BxV < top_p
+  least_Bx1 = jnp.where(kept_BxV, ordered_BxV, jnp.inf).min(-1, keepdims=True)
+  return jnp.where(logits_BxV >= least_Bx1, logits_BxV, -jnp.inf)
 
 
 def advance(
@@ -244,7 +266,7 @@ def _with_one_more(
     "positions": w.positions_B[:, None],
     "segments": jnp.ones_like(token_B)[:, None],
   }
-  logits_BxV, filled = _step(config, params, batch, w.cache, w.read)
+  logits_BxV, filled = step(config, params, batch, w.cache, w.read)
   return w.replace(
     cache=filled,
     logits_BxV=logits_BxV,

@@ -68,14 +68,19 @@ def resolved(config: Config, steps_an_epoch: float, goal: str) -> Config:
     if training.epochs == -1:
       training = dataclasses.replace(training, epochs=epochs(config.recipe, steps_an_epoch))
     steps = max(1, math.ceil(training.epochs * steps_an_epoch))
-  eval_every = training.eval_every
-  if eval_every == -1:
-    eval_every = max(1, math.ceil(steps_an_epoch))
+  epoch = max(1, math.ceil(steps_an_epoch))
+  eval_every = epoch if training.eval_every == -1 else training.eval_every
+  save_every = epoch if training.save_every == -1 else training.save_every
   keep_best = training.keep_best
   if keep_best == "auto":
     keep_best = goal if config.data.eval else ""
   training = dataclasses.replace(
-    training, steps=steps, epochs=0.0, eval_every=eval_every, keep_best=keep_best
+    training,
+    steps=steps,
+    epochs=0.0,
+    eval_every=eval_every,
+    save_every=save_every,
+    keep_best=keep_best,
   )
   config = dataclasses.replace(config, training=training)
   if config.optimizer.learning_rate != -1:

@@ -1,0 +1,1 @@
+"""Fine-tuning and chat over HTTP, by OpenAI's interface."""

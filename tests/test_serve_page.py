@@ -1,0 +1,78 @@
+"""The page, in a headless Chromium."""
+
+import os
+import pathlib
+import shutil
+
+import pytest
+
+from tests.serving import conversations
+from tests.test_serve import client, serving  # noqa: F401  the fixtures
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+# Where pictures of the page are wanted: a folder.
+PICTURES = os.environ.get("PRETUNE_PICTURES", "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="there is no chromium here: apt-get install chromium")
+def test_the_page_starts_a_job_and_lets_two_models_answer(serving, client, tmp_path):  # noqa: F811
+  from playwright.sync_api import sync_playwright
+
+  (tmp_path / "talk.jsonl").write_bytes(conversations(40))
+  with sync_playwright() as play:
+    browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    page = browser.new_page(viewport={"width": 1100, "height": 900})
+    faults = []
+    page.on("pageerror", lambda fault: faults.append(str(fault)))
+    page.goto(f"http://127.0.0.1:{serving.port}/")
+    page.fill("#key", "sk-wrong")
+    page.click("text=Open")
+    page.wait_for_selector("#error:has-text('API key')")
+    page.fill("#key", client.api_key)
+    page.click("text=Open")
+    page.set_input_files("#file", tmp_path / "talk.jsonl")
+    page.click("text=Upload")
+    page.wait_for_selector("#files td:has-text('talk.jsonl')")
+    start_job(page)
+    page.wait_for_selector("#job-name:has-text('succeeded')", timeout=120_000)
+    assert page.locator("#curve polyline.train").count() == 1
+    assert page.locator("#curve polyline.valid").count() == 1
+    assert "successfully completed" in page.inner_text("#events")
+    picture(page, "serving_job", "#job")
+    ask(page)
+    picture(page, "serving_chat", "main > section:first-child")
+    assert faults == []
+    browser.close()
+
+
+def start_job(page):
+  page.select_option("#base", "gpt")
+  page.select_option("#training", label="talk.jsonl")
+  page.select_option("#validation", label="talk.jsonl")
+  page.fill("#epochs", "12")
+  page.fill("#suffix", "page")
+  page.click("#start button")
+
+
+def ask(page):
+  """Asks both models and points at a token of the second."""
+  page.wait_for_selector(".side:nth-child(2) option:has-text(':page:')", state="attached")
+  tuned = page.locator(".side:nth-child(2) option:has-text(':page:')").first
+  page.locator("select.model").nth(0).select_option("gpt")
+  page.locator("select.model").nth(1).select_option(tuned.get_attribute("value"))
+  page.fill("#message", "say 1")
+  page.fill("#tokens", "8")
+  page.click("text=Send")
+  page.locator("p.assistant[data-ended]").nth(1).wait_for()
+  assert page.locator(".side:nth-child(1) .token").count() == 8
+  page.locator(".side:nth-child(2) .token").first.hover()
+  likely = page.inner_text("#likely")
+  assert len(likely.splitlines()) == 5 and "%" in likely
+
+
+def picture(page, name: str, selector: str):
+  """Keeps a picture of a part of the page, with what lies over it."""
+  if PICTURES:
+    page.locator(selector).scroll_into_view_if_needed()
+    page.screenshot(path=pathlib.Path(PICTURES) / f"{name}.png")
