@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+import warnings
 from typing import Any, Callable, Mapping
 
 import jax
@@ -11,6 +12,7 @@ from absl import flags, logging
 
 from llm import cache, core, processes, sharding
 from llm import config as config_lib
+from llm import help as help_lib
 from llm.config import MeshConfig
 from llm.core import UserError
 
@@ -19,6 +21,9 @@ OUT_OF_MEMORY = (
   "config.optimizer.grad_accum_steps, config.model.remat=full, config.model.loss_chunk=128, or "
   "split the parameters with config.mesh.fsdp"
 )
+
+
+_STRICT = flags.DEFINE_bool("strict", False, "Warnings of bad input are errors.")
 
 
 def run(
@@ -34,9 +39,8 @@ def run(
   """
   logging.set_verbosity(logging.ERROR)
   argv = sys.argv if argv is None else argv
-  if "--help" in argv[1:]:
-    print(sys.modules["__main__"].__doc__)
-    print(flags.FLAGS.main_module_help())
+  if help_lib.is_asked(argv):
+    print(help_lib.text(sys.modules[__name__]))
     sys.exit(0)
   try:
     status = _guarded(main, argv, check_key or check_key_of_run)
@@ -54,7 +58,7 @@ def run_verb(name: str, verbs: Mapping[str, Callable[[], int | None]], argv: lis
   """Runs `python -m NAME VERB --flags`: calls the function that `verbs` has for the verb."""
   argv = list(argv)
   verb = ""
-  if len(argv) > 1 and argv[1] != "--help":
+  if len(argv) > 1 and argv[1] not in help_lib.FLAGS:
     verb = argv.pop(1)  # absl must not see it
 
   def main() -> int | None:
@@ -70,6 +74,8 @@ def _guarded(
 ) -> int | None:
   """Calls main. Raises UserError for every failure that the user can mend."""
   _parse(argv, check_key)
+  _show_warnings(_STRICT.value)
+  _warn_of_flags_given_twice(argv)
   use_compilation_cache()
   try:
     return main()
@@ -98,6 +104,9 @@ def _parse(argv: list[str], check_key: Callable[[str], None]):
     arguments = flags.FLAGS(argv)
   except UserError:
     raise
+  except flags.UnrecognizedFlagError as error:
+    _check_objective_keys(given)
+    raise help_lib.unknown_flag(error)
   except Exception as error:  # ml_collections runs the config file, which may raise anything
     _check_objective_keys(given)
     lines = str(error).strip().splitlines()
@@ -107,6 +116,30 @@ def _parse(argv: list[str], check_key: Callable[[str], None]):
     raise UserError(
       f"unexpected argument {arguments[1]!r}; flags are --NAME=VALUE (--help lists them)"
     )
+
+
+def _show_warnings(strict: bool):
+  """Prints each `core.warn` once and in one line, in the first process; or raises it."""
+
+  def show(message: Any, category: Any, *_: Any):
+    if issubclass(category, core.InputWarning):
+      if not processes.index():
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+    else:
+      show_others(message, category, *_)
+
+  show_others = warnings.showwarning
+  warnings.showwarning = show
+  warnings.simplefilter("error" if strict else "once", core.InputWarning)
+
+
+def _warn_of_flags_given_twice(argv: list[str]):
+  """The last value counts, which may not be the one that was meant."""
+  given = [argument.lstrip("-").partition("=")[0] for argument in argv if argument[:2] == "--"]
+  for name in sorted({name for name in given if given.count(name) > 1 and name in flags.FLAGS}):
+    flag = flags.FLAGS[name]
+    if not isinstance(flag, flags.MultiFlag):
+      core.warn(f"--{name} is given twice: the last one counts, {flag.value}")
 
 
 def _config_flags(argv: list[str]) -> list[tuple[str, str]]:
