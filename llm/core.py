@@ -45,7 +45,7 @@ class UserError(Exception):
 
 
 class InputWarning(UserError, UserWarning):
-  """Input that is accepted though it is surely a mistake. With --strict it is raised as an error."""
+  """Input that is accepted though it is surely a mistake. With --strict, an error."""
 
 
 def warn(message: str) -> None:

@@ -1,21 +1,18 @@
 """What is accepted though it is surely a mistake is said in one line, and refused by --strict."""
 
-import sys
+import warnings
 
 import pytest
 from absl import flags
 
 from llm import command, core
-from llm import config as config_lib
-from llm.core import UserError
 from llm import help as help_lib
+from llm.core import UserError
 
 
 @pytest.fixture
 def fresh_warnings(monkeypatch):
   """What a command does to the warnings goes with it."""
-  import warnings
-
   with warnings.catch_warnings():
     yield
 
