@@ -73,7 +73,8 @@ def _print_figures(
       colalign=("left", "right", "left"),
     )
   )
-  print(json.dumps({"checkpoint": scored, "source": source, **figures, "intervals": intervals}))
+  record = {"checkpoint": scored, "source": source, **figures, "intervals": intervals}
+  print(json.dumps(metrics.as_json(record)))
 
 
 def _data(saved: DataConfig) -> DataConfig:

@@ -34,7 +34,10 @@ def text(shared: ModuleType) -> str:
   shared: the module that defines the latter.
   """
   parts = [(sys.modules["__main__"].__doc__ or "").strip(), "", "Flags:"]
-  parts += map(_line, flags.FLAGS.get_key_flags_for_module(sys.argv[0]))
+  own = list(flags.FLAGS.get_key_flags_for_module(sys.argv[0]))
+  if "config" in flags.FLAGS and flags.FLAGS["config"] not in own:  # that of llm.train
+    own.append(flags.FLAGS["config"])
+  parts += map(_line, own)
   parts += ["", "Flags of every command:"]
   parts += map(_line, flags.FLAGS.get_key_flags_for_module(shared))
   return "\n".join([*parts, "  --help, -h: Show this."])

@@ -8,8 +8,11 @@ from typing import Any, Iterable, Iterator, Mapping, Sequence
 from llm import core
 from llm.core import UserError
 
-# The fields of a record that a model reads or writes.
-TEXTS = ("text", "text_pair", "question", "target")
+# The fields of a record that a model reads or writes, beside the messages of a conversation.
+TEXTS = (
+  *("text", "text_pair", "question", "target"),
+  *("instruction", "input", "output", "prompt", "chosen", "rejected"),
+)
 # Tabs, line ends and form feeds stand in many texts; the other control characters do not.
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 
@@ -22,7 +25,7 @@ def said(records: Iterable[dict], spec: str) -> Iterator[dict]:
   empty = True
   warned = False
   for number, record in enumerate(records, 1):
-    texts = [value for name in TEXTS if isinstance(value := record.get(name), str)]
+    texts = _texts(record)
     empty = empty and bool(texts) and not any(map(str.strip, texts))
     if not warned and (control := next(filter(None, map(_CONTROL.search, texts)), None)):
       where = record.get("_where", f"{spec}: record {number}")
@@ -31,6 +34,15 @@ def said(records: Iterable[dict], spec: str) -> Iterator[dict]:
     yield record
   if empty:
     raise UserError(f"{spec}: all of its texts are empty")
+
+
+def _texts(record: dict) -> list[str]:
+  """All texts of a record that a model reads or writes."""
+  values = [record.get(name) for name in TEXTS]
+  messages = record.get("messages")
+  if isinstance(messages, list):
+    values += [message.get("content") for message in messages if isinstance(message, dict)]
+  return [value for value in values if isinstance(value, str)]
 
 
 class JsonReader:
