@@ -1,6 +1,7 @@
 """What every command shares: flags, devices, the compilation cache and the exit on errors."""
 
 import ctypes
+import errno
 import os
 import sys
 import warnings
@@ -22,6 +23,9 @@ OUT_OF_MEMORY = (
   "split the parameters with config.mesh.fsdp"
 )
 
+
+# What the system says where a disk is full, or a quota or the largest file is reached.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _STRICT = flags.DEFINE_bool("strict", False, "Warnings of bad input are errors.")
 
@@ -80,8 +84,8 @@ def _guarded(
   try:
     return main()
   except OSError as error:
-    if error.filename:
-      raise UserError(f"{error.filename}: {error.strerror}")
+    if error.filename or error.errno in NO_ROOM:
+      raise UserError(f"{error.filename or 'a file'}: {error.strerror}; what was saved is kept")
     raise
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower():

@@ -45,7 +45,12 @@ class Meter:
   # Tokens of a step, without padding.
   tokens_per_step: float
   on_device: list = dataclasses.field(default_factory=list)
-  on_host: list = dataclasses.field(default_factory=list)
+  # Sums since the last log line. A run that goes on begins with those of its checkpoint.
+  window: metrics_lib.Totals = dataclasses.field(default_factory=dict)
+  # The means of the last log line.
+  last: dict[str, float] = dataclasses.field(default_factory=dict)
+  # Steps since then that this process took.
+  steps: int = 0
   # Tokens a second, of each log line.
   paces: list[float] = dataclasses.field(default_factory=list)
   # When the last log line was written.
@@ -63,7 +68,9 @@ class Meter:
     fetched = jax.device_get(self.on_device)
     self.on_device = []
     _check_finite(fetched, self.checked_steps)
-    self.on_host += fetched
+    for metrics in fetched:
+      metrics_lib.add(self.window, metrics)
+    self.steps += len(fetched)
     self.checked_steps = step
 
   def figures(self, step: int) -> dict[str, float]:
@@ -75,14 +82,15 @@ class Meter:
     training_seconds = elapsed - sum(self.recent_seconds.values())
     # The time of the first step is counted as compilation. So that step does not count, unless it
     # is the only one.
-    steps = len(self.on_host) - compiled
+    steps = self.steps - compiled
     if steps:
       pace = steps * self.tokens_per_step / training_seconds
     else:
       pace = self.tokens_per_step / elapsed
     self.paces.append(pace)
-    means = metrics_lib.means(self.on_host)
-    self.on_host = []
+    self.last = means = metrics_lib.means_of(self.window)
+    self.window = {}
+    self.steps = 0
     self.logged_at = time.perf_counter()
     self.recent_seconds.clear()
     return {**means, "tokens_per_second": pace, "input_wait": input_seconds / training_seconds}
