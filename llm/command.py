@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import logging
 import os
 import sys
 import warnings
@@ -9,7 +10,8 @@ from typing import Any, Callable, Mapping
 
 import jax
 import psutil
-from absl import flags, logging
+from absl import flags
+from absl import logging as absl_logging
 
 from llm import cache, core, processes, sharding
 from llm import config as config_lib
@@ -41,7 +43,7 @@ def run(
   with 2. A bug keeps its traceback and exits with 1. argv: the command line; None takes that of the
   process. check_key: raises UserError on an unknown key of --config; None takes the keys of a run.
   """
-  logging.set_verbosity(logging.ERROR)
+  _quiet_failed_writes()
   argv = sys.argv if argv is None else argv
   if help_lib.is_asked(argv):
     print(help_lib.text(sys.modules[__name__]))
@@ -120,6 +122,22 @@ def _parse(argv: list[str], check_key: Callable[[str], None]):
     raise UserError(
       f"unexpected argument {arguments[1]!r}; flags are --NAME=VALUE (--help lists them)"
     )
+
+
+def _quiet_failed_writes():
+  """Silences the tracebacks of libraries where a checkpoint cannot be written: we say it in a line.
+
+  The first array that fails closes the event loop of Orbax. Each of the others complains of that.
+  """
+  absl_logging.set_verbosity(absl_logging.FATAL)
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+  show_others = sys.excepthook
+
+  def show(kind: Any, error: BaseException, trace: Any):
+    if str(error) != "Event loop is closed":
+      show_others(kind, error, trace)
+
+  sys.excepthook = show
 
 
 def _show_warnings(strict: bool):

@@ -92,15 +92,17 @@ def without_timings(value: Any) -> Any:
 
 def trained(folder: pathlib.Path, printed: str) -> Any:
   """What a run of llm.train left."""
+  import jax
+
   from llm.checkpoints import manager
-  from llm.core import flatten
 
   step = manager.find(folder / "out", say=lambda _: None)
   newest = folder / "out" / "checkpoints" / str(max(manager.steps(step.parent)))
   items = {}
   for item in ("params", "opt_state"):
-    for path, leaf in flatten(manager.restore(manager.find(newest), item)).items():
-      items[f"{item}/{path}"] = hashlib.sha256(leaf.tobytes()).hexdigest()
+    tree = manager.restore(manager.find(newest), item)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+      items[f"{item}{path}"] = hashlib.sha256(leaf.tobytes()).hexdigest()
   log = (folder / "out" / "metrics.jsonl").read_text().splitlines()
   result = json.loads((folder / "out" / "result.json").read_text())
   kept = [without_timings(json.loads(line)) for line in log]

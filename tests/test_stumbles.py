@@ -134,7 +134,12 @@ def test_the_log_of_a_run_that_was_stopped_is_that_of_a_whole_one(corpus, tmp_pa
   config = tiny("gpt", source, data__eval=source, training__log_every=4, training__eval_every=3)
   whole = loop.train(config, tmp_path / "whole", say=loop.silent)
   polls = itertools.count()
-  monkeypatch.setattr(Stop, "requested", lambda _: signal.SIGTERM * (next(polls) in (1, 3)))
+
+  def requested(stop):
+    stop.signal = stop.signal or signal.SIGTERM * (next(polls) in (1, 3))
+    return stop.signal
+
+  monkeypatch.setattr(Stop, "requested", requested)
   for step in (2, 3):
     with pytest.raises(SystemExit):
       loop.train(config, tmp_path / "stopped", say=loop.silent)
