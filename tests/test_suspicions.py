@@ -74,7 +74,7 @@ def test_an_evaluation_of_one_label(tmp_path, recwarn):
   rows = objective.eval_rows(write(tmp_path, "a.jsonl", *records), BYTES, DataConfig(), MODEL, 32)
   assert "all of its labels are 1.0" in str(recwarn.pop(core.InputWarning).message)
   recwarn.clear()
-  outcomes = {"labels": rows.labels, "found": rows.labels + [0.1, 0.2, 0.3]}
+  outcomes = {"labels": rows.labels, "predicted": rows.labels + [0.1, 0.2, 0.3]}
   assert all(value != value for value in objective.summary(outcomes).values())
   assert not recwarn.list  # those of scipy
 
