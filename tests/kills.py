@@ -229,6 +229,7 @@ class Trial:
       assert status == 0, (folder / "printed").read_text()
       activity.seconds = time.monotonic() - started_at
     activity.expected = self._outcome(activity, folder)
+    print(f"{activity.name}: {activity.seconds:.1f} s undisturbed", flush=True)
 
   def disturb(self, number: signal.Signals, count: int):
     """Sends a signal `count` times, to the activities in turns, each until it ends by itself."""
