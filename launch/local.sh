@@ -13,11 +13,12 @@ if [ "${1:-}" = --dry_run ]; then dry=1; shift; fi
 count=$1
 shift 2
 
-port=${PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')}
+python=$(command -v python || command -v python3) || { echo "error: there is no python on the path" >&2; exit 2; }
+port=${PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')}
 pids=()
 for (( i = 0; i < count; i++ )); do
   command=(env JAX_COORDINATOR_ADDRESS="localhost:$port" JAX_NUM_PROCESSES="$count" JAX_PROCESS_ID="$i"
-    JAX_NUM_CPU_DEVICES="${JAX_NUM_CPU_DEVICES:-1}" python -m llm.train --distributed "$@")
+    JAX_NUM_CPU_DEVICES="${JAX_NUM_CPU_DEVICES:-1}" "$python" -m llm.train --distributed "$@")
   if [ -n "$dry" ]; then printf '%q ' "${command[@]}"; echo; continue; fi
   "${command[@]}" &
   pids+=($!)

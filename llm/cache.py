@@ -1,5 +1,6 @@
 """The cache folder: archives, tokens, packing plans and compiled programs, each made once."""
 
+import functools
 import hashlib
 import os
 import pathlib
@@ -41,7 +42,13 @@ def digest(*parts: str | bytes) -> str:
 
 
 def file_digest(path: str | os.PathLike[str]) -> str:
-  """SHA-256 of a file's bytes, in hexadecimal."""
+  """SHA-256 of a file's bytes, in hexadecimal. A file that stays the same is read once."""
+  status = os.stat(path)
+  return _digest_of(os.fspath(path), status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=None)
+def _digest_of(path: str, inode: int, size: int, changed_ns: int) -> str:
   with open(path, "rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
 

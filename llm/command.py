@@ -1,16 +1,21 @@
 """What every command shares: flags, devices, the compilation cache and the exit on errors."""
 
 import ctypes
+import errno
+import logging
 import os
 import sys
+import warnings
 from typing import Any, Callable, Mapping
 
 import jax
 import psutil
-from absl import flags, logging
+from absl import flags
+from absl import logging as absl_logging
 
 from llm import cache, core, processes, sharding
 from llm import config as config_lib
+from llm import help as help_lib
 from llm.config import MeshConfig
 from llm.core import UserError
 
@@ -19,6 +24,12 @@ OUT_OF_MEMORY = (
   "config.optimizer.grad_accum_steps, config.model.remat=full, config.model.loss_chunk=128, or "
   "split the parameters with config.mesh.fsdp"
 )
+
+
+# What the system says where a disk is full, or a quota or the largest file is reached.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+_STRICT = flags.DEFINE_bool("strict", False, "Warnings of bad input are errors.")
 
 
 def run(
@@ -32,11 +43,10 @@ def run(
   with 2. A bug keeps its traceback and exits with 1. argv: the command line; None takes that of the
   process. check_key: raises UserError on an unknown key of --config; None takes the keys of a run.
   """
-  logging.set_verbosity(logging.ERROR)
+  _quiet_failed_writes()
   argv = sys.argv if argv is None else argv
-  if "--help" in argv[1:]:
-    print(sys.modules["__main__"].__doc__)
-    print(flags.FLAGS.main_module_help())
+  if help_lib.is_asked(argv):
+    print(help_lib.text(sys.modules[__name__]))
     sys.exit(0)
   try:
     status = _guarded(main, argv, check_key or check_key_of_run)
@@ -54,7 +64,7 @@ def run_verb(name: str, verbs: Mapping[str, Callable[[], int | None]], argv: lis
   """Runs `python -m NAME VERB --flags`: calls the function that `verbs` has for the verb."""
   argv = list(argv)
   verb = ""
-  if len(argv) > 1 and argv[1] != "--help":
+  if len(argv) > 1 and argv[1] not in help_lib.FLAGS:
     verb = argv.pop(1)  # absl must not see it
 
   def main() -> int | None:
@@ -70,12 +80,14 @@ def _guarded(
 ) -> int | None:
   """Calls main. Raises UserError for every failure that the user can mend."""
   _parse(argv, check_key)
+  _show_warnings(_STRICT.value)
+  _warn_of_flags_given_twice(argv)
   use_compilation_cache()
   try:
     return main()
   except OSError as error:
-    if error.filename:
-      raise UserError(f"{error.filename}: {error.strerror}")
+    if error.filename or error.errno in NO_ROOM:
+      raise UserError(f"{error.filename or 'a file'}: {error.strerror}; what was saved is kept")
     raise
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower():
@@ -98,6 +110,9 @@ def _parse(argv: list[str], check_key: Callable[[str], None]):
     arguments = flags.FLAGS(argv)
   except UserError:
     raise
+  except flags.UnrecognizedFlagError as error:
+    _check_objective_keys(given)
+    raise help_lib.unknown_flag(error)
   except Exception as error:  # ml_collections runs the config file, which may raise anything
     _check_objective_keys(given)
     lines = str(error).strip().splitlines()
@@ -107,6 +122,46 @@ def _parse(argv: list[str], check_key: Callable[[str], None]):
     raise UserError(
       f"unexpected argument {arguments[1]!r}; flags are --NAME=VALUE (--help lists them)"
     )
+
+
+def _quiet_failed_writes():
+  """Silences the tracebacks of libraries where a checkpoint cannot be written: we say it in a line.
+
+  The first array that fails closes the event loop of Orbax. Each of the others complains of that.
+  """
+  absl_logging.set_verbosity(absl_logging.FATAL)
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+  show_others = sys.excepthook
+
+  def show(kind: Any, error: BaseException, trace: Any):
+    if str(error) != "Event loop is closed":
+      show_others(kind, error, trace)
+
+  sys.excepthook = show
+
+
+def _show_warnings(strict: bool):
+  """Prints each `core.warn` once and in one line, in the first process; or raises it."""
+
+  def show(message: Any, category: Any, *_: Any):
+    if issubclass(category, core.InputWarning):
+      if not processes.index():
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+    else:
+      show_others(message, category, *_)
+
+  show_others = warnings.showwarning
+  warnings.showwarning = show
+  warnings.simplefilter("error" if strict else "once", core.InputWarning)
+
+
+def _warn_of_flags_given_twice(argv: list[str]):
+  """The last value counts, which may not be the one that was meant."""
+  given = [argument.lstrip("-").partition("=")[0] for argument in argv if argument[:2] == "--"]
+  for name in sorted({name for name in given if given.count(name) > 1 and name in flags.FLAGS}):
+    flag = flags.FLAGS[name]
+    if not isinstance(flag, flags.MultiFlag):
+      core.warn(f"--{name} is given twice: the last one counts, {flag.value}")
 
 
 def _config_flags(argv: list[str]) -> list[tuple[str, str]]:

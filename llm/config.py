@@ -310,7 +310,20 @@ ELSEWHERE = {
   "max_steps": "training.steps",
   "num_train_steps": "training.steps",
   "gradient_accumulation_steps": "optimizer.grad_accum_steps",
+  "block_size": "training.sequence_length",
+  "n_layer": "model.num_layers",
+  "n_head": "model.num_heads",
+  "n_embd": "model.width",
+  "max_iters": "training.steps",
 }
+
+
+def place_of(name: str) -> str:
+  """GROUP.KEY of what is called `name` here or in other codebases; "" where there is none."""
+  if name in ELSEWHERE:
+    return ELSEWHERE[name]
+  groups = [group for group, cls in GROUPS.items() if hasattr(cls, name) and group != "recipe"]
+  return f"{groups[0]}.{name}" if len(groups) == 1 else ""
 
 
 def unknown_key(where: str, key: str, known, of: str = "") -> UserError:
@@ -318,8 +331,11 @@ def unknown_key(where: str, key: str, known, of: str = "") -> UserError:
 
   of: whose keys they are, after the key, where `where` does not say it.
   """
-  if key in ELSEWHERE:
-    hint = f"here it is config.{ELSEWHERE[key]}"
+  name = key.rpartition(".")[2]
+  if name in ELSEWHERE:
+    hint = f"here it is config.{ELSEWHERE[name]}"
+  elif (place := place_of(name)) and (where != "config" or place.split(".")[0] in known):
+    hint = f"did you mean config.{place}?"
   elif near := difflib.get_close_matches(key, known, n=1, cutoff=0.5):
     hint = f"did you mean {where}.{near[0]}?"
   else:

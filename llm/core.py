@@ -28,6 +28,7 @@ A `Batch` is a dict of fixed-shape arrays of B rows:
                                segment number
 """
 
+import warnings
 from typing import Any, Mapping
 
 import flax.struct
@@ -44,6 +45,18 @@ STACKED = "/layers/"
 
 class UserError(Exception):
   """Bad input or settings. A command prints it in one line and exits with status 2."""
+
+
+class InputWarning(UserError, UserWarning):
+  """Input that is accepted though it is surely a mistake. With --strict, an error."""
+
+
+def warn(message: str) -> None:
+  """Says in one line that some input is surely a mistake. Every such warning goes through here.
+
+  A command prints each line once. With --strict, InputWarning is raised in its place.
+  """
+  warnings.warn(message, InputWarning, stacklevel=2)
 
 
 class TrainState(flax.struct.PyTreeNode):

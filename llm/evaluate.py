@@ -11,17 +11,15 @@ records. Text-to-text models also write their targets themselves, greedily.
 import dataclasses
 import json
 import pathlib
-from typing import Any, Mapping
 
 import jax
-import ml_collections
 import numpy as np
 import tabulate
 from absl import flags
 from etils import epath
-from ml_collections import config_flags
 
 from llm import command, core, sharding
+from llm import config as config_lib
 from llm.checkpoints import locate
 from llm.config import DataConfig, MeshConfig
 from llm.core import UserError
@@ -38,14 +36,14 @@ _CHECKPOINT = flags.DEFINE_string(
 _PREDICTIONS = flags.DEFINE_string(
   "predictions", None, "Answers to score, {id: text}, in place of a checkpoint's."
 )
-_CONFIG = config_flags.DEFINE_config_dict(
-  "config",
-  ml_collections.ConfigDict(
-    {
-      "data": {"eval": "", "fields": "", "cache": "", "sentences": ""},
-      "training": {"batch_size": 0},
-    }
-  ),
+_DATA = {
+  "eval": flags.DEFINE_string("config.data.eval", "", "The source to score on."),
+  "fields": flags.DEFINE_string("config.data.fields", "", "Renames fields: text=THEIRS,.."),
+  "cache": flags.DEFINE_string("config.data.cache", "", "The folder of the cache."),
+  "sentences": flags.DEFINE_string("config.data.sentences", "", "split or lines."),
+}
+_BATCH_SIZE = flags.DEFINE_integer(
+  "config.training.batch_size", 0, "Examples at a time; 0: as in training.", lower_bound=0
 )
 
 
@@ -75,12 +73,14 @@ def _print_figures(
       colalign=("left", "right", "left"),
     )
   )
-  print(json.dumps({"checkpoint": scored, "source": source, **figures, "intervals": intervals}))
+  record = {"checkpoint": scored, "source": source, **figures, "intervals": intervals}
+  print(json.dumps(metrics.as_json(record)))
 
 
-def _with_overrides(group: Any, overrides: Mapping[str, Any]) -> Any:
-  """A config group with the overrides that the command line sets."""
-  return dataclasses.replace(group, **{key: value for key, value in overrides.items() if value})
+def _data(saved: DataConfig) -> DataConfig:
+  """The keys of the data that the command line sets, else those of the checkpoint."""
+  given = {name: flag.value for name, flag in _DATA.items() if flag.value}
+  return config_lib.build(DataConfig, dataclasses.asdict(saved) | given, "config.data")
 
 
 def _means(outcomes: dict[str, np.ndarray]) -> dict[str, float]:
@@ -89,7 +89,7 @@ def _means(outcomes: dict[str, np.ndarray]) -> dict[str, float]:
 
 def _score_predictions(path: str):
   """Prints how good the answers of a file are."""
-  data = _with_overrides(DataConfig(), _CONFIG.value.data)
+  data = _data(DataConfig())
   if not data.eval:
     raise UserError("--predictions needs the questions: --config.data.eval=squad:FILE.json")
   source = sources.parse_one(data.eval, data)
@@ -103,8 +103,9 @@ def _score_checkpoint(step: epath.Path):
   """Prints how good a checkpoint is on its evaluation source."""
   saved = experiment_lib.from_checkpoint(step)
   objective = saved.objective
-  data = _with_overrides(saved.config.data, _CONFIG.value.data)
-  training = _with_overrides(saved.config.training, _CONFIG.value.training)
+  data = _data(saved.config.data)
+  training = saved.config.training
+  examples = _BATCH_SIZE.value or training.batch_size
   if not data.eval:
     raise UserError(
       "the checkpoint was trained without evaluation data: give --config.data.eval=SOURCE"
@@ -112,7 +113,7 @@ def _score_checkpoint(step: epath.Path):
   source = sources.parse_one(data.eval, data)
   length = training.sequence_length
   rows = objective.eval_rows(source, saved.tokenizer, data, saved.config.model, length)
-  batch_size = batches.rows_a_batch(training.batch_size, 1, [rows], [1.0])
+  batch_size = batches.rows_a_batch(examples, 1, [rows], [1.0])
   command.start_cpu()
   mesh = sharding.make_mesh(MeshConfig())
   batch_size = core.round_up(batch_size, mesh.size)
@@ -127,7 +128,7 @@ def _score_checkpoint(step: epath.Path):
     )
   outcomes = objective.outcomes(predictions, rows)
   if isinstance(objective, base.Writes):
-    outcomes |= objective.written(writer.in_batches(bundle, training.batch_size), rows)
+    outcomes |= objective.written(writer.in_batches(bundle, examples), rows)
   figures = {**figures, **objective.summary(outcomes)}
   intervals = metrics.bootstrap(objective.summary, outcomes)
   _print_figures(figures, intervals, source.spec, str(step), f"{rows.examples} examples")

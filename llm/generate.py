@@ -9,6 +9,8 @@ A conversation:   python -m llm.generate --checkpoint=DIR --chat
 Masks:            python -m llm.generate --checkpoint=BERT --prompt="Paris is the [MASK] of France."
 """
 
+import contextlib
+import importlib
 import pathlib
 from typing import Callable, Sequence
 
@@ -95,7 +97,7 @@ def _as_trained(bundle: Bundle, prompts: list[str]) -> Sequence[str | list[int]]
 
 
 def _chat(bundle: Bundle, sampling: Sampling):
-  """Answers turns from the terminal until an empty line."""
+  """Answers turns from the terminal until an empty line or the end of the input."""
   if not chat.template_of(base.build(bundle.config.objective), bundle.tokenizer):
     raise UserError(
       "--chat needs a checkpoint of configs/finetune_chat.py, or one that came with a chat "
@@ -104,8 +106,8 @@ def _chat(bundle: Bundle, sampling: Sampling):
   template = _template(bundle)
   writer = Writer(bundle)
   turns = []
-  print("(an empty line ends the conversation)")
-  while message := input("> "):
+  print("(an empty line or Ctrl-D ends the conversation)")
+  while message := _typed():
     turns.append({"role": "user", "content": message})
     (answer,) = writer.write(
       [template.opening(turns, writer.tokenizer)],
@@ -117,6 +119,17 @@ def _chat(bundle: Bundle, sampling: Sampling):
     )
     print()
     turns.append({"role": "assistant", "content": answer.text})
+
+
+def _typed() -> str:
+  """What the user types, with the line editing of a shell; "" at the end of the input."""
+  with contextlib.suppress(ImportError):  # some systems lack it
+    importlib.import_module("readline")  # `input` uses it once it is imported
+  try:
+    return input("> ")
+  except EOFError:
+    print()
+    return ""
 
 
 def _printer() -> Callable[[list[str]], None]:
@@ -146,7 +159,7 @@ def _print_written(written: Written, tokenizer: Tokenizer, prefix: str):
     return
   rows = []
   for step in written.choices:
-    rows.append([f"{tokenizer.pieces[token]} {probability:.1%}" for token, probability in step])
+    rows.append([f"{tokenizer.shown(token)} {probability:.1%}" for token, probability in step])
   print(tabulate.tabulate(rows, headers=("likeliest", "2nd", "3rd", "4th", "5th"), showindex=True))
 
 

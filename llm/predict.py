@@ -2,16 +2,18 @@
 
 python -m llm.predict --checkpoint=DIR --text="..." [--text_pair="..."]
 python -m llm.predict --checkpoint=DIR --question="..." --context="..."
-python -m llm.predict --checkpoint=DIR --input=FILE.jsonl --output=FILE.jsonl
+python -m llm.predict --checkpoint=DIR --input=SOURCE [--output=FILE.jsonl]
 python -m llm.predict --checkpoint=DIR --input=squad:FILE.json --output=FILE.json
 
-The last one writes the answers as the official scorer of SQuAD reads them.
+A source is KIND:NAME (docs/data.md), or a file of JSON lines. Without --output its results are
+printed. The last one writes the answers as the official scorer of SQuAD reads them.
 """
 
 import json
 import os
 import pathlib
-from typing import Sequence
+import sys
+from typing import Iterable, Iterator, Sequence
 
 from absl import flags
 
@@ -31,7 +33,9 @@ _TEXT_PAIR = flags.DEFINE_string("text_pair", None, "The second text, for tasks 
 _QUESTION = flags.DEFINE_string("question", None, "A question on --context.")
 _CONTEXT = flags.DEFINE_string("context", None, "The text that holds the answer.")
 _INPUT = flags.DEFINE_string(
-  "input", None, "JSONL with a field text (and text_pair, or question); or squad:FILE."
+  "input",
+  None,
+  "A source with a field text (and text_pair, or question), e.g. csv:FILE; or a JSONL file.",
 )
 _OUTPUT = flags.DEFINE_string("output", None, "The file to write the results of --input to.")
 
@@ -45,11 +49,12 @@ def _is_squad_file(name: str | None) -> bool:
 def _records() -> list[dict]:
   """The records to label. Raises UserError if the flags contradict one another."""
   if _INPUT.value is not None:
-    if not _OUTPUT.value:
-      raise UserError("--input needs --output, the file to write")
+    if _is_squad_file(_INPUT.value) and not _OUTPUT.value:
+      raise UserError("--input=squad:FILE needs --output, the file to write")
     if any(flag.value is not None for flag in (_TEXT, _TEXT_PAIR, _QUESTION, _CONTEXT)):
       raise UserError("--input holds the records: give no --text, --question or --context with it")
-    source = _INPUT.value if _is_squad_file(_INPUT.value) else f"jsonl:{_INPUT.value}"
+    is_source = _INPUT.value.partition(":")[0] in sources.KINDS
+    source = _INPUT.value if is_source else f"jsonl:{_INPUT.value}"
     return list(sources.parse_one(source, DataConfig()).records())
   if (_QUESTION.value is None) != (_CONTEXT.value is None):
     raise UserError("--question needs --context, the text that holds the answer, and the reverse")
@@ -62,14 +67,24 @@ def _records() -> list[dict]:
   return [{"text": _TEXT.value}]
 
 
-def _write_labels(records: Sequence[dict], results: Sequence[dict], output: pathlib.Path):
-  """Writes JSONL, each record with its result. The file appears only when it is complete."""
-  unfinished = output.with_name(output.name + ".tmp")
-  with open(unfinished, "w", encoding="utf-8") as file:
-    for record, result in zip(records, results):
-      fields = {name: value for name, value in record.items() if name != "_where"}
-      file.write(json.dumps({**fields, **result}, ensure_ascii=False) + "\n")
-  os.replace(unfinished, output)
+def _lines(records: Sequence[dict], results: Sequence[dict]) -> Iterator[str]:
+  """A line of JSON for each record, with its result."""
+  for record, result in zip(records, results):
+    fields = {name: value for name, value in record.items() if name != "_where"}
+    # A column of Parquet may hold dates or bytes, which JSON has not.
+    yield json.dumps({**fields, **result}, ensure_ascii=False, default=str) + "\n"
+
+
+def _write_labels(lines: Iterable[str], output: pathlib.Path):
+  """Writes the lines. A file appears only when it is complete; a device or a pipe is written to."""
+  if output.exists() and not output.is_file():
+    with open(output, "w", encoding="utf-8") as file:
+      file.writelines(lines)
+    return
+  target = output.resolve()  # what a link leads to is replaced, not the link
+  unfinished = target.with_name(target.name + ".tmp")
+  unfinished.write_text("".join(lines), encoding="utf-8")
+  os.replace(unfinished, target)
 
 
 def _write_answers(
@@ -96,14 +111,16 @@ def main():
   predictions, rows = labeller.label(records)
   results = labeller.objective.results(predictions, rows)
   if not _OUTPUT.value:
-    print(json.dumps(results[0], ensure_ascii=False))
+    # The text of a flag is not printed again.
+    shown = records if _INPUT.value is not None else [{}]
+    sys.stdout.writelines(_lines(shown, results))
     return
   output = pathlib.Path(_OUTPUT.value)
   if _is_squad_file(_INPUT.value):
     _write_answers(labeller, predictions, rows, output)
   else:
-    _write_labels(records, results, output)
-  print(f"{len(results)} records labelled in {output}")
+    _write_labels(_lines(records, results), output)
+  print(f"{len(results)} records labelled in {output}", file=sys.stderr)
 
 
 if __name__ == "__main__":

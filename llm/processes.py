@@ -42,6 +42,11 @@ def count() -> int:
   return distributed.global_state.num_processes or 1
 
 
+def index() -> int:
+  """The number of this process among those that train together. JAX need not be in use yet."""
+  return distributed.global_state.process_id or 0
+
+
 def _address() -> dict[str, Any]:
   """The arguments of jax.distributed.initialize that VARIABLES give; {} where none is set.
 

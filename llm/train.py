@@ -12,7 +12,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from llm import command, models, processes, storage
+from llm import command, idle_keys, models, processes, storage
 from llm import config as config_lib
 from llm.core import UserError
 from llm.objectives import base
@@ -39,7 +39,15 @@ def read_config() -> config_lib.Config:
   """The config of the command line. Raises UserError if it is missing or not valid."""
   if _CONFIG.value is None:
     raise UserError("--config is missing, e.g. --config=configs/pretrain_bert.py:tiny")
-  return config_lib.freeze(_CONFIG.value)
+  given = config_flags.get_override_values(flags.FLAGS["config"])
+  plain = _CONFIG.value.to_dict()
+  # A run has one length: what the command line says counts, not what the file says.
+  for name, other in (("steps", "epochs"), ("epochs", "steps")):
+    if f"training.{name}" in given and f"training.{other}" not in given:
+      plain["training"][other] = type(plain["training"][other])()
+  config = config_lib.freeze(plain)
+  idle_keys.warn(config, given)
+  return config
 
 
 # The kind of architecture -> the config that a pretrained checkpoint is fine-tuned by.
@@ -77,6 +85,16 @@ def next_commands(config: config_lib.Config, architecture: str, workdir: str) ->
   return "\n".join(f"  {command}" for command in commands)
 
 
+def written(workdir: str) -> str:
+  """What a run left in its workdir, and how to look at its curves."""
+  names = sorted(path.name + "/" * path.is_dir() for path in storage.folder(workdir).iterdir())
+  shown = [name for name in names if name != "lock"]
+  return (
+    f"written: {', '.join(shown)} in {workdir.rstrip('/')} (docs/runs.md)\n"
+    f"curves: tensorboard --logdir={shlex.quote(workdir.rstrip('/'))}/events"
+  )
+
+
 def main():
   """Trains as the flags say, and resumes a run that is already in the workdir."""
   config = read_config()
@@ -94,7 +112,7 @@ def main():
   if not jax.process_index():
     resolved = json.loads((storage.folder(_WORKDIR.value) / "resolved.json").read_text())
     commands = next_commands(config, resolved["model"]["name"], _WORKDIR.value)
-    print(f"next:\n{commands}")
+    print(f"{written(_WORKDIR.value)}\nnext:\n{commands}")
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ BAD = {
   "blank.txt": (b"\n\n  \n", "text", "nothing in it"),
   "latin.txt": (b"one\ntwo\nna\xefve\n", "text", "not UTF-8"),
   "broken.jsonl": (b'{"text": "a"}\n{"text": \n', "jsonl", r"broken.jsonl:2: not JSON"),
-  "array.jsonl": (b"[1]\n", "jsonl", r"array.jsonl:1: expected a JSON object"),
+  "array.jsonl": (b"[1]\n", "jsonl", r"array.jsonl: object 1: expected a JSON object"),
   "field.jsonl": (
     b'{"txt": "a"}\n',
     "jsonl",

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from llm import core
 from llm.data import overlap
 from llm.data.documents import Documents
 
@@ -70,5 +71,5 @@ def test_a_run_says_it(corpus, tmp_path):
   config.training.update(steps=1, epochs=0.0)
   config.data.update(train=f"text:{corpus}", eval=f"text:{held_out}", cache=str(tmp_path / "c"))
   training = experiment.prepare(config_lib.freeze(config), say=lambda *_: None)
-  (remark,) = training.remarks()
-  assert "4 of the 8 documents" in remark and "share runs of 20 tokens" in remark
+  with pytest.warns(core.InputWarning, match="4 of the 8 documents.*share runs of 20 tokens"):
+    training.warn_of_shared_data()

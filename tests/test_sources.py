@@ -147,3 +147,15 @@ def test_splits_are_for_kinds_that_have_them(tmp_path):
   with_split = {kind for kind, found in parsed.items() if found.split == "part"}
   assert with_split == {"embedded", "tfds", "hf"}
   assert all(parsed[kind].name == "name[part]" for kind in parsed.keys() - with_split)
+
+
+def test_what_people_have_is_read(tmp_path, monkeypatch):
+  """A JSON array, tab-separated values, a home folder, Windows line ends, a byte-order mark."""
+  records = [{"text": "one", "label": "a"}, {"text": "two", "label": "b"}]
+  (tmp_path / "a.json").write_text("\n" + json.dumps(records, indent=1))
+  (tmp_path / "a.tsv").write_text('text\tlabel\none\ta\n"two"\tb\n')
+  (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbftext,label\r\none,a\r\ntwo,b\r\n")
+  monkeypatch.setenv("HOME", str(tmp_path))
+  for spec in ("jsonl:~/a.json", "tsv:~/a.tsv", "csv:~/a.csv"):
+    source = sources.parse_one(spec, DataConfig())
+    assert [{"text": r["text"], "label": r["label"]} for r in source.records()] == records

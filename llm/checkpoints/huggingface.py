@@ -655,4 +655,6 @@ def _tokenizer_files(
     if as_definition:
       return "PreTrainedTokenizerFast", {"tokenizer.json": tokenizer.definition()}
     return "BertTokenizer", tokenizer.files
+  if isinstance(tokenizer, tokenizer_lib.ByteTokenizer):
+    return "PreTrainedTokenizerFast", {"tokenizer.json": tokenizer.definition()}
   return "PreTrainedTokenizerFast", tokenizer.files

@@ -274,9 +274,14 @@ def _span(numbers: list[int]) -> str:
 
 
 def table(audit: list[Entry]) -> str:
-  """The audit for the console. Layers with equal entries share a line; the last line has counts."""
+  """The audit for the console: what was not simply copied, and in the last line all by counts.
+
+  Layers with equal entries share a line.
+  """
   groups: dict[tuple, list[Entry]] = {}
   for entry in audit:
+    if entry.action == "copied":
+      continue
     before, _, after = _split_at_layer(entry.path)
     source = "" if entry.source == entry.path else _LAYER.sub("*", entry.source, count=1)
     key = (entry.action, before, after, entry.shape, source)
@@ -287,6 +292,8 @@ def table(audit: list[Entry]) -> str:
     path = _join_at_layer(before, layers, after)
     size = sum(entry.size for entry in entries)
     rows.append((action, path, "x".join(map(str, shape)), f"{size:,}", source))
+  if not rows:
+    return f"transfer    {_summary(audit)}"
   headers = ("transfer", "parameter", "shape", "size", "from")
   return f"{tabulate.tabulate(rows, headers=headers)}\n{_summary(audit)}"
 

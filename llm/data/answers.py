@@ -12,7 +12,9 @@ from typing import Any, Iterable, Sequence
 
 import numpy as np
 
+from llm import core
 from llm.core import UserError
+from llm.data import suspicions
 from llm.data.sources import Source
 
 
@@ -119,19 +121,32 @@ def of_file(path: pathlib.Path, source: Source) -> dict[str, np.ndarray]:
   such object, or answers a question that the source does not ask.
   """
   predictions = _read_predictions(path)
-  gold = {
-    str(record.get("id", n)): [text for text, _ in given(record)]
-    for n, record in enumerate(source.records())
-  }
+  asked = [
+    (str(record.get("id", number)), [text for text, _ in given(record)])
+    for number, record in enumerate(source.records())
+  ]
+  suspicions.warn_of_twice([name for name, _ in asked], f"{source.spec}: the id of a question,")
+  gold = dict(asked)
   if unknown := [name for name in predictions if name not in gold]:
     raise UserError(
       f"--predictions={path} answers {len(unknown)} questions that {source.spec} does not ask, "
       f"e.g. {unknown[0]!r}"
     )
+  _check_answered(predictions, gold, f"--predictions={path}")
   return {
     name: np.array([score(predictions.get(i, ""), answers) for i, answers in gold.items()])
     for name, score in (("exact_match", exact_match), ("f1", f1))
   }
+
+
+def _check_answered(predictions: dict[str, str], gold: dict[str, list[str]], where: str) -> None:
+  """Raises UserError where no question is answered; warns where some are not."""
+  lacking = [name for name in gold if name not in predictions]
+  message = f"{where} lacks {len(lacking):,} of the {len(gold):,} questions, e.g."
+  if len(lacking) == len(gold):
+    raise UserError(f"{message} {lacking[0]!r}: it answers none")
+  if lacking:
+    core.warn(f"{message} {lacking[0]!r}: these count as answered by nothing")
 
 
 def _read_predictions(path: pathlib.Path) -> dict[str, str]:

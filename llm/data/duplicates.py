@@ -2,6 +2,7 @@
 
 from typing import Sequence
 
+from llm import core
 from llm.data.embedded import words_of
 from llm.data.sources import Source
 
@@ -35,16 +36,16 @@ def between(train: Sequence[Source], held_out: Source) -> tuple[list[dict], int]
   return [record for words, record in asked if words in seen], len(asked)
 
 
-def remarks(train: Sequence[Source], held_out: Source) -> list[str]:
-  """A warning that counts and names the records which are in both; none where there are none."""
+def warn(train: Sequence[Source], held_out: Source) -> None:
+  """Counts and names the records which are in both, where there are any."""
   both, count = between(train, held_out)
   if not both:
-    return []
+    return
   names = [_name(record) for record in both[:NAMED]] + [".."] * (len(both) > NAMED)
-  return [
-    f"warning: {len(both):,} of the {count:,} records of {held_out.spec} are in the training data "
-    f"too, which makes its figures too good: {'; '.join(names)}"
-  ]
+  core.warn(
+    f"{len(both):,} of the {count:,} records of {held_out.spec} are in the training data too, "
+    f"which makes its figures too good: {'; '.join(names)}"
+  )
 
 
 def _name(record: dict) -> str:

@@ -6,7 +6,7 @@ from typing import Callable, Sequence
 
 import numpy as np
 
-from llm import cache
+from llm import cache, core
 from llm.data.documents import Documents
 
 RUN = 20  # tokens: about 13 words, the runs of GPT-3's decontamination (Brown et al. 2020, C)
@@ -78,14 +78,14 @@ def _mark_seen(documents: Documents, asked: np.ndarray, seen: np.ndarray) -> Non
     seen[places[asked[places] == runs]] = True
 
 
-def remarks(
+def warn(
   train: Sequence[Documents],
   held_out: Documents,
   name: str,
   decode: Callable[[Sequence[int]], str],
   folder: pathlib.Path,
-) -> list[str]:
-  """A warning that counts the held-out documents with shared runs; none where there are none.
+) -> None:
+  """Counts the held-out documents with shared runs, where there are any.
 
   name: of the held-out source. folder: the cache, which keeps what was found.
   """
@@ -97,11 +97,11 @@ def remarks(
   path = cache.made_once(folder / "overlaps" / key[:32], write)
   shared = json.loads((path / "shared.json").read_text())
   if not shared:
-    return []
+    return
   place = shared[0][1]
   words = decode(held_out.tokens_N[place : place + RUN].tolist())
-  return [
-    f"warning: {len(shared):,} of the {len(held_out):,} documents of {name} share runs of {RUN} "
-    f"tokens with the training text, which makes its figures too good: {words!r}"
+  core.warn(
+    f"{len(shared):,} of the {len(held_out):,} documents of {name} share runs of {RUN} tokens with "
+    f"the training text, which makes its figures too good: {words!r}"
     f"{' ..' if len(shared) > 1 else ''}"
-  ]
+  )

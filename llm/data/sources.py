@@ -1,7 +1,7 @@
 """Sources of text: a string names one source or a weighted mixture.
 
   embedded:reviews[test]   tfds:glue/mrpc[validation]   hf:ORG/NAME:CONFIG[split]
-  text:PATH   jsonl:PATH   csv:PATH   squad:PATH   parquet:PATH
+  text:PATH   jsonl:PATH   csv:PATH   tsv:PATH   squad:PATH   parquet:PATH
   shards:DIR   (the token shards of llm.prepare)
   text:a.txt@0.7,embedded:wikipedia@0.3
 
@@ -26,7 +26,9 @@ import functools
 import glob
 import gzip
 import io
+import itertools
 import json
+import os
 import pathlib
 import re
 import zlib
@@ -35,7 +37,7 @@ from typing import Any, BinaryIO, Callable, Iterable, Iterator, cast
 from llm import cache
 from llm.config import DataConfig
 from llm.core import UserError, first_line
-from llm.data import embedded, made
+from llm.data import embedded, made, suspicions
 
 COMPRESSIONS = (".gz", ".bz2", ".zst")
 
@@ -122,12 +124,12 @@ class Source:
 
     Raises UserError with file and line of a broken record, or if there is no record.
     """
-    empty = True
-    for record in KINDS[self.kind].records(self):
-      empty = False
-      yield self._renamed(record)
-    if empty:
+    records = iter(KINDS[self.kind].records(self))
+    first = next(records, None)
+    if first is None:
       raise UserError(f"{self.spec}: there is nothing in it")
+    renamed = map(self._renamed, itertools.chain([first], records))
+    yield from suspicions.said(renamed, self.spec)
 
   def _renamed(self, record: dict) -> dict:
     for ours, theirs in self.fields:
@@ -213,6 +215,8 @@ def _parse_source(item: str, fields: tuple[tuple[str, str], ...], config: DataCo
     name, split = match.groups()
   if not name:
     raise UserError(f"{item!r}: a name is missing after {kind}:")
+  if KINDS[kind].endings:  # it is a path
+    name = os.path.expanduser(name)
   return Source(kind, name, split, weight, fields, cache.cache_dir(config.cache))
 
 
@@ -285,23 +289,40 @@ def _text_records(path: pathlib.Path) -> Iterator[dict]:
 
 
 def _jsonl_records(path: pathlib.Path) -> Iterator[dict]:
-  """A record for every line that is not blank."""
-  for number, line in _lines(path):
-    if not line.strip():
-      continue
-    try:
-      record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-      raise UserError(f"{path}:{number}: not JSON: {first_line(error)}")
-    if not isinstance(record, dict):
-      raise UserError(f'{path}:{number}: expected a JSON object, e.g. {{"text": "..."}}')
-    yield {**record, "_where": f"{path}:{number}"}
+  """A record for every line that is not blank, or for every object of one JSON array."""
+  reader = suspicions.JsonReader()
+  lines = _lines(path)
+  for number, line in lines:
+    where = f"{path}:{number}"
+    if line.lstrip().startswith("["):
+      text = "".join(itertools.chain([line], (line for _, line in lines)))
+      for place, record in enumerate(_parsed(reader, text, where), 1):
+        yield _as_record(record, f"{path}: object {place}")
+    elif line.strip():
+      yield _as_record(_parsed(reader, line, where), where)
 
 
-def _csv_records(path: pathlib.Path) -> Iterator[dict]:
-  """A record for every row; the first row names the fields."""
-  reader = csv.DictReader((line for _, line in _lines(path)), strict=True)
+def _parsed(reader: suspicions.JsonReader, text: str, where: str) -> Any:
+  """The value of a JSON text. Raises UserError."""
   try:
+    return reader.parse(text, where)
+  except (ValueError, RecursionError) as error:
+    raise UserError(f"{where}: not JSON: {first_line(error)}")
+
+
+def _as_record(value: Any, where: str) -> dict:
+  """A JSON object as a record. Raises UserError on any other value."""
+  if not isinstance(value, dict):
+    raise UserError(f'{where}: expected a JSON object, e.g. {{"text": "..."}}')
+  return {**value, "_where": where}
+
+
+def _csv_records(path: pathlib.Path, delimiter: str = ",") -> Iterator[dict]:
+  """A record for every row; the first row names the fields."""
+  lines = (line for _, line in _lines(path))
+  reader = csv.DictReader(lines, strict=True, delimiter=delimiter)
+  try:
+    suspicions.warn_of_twice(reader.fieldnames or (), f"{path}: the column")
     for record in reader:
       if None in record or None in record.values():
         columns = reader.fieldnames or ()
@@ -491,6 +512,7 @@ KINDS: dict[str, Kind] = {
   "text": _of_files(_text_records, ".txt", ".text"),
   "jsonl": _of_files(_jsonl_records, ".jsonl", ".ndjson"),
   "csv": _of_files(_csv_records, ".csv"),
+  "tsv": _of_files(functools.partial(_csv_records, delimiter="\t"), ".tsv"),
   "squad": _of_files(_squad_records, ".json"),
   "parquet": _of_files(_parquet_records, ".parquet"),
   "shards": Kind(_shards_records, _shards_content),

@@ -57,6 +57,10 @@ class Tokenizer:
     """The text of the ids. Special ones are left out."""
     raise NotImplementedError
 
+  def shown(self, token: int) -> str:
+    """A piece as people read it."""
+    return self.pieces[token]
+
   @property
   def vocab_size(self) -> int:
     """V, the number of pieces."""
@@ -263,6 +267,25 @@ class ByteTokenizer(Tokenizer):
       character = np.repeat(np.arange(len(text)), bytes_of_character)
       encoded.append((list(text.encode("utf-8")), np.stack([character, character + 1], 1)))
     return encoded
+
+  def shown(self, token):
+    character = chr(token)
+    return character if token < 128 and character.isprintable() else self.pieces[token]
+
+  def definition(self) -> bytes:
+    """The content of a tokenizer.json that gives the same ids."""
+    # The package spells the 256 bytes as characters that can be printed, in order of the latter.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    spelled = {byte: chr(byte) for byte in printable}
+    spelled |= {byte: chr(256 + number) for number, byte in enumerate(others)}
+    ids = {spelled[byte]: byte for byte in range(256)}
+    ids |= {piece: number for number, piece in enumerate(self.pieces) if number >= 256}
+    fast = tokenizers.Tokenizer(tokenizers.models.BPE(ids, []))
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(False, use_regex=False)
+    fast.decoder = tokenizers.decoders.ByteLevel()
+    fast.add_special_tokens(self.pieces[256:])
+    return fast.to_str().encode()
 
   def decode(self, ids):
     return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")

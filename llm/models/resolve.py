@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+
 from llm import models
 from llm.config import ModelConfig
 from llm.core import UserError
@@ -21,6 +23,12 @@ def resolved(
   UserError where attention of the kind that is asked for cannot serve.
   """
   dtype = precision.auto(platform) if config.dtype == "auto" else config.dtype
+  # JAX adds its options to the class at run time, where its types do not show them.
+  if dtype == "float64" and not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+    raise UserError(
+      "config.model.dtype=float64 would be computed in float32: set JAX_ENABLE_X64=1 in the "
+      "environment"
+    )
   config = dataclasses.replace(config, dtype=dtype)
   scan = config.scan
   if scan == "auto":

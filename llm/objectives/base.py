@@ -119,11 +119,13 @@ class Objective(abc.ABC):
   """What every objective can do. A subclass is a frozen dataclass.
 
   kinds: the kinds of architecture that it trains (models.architecture.Facts).
-  labelled: whether it learns from labelled records, not from running text.
+  labelled: whether it learns from labelled records, not from running text. text_loss: the metric
+  in nats a token of its running text, which the frequencies of the pieces reach too; "" is none.
   """
 
   kinds: ClassVar[tuple[str, ...]] = ("encoder", "decoder", "encoder_decoder")
   labelled: ClassVar[bool] = False
+  text_loss: ClassVar[str] = ""
 
   @property
   def goal(self) -> str:
@@ -248,6 +250,10 @@ class Objective(abc.ABC):
 
   def summary(self, outcomes: dict[str, np.ndarray]) -> dict[str, float]:
     """The figures of merit of these outcomes. For intervals, they are a random draw of all."""
+    return {}
+
+  def derived(self, means: Mapping[str, float]) -> dict[str, float]:
+    """Figures that follow from the mean metrics of steps, such as a perplexity."""
     return {}
 
   def score(self, predictions: Predictions, rows: Rows) -> dict[str, float]:

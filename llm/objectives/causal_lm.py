@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import numpy as np
 
@@ -46,6 +47,7 @@ class Objective(base.Objective):
   """Mean cross-entropy of every next token, in nats (Radford et al. 2018, equation 1)."""
 
   kinds = ("decoder",)
+  text_loss = "loss"
 
   def rows(self, source, tokenizer, data, model, length):
     tokenizer.require("eos")
@@ -83,5 +85,9 @@ class Objective(base.Objective):
   def outcomes(self, predictions, rows):
     return predictions
 
+  def derived(self, means):
+    return {"perplexity": math.exp(min(means["loss"], 700.0))}  # larger ones overflow
+
   def summary(self, outcomes):
-    return base.mean_of_sums(outcomes)
+    means = base.mean_of_sums(outcomes)
+    return {**means, **self.derived(means)}

@@ -7,7 +7,7 @@ import jinja2
 import jinja2.sandbox
 import numpy as np
 
-from llm.core import UserError, first_line
+from llm.core import UserError, first_line, warn
 from llm.data import packing
 from llm.data.sources import Source
 from llm.data.tokenizer import Tokenizer
@@ -268,13 +268,22 @@ class Objective(causal_lm.Objective):
     encoded = []
     shortened = 0
     dropped = 0
+    nothing_to_learn = 0
+    with_empty = []
     for record in source.records():
-      fitting, was_shortened = fitted(talks(record), template, tokenizer, length)
+      of_record = talks(record)
+      fitting, was_shortened = fitted(of_record, template, tokenizer, length)
+      if any(not turn["content"].strip() for turns in of_record for turn in turns):
+        with_empty.append(record.get("_where", source.spec))
       encoded += fitting
+      nothing_to_learn += sum(not talk.learned[1:].any() for talk in fitting)
       if not fitting:
         dropped += 1
       elif was_shortened:
         shortened += 1
+    if with_empty:
+      warn(f"{with_empty[0]}: a message is empty; {len(with_empty):,} records have such")
+    _check_learned(nothing_to_learn, len(encoded), source.spec)
     return encoded, f"{shortened} lost their first turns, {dropped} left out as too long"
 
   def rows(self, source, tokenizer, data, model, length):
@@ -285,6 +294,16 @@ class Objective(causal_lm.Objective):
       )
     packed = packing.best_fit_decreasing(np.array([c.size for c in encoded]), length)
     return ChatRows(encoded, packed, length, max(tokenizer.pad, 0), others)
+
+
+def _check_learned(nothing: int, count: int, spec: str) -> None:
+  """Raises UserError where no conversation has a token to learn; warns where some have none."""
+  if not nothing:
+    return
+  message = f"{spec}: {nothing:,} of {count:,} conversations have no token to learn"
+  if nothing == count:
+    raise UserError(f"{message}: config.objective.template does not render what an assistant says")
+  warn(message)
 
 
 def fitted(

@@ -11,8 +11,8 @@ import scipy.stats
 
 from llm import models
 from llm.config import key
-from llm.core import UserError
-from llm.data import packing
+from llm.core import UserError, warn
+from llm.data import packing, suspicions
 from llm.data.sources import Source
 from llm.data.tokenizer import Tokenizer
 from llm.models import heads
@@ -40,11 +40,12 @@ class Labelled(NamedTuple):
 class LabelledRows:
   """Encoded records packed into rows of `length` tokens, at most `slots` in one.
 
-  packed: the numbers of the records of each row.
+  packed: the numbers of the records of each row. empty: how many records have no text.
   """
 
   encoded: list[Labelled]
   packed: list[np.ndarray]
+  empty: int
   length: int
   slots: int
   pad: int
@@ -69,7 +70,8 @@ class LabelledRows:
     note = f"{self.examples} examples in {len(self)} rows, {fill:.1%} full"
     sizes = np.array([record.size for record in self.encoded])
     cut = int((sizes > self.length).sum())
-    note += f"; {cut:,} were cut at config.training.sequence_length={self.length}"
+    note += f"; {self.empty:,} are empty; "
+    note += f"{cut:,} were cut at config.training.sequence_length={self.length}"
     needed = math.ceil(np.quantile(sizes, 1 - FEW_CUT))
     if needed > self.length:
       note += f" ({cut / len(sizes):.1%}; {needed} would cut {FEW_CUT:.0%})"
@@ -140,7 +142,11 @@ class Objective(base.Labels):
       return self
     if not sources:
       return dataclasses.replace(self, num_classes=self.num_classes or 2)
-    labels = {_label(record, source) for source in sources for record in source.records()}
+    labels: dict[str, str] = {}  # where each stands first
+    for source in sources:
+      for record in source.records():
+        labels.setdefault(_label(record, source), _where(record, source))
+    suspicions.warn_of_numbers(labels)
     try:
       classes = sorted(labels, key=int)
     except ValueError:
@@ -157,6 +163,13 @@ class Objective(base.Labels):
     records = list(source.records())
     labels = [self._target(record, source) for record in records]
     return self.encode(records, tokenizer, model, length, labels)
+
+  def eval_rows(self, source, tokenizer, data, model, length):
+    rows = self.rows(source, tokenizer, data, model, length)
+    if rows.examples > 1 and len(set(rows.labels)) == 1:
+      label = self.label_name(rows.labels[0])
+      warn(f"{source.spec}: all of its labels are {label}, so its figures say little")
+    return rows
 
   def encode(self, records, tokenizer, model, length, labels: Sequence[float] = ()) -> LabelledRows:
     """The rows of records. labels: of each record; () is for labels that are not known."""
@@ -178,6 +191,7 @@ class Objective(base.Labels):
     return LabelledRows(
       encoded,
       packing.into_rows(sizes, length, LEAST),
+      sum(not text and not text_pair for text, text_pair in zip(texts, text_pairs)),
       length,
       packing.slots(length, LEAST),
       max(tokenizer.pad, 0),
@@ -305,7 +319,7 @@ class Objective(base.Labels):
     labels = outcomes["labels"]
     predicted = outcomes["predicted"]
     if self.regression:
-      if len(labels) < 2:
+      if np.ptp(labels) == 0 or np.ptp(predicted) == 0:  # equal numbers correlate with nothing
         return {"pearson": math.nan, "spearman": math.nan}
       pearson: Any = scipy.stats.pearsonr(predicted, labels)
       spearman: Any = scipy.stats.spearmanr(predicted, labels)
@@ -350,6 +364,10 @@ def _label(record: dict, source: Source) -> str:
     raise UserError(
       f"{_where(record, source)}: no label; the field 'label' is needed "
       "(config.data.fields='label=THEIR_NAME' renames it)"
+    )
+  if isinstance(record["label"], list | tuple | dict | np.ndarray):
+    raise UserError(
+      f"{_where(record, source)}: the label {record['label']!r} must be a text or a number"
     )
   return str(record["label"])
 

@@ -48,6 +48,7 @@ class Objective(base.Objective):
   short_share: float = key(0.1, at_least=0, at_most=1)
 
   kinds = ("encoder",)
+  text_loss = "mlm_loss"
 
   def __post_init__(self):
     super().__post_init__()

@@ -152,6 +152,9 @@ class Objective(chat.Objective):
       "accuracy": (margin > 0).astype(float),
     }
 
+  def derived(self, means):
+    return {}  # its loss is not that of next tokens
+
   def summary(self, outcomes):
     return {name: float(values.mean()) for name, values in outcomes.items()}
 

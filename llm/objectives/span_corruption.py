@@ -65,6 +65,7 @@ class Objective(causal_lm.Objective):
   prefix: bool = False
 
   kinds = ("encoder_decoder",)
+  text_loss = ""  # its targets have sentinels too
 
   def noise(self, length: int) -> tuple[int, int]:
     """(tokens that are cut, number of spans) of a piece of `length` tokens, at least two."""

@@ -12,7 +12,7 @@ import numpy as np
 from llm.config import key
 from llm.core import Batch, UserError
 from llm.data import answers as answers_lib
-from llm.data import packing
+from llm.data import packing, suspicions
 from llm.data.tokenizer import Tokenizer
 from llm.models import heads
 from llm.objectives import base
@@ -165,6 +165,8 @@ class Objective(base.Answers):
           f"{where}: the question has no answer; set config.objective.no_answer=True if questions "
           "may have none (SQuAD 2.0)"
         )
+    ids = [str(record["id"]) for record in records if record.get("id") is not None]
+    suspicions.warn_of_twice(ids, f"{source.spec}: the id of a question,")
     return self.encode(records, tokenizer, model, length)
 
   def encode(self, records, tokenizer, model, length) -> QuestionRows:

@@ -1,5 +1,6 @@
 """What a run reports: console lines, a progress bar, metrics.jsonl and TensorBoard events."""
 
+import contextlib
 import functools
 import json
 import math
@@ -7,11 +8,14 @@ import os
 import pathlib
 import sys
 import time
-from typing import Any, Mapping, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 
 import jax
 import tqdm
 
+from llm.core import UserError
+from llm.runs import metrics as metrics_lib
+from llm.runs.events import Events
 from llm.runs.workdir import LogFolder
 
 # Seconds between two copies of the logs to a bucket.
@@ -40,14 +44,19 @@ def _figure(name: str, value: float) -> str:
   return f"{name} {value:.4g}"
 
 
-def _keep_lines_up_to(step: int, path: pathlib.Path):
-  """Drops the lines of a file after `step`, and a last line that a killed run cut off."""
+def _keep_lines_up_to(step: int, path: pathlib.Path, evaluation_left: bool = False):
+  """Drops the lines of a file after `step`, and a last line that a killed run cut off.
+
+  evaluation_left: the evaluation of `step` itself will be repeated.
+  """
   if not path.exists():
     return
   kept = []
   for line in path.read_text().splitlines():
     try:
-      if json.loads(line)["step"] <= step:
+      record = json.loads(line)
+      is_repeated = evaluation_left and record["step"] == step and record.get("split") == "eval"
+      if record["step"] <= step and not is_repeated:
         kept.append(line + "\n")
     except (ValueError, KeyError):
       pass  # cut off
@@ -60,9 +69,10 @@ class Log:
   """The logs of a run. Process 0 writes them; on the others every method does nothing.
 
   A resumed run keeps the lines of metrics.jsonl up to `first_step` and drops those of lost steps.
+  evaluation_left: it begins with the evaluation of `first_step`.
   """
 
-  def __init__(self, folder: LogFolder, first_step: int, steps: int):
+  def __init__(self, folder: LogFolder, first_step: int, steps: int, evaluation_left: bool = False):
     self.writes = jax.process_index() == 0
     if not self.writes:
       return
@@ -72,9 +82,10 @@ class Log:
     self.started_at = time.time()
     self.copied_at = time.time()
     metrics_path = folder.path / "metrics.jsonl"
-    _keep_lines_up_to(first_step, metrics_path)
-    _keep_lines_up_to(first_step, folder.path / "rollouts.jsonl")
-    self.file = open(metrics_path, "a", buffering=1)
+    with self._written():
+      _keep_lines_up_to(first_step, metrics_path, evaluation_left)
+      _keep_lines_up_to(first_step, folder.path / "rollouts.jsonl")
+      self.file = open(metrics_path, "a", buffering=1)
     self.bar = tqdm.tqdm(
       total=steps,
       initial=first_step,
@@ -85,22 +96,20 @@ class Log:
     )
 
   @functools.cached_property
-  def events(self) -> Any:
-    """The writer of TensorBoard events, made with the first figures.
+  def events(self) -> Events:
+    """The events of TensorBoard, begun with the first figures."""
+    return Events(self.folder.path / "events", self.first_step)
 
-    Its package would import torch where that is installed, which takes two seconds, only to know
-    an array of torch when it sees one.
-    """
-    hidden = {} if "torch" in sys.modules else {"torch": None}
-    sys.modules.update(hidden)  # pyright: ignore[reportCallIssue, reportArgumentType]
+  @contextlib.contextmanager
+  def _written(self) -> Iterator[None]:
+    """Raises UserError where what is written inside cannot be, as on a full disk."""
     try:
-      import tensorboardX
-    finally:
-      for name in hidden:
-        del sys.modules[name]
-
-    folder = str(self.folder.path / "events")
-    return tensorboardX.SummaryWriter(folder, purge_step=self.first_step or None)
+      yield
+    except OSError as error:
+      raise UserError(
+        f"the logs in {self.folder.path} cannot be written: {error.strerror or error}; what was "
+        "saved is kept: make room, and the same command goes on"
+      )
 
   def say(self, text: str):
     """Prints a line above the progress bar."""
@@ -128,11 +137,11 @@ class Log:
     if not self.writes:
       return
     self.say(self._console_line(step, figures, split))
-    # JSON has no NaN and no infinity.
-    finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
-    self.file.write(json.dumps({"step": step, "split": split, **finite}) + "\n")
-    for name, value in figures.items():
-      self.events.add_scalar(f"{split}/{name}", value, step)
+    line = json.dumps(metrics_lib.as_json({"step": step, "split": split, **figures}))
+    with self._written():
+      self.file.write(line + "\n")
+      tagged = {f"{split}/{name}": value for name, value in figures.items()}
+      self.events.add(step, tagged, time.time())
     if time.time() - self.copied_at > COPY_EVERY:
       self.flush()
 
@@ -154,14 +163,17 @@ class Log:
     """Brings everything that was logged so far to the workdir."""
     if self.writes:
       if "events" in vars(self):
-        self.events.flush()
+        with self._written():
+          self.events.flush()
       self.folder.copy()
       self.copied_at = time.time()
 
   def close(self):
     """Closes the bar and the files."""
-    if self.writes:
-      self.bar.close()
-      self.file.close()
+    if not self.writes:
+      return
+    self.bar.close()
+    with self._written(), contextlib.ExitStack() as files:
+      files.callback(self.file.close)
       if "events" in vars(self):
-        self.events.close()
+        files.callback(self.events.close)

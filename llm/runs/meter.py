@@ -45,7 +45,10 @@ class Meter:
   # Of each step since the last log line: tokens without padding, and FLOPs of the model.
   work: list[tuple[float, float]] = dataclasses.field(default_factory=list)
   on_device: list = dataclasses.field(default_factory=list)
-  on_host: list = dataclasses.field(default_factory=list)
+  # Sums since the last log line. A run that goes on begins with those of its checkpoint.
+  window: metrics_lib.Totals = dataclasses.field(default_factory=dict)
+  # The means of the last log line.
+  last: dict[str, float] = dataclasses.field(default_factory=dict)
   # Tokens and FLOPs a second, of each log line.
   paces: list[tuple[float, float]] = dataclasses.field(default_factory=list)
   # Of the whole run.
@@ -67,7 +70,8 @@ class Meter:
     fetched = jax.device_get(self.on_device)
     self.on_device = []
     _check_finite(fetched, self.checked_steps)
-    self.on_host += fetched
+    for metrics in fetched:
+      metrics_lib.add(self.window, metrics)
     self.checked_steps = step
 
   def figures(self, step: int) -> dict[str, float]:
@@ -89,8 +93,8 @@ class Meter:
       counted, seconds = self.work, elapsed
     tokens, flops = (sum(amounts) for amounts in zip(*counted))
     self.paces.append((tokens / seconds, flops / seconds))
-    means = metrics_lib.means(self.on_host)
-    self.on_host = []
+    self.last = means = metrics_lib.means_of(self.window)
+    self.window = {}
     self.work = []
     self.logged_at = time.perf_counter()
     self.recent_seconds.clear()

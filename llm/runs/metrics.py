@@ -1,27 +1,45 @@
 """Means of the metrics of several steps, and confidence intervals."""
 
-from typing import Callable
+import json
+from typing import Any, Callable, Mapping, Sequence
 
 import numpy as np
 import tqdm
 
+Totals = dict[str, list[float]]  # name -> [sum, weight]
 
-def means(history: list[dict]) -> dict[str, float]:
-  """(sum, weight) pairs of several steps -> one mean for each name.
+
+def add(totals: Totals, metrics: Mapping[str, Any]) -> None:
+  """Adds the (sum, weight) pairs of one more step."""
+  for name, (value, weight) in metrics.items():
+    total = totals.setdefault(name, [0.0, 0.0])
+    total[0] += float(value)
+    total[1] += float(weight)
+
+
+def means(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+  """(sum, weight) pairs of several steps -> one mean for each name, as `means_of`."""
+  totals: Totals = {}
+  for metrics in history:
+    add(totals, metrics)
+  return means_of(totals)
+
+
+def means_of(totals: Totals) -> dict[str, float]:
+  """One mean for each name.
 
   Where an objective has several terms called *_loss, `loss` is the sum of their means.
   """
-  totals = {}
-  for metrics in history:
-    for name, (value, weight) in metrics.items():
-      total = totals.setdefault(name, [0.0, 0.0])
-      total[0] += float(value)
-      total[1] += float(weight)
   result = {name: value / weight if weight else 0.0 for name, (value, weight) in totals.items()}
   if "loss" not in result:
     loss = sum(value for name, value in result.items() if name.endswith("_loss"))
     result = {"loss": loss, **result}
   return result
+
+
+def as_json(figures: Any) -> Any:
+  """Figures as JSON can have them: null where a number is not finite."""
+  return json.loads(json.dumps(figures), parse_constant=lambda _: None)
 
 
 def bootstrap(
@@ -42,9 +60,11 @@ def bootstrap(
   for _ in tqdm.tqdm(range(draws), desc="bootstrap", unit=" draws", disable=None, leave=False):
     drawn = rng.integers(count, size=count)
     figures.append(summary({name: values[drawn] for name, values in outcomes.items()}))
-  return {name: _interval([drawn[name] for drawn in figures]) for name in figures[0]}
+  drawn = {name: np.array([of_draw[name] for of_draw in figures]) for name in figures[0]}
+  # A figure that no draw has a value for has no interval.
+  return {name: _interval(values) for name, values in drawn.items() if np.isfinite(values).any()}
 
 
-def _interval(values: list[float]) -> tuple[float, float]:
+def _interval(values: np.ndarray) -> tuple[float, float]:
   low, high = np.nanpercentile(values, [2.5, 97.5])
   return float(low), float(high)

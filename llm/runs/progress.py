@@ -37,13 +37,22 @@ class Progress:
     progress = cls(goal)
     metric = goal.partition(":")[2]
     for step, figures in evaluations:
-      if metric in figures:
+      if figures.get(metric) is not None:
         progress.add(step, figures)
     return progress
 
   def saved(self) -> dict[str, Any]:
     """What a checkpoint keeps of it; nothing before the first evaluation."""
     return dataclasses.asdict(self) if self.step >= 0 else {}
+
+  def check(self, figures: Mapping[str, float]) -> None:
+    """Raises UserError where the figures of an evaluation lack the metric of the goal."""
+    metric = self.goal.partition(":")[2]
+    if metric not in figures:
+      raise UserError(
+        f"config.training.keep_best={self.goal}: an evaluation has no {metric!r}, it has "
+        f"{', '.join(sorted(figures))}"
+      )
 
   def add(self, step: int, figures: Mapping[str, float]) -> bool:
     """Takes the figures of an evaluation, {} for none. Returns whether they are the best so far.
@@ -53,11 +62,7 @@ class Progress:
     if not (self.goal and figures):
       return False
     mode, _, metric = self.goal.partition(":")
-    if metric not in figures:
-      raise UserError(
-        f"config.training.keep_best={self.goal}: an evaluation has no {metric!r}, it has "
-        f"{', '.join(sorted(figures))}"
-      )
+    self.check(figures)
     value = figures[metric]
     better = value > self.value if mode == "max" else value < self.value
     # A correlation has no value where all predictions are equal.

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import signal
 import sys
 from typing import Iterator
@@ -53,8 +54,12 @@ class Stop:
         signal.signal(number, handler)
 
   def _catch(self, number: int, frame: object):
-    if self.signal:
-      raise KeyboardInterrupt
-    self.signal = number
     name = signal.Signals(number).name
+    if self.signal:
+      # An exception could wait for ever in what it interrupts: checkpoints are whole or not there.
+      os.write(
+        sys.stderr.fileno(), f"\n{name} again: ended at once, nothing more is saved\n".encode()
+      )
+      os._exit(128 + number)
+    self.signal = number
     print(f"\n{name}: saving, then stopping ...", file=sys.stderr, flush=True)

@@ -11,7 +11,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from typing import Any, Collection, Iterator
+from typing import Any, Collection, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -21,7 +21,9 @@ from llm import cache, core, storage
 from llm import config as config_lib
 from llm.config import Config
 from llm.core import UserError
+from llm.data import sources
 from llm.objectives import base
+from llm.runs import metrics as metrics_lib
 
 # What may differ between a run and its continuation.
 MAY_CHANGE = {
@@ -70,7 +72,7 @@ def write_json(path: epath.Path, value: Any):
   """Writes a file whole or not at all. Only process 0 writes."""
   if jax.process_index():
     return
-  text = json.dumps(value, indent=1)
+  text = json.dumps(metrics_lib.as_json(value), indent=1)
   if storage.is_bucket(path):  # a bucket never holds half a file
     path.write_text(text)
     return
@@ -199,6 +201,24 @@ def _check_same_config(path: epath.Path, config: Config):
       f"{path.parent} holds a run of another config ({'; '.join(changed[:4])}): choose another "
       "--workdir, or --go_on to go on with the new one"
     )
+
+
+def data_digests(config: Config) -> dict[str, str]:
+  """The sources of a config -> the digest of the content of each."""
+  read = [*sources.parse(config.data.train, config.data)]
+  if config.data.eval:
+    read.append(sources.parse_one(config.data.eval, config.data))
+  return {source.spec: source.digest() for source in read}
+
+
+def check_same_data(config: Config, before: Mapping[str, str]) -> None:
+  """Raises UserError where the data of a run that goes on have changed since its checkpoint."""
+  for name, digest in data_digests(config).items():
+    if before.get(name, digest) != digest:
+      raise UserError(
+        f"{name} has changed since this run began, so what it learns from is no longer the same: "
+        "choose another --workdir, or --go_on to go on with the new data"
+      )
 
 
 class LogFolder:

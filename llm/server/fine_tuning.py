@@ -15,7 +15,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import StreamingResponse
 
 from llm.core import UserError, first_line
-from llm.server import listing, methods, progress, translation
+from llm.server import listing, methods, progress
 from llm.server.catalog import STEP
 from llm.server.errors import ApiError, unknown
 from llm.server.files import Limit, Owner
@@ -92,7 +92,7 @@ def _row(request: Request, owner: str, job_id: str) -> sqlite3.Row:
 def create(request: Request, owner: Owner, asked: methods.JobRequest) -> dict[str, Any]:
   server = request.app.state.server
   method = methods.settled(asked)
-  _check_trainable(server, owner, asked.model, method["type"])
+  _check_trainable(server, owner, asked.model)
   job_id = new_id("ftjob")
   folder = server.supervisor.jobs / job_id
   folder.mkdir()
@@ -120,12 +120,8 @@ def create(request: Request, owner: Owner, asked: methods.JobRequest) -> dict[st
   return shown(server.state, _row(request, owner, job_id))
 
 
-def _check_trainable(server: Any, owner: str, model: str, kind: str):
+def _check_trainable(server: Any, owner: str, model: str):
   """Raises ApiError where a model cannot be trained so."""
-  try:
-    translation.config_of(kind)
-  except UserError as error:
-    raise ApiError(first_line(error), "method.type", "unsupported_method")
   try:
     base = server.catalog.base(owner, model)
   except UserError as error:

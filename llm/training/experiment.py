@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from typing import Callable, NamedTuple, Self
+from typing import Callable, NamedTuple, Self, Sequence
 
 import jax
 import numpy as np
@@ -15,13 +15,14 @@ from llm import cache, models
 from llm import config as config_lib
 from llm.checkpoints import locate, manager
 from llm.config import Config, ModelConfig
-from llm.core import UserError
-from llm.data import cooccurrence, documents, duplicates, overlap, shards, sources
+from llm.core import UserError, warn
+from llm.data import cooccurrence, documents, duplicates, frequencies, overlap, shards, sources
 from llm.data import tokenizer as tokenizer_lib
 from llm.data.batches import Batches, rows_a_batch
 from llm.models import resolve
 from llm.models.architecture import embedding_width_of, init_std_of
 from llm.objectives import base
+from llm.runs import workdir as workdir_lib
 from llm.training import recipe
 
 SHAPE = ("name", "num_layers", "width", "num_heads", "mlp_dim", "max_length")
@@ -88,35 +89,52 @@ class Experiment:
 class Training(Experiment):
   """An experiment with its data.
 
-  train, held_out: the sources of training and of evaluation.
+  train, held_out: the sources of training and of evaluation. digests: of their content.
   """
 
   batches: Batches
   eval_rows: base.Rows | None
   train: tuple[sources.Source, ...]
   held_out: sources.Source | None
+  digests: dict[str, str]
 
   @property
   def names(self) -> tuple[str, ...]:
     """The training sources, as the config names them."""
     return tuple(source.spec for source in self.train)
 
-  def remarks(self) -> list[str]:
-    """What there is to say of the data, a line each. Labelled records are read once more."""
-    remarks = self.objective.remarks(self.batches.rows)
-    if self.objective.labelled and self.held_out:
-      remarks = [*remarks, *duplicates.remarks(self.train, self.held_out)]
-    return [*remarks, *self._overlap()]
+  def description(self) -> dict:
+    """The same, with the digests of the data."""
+    return {**super().description(), "data": self.digests}
 
-  def _overlap(self) -> list[str]:
-    """A warning where held-out running text is in the training text too."""
+  def remarks(self) -> list[str]:
+    """What there is to say of the data, a line each."""
+    return self.objective.remarks(self.batches.rows)
+
+  def warn_of_shared_data(self):
+    """Warns where held-out records or text are in the training data too."""
+    if self.held_out is None:
+      return
+    if self.objective.labelled:
+      duplicates.warn(self.train, self.held_out)
     text = self.objective.text_of(self.eval_rows) if self.eval_rows else None
-    if text is None or self.held_out is None:
-      return []
-    train = [self.objective.text_of(rows) for rows in self.batches.rows]
-    known = [documents for documents in train if documents is not None]
-    name = self.held_out.spec
-    return overlap.remarks(known, text, name, self.tokenizer.decode, self.held_out.cache)
+    if text is not None:
+      name = self.held_out.spec
+      overlap.warn(self._texts(), text, name, self.tokenizer.decode, self.held_out.cache)
+
+  def _texts(self) -> list[documents.Documents]:
+    """The running text of each training source that has some."""
+    texts = [self.objective.text_of(rows) for rows in self.batches.rows]
+    return [text for text in texts if text is not None]
+
+  def unigram_loss(self) -> float | None:
+    """What the frequencies of the pieces reach in the held-out text; None where there is none."""
+    texts = self._texts() if self.objective.text_loss else []
+    if not texts:
+      return None
+    held_out = self.objective.text_of(self.eval_rows) if self.eval_rows else None
+    vocab_size = self.tokenizer.vocab_size
+    return frequencies.unigram_loss(texts, texts[0] if held_out is None else held_out, vocab_size)
 
   def vectors(self, say: Callable) -> np.ndarray | None:
     """VxE: what the table of tokens starts as, 0 for pieces that start at random.
@@ -157,6 +175,8 @@ def prepare(
   model = _following(config.model, description, tokenizer.vocab_size, objective.labelled)
   length = config.training.sequence_length
   _check_together(objective, model, length)
+  if models.facts(model).kind != "encoder" and tokenizer.lowercase:
+    _warn_of_small_letters(train)
   objective = objective.fit(train, tokenizer)
   rows = [objective.rows(source, tokenizer, config.data, model, length) for source in train]
   batches = _batches(config, rows, [source.weight for source in train])
@@ -183,6 +203,7 @@ def prepare(
     eval_rows=eval_rows,
     train=train,
     held_out=held_out,
+    digests=workdir_lib.data_digests(config),
   )
 
 
@@ -270,6 +291,15 @@ def _check(config: Config):
     raise UserError(
       f"config.training.steps={training.steps} and config.training.epochs={training.epochs:g}: set "
       "one of them, the other to 0"
+    )
+
+
+def _warn_of_small_letters(train: Sequence[sources.Source]):
+  """Warns where a model that writes is trained on shards of a tokenizer without capitals."""
+  if of_shards := [source.spec for source in train if source.kind == "shards"]:
+    warn(
+      f"{of_shards[0]}: its tokenizer makes all letters small, so the model will never write a "
+      "capital: prepare it with --config.tokenizer.lowercase=False"
     )
 
 

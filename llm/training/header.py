@@ -5,9 +5,14 @@ from typing import Callable
 
 from jax.sharding import Mesh
 
+from llm import core
+from llm.config import DataConfig
 from llm.models import precision, resolve
 from llm.training import optimizer as optimizer_lib
 from llm.training.experiment import Training
+
+# Batches ahead of a step, above which there is no use in more.
+MOST_AHEAD = 256
 
 
 def show(
@@ -28,12 +33,22 @@ def show(
   )
   _show_batches(experiment, parameters, say)
   _show_recipe(experiment, say)
-  if config.data.workers > (os.cpu_count() or 1):
-    say(
-      f"hint        config.data.workers={config.data.workers} is more than the {os.cpu_count()} "
-      "cores of this machine: the workers will wait for each other"
-    )
+  _warn_of_input(config.data)
   say(f"parameters  {origin}" + (f", step {first_step}" if first_step else ""))
+
+
+def _warn_of_input(data: DataConfig):
+  """Warns of numbers that slow the input down."""
+  cores = os.cpu_count() or 1
+  if data.workers > cores:
+    core.warn(
+      f"config.data.workers={data.workers} is more than the {cores} cores of this machine: the "
+      "workers will wait for each other"
+    )
+  if data.prefetch > MOST_AHEAD:
+    core.warn(
+      f"config.data.prefetch={data.prefetch:,} keeps so many batches in memory: a few are enough"
+    )
 
 
 def _attention(experiment: Training, platform: str, mesh: Mesh) -> str:
@@ -64,6 +79,7 @@ def _show_batches(experiment: Training, parameters: int, say: Callable):
       say(f"            {name}: {rows.note}")
   for remark in experiment.remarks():
     say(f"            {remark}")
+  experiment.warn_of_shared_data()
 
 
 def _show_recipe(experiment: Training, say: Callable):

@@ -7,7 +7,12 @@ from llm.objectives import base
 
 
 def _decoded(tokenizer: Tokenizer, ids: np.ndarray) -> str:
-  return " ".join(tokenizer.pieces[int(token)] for token in ids)
+  return _joined([tokenizer.shown(int(token)) for token in ids], tokenizer)
+
+
+def _joined(pieces: list[str], tokenizer: Tokenizer) -> str:
+  """Pieces with spaces between them, but for single characters."""
+  return ("" if tokenizer.name == "bytes" else " ").join(pieces)
 
 
 def _masked_targets(row: dict) -> dict[int, int]:
@@ -26,12 +31,12 @@ def _document_lines(row: dict, tokenizer: Tokenizer, masked: dict[int, int]) -> 
     places = np.flatnonzero(segments == segment).tolist()
     pieces = []
     for place in places:
-      piece = tokenizer.pieces[int(row["tokens"][place])]
+      piece = tokenizer.shown(int(row["tokens"][place]))
       if place in masked:
-        piece = f"<{tokenizer.pieces[masked[place]]} => {piece}>"
+        piece = f"<{tokenizer.shown(masked[place])} => {piece}>"
       pieces.append(piece)
     first, last = row["positions"][places[0]], row["positions"][places[-1]]
-    lines.append(f"  document {segment}, positions {first}..{last}: {' '.join(pieces)}")
+    lines.append(f"  document {segment}, positions {first}..{last}: {_joined(pieces, tokenizer)}")
     if "targets" in row:
       # An encoder-decoder has its targets in a row of their own.
       target_places = np.flatnonzero(row.get("decoder_segments", segments) == segment)

@@ -33,6 +33,9 @@ from llm.training import plan as plan_lib
 from llm.training import state as state_lib
 from llm.training.experiment import Training
 
+# A run that reaches no less than this share of the loss of mere frequencies is said to be dead.
+ALIVE = 0.97
+
 
 def train(
   config: Config,
@@ -57,6 +60,8 @@ def train(
   with stop.listening():
     steps_before = manager.steps(checkpoints)
     resume_from = manager.newest_valid(checkpoints, say)
+    if resume_from and not go_on:
+      workdir_lib.check_same_data(config, manager.describe(resume_from).get("data", {}))
     experiment, mesh = on_mesh(config, resume_from, say, use_devices)
     if jax.process_index():
       say = silent
@@ -117,9 +122,11 @@ class _Run:
     self.mesh = mesh
     self.stop = stop
     self.say = say
-    # Of the last evaluation.
-    self.eval_figures: dict[str, float] = {}
     description = manager.describe(resume_from) if resume_from else {}
+    # Of the last evaluation.
+    self.eval_figures: dict[str, Any] = description.get("metrics", {})
+    # Sums of the log line that a resumed run is in.
+    self.window: dict[str, Any] = description.get("window", {})
     goal = config.training.keep_best
     self.progress = Progress.of_run(goal, description, manager.evaluations(workdir) if goal else [])
     self.plan = plan_lib.of(experiment, mesh)
@@ -130,11 +137,21 @@ class _Run:
     steps = config.training.steps
     self.last_step = min(steps, until or steps)
     self.pace = optimizer_lib.pace(config.optimizer, steps)
+    # Whether a signal stopped the run during the evaluation of its first step here.
+    self.evaluation_left = (
+      resume_from is not None
+      and experiment.eval_rows is not None
+      and self.due(self.first_step, config.training.eval_every)
+      and not self.eval_figures
+      and not self._result_of(self.first_step)
+    )
     self.tokens_a_step = experiment.batches.tokens()
     self.sampler = reference.sampler(experiment, self.plan.frozen_masks, mesh, say)
     self.parameters = flops.count_parameters(self.plan.params, config.model.vocab_size)
     self._show_header(resume_from)
-    self.baselines = baselines(experiment, say) if self.first_step < self.last_step else {}
+    self.baselines: dict[str, float] = {}
+    if self.first_step < self.last_step or self.evaluation_left:
+      self.baselines = baselines(experiment, say)
     self.peak_flops = _peak_flops(experiment, self.plan, mesh, say)
     self._open()
 
@@ -151,8 +168,8 @@ class _Run:
     config = self.config
     self.saver = manager.Manager(self.workdir, config.training.keep, self.experiment.tokenizer)
     self.log_folder = workdir_lib.LogFolder(self.workdir)
-    self.log = Log(self.log_folder, self.first_step, self.last_step)
-    self.meter = Meter(self.first_step)
+    self.log = Log(self.log_folder, self.first_step, self.last_step, self.evaluation_left)
+    self.meter = Meter(self.first_step, window=self.window)
     self.meter.total_seconds["start"] = time.time() - self.started_at
     self.stream = batches_lib.stream(
       self.experiment.batches,
@@ -169,26 +186,51 @@ class _Run:
     step = self.first_step
     stop_signal = 0
     try:
+      self._check_goal()
       with profiling(training.profile, self.log_folder.path) as before_step:
+        if self.evaluation_left:
+          stop_signal = self.end_step(step, is_saved=True)
         while step < self.last_step and not stop_signal and not self.stalled():
           before_step(step, self.state)
           self.take_step(step)
           step += 1
           if self.due(step, training.log_every):
             self.report(step)
-          eval_figures = {}
-          if self.due(step, training.eval_every):
-            eval_figures = self.evaluate(step)
-          is_best = self.is_best(step, eval_figures)
-          stop_signal = self.stop.requested()
-          if self.due(step, training.save_every) or is_best or stop_signal or self.stalled():
-            self.save(step, eval_figures)
+          stop_signal = self.end_step(step)
     finally:
       self.close()
     if stop_signal:
       self.say(f"saved step {step}; the same command goes on from there")
       raise Stopped(128 + stop_signal)
     return self.finish(step)
+
+  def end_step(self, step: int, is_saved: bool = False) -> int:
+    """Evaluates and saves what is due after a step. Returns the signal that ends the run, or 0.
+
+    is_saved: a signal came during this evaluation, and the state of the step was saved then.
+    """
+    training = self.config.training
+    eval_figures = self.evaluate(step) if self.due(step, training.eval_every) else {}
+    is_best = self.is_best(step, eval_figures)
+    stop_signal = self.stop.requested()
+    is_due = self.due(step, training.save_every) or bool(stop_signal) or self.stalled()
+    if is_best or (is_due and not is_saved):
+      self.save(step, eval_figures)
+    return stop_signal
+
+  def _check_goal(self):
+    """Raises UserError, before the first step, where an evaluation lacks the figure of the goal.
+
+    The figures of one batch say which there are.
+    """
+    goal = self.config.training.keep_best
+    rows = self.experiment.eval_rows
+    is_given = goal and goal != self.experiment.objective.goal
+    if is_given and rows is not None and self.first_step < self.last_step:
+      with self.meter.timed("evaluation"):
+        figures = self._evaluate(rows, batches=1)
+      if figures:
+        self.progress.check(figures)
 
   def is_best(self, step: int, eval_figures: dict[str, float]) -> bool:
     """Whether these are the best figures so far. Raises UserError where they lack the goal."""
@@ -238,7 +280,16 @@ class _Run:
     """Logs the means since the last report."""
     figures = self.meter.figures(step)
     _, flops_per_second = self.meter.paces[-1]
-    self.log.metrics(step, {**figures, "mfu": flops_per_second / self.peak_flops})
+    rate = optimizer_lib.rate_at(self.config.optimizer, self.config.training.steps, step - 1)
+    self.log.metrics(
+      step,
+      {
+        **figures,
+        **self.experiment.objective.derived(figures),
+        "learning_rate": rate,
+        "mfu": flops_per_second / self.peak_flops,
+      },
+    )
 
   def evaluate(self, step: int) -> dict[str, float]:
     """Logs the figures of the evaluation source; {} without one, or where a signal interrupts."""
@@ -253,8 +304,11 @@ class _Run:
       self.log.metrics(step, figures, "eval")
     return figures
 
-  def _evaluate(self, rows: base.Rows) -> dict[str, float]:
-    """The figures with those of the baselines; {} where a signal interrupts."""
+  def _evaluate(self, rows: base.Rows, batches: int = 0) -> dict[str, float]:
+    """The figures with those of the baselines; {} where a signal interrupts.
+
+    batches: how many of them; 0: as the config says.
+    """
     figures = evaluation.evaluate(
       self.plan.eval_step,
       self.state.trained,
@@ -263,7 +317,7 @@ class _Run:
       rows,
       self.experiment.batches.batch_size,
       self.mesh,
-      self.config.training.eval_batches,
+      batches or self.config.training.eval_batches,
       self.stop,
       self.actor(int(self.state.step)),
     )
@@ -277,6 +331,8 @@ class _Run:
       **self.experiment.description(),
       "metrics": eval_figures,
       "progress": self.progress.saved(),
+      # A copy: the description is written while the next steps are added.
+      "window": {name: list(total) for name, total in self.meter.window.items()},
     }
     with self.meter.timed("checkpoint"):
       self.saver.save(
@@ -296,24 +352,23 @@ class _Run:
       self.log.close()
       self.log_folder.copy()
 
-  def finish(self, step: int) -> dict[str, Any]:
-    """Writes result.json and returns it. Raises Stopped after a signal.
-
-    Where an earlier run took the last step, its result is returned. If it stopped before it wrote
-    one, the evaluation is repeated.
-    """
+  def _result_of(self, step: int) -> dict[str, Any]:
+    """What result.json holds, where it is of this step; else {}."""
     path = self.workdir / "result.json"
-    if step == self.first_step:
-      if path.exists() and (result := json.loads(path.read_text()))["step"] == step:
-        early = ", stopped early: a higher config.training.patience goes on" * self.stalled()
-        self.say(f"already done: step {self.first_step} in {self.workdir}{early}")
-        return result
-      if self.experiment.eval_rows is not None:
-        self.eval_figures = self._evaluate(self.experiment.eval_rows)
-        if stop_signal := self.stop.requested():
-          raise Stopped(128 + stop_signal)
+    result = json.loads(path.read_text()) if path.exists() else {}
+    return result if result.get("step") == step else {}
+
+  def finish(self, step: int) -> dict[str, Any]:
+    """Writes result.json and returns it.
+
+    Where an earlier run took the last step, its result is returned.
+    """
+    if step == self.first_step and (result := self._result_of(step)):
+      early = ", stopped early: a higher config.training.patience goes on" * self.stalled()
+      self.say(f"already done: step {self.first_step} in {self.workdir}{early}")
+      return result
     result = self._result(step)
-    workdir_lib.write_json(path, result)
+    workdir_lib.write_json(self.workdir / "result.json", result)
     if self.stalled() and step < self.last_step:
       self.say(f"stopped early: {self.progress.since} evaluations were no better")
     if self.progress.step >= 0:
@@ -321,8 +376,23 @@ class _Run:
         f"best: step {self.progress.step} by {self.progress.goal}, {self.progress.value:.4g}; "
         "other commands take it"
       )
+    self._say_what_frequencies_reach()
     self.say(f"done: step {step} in {self.workdir}, {duration(result['seconds'])}")
     return result
+
+  def _say_what_frequencies_reach(self):
+    """A run on text that reached no more has learned nothing of it."""
+    name = self.experiment.objective.text_loss
+    reached = self.eval_figures.get(name, self.meter.last.get(name))
+    if jax.process_index() or reached is None:
+      return
+    frequencies = self.experiment.unigram_loss()
+    if frequencies is None:
+      return
+    line = f"{name} {reached:.3f}; the frequencies of the pieces alone reach {frequencies:.3f}"
+    if reached > ALIVE * frequencies:
+      line += ": the run has learned little more: it may need more steps, or another learning rate"
+    self.say(line)
 
   def _result(self, step: int) -> dict[str, Any]:
     """What result.json holds."""
