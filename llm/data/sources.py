@@ -26,16 +26,18 @@ import functools
 import glob
 import gzip
 import io
-import json
 import pathlib
 import re
 import zlib
 from typing import Any, BinaryIO, Callable, Iterable, Iterator, cast
 
-from llm import cache
+from llm import cache, reading
 from llm.config import DataConfig
 from llm.core import UserError, first_line
-from llm.data import embedded, made
+from llm.data import embedded, made, squad
+
+# Of a line, a field or a part of a document that is in memory at once.
+MOST_CHARACTERS = 2**24
 
 COMPRESSIONS = (".gz", ".bz2", ".zst")
 
@@ -248,14 +250,19 @@ def decompressed(stored: BinaryIO, path: pathlib.PurePath) -> BinaryIO:
 
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
-  """Numbers, from 1, and lines of a text file.
+  """Numbers, from 1, and lines of a text file. A line of more than MOST_CHARACTERS comes in parts.
 
-  Raises UserError on a file that is not UTF-8, damaged or not readable.
+  Raises UserError on a file that is no regular one, not UTF-8, damaged or not readable.
   """
+  reading.check_file(path)
   number = 0
   try:
     with open_decompressed(path) as file:
-      for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig"), 1):
+      text = io.TextIOWrapper(file, encoding="utf-8-sig")
+      ended = True
+      while line := text.readline(MOST_CHARACTERS):
+        number += ended
+        ended = line.endswith("\n")
         yield number, line
   except UnicodeDecodeError as error:
     raise UserError(
@@ -271,28 +278,43 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
     raise UserError(f"{path}: {getattr(error, 'strerror', None) or first_line(error)}")
 
 
+def _whole_lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
+  """The same. Raises UserError on a line of more than MOST_CHARACTERS, which is one record."""
+  for number, line in _lines(path):
+    if len(line) >= MOST_CHARACTERS:
+      raise UserError(
+        f"{path}:{number}: a line of more than {MOST_CHARACTERS:,} characters: is it what its "
+        "source says, with a record a line?"
+      )
+    yield number, line
+
+
 def _text_records(path: pathlib.Path) -> Iterator[dict]:
-  """A record for every document; blank lines separate them."""
-  block = []
+  """A record for every document; blank lines separate them.
+
+  A document of more than MOST_CHARACTERS comes in parts, so that no more of it is in memory.
+  """
+  block: list[str] = []
+  size = 0
   for _, line in _lines(path):
-    if line.strip():
-      block.append(line.strip())
-    elif block:
+    line = line.strip()
+    if line:
+      block.append(line)
+      size += len(line)
+    if block and (not line or size >= MOST_CHARACTERS):
       yield {"text": "\n".join(block)}
       block = []
+      size = 0
   if block:
     yield {"text": "\n".join(block)}
 
 
 def _jsonl_records(path: pathlib.Path) -> Iterator[dict]:
   """A record for every line that is not blank."""
-  for number, line in _lines(path):
+  for number, line in _whole_lines(path):
     if not line.strip():
       continue
-    try:
-      record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-      raise UserError(f"{path}:{number}: not JSON: {first_line(error)}")
+    record = reading.json_value(line, f"{path}:{number}")
     if not isinstance(record, dict):
       raise UserError(f'{path}:{number}: expected a JSON object, e.g. {{"text": "..."}}')
     yield {**record, "_where": f"{path}:{number}"}
@@ -300,7 +322,8 @@ def _jsonl_records(path: pathlib.Path) -> Iterator[dict]:
 
 def _csv_records(path: pathlib.Path) -> Iterator[dict]:
   """A record for every row; the first row names the fields."""
-  reader = csv.DictReader((line for _, line in _lines(path)), strict=True)
+  csv.field_size_limit(MOST_CHARACTERS)
+  reader = csv.DictReader((line for _, line in _whole_lines(path)), strict=True)
   try:
     for record in reader:
       if None in record or None in record.values():
@@ -314,25 +337,8 @@ def _csv_records(path: pathlib.Path) -> Iterator[dict]:
 
 
 def _squad_records(path: pathlib.Path) -> Iterator[dict]:
-  """A record for every question of a file in the layout of SQuAD 1.1 or 2.0."""
-  try:
-    content = json.loads("".join(line for _, line in _lines(path)))
-    for article in content["data"]:
-      for paragraph in article["paragraphs"]:
-        for question in paragraph["qas"]:
-          yield {
-            "text": paragraph["context"],
-            "question": question["question"],
-            "id": str(question["id"]),
-            "answers": question.get("answers", []),
-            "_where": f"{path}: question {question['id']}",
-          }
-  except ValueError as error:
-    raise UserError(f"{path}: not JSON: {first_line(error)}")
-  except (KeyError, TypeError) as error:
-    raise UserError(
-      f"{path}: not in SQuAD's layout (data, paragraphs, context, qas, id, question): {error!r}"
-    )
+  """A record for every question of a file in the layout of SQuAD."""
+  return squad.records("".join(line for _, line in _lines(path)), path)
 
 
 def _parquet_records(path: pathlib.Path) -> Iterator[dict]:
@@ -340,6 +346,7 @@ def _parquet_records(path: pathlib.Path) -> Iterator[dict]:
   import pyarrow
   from pyarrow import parquet
 
+  reading.check_file(path)
   number = 0
   try:
     with parquet.ParquetFile(path) as table:
@@ -456,7 +463,14 @@ def _hf_content(source: Source) -> list[str]:
 
 
 def _file_digests(source: Source) -> list[str]:
-  return [cache.file_digest(path) for path in source.files()]
+  digests = []
+  for path in source.files():
+    reading.check_file(path)
+    try:
+      digests.append(cache.file_digest(path))
+    except OSError as error:
+      raise UserError(f"{path}: {error.strerror}")
+  return digests
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What a run reports: console lines, a progress bar, metrics.jsonl and TensorBoard events."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -12,6 +13,8 @@ from typing import Any
 import jax
 import tqdm
 
+from llm import reading
+from llm.core import UserError
 from llm.runs.workdir import LogFolder
 
 # Seconds between two copies of the logs to a bucket.
@@ -19,6 +22,13 @@ COPY_EVERY = 60
 
 # Figures that stand in metrics.jsonl alone.
 NOT_ON_CONSOLE = ("grad_norm",)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggedLine:
+  """What each line of metrics.jsonl has."""
+
+  step: int
 
 
 def duration(seconds: float) -> str:
@@ -45,11 +55,11 @@ def _keep_lines_up_to(step: int, path: pathlib.Path):
   if not path.exists():
     return
   kept = []
-  for line in path.read_text().splitlines():
+  for line in path.read_text(errors="replace").splitlines():
     try:
-      if json.loads(line)["step"] <= step:
+      if reading.shaped(reading.json_value(line, ""), LoggedLine, "").step <= step:
         kept.append(line + "\n")
-    except (ValueError, KeyError):
+    except UserError:
       pass  # cut off
   scratch = path.with_suffix(".tmp")
   scratch.write_text("".join(kept))

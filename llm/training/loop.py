@@ -26,7 +26,7 @@ from llm.runs.meter import Meter
 from llm.runs.profiler import profiling
 from llm.runs.progress import Progress
 from llm.runs.stop import Stop, Stopped
-from llm.training import evaluation, header, partition, reference
+from llm.training import evaluation, header, partition, reference, room
 from llm.training import experiment as experiment_lib
 from llm.training import optimizer as optimizer_lib
 from llm.training import plan as plan_lib
@@ -119,10 +119,10 @@ class _Run:
     self.say = say
     # Of the last evaluation.
     self.eval_figures: dict[str, float] = {}
-    description = manager.describe(resume_from) if resume_from else {}
+    saved = manager.describe(resume_from).progress if resume_from else manager.Best()
     goal = config.training.keep_best
-    self.progress = Progress.of_run(goal, description, manager.evaluations(workdir) if goal else [])
-    self.plan = plan_lib.of(experiment, mesh)
+    self.progress = Progress.of_run(goal, saved, manager.evaluations(workdir) if goal else [])
+    self.plan = room.plan_that_fits(experiment, mesh)
     self.state, self.origin = state_lib.first_state(
       experiment, self.plan, resume_from, workdir, say
     )
@@ -361,7 +361,7 @@ def _flops(
 
 def _say_new_length(resume_from: epath.Path, config: Config, first_step: int, say: Callable):
   """Says what it does to the learning rate that the number of steps has changed."""
-  planned = manager.describe(resume_from)["config"]["training"]["steps"]
+  planned = manager.describe(resume_from).config.training.steps
   steps = config.training.steps
   if planned == steps:
     return
