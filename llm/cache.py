@@ -1,14 +1,28 @@
-"""The cache folder: archives, tokens, packing plans and compiled programs, each made once."""
+"""The cache folder: archives, tokens, packing plans and compiled programs, each made once.
 
+A folder of the cache has a record of its content, by which it is verified whenever it is opened.
+What is damaged is named and made again.
+"""
+
+import contextlib
 import functools
 import hashlib
+import json
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
 from typing import Callable
 
+from llm import reading
 from llm.core import UserError
+
+# In a folder of the cache: the size, time of change (ns) and SHA-256 of every other file.
+RECORD = "content.json"
+# A larger file is taken for unchanged where its size and time of change are those of the record.
+# So opening a folder takes no longer than a tenth of a second or so for each of its files.
+HASHED_BYTES = 2**27
 
 
 def cache_dir(configured: str = "") -> pathlib.Path:
@@ -17,7 +31,7 @@ def cache_dir(configured: str = "") -> pathlib.Path:
   Raises UserError where the folder cannot be created.
   """
   path = pathlib.Path(configured or os.environ.get("PRETUNE_CACHE") or "~/.cache/pretune")
-  path = path.expanduser().absolute()
+  path = pathlib.Path(os.path.expanduser(path)).absolute()
   try:
     path.mkdir(parents=True, exist_ok=True)
   except OSError as error:
@@ -51,6 +65,55 @@ def file_digest(path: str | os.PathLike[str]) -> str:
 def _digest_of(path: str, inode: int, size: int, changed_ns: int) -> str:
   with open(path, "rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def kept(folder: pathlib.Path, make: Callable[[pathlib.Path], None]) -> pathlib.Path:
+  """Returns a folder of the cache. Where it does not exist or is damaged, `make` fills it first."""
+
+  def make_with_record(scratch: pathlib.Path) -> None:
+    make(scratch)
+    _write_record(scratch)
+
+  if folder.exists() and (reason := fault(folder)):
+    print(f"{folder} is damaged: {reason}; it is made again", file=sys.stderr, flush=True)
+    discard(folder)
+  return made_once(folder, make_with_record)
+
+
+def fault(folder: pathlib.Path) -> str:
+  """What is wrong with a folder of the cache; "" where it is as it was made."""
+  try:
+    entries = reading.read_json(folder / RECORD, dict[str, tuple[int, int, str]])
+  except UserError as error:
+    return str(error)
+  for name, (size, changed, sha256) in entries.items():
+    path = folder / name
+    try:
+      status = path.stat()
+    except (OSError, ValueError):
+      return f"{name} is missing"
+    if not path.is_file() or status.st_size != size:
+      return f"{name} has not the {size:,} bytes that were written"
+    as_recorded = size > HASHED_BYTES and status.st_mtime_ns == changed
+    if not as_recorded and file_digest(path) != sha256:
+      return f"the SHA-256 of {name} is not the one that was written"
+  return ""
+
+
+def _write_record(folder: pathlib.Path) -> None:
+  entries = {}
+  for path in sorted(filter(pathlib.Path.is_file, folder.rglob("*"))):
+    status = path.stat()
+    name = path.relative_to(folder).as_posix()
+    entries[name] = (status.st_size, status.st_mtime_ns, file_digest(path))
+  (folder / RECORD).write_text(json.dumps(entries))
+
+
+def discard(folder: pathlib.Path) -> None:
+  """Removes a folder of the cache. Another process may do so too, or have its files mapped."""
+  with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".damaged-") as grave:
+    with contextlib.suppress(FileNotFoundError):
+      folder.rename(pathlib.Path(grave) / folder.name)
 
 
 def made_once(folder: pathlib.Path, make: Callable[[pathlib.Path], None]) -> pathlib.Path:

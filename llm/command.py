@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import io
 import logging
 import os
 import sys
@@ -19,6 +20,8 @@ from llm import help as help_lib
 from llm.config import MeshConfig
 from llm.core import UserError
 
+# How JAX says that a platform does not exist or has no device here.
+NO_BACKEND = "Unable to initialize backend"
 OUT_OF_MEMORY = (
   "out of memory on a device: use a smaller config.training.batch_size, more "
   "config.optimizer.grad_accum_steps, config.model.remat=full, config.model.loss_chunk=128, or "
@@ -45,6 +48,8 @@ def run(
   """
   _quiet_failed_writes()
   argv = sys.argv if argv is None else argv
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not show every character
   if help_lib.is_asked(argv):
     print(help_lib.text(sys.modules[__name__]))
     sys.exit(0)
@@ -100,24 +105,27 @@ def _guarded(
       )
       return 1
     raise
+  except RuntimeError as error:
+    if NO_BACKEND in str(error):
+      raise UserError(f"JAX_PLATFORMS: {core.first_line(error)}")
+    raise
 
 
 def _parse(argv: list[str], check_key: Callable[[str], None]):
   """Reads the flags and the config file. Raises UserError if either is wrong."""
+  for argument in argv:
+    if not _is_text(argument):
+      raise UserError(f"the argument {argument!a} is not UTF-8")
   given = _config_flags(argv)
   _check_config_flags(given, check_key)
   try:
     arguments = flags.FLAGS(argv)
-  except UserError:
-    raise
   except flags.UnrecognizedFlagError as error:
     _check_objective_keys(given)
     raise help_lib.unknown_flag(error)
-  except Exception as error:  # ml_collections runs the config file, which may raise anything
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:  # of a value
     _check_objective_keys(given)
-    lines = str(error).strip().splitlines()
-    in_config = lines and "parsing config file" in lines[0]
-    raise UserError(lines[-1].strip() if in_config else core.first_line(error))
+    raise UserError(core.first_line(error))
   if len(arguments) > 1:
     raise UserError(
       f"unexpected argument {arguments[1]!r}; flags are --NAME=VALUE (--help lists them)"
@@ -164,6 +172,11 @@ def _warn_of_flags_given_twice(argv: list[str]):
       core.warn(f"--{name} is given twice: the last one counts, {flag.value}")
 
 
+def _is_text(argument: str) -> bool:
+  """Whether an argument was UTF-8: Python takes any other byte for half of a surrogate pair."""
+  return not any("\ud800" <= character <= "\udfff" for character in argument)
+
+
 def _config_flags(argv: list[str]) -> list[tuple[str, str]]:
   """(name, value) of --config and of every key that overrides it, in order."""
   given = []
@@ -206,7 +219,7 @@ def _check_objective_keys(given: list[tuple[str, str]]):
 
   try:
     config: Any = flags.FLAGS["config"].parser.parse(values["config"])
-  except Exception:  # the config file is wrong, which the caller says
+  except UserError:  # the config file is wrong, which the caller says
     return
   name = values.get("config.objective.name") or config.objective.name
   base.check_keys(name, keys)

@@ -14,10 +14,16 @@ import ml_collections
 
 from llm.core import UserError
 
+# Steps and the dimensions of arrays are counted in 32 bits.
+MOST = 2**31
+
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-  """What a number may be, and which strings a string may be. None and () mean: anything."""
+  """What a number may be, and which strings a string may be. None and () mean: anything.
+
+  A number is finite, and a whole one that has no other limit is below 2**31.
+  """
 
   at_least: float | None = None
   at_most: float | None = None
@@ -34,8 +40,10 @@ class Bounds:
       return "" if value in self.choices else f"must be one of {known}"
     if not isinstance(value, int | float) or value == self.unset:
       return ""
+    if isinstance(value, int) and (self.at_most, self.below) == (None, None) and value >= MOST:
+      return f"must be below {MOST:,}"
     holds = (
-      not math.isnan(value)
+      math.isfinite(value)
       and (self.at_least is None or value >= self.at_least)
       and (self.at_most is None or value <= self.at_most)
       and (self.above is None or value > self.above)
@@ -83,7 +91,7 @@ class ModelConfig:
   # The most positions that the model knows.
   max_length: int = key(0, at_least=0)
   # -1: as the checkpoint.
-  dropout: float = key(-1.0, below=1)
+  dropout: float = key(-1.0, at_least=0, below=1, unset=-1)
   # Standard deviation of fresh kernels and embeddings; 0: by the width (models/architecture.py).
   # Kernels of T5 take it over sqrt(inputs).
   init_std: float = key(0.0, at_least=0)
@@ -153,7 +161,7 @@ class TokenizerConfig:
   # A .model, vocab.txt or tokenizer.json to load; "": one is trained.
   path: str = ""
   # The pieces of a tokenizer that is trained.
-  vocab_size: int = key(8192, at_least=0)
+  vocab_size: int = key(8192, at_least=0, at_most=2**24)
   # Whether a tokenizer that is trained, or a WordPiece vocabulary, ignores case.
   lowercase: bool = True
   # Ids for spans that are cut out (T5: 100), after the pieces of the file.
@@ -193,8 +201,8 @@ class OptimizerConfig:
   # The share of the steps in which the rate of the schedule wsd falls.
   decay_share: float = key(0.1, above=0, at_most=1)
   # The hyper-parameters of adamw. moment_dtype: of its first moment and of muon's momentum.
-  beta1: float = 0.9
-  beta2: float = 0.999
+  beta1: float = key(0.9, at_least=0, below=1)
+  beta2: float = key(0.999, at_least=0, below=1)
   epsilon: float = key(1e-6, above=0)
   moment_dtype: str = key("float32", choices=("float32", "bfloat16"))
   weight_decay: float = key(0.01, at_least=0)
@@ -202,7 +210,7 @@ class OptimizerConfig:
   no_decay: str = r"bias$|scale$"
   # 0: no clipping.
   grad_clip_norm: float = key(1.0, at_least=0)
-  grad_accum_steps: int = key(1, above=0)
+  grad_accum_steps: int = key(1, above=0, at_most=2**20)
   # Regex of paths that are not trained.
   freeze: str = ""
   # "regex=0.1": factor on the learning rate of these paths; the first match counts.
@@ -249,12 +257,12 @@ class TrainingConfig:
   steps: int = key(0, at_least=0)
   # Passes over the training rows, in place of steps. -1: those of config.recipe, or more where the
   # data are small.
-  epochs: float = key(0.0, at_least=0, unset=-1)
+  epochs: float = key(0.0, at_least=0, at_most=1e9, unset=-1)
   # Examples: rows of text where a model learns to write or to fill in; labelled texts and
   # questions, of which several share a row.
   batch_size: int = key(32, above=0)
-  sequence_length: int = key(128, above=0, at_most=2**24)
-  seed: int = key(0, at_least=0)
+  sequence_length: int = key(128, above=0, at_most=2**21)
+  seed: int = key(0, at_least=0, below=2**32)
   log_every: int = key(50, above=0)
   # 0: at the end only; -1: at the end of every epoch.
   eval_every: int = key(0, at_least=0, unset=-1)

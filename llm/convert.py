@@ -1,7 +1,7 @@
 """Convert checkpoints from and to the layouts of other packages.
 
 A folder of transformers, or one of the hub, becomes a checkpoint of ours:
-  python -m llm.convert from_hf --source=DIR|hf:NAME|embedded:minilm --output=DIR
+  python -m llm.convert from_hf --source=DIR|hf:NAME|embedded:minilm --output=DIR [--tokenizer=PATH]
 A decoder of llama.cpp becomes a checkpoint of ours:
   python -m llm.convert from_gguf --source=FILE.gguf|embedded:smollm2 --output=DIR
 A checkpoint of ours becomes a folder that from_pretrained of transformers loads:
@@ -14,6 +14,7 @@ Token shards become text, JSON lines in parts:
 
 import itertools
 import json
+import os
 import pathlib
 import sys
 from typing import Callable
@@ -32,6 +33,9 @@ _SOURCE = flags.DEFINE_string(
   None,
   "A folder of transformers, hf:ORG/NAME, a GGUF file, embedded:NAME, or shards of llm.prepare.",
 )
+_TOKENIZER = flags.DEFINE_string(
+  "tokenizer", None, "A file or a folder, for weights that come without a tokenizer."
+)
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", None, "A workdir, its checkpoints folder or one step."
 )
@@ -49,7 +53,7 @@ def _output() -> pathlib.Path:
       f"--output={_OUTPUT.value}: give a folder of this machine; a checkpoint of ours may be "
       "copied to a bucket as it is"
     )
-  output = pathlib.Path(_OUTPUT.value).expanduser().absolute()
+  output = pathlib.Path(os.path.expanduser(_OUTPUT.value)).absolute()
   if output.exists():
     raise UserError(f"--output={output} exists: choose another, or remove it")
   return output
@@ -62,13 +66,20 @@ def _import_with(read: Callable[[pathlib.Path], huggingface.Converted]):
     raise UserError("--source is missing: what to convert")
   source = locate.foreign(_SOURCE.value, cache.cache_dir())
   if source is None:
-    source = pathlib.Path(_SOURCE.value).expanduser().absolute()
+    source = pathlib.Path(os.path.expanduser(_SOURCE.value)).absolute()
 
   def write(folder: pathlib.Path):
     huggingface.write(*read(source), folder, str(source))
 
   cache.made_once(output, write)
   print(f"{output} is a checkpoint: `python -m llm.show checkpoint --checkpoint={output}` lists it")
+
+
+def _read_published(source: pathlib.Path) -> huggingface.Converted:
+  """What --source holds, in the layout of transformers, with --tokenizer."""
+  if not _TOKENIZER.value:
+    return huggingface.read(source)
+  return huggingface.read(source, pathlib.Path(os.path.expanduser(_TOKENIZER.value)))
 
 
 def _export_with(write: Callable[..., None], package: str):
@@ -102,7 +113,7 @@ def _shards_to_text():
 
 
 VERBS = {
-  "from_hf": lambda: _import_with(huggingface.read),
+  "from_hf": lambda: _import_with(_read_published),
   "from_gguf": lambda: _import_with(gguf.read),
   "to_hf": lambda: _export_with(huggingface.export, "transformers"),
   "adapters": lambda: _export_with(huggingface.export_adapters, "peft"),

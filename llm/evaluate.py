@@ -116,7 +116,7 @@ def _score_checkpoint(step: epath.Path):
   batch_size = batches.rows_a_batch(examples, 1, [rows], [1.0])
   command.start_cpu()
   mesh = sharding.make_mesh(MeshConfig())
-  batch_size = core.round_up(batch_size, mesh.size)
+  batch_size = core.round_up(min(batch_size, len(rows)), mesh.size)
   with jax.set_mesh(mesh):
     predict_reference = reference.predictor(
       saved.config, objective, saved.tokenizer, batch_size, mesh, print

@@ -11,14 +11,14 @@ Masks:            python -m llm.generate --checkpoint=BERT --prompt="Paris is th
 
 import contextlib
 import importlib
-import pathlib
+import math
 from typing import Callable, Sequence
 
 import tabulate
 from absl import flags
 
 import llm
-from llm import command, models
+from llm import command, models, reading
 from llm.core import UserError
 from llm.data.tokenizer import Tokenizer
 from llm.inference.filling import fill
@@ -49,12 +49,14 @@ _EXPLAIN = flags.DEFINE_bool("explain", False, "Show the likeliest tokens at eve
 
 def _sampling() -> Sampling:
   """How tokens are drawn. Raises UserError if a flag is out of its bounds."""
-  if _TEMPERATURE.value < 0:
-    raise UserError(f"--temperature={_TEMPERATURE.value} must be at least 0")
+  if not 0 <= _TEMPERATURE.value < math.inf:
+    raise UserError(f"--temperature={_TEMPERATURE.value} must be a number of at least 0")
   if _TOP_K.value < 0:
     raise UserError(f"--top_k={_TOP_K.value} must be at least 0")
   if not 0 < _TOP_P.value <= 1:
     raise UserError(f"--top_p={_TOP_P.value} must lie in (0, 1]")
+  if not 0 <= _SEED.value < 2**32:
+    raise UserError(f"--seed={_SEED.value} must lie in [0, 2**32)")
   if _MAX_TOKENS.value < 1:
     raise UserError(f"--max_tokens={_MAX_TOKENS.value} must be positive")
   return Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
@@ -66,11 +68,10 @@ def _prompts() -> list[str]:
     raise UserError("give either --prompt or --prompts, a file with a prompt a line")
   if _PROMPT.value is not None:
     return [_PROMPT.value]
-  path = pathlib.Path(_PROMPTS.value or "")
   try:
-    lines = path.read_text(encoding="utf-8").splitlines()
-  except (OSError, UnicodeDecodeError) as error:
-    raise UserError(f"--prompts={_PROMPTS.value} cannot be read: {error}")
+    lines = reading.file_text(_PROMPTS.value or "").splitlines()
+  except UserError as error:
+    raise UserError(f"--prompts: {error}")
   prompts = [line for line in lines if line.strip()]
   if not prompts:
     raise UserError(f"--prompts={_PROMPTS.value} holds no prompt")

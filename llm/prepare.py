@@ -9,9 +9,8 @@ The same command goes on where it stopped: tasks that are done are not run again
 import os
 
 from absl import flags
-from ml_collections import config_flags
 
-from llm import command, storage
+from llm import command, config_file, storage
 from llm.core import UserError
 
 try:
@@ -22,7 +21,7 @@ except ImportError as error:
     f"error: llm.prepare needs the extra corpus ({error}): pip install -e '.[corpus]'"
   ) from None
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "configs/prepare_*.py")
+_CONFIG = config_file.define("configs/prepare_*.py")
 _OUTPUT = flags.DEFINE_string("output", None, "The folder of the corpus, or gs://BUCKET/FOLDER.")
 _EXECUTOR = flags.DEFINE_enum("executor", "local", executors.NAMES, "Where the tasks run.")
 _WORKERS = flags.DEFINE_integer(

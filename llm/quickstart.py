@@ -33,7 +33,7 @@ def _run(study: ModuleType, default_folder: str):
     os.environ["PRETUNE_OFFLINE"] = "1"
   if storage.is_bucket(_WORKDIR.value):
     raise UserError(f"--workdir={_WORKDIR.value}: give a folder of this machine")
-  workdir = pathlib.Path(_WORKDIR.value or default_folder).expanduser().absolute()
+  workdir = pathlib.Path(os.path.expanduser(_WORKDIR.value or default_folder)).absolute()
   study.run(workdir, _QUICK.value, _CACHE.value, command.start_cpu)
 
 

@@ -59,10 +59,10 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
   unset = [axis for axis, size in sizes.items() if size == -1]
   if len(unset) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
     raise UserError(f"config.mesh axes must be positive, at most one of them -1, not {sizes}")
-  fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+  fixed = math.prod(size for size in sizes.values() if size != -1)
   if unset and num_devices % fixed == 0:
     sizes[unset[0]] = num_devices // fixed
-  if int(np.prod(list(sizes.values()))) != num_devices:
+  if math.prod(sizes.values()) != num_devices:
     raise UserError(
       f"config.mesh {sizes} does not fill the {num_devices} devices: the product of "
       "its axes must be their number (one axis may be -1)"

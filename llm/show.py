@@ -7,7 +7,9 @@ python -m llm.show corpus     DIR
 python -m llm.show rollouts   --workdir=DIR [--step=N --rows=N]
 """
 
+import dataclasses
 import json
+import os
 import pathlib
 import pydoc
 import sys
@@ -106,15 +108,12 @@ def show_checkpoint():
   description = manager.describe(step)
   tokenizer = manager.load_tokenizer(step)
   leaves = flatten(manager.restore(step, "params"))
-  checked = "size" if storage.is_bucket(step) else "digest"
   print(
-    f"{step}: whole by the {checked} of every file, step {description['step']}, "
-    f"objective {description['config']['objective']['name']}"
+    f"{step}: whole by the digest of every file, step {description.step}, "
+    f"objective {description.config.objective['name']}"
   )
-  print(
-    f"tokenizer {tokenizer.name}, {tokenizer.vocab_size} pieces; metrics {description['metrics']}"
-  )
-  print(f"model {description['config']['model']}")
+  print(f"tokenizer {tokenizer.name}, {tokenizer.vocab_size} pieces; metrics {description.metrics}")
+  print(f"model {dataclasses.asdict(description.config.model)}")
   rows = []
   for path, leaf in sorted(leaves.items()):
     deviation = f"{float(np.std(leaf)):.4g}"
@@ -131,7 +130,7 @@ def show_corpus():
     raise UserError(
       "the folder is missing: python -m llm.show corpus DIR, the --output of llm.prepare"
     )
-  report = pathlib.Path(_CORPUS.value).expanduser() / "report.md"
+  report = pathlib.Path(os.path.expanduser(_CORPUS.value)) / "report.md"
   if not report.is_file():
     raise UserError(f"{report}: there is no report: {_CORPUS.value} is no corpus that is finished")
   pydoc.pager(report.read_text())

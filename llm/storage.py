@@ -1,12 +1,18 @@
 """Folders of runs and checkpoints: on this machine, or in an object store (gs://BUCKET/FOLDER)."""
 
+import base64
 import importlib.util
 import os
 import pathlib
+import threading
+from typing import Callable
 
 from etils import epath
 
 from llm.core import UserError, first_line
+
+# Seconds within which a bucket must answer when a command begins.
+ANSWERS_WITHIN = 15.0
 
 
 def is_bucket(path: str | pathlib.PurePath) -> bool:
@@ -46,11 +52,44 @@ def _check_bucket(path: str) -> None:
   # Orbax writes without fsspec, so a cached listing would miss its files.
   fsspec_settings.setdefault("gcs", {})["use_listings_cache"] = False
   bucket = epath.Path(f"gs://{location.split('/')[0]}")
-  try:
-    # An empty bucket is a folder to its owner alone. Listing it tells others whether it exists.
-    if not bucket.is_dir():
-      next(bucket.iterdir(), None)
-  except FileNotFoundError:
+  error = _error_of(lambda: _list(bucket))
+  if isinstance(error, FileNotFoundError):
     raise UserError(f"{path}: there is no such bucket, or your credentials give no access to it")
-  except Exception as error:  # gcsfs and the libraries below it raise many types
+  if error:
     raise UserError(f"{path} cannot be reached: {first_line(error)}")
+
+
+def _list(bucket: epath.Path) -> None:
+  """Raises where a bucket cannot be listed."""
+  # An empty bucket is a folder to its owner alone. Listing it tells others whether it exists.
+  if not bucket.is_dir():
+    next(bucket.iterdir(), None)
+
+
+def _error_of(function: Callable[[], None]) -> Exception | None:
+  """What a call raises; a TimeoutError where it does not end within ANSWERS_WITHIN seconds.
+
+  A store that is out of reach is tried again for minutes by the libraries that know it.
+  """
+  errors: list[Exception | None] = []
+
+  def call():
+    try:
+      function()
+      errors.append(None)
+    except Exception as error:  # gcsfs and the libraries below it raise many types
+      errors.append(error)
+
+  thread = threading.Thread(target=call, daemon=True)
+  thread.start()
+  thread.join(ANSWERS_WITHIN)
+  return errors[0] if errors else TimeoutError(f"no answer within {ANSWERS_WITHIN:g} s")
+
+
+def checksum(path: epath.Path) -> str:
+  """The MD5 that an object store keeps of a file, in hexadecimal; "" where it keeps none."""
+  import fsspec
+
+  system, name = fsspec.core.url_to_fs(str(path))
+  encoded = system.info(name).get("md5Hash", "")
+  return base64.b64decode(encoded).hex()

@@ -5,14 +5,14 @@ python -m llm.study NAME --workdir=DIR [--config=configs/study_NAME.py] [--quick
 A study that was stopped goes on. With --part, n processes share the runs of one folder.
 """
 
+import os
 import pathlib
 import re
 import sys
 
 from absl import flags
-from ml_collections import config_flags
 
-from llm import command, storage
+from llm import command, config_file, storage
 from llm import config as config_lib
 from llm.core import UserError
 from llm.studies import frame
@@ -21,7 +21,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the study and of 
 _QUICK = flags.DEFINE_bool("quick", False, "Less of everything.")
 _PART = flags.DEFINE_string("part", "1/1", "i/n: this process takes the i-th of n shares.")
 _LEAVE_OUT = flags.DEFINE_bool("leave_out_diverged", False, "Report without runs that diverged.")
-_CONFIG = config_flags.DEFINE_config_file("config", None, "configs/study_*.py")
+_CONFIG = config_file.define("configs/study_*.py")
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 
@@ -56,7 +56,7 @@ def run_study(name: str):
     )
   if _QUICK.value:
     study = study.quick()
-  folder = pathlib.Path(_WORKDIR.value).expanduser().absolute()
+  folder = pathlib.Path(os.path.expanduser(_WORKDIR.value)).absolute()
   folder.mkdir(parents=True, exist_ok=True)
   frame.run(study, base, folder, _part(), command.start_cpu, _LEAVE_OUT.value)
 

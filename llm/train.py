@@ -12,15 +12,13 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from llm import command, idle_keys, models, processes, storage
+from llm import command, config_file, idle_keys, models, processes, storage
 from llm import config as config_lib
 from llm.core import UserError
 from llm.objectives import base
 from llm.training import dry_run, loop
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "A file of configs/, with its argument after a colon."
-)
+_CONFIG = config_file.define("A file of configs/, with its argument after a colon.")
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "The folder of the run. A run that is already there is resumed."
 )

@@ -89,6 +89,12 @@ def test_a_run_in_a_bucket(bucket, corpus, tmp_path):
   assert list((folder / "events").iterdir())
   assert manager.steps(folder / "checkpoints") == [6, 4]
   assert experiment.load(locate.find(run)).tokenizer.name == "bytes"
+  # The store's own checksum tells what has the same size.
+  description = folder / "checkpoints/6/description.json"
+  description.write_text(description.read_text().replace('"width": 32', '"width": 64'))
+  with pytest.raises(UserError, match=r"description.json is damaged \(its MD5 is not the one"):
+    manager.verify(folder / "checkpoints/6")
+  assert manager.find(run).name == "4"
 
 
 def test_a_save_that_fails_costs_nothing_that_was_saved(bucket, corpus, monkeypatch):

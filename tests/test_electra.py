@@ -350,7 +350,7 @@ def test_the_discriminator_is_fine_tuned(task, pretrained, tmp_path):
   for entry in audit:
     actions.setdefault(entry["path"].partition("/")[0], set()).add(entry["action"])
   assert actions == {"backbone": {"copied"}, "head": {"fresh", "dropped"}, "generator": {"dropped"}}
-  model = config_lib.freeze(manager.describe(manager.find(tmp_path / "tuned"))["config"]).model
+  model = manager.describe(manager.find(tmp_path / "tuned")).config.model
   assert (model.name, model.embedding_width, model.width) == ("electra", 16, 32)
 
 
@@ -428,7 +428,7 @@ def test_our_discriminator_is_theirs(with_pieces):
   )
   assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
   step = manager.find(with_pieces / "ours")
-  config = config_lib.freeze(manager.describe(step)["config"])
+  config = manager.describe(step).config
   batch = inputs(config.model.vocab_size)
   found = ours_logits(manager.restore(step, "params"), config, batch)
   real = batch["segments"] > 0

@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 
 from llm import config as config_lib
-from llm.checkpoints import families, huggingface, locate, manager
+from llm.checkpoints import families, huggingface, layout, locate, manager
 from llm.core import UserError, flatten
 from llm.data import tokenizer as tokenizer_lib
 from llm.objectives import base
@@ -197,7 +197,7 @@ def test_a_trained_tokenizer_leaves_with_the_same_ids(lowercase, corpus, tmp_pat
     tokenizer_lib.train_sentencepiece(texts * 3, 150 if lowercase else 420, lowercase), lowercase
   )
   huggingface.write_tokenizer(ours, tmp_path, 64)
-  theirs = huggingface.read_tokenizer(tmp_path)
+  theirs = layout.read_tokenizer(tmp_path)
   for text in ["", " ", "Unseen ÄÖ \u200b text", "\nbegins, and \n\n ends\n", "  led", *texts]:
     (ids,) = ours.encode([text])
     assert theirs.encode([text]) == [ids], text

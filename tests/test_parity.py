@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from llm.cache import cache_dir
-from llm.checkpoints import huggingface, manager
+from llm.checkpoints import huggingface, layout, manager
 from llm.data import embedded
 from llm.models import build_backbone, resolve
 from tests.test_huggingface import GOLDEN, NAMES, _batch
@@ -88,7 +88,7 @@ def test_what_we_export_loads_with_nothing_missing(name, library, tmp_path):
     np.testing.assert_allclose(logits[real], expected["log_probs"][real], atol=1e-4)
   theirs, ours = (
     library.AutoTokenizer.from_pretrained(tmp_path / "theirs"),
-    huggingface.read_tokenizer(GOLDEN / name),
+    layout.read_tokenizer(GOLDEN / name),
   )
   # The tiny t5's model normalises nothing.
   for text in DIFFICULT[:4] if name.startswith("t5") else DIFFICULT:

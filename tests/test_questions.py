@@ -226,7 +226,7 @@ def test_what_is_wrong_with_a_question_is_said(items, message, tmp_path):
   [
     ("{", "not JSON"),
     ("[1]", "not in SQuAD's layout"),
-    ('{"data": [{"paragraphs": [{"qas": []}, {"qas": [{"id": 1}]}]}]}', "'context'|'question'"),
+    ('{"data": [{"paragraphs": [{"qas": []}, {"qas": [{"id": 1}]}]}]}', "`context`|`question`"),
   ],
 )
 def test_other_layouts_are_refused(content, message, tmp_path):

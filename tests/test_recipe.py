@@ -120,7 +120,7 @@ def test_a_longer_run_keeps_the_rate_that_it_began_with(corpus, tmp_path):
   config = tiny("gpt", f"text:{corpus}", optimizer__learning_rate=-1.0, training__steps=2)
   loop.train(config, tmp_path)
   step = manager.find(tmp_path)
-  rate = manager.describe(step)["config"]["optimizer"]["learning_rate"]
+  rate = manager.describe(step).config.optimizer.learning_rate
   assert rate == json.loads((tmp_path / "resolved.json").read_text())["optimizer"]["learning_rate"]
   assert json.loads((tmp_path / "config.json").read_text())["optimizer"]["learning_rate"] == -1
   recipe_of_more = dataclasses.replace(config.recipe, learning_rate=1e-3, width=32)
@@ -178,9 +178,9 @@ def test_progress_survives_a_checkpoint_and_forgets_another_goal():
     False,
   ]
   assert (progress.step, progress.since) == (1, 2)
-  description = json.loads(json.dumps({"progress": progress.saved()}))
-  assert Progress.of_run("max:f1", description) == progress
-  assert Progress.of_run("min:loss", description).step == -1
+  saved = manager.Best(**json.loads(json.dumps(progress.saved())))
+  assert Progress.of_run("max:f1", saved) == progress
+  assert Progress.of_run("min:loss", saved).step == -1
   undefined = Progress("max:pearson")
   values = (math.nan, math.nan, 0.1, math.nan, 0.2)
   better = [undefined.add(step, {"pearson": value}) for step, value in enumerate(values)]

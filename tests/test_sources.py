@@ -1,19 +1,18 @@
 """Sources made of files: compressed, in Parquet, a folder of them."""
 
 import bz2
-import functools
 import gzip
 import json
-import random
 
 import pyarrow
 import pytest
+from hypothesis import strategies
 from pyarrow import parquet
 
 from llm.config import DataConfig
 from llm.core import UserError
 from llm.data import sources
-from tests.test_mutations import broken, survives
+from tests import fuzz, grammars
 
 COMPRESSED = {
   ".gz": gzip.compress,
@@ -108,15 +107,16 @@ def test_broken_bytes_are_one_line(tmp_path):
   lines = "\n".join(map(json.dumps, rows)).encode()
   good = {f"jsonl:a.jsonl{ending}": pack(lines) for ending, pack in COMPRESSED.items()}
   good["parquet:a.parquet"] = (tmp_path / "whole.parquet").read_bytes()
-  rng = random.Random(0)
   for spec, data in good.items():
     kind, name = spec.split(":")
-    read = functools.partial(texts, f"{kind}:{tmp_path / name}")
-    refused = 0
-    for _ in range(300):
-      (tmp_path / name).write_bytes(broken(data, rng))
-      refused += not survives(read)
-    assert refused > 100, spec
+
+    def attempt(content, folder, kind=kind, name=name):
+      (folder / name).write_bytes(content)
+      texts(f"{kind}:{folder / name}")
+
+    boundary = fuzz.Boundary(grammars.broken_bytes(strategies.just(data)), attempt)
+    worked, refused = fuzz.run(boundary, 100, 0)
+    assert refused > 20, spec
 
 
 def test_a_folder_means_its_files(tmp_path):

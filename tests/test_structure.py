@@ -10,8 +10,10 @@ from llm import models
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FLOORS = [
-  ("core",),
-  ("storage", "config", "cache"),
+  ("core", "bounded"),
+  ("storage",),
+  ("reading",),
+  ("config", "cache"),
   ("sharding",),
   ("models", "data"),
   ("rewards",),

@@ -7,6 +7,7 @@ name here, `theirs` a name in transformers.
 
 import dataclasses
 import functools
+import math
 import re
 from typing import Any, Callable, Mapping
 
@@ -142,6 +143,27 @@ def _number(config: Mapping[str, Any], key: str) -> int:
   return value
 
 
+def _real(config: Mapping[str, Any], key: str, default: float) -> float:
+  value = config.get(key, default)
+  if type(value) not in (int, float) or not 0 <= value < math.inf:
+    raise UserError(f"config.json: {key} must be a number of at least 0, not {value!r}")
+  return float(value)
+
+
+def _flag(config: Mapping[str, Any], key: str, default: bool) -> bool:
+  value = config.get(key, default)
+  if type(value) is not bool:
+    raise UserError(f"config.json: {key} must be true or false, not {value!r}")
+  return value
+
+
+def _group(config: Mapping[str, Any], key: str) -> dict[str, Any]:
+  value = config.get(key) or {}
+  if not isinstance(value, dict):
+    raise UserError(f"config.json: {key} must be an object, not {value!r}")
+  return value
+
+
 def _bert_model(config: Mapping[str, Any]) -> ModelConfig:
   _expect(
     config,
@@ -162,8 +184,8 @@ def _bert_model(config: Mapping[str, Any]) -> ModelConfig:
     mlp_dim=number("intermediate_size"),
     vocab_size=number("vocab_size"),
     max_length=number("max_position_embeddings"),
-    dropout=float(config.get("hidden_dropout_prob", 0.1)),
-    norm_epsilon=float(config.get("layer_norm_eps", 1e-12)),
+    dropout=_real(config, "hidden_dropout_prob", 0.1),
+    norm_epsilon=_real(config, "layer_norm_eps", 1e-12),
   )
 
 
@@ -268,8 +290,8 @@ def _modernbert_model(config: Mapping[str, Any]) -> ModelConfig:
     mlp_dim=number("intermediate_size"),
     vocab_size=number("vocab_size"),
     max_length=number("max_position_embeddings"),
-    dropout=float(config.get("embedding_dropout", 0.0)),
-    norm_epsilon=float(config.get("norm_eps", 1e-5)),
+    dropout=_real(config, "embedding_dropout", 0.0),
+    norm_epsilon=_real(config, "norm_eps", 1e-5),
     rope_theta=theta,
     local_rope_theta=local_theta,
     global_every=every,
@@ -288,7 +310,8 @@ def _global_every(config: Mapping[str, Any], num_layers: int) -> int:
   """
   kinds = config.get("layer_types")
   if kinds is None:
-    return min(config.get("global_attn_every_n_layers", 3), num_layers)
+    key = "global_attn_every_n_layers"
+    return min(_number(config, key) if key in config else 3, num_layers)
   every = next((i for i, kind in enumerate(kinds) if i and kind == GLOBAL), num_layers)
   if kinds != _layer_types(every, num_layers):
     raise UserError(
@@ -304,11 +327,11 @@ def _layer_types(every: int, num_layers: int) -> list[str]:
 
 def _modernbert_theta(config: Mapping[str, Any], kind: str) -> float:
   """The base of the rotary wavelengths in layers of a kind: full or sliding."""
-  rope = (config.get("rope_parameters") or {}).get(f"{kind}_attention") or {}
+  rope = _group(_group(config, "rope_parameters"), f"{kind}_attention")
   _plain_rope(rope)
   old_keys = {"full": "global_rope_theta", "sliding": "local_rope_theta"}
   defaults = {"full": 160_000.0, "sliding": 10_000.0}
-  return float(rope.get("rope_theta", config.get(old_keys[kind], defaults[kind])))
+  return _real(rope, "rope_theta", _real(config, old_keys[kind], defaults[kind]))
 
 
 def _plain_rope(rope: Mapping[str, Any]):
@@ -450,11 +473,11 @@ def _gpt_model(config: Mapping[str, Any]) -> ModelConfig:
     num_layers=number("n_layer"),
     width=number("n_embd"),
     num_heads=number("n_head"),
-    mlp_dim=config.get("n_inner") or 4 * number("n_embd"),
+    mlp_dim=number("n_inner") if config.get("n_inner") else 4 * number("n_embd"),
     vocab_size=number("vocab_size"),
     max_length=number("n_positions"),
-    dropout=float(config.get("resid_pdrop", 0.1)),
-    norm_epsilon=float(config.get("layer_norm_epsilon", 1e-5)),
+    dropout=_real(config, "resid_pdrop", 0.1),
+    norm_epsilon=_real(config, "layer_norm_epsilon", 1e-5),
   )
 
 
@@ -512,26 +535,27 @@ GPT2 = Family(
 
 def _llama_model(config: Mapping[str, Any]) -> ModelConfig:
   _expect(config, {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False})
-  rope = {**(config.get("rope_parameters") or {}), **(config.get("rope_scaling") or {})}
+  rope = {**_group(config, "rope_parameters"), **_group(config, "rope_scaling")}
   _plain_rope(rope)
   number = functools.partial(_number, config)
   if config.get("head_dim") not in (None, number("hidden_size") // number("num_attention_heads")):
     raise UserError(
       f"config.json: head_dim={config['head_dim']} is not hidden_size / num_attention_heads"
     )
+  kv_heads = "num_key_value_heads" if config.get("num_key_value_heads") else "num_attention_heads"
   return ModelConfig(
     name="llama",
     num_layers=number("num_hidden_layers"),
     width=number("hidden_size"),
     num_heads=number("num_attention_heads"),
-    num_kv_heads=config.get("num_key_value_heads") or number("num_attention_heads"),
+    num_kv_heads=number(kv_heads),
     mlp_dim=number("intermediate_size"),
     vocab_size=number("vocab_size"),
     max_length=number("max_position_embeddings"),
     dropout=0.0,
-    norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
-    rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
-    tied=bool(config.get("tie_word_embeddings", False)),
+    norm_epsilon=_real(config, "rms_norm_eps", 1e-6),
+    rope_theta=_real(rope, "rope_theta", _real(config, "rope_theta", 10_000.0)),
+    tied=_flag(config, "tie_word_embeddings", False),
   )
 
 
@@ -622,7 +646,7 @@ QWEN3 = Family(
 def _t5_model(config: Mapping[str, Any]) -> ModelConfig:
   kinds = {"relu": False, "gated-gelu": True}
   kind = config.get("feed_forward_proj", "relu")
-  if kind not in kinds:
+  if not isinstance(kind, str) or kind not in kinds:
     raise UserError(
       f"config.json: feed_forward_proj={kind!r} is not supported, only {', '.join(kinds)}"
     )
@@ -643,14 +667,14 @@ def _t5_model(config: Mapping[str, Any]) -> ModelConfig:
     head_width=number("d_kv"),
     mlp_dim=number("d_ff"),
     vocab_size=number("vocab_size"),
-    max_length=config.get("n_positions") or 512,
-    dropout=float(config.get("dropout_rate", 0.1)),
+    max_length=number("n_positions") if config.get("n_positions") else 512,
+    dropout=_real(config, "dropout_rate", 0.1),
     init_std=1.0,
     gated=kinds[kind],
-    norm_epsilon=float(config.get("layer_norm_epsilon", 1e-6)),
+    norm_epsilon=_real(config, "layer_norm_epsilon", 1e-6),
     # transformers 5 always writes tie_word_embeddings=true. The actual value is in
     # scale_decoder_outputs.
-    tied=bool(config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))),
+    tied=_flag(config, "scale_decoder_outputs", _flag(config, "tie_word_embeddings", True)),
   )
 
 

@@ -5,7 +5,7 @@ The `gguf` package dequantizes the weights.
 
 import pathlib
 import re
-from typing import Any, Iterator
+from typing import Iterator
 
 import gguf
 import numpy as np
@@ -13,9 +13,11 @@ import tokenizers
 from gguf import quants
 from tokenizers import decoders, models, pre_tokenizers
 
+from llm import reading
 from llm.checkpoints import huggingface
 from llm.core import UserError
 from llm.data import tokenizer as tokenizer_lib
+from llm.reading import Shape
 
 NAMES = {
   "token_embd": "model.embed_tokens",
@@ -50,15 +52,15 @@ class _Header:
     self._path = path
     self._fields = reader.fields
 
-  def __getitem__(self, key: str) -> Any:
-    """The value of a key. Raises UserError where the file lacks the key."""
+  def read(self, key: str, shape: type[Shape]) -> Shape:
+    """The value of a key. Raises UserError where the file lacks the key, or has another shape."""
     if key not in self._fields:
       raise UserError(f"{self._path} lacks the key {key}")
-    return self._fields[key].contents()
+    return reading.shaped(self._fields[key].contents(), shape, f"{self._path}: {key}")
 
-  def get(self, key: str, default: Any) -> Any:
-    """The value of a key, or `default` where the file lacks the key."""
-    return self[key] if key in self._fields else default
+  def get(self, key: str, default: Shape) -> Shape:
+    """The value of a key, of the type of `default`, which it is where the file lacks the key."""
+    return self.read(key, type(default)) if key in self._fields else default
 
 
 class Weights:
@@ -95,19 +97,22 @@ class Weights:
 
 def _tokenizer(path: pathlib.Path, header: _Header) -> tokenizer_lib.Tokenizer:
   """The BPE tokenizer of a file. Raises UserError on any other kind."""
-  kind = header["tokenizer.ggml.model"]
-  splitting = header["tokenizer.ggml.pre"]
+  kind = header.read("tokenizer.ggml.model", str)
+  splitting = header.read("tokenizer.ggml.pre", str)
   if kind != "gpt2" or splitting not in PRE_TOKENIZERS:
     raise UserError(
       f"{path}: a tokenizer of kind {kind!r} with the pre-tokenizer {splitting!r} is not "
       f"supported, only gpt2 with one of {', '.join(PRE_TOKENIZERS)}"
     )
-  pieces = header["tokenizer.ggml.tokens"]
-  merges = [tuple(merge.split(" ")) for merge in header["tokenizer.ggml.merges"]]
-  fast = tokenizers.Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
+  pieces = header.read("tokenizer.ggml.tokens", list[str])
+  merges = [tuple(m.split(" ")) for m in header.read("tokenizer.ggml.merges", list[str])]
+  try:
+    fast = tokenizers.Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
+  except Exception as error:  # the package raises nothing narrower
+    raise UserError(f"{path}: its tokens and merges do not fit one another: {error}")
   fast.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[splitting])
   fast.decoder = decoders.ByteLevel()
-  token_types = header["tokenizer.ggml.token_type"]
+  token_types = header.read("tokenizer.ggml.token_type", list[int])
   fast.add_special_tokens([piece for piece, kind in zip(pieces, token_types) if kind == CONTROL])
   tokenizer = tokenizer_lib.HuggingFaceTokenizer(
     fast.to_str().encode(), special=_special_pieces(header, pieces)
@@ -121,6 +126,8 @@ def _special_pieces(header: _Header, pieces: list[str]) -> dict[str, str]:
   special = {}
   for name, key in (("pad", "padding"), ("unk", "unknown"), ("eos", "eos"), ("bos", "bos")):
     i = header.get(f"tokenizer.ggml.{key}_token_id", -1)
+    if i >= len(pieces):
+      raise UserError(f"there is no token {i}, which tokenizer.ggml.{key}_token_id names")
     if i >= 0:
       special[name] = pieces[i]
   return special
@@ -131,27 +138,29 @@ def read(path: pathlib.Path) -> huggingface.Converted:
 
   Raises UserError on another architecture or tokenizer, and on a damaged file.
   """
+  reading.check_file(path)
   try:
     reader = gguf.GGUFReader(path)
-  except (OSError, ValueError, IndexError, KeyError) as error:
+  # What the package raises on counts and offsets that lead out of the file.
+  except (OSError, ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
     raise UserError(f"{path} cannot be read as GGUF: {str(error) or type(error).__name__}")
   header = _Header(path, reader)
-  architecture = header["general.architecture"]
+  architecture = header.read("general.architecture", str)
   if architecture != "llama":
     raise UserError(f"{path}: the architecture {architecture!r} is not supported, only 'llama'")
-  heads = header["llama.attention.head_count"]
+  heads = header.read("llama.attention.head_count", int)
   kv_heads = header.get("llama.attention.head_count_kv", heads)
   weights = Weights(path, reader, heads, kv_heads)
   transformers_config = {
     "model_type": "llama",
-    "num_hidden_layers": header["llama.block_count"],
-    "hidden_size": header["llama.embedding_length"],
+    "num_hidden_layers": header.read("llama.block_count", int),
+    "hidden_size": header.read("llama.embedding_length", int),
     "num_attention_heads": heads,
     "num_key_value_heads": kv_heads,
-    "intermediate_size": header["llama.feed_forward_length"],
-    "vocab_size": len(header["tokenizer.ggml.tokens"]),
-    "max_position_embeddings": header["llama.context_length"],
-    "rms_norm_eps": header["llama.attention.layer_norm_rms_epsilon"],
+    "intermediate_size": header.read("llama.feed_forward_length", int),
+    "vocab_size": len(header.read("tokenizer.ggml.tokens", list[str])),
+    "max_position_embeddings": header.read("llama.context_length", int),
+    "rms_norm_eps": header.read("llama.attention.layer_norm_rms_epsilon", float),
     "rope_theta": header.get("llama.rope.freq_base", 10_000.0),
     "tie_word_embeddings": "lm_head.weight" not in set(weights),
   }

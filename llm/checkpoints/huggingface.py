@@ -11,7 +11,6 @@ import pathlib
 import re
 from typing import Any, Callable, Iterator, Mapping, Protocol
 
-import jax
 import numpy as np
 import safetensors
 import tokenizers
@@ -19,7 +18,8 @@ from etils import epath
 from sentencepiece import sentencepiece_model_pb2
 
 from llm import config as config_lib
-from llm.checkpoints import adapters, families, manager, vocabulary
+from llm import reading
+from llm.checkpoints import adapters, families, layout, manager, vocabulary
 from llm.checkpoints.families import Family
 from llm.config import ModelConfig
 from llm.core import STACKED, Params, UserError, first_line, flatten, unflatten
@@ -42,13 +42,7 @@ def is_layout(folder: pathlib.Path) -> bool:
 
 
 def _json(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    content = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise UserError(f"{path} cannot be read as JSON: {error}")
-  if not isinstance(content, dict):
-    raise UserError(f"{path} must hold a JSON object")
-  return content
+  return reading.read_json(path, dict[str, Any])
 
 
 def fetch(name: str) -> pathlib.Path:
@@ -93,10 +87,7 @@ class Weights:
 
   def _file_names(self) -> set[str]:
     if (self.folder / INDEX).is_file():
-      weight_map = _json(self.folder / INDEX).get("weight_map")
-      if not isinstance(weight_map, dict):
-        raise UserError(f"{self.folder / INDEX} has no weight_map")
-      return set(weight_map.values())
+      return set(reading.read_json(self.folder / INDEX, layout.Index).weight_map.values())
     if (self.folder / WEIGHTS).is_file():
       return {WEIGHTS}
     message = f"{self.folder} has no {WEIGHTS}"
@@ -109,7 +100,7 @@ class Weights:
     raise UserError(message)
 
   def _open(self, name: str) -> Any:
-    if not isinstance(name, str) or pathlib.PurePath(name).name != name:
+    if not name or pathlib.PurePath(name).name != name:
       raise UserError(f"{self.folder / INDEX}: the shard {name!r} must be in the same folder")
     path = self.folder / name
     if not path.is_file():
@@ -131,23 +122,15 @@ class Weights:
       return np.asarray(file.get_tensor(name), np.float32)
 
 
-def shapes(model: ModelConfig, objective: base.Objective) -> dict[str, tuple[int, ...]]:
-  """path -> shape of every parameter of a model with the head of an objective."""
-  model = dataclasses.replace(model, dtype="float32", scan="unroll", attention="reference")
-  batch = base.zero_row(objective.batch_spec(model, min(8, model.max_length)))
-  network = objective.model(model)
-  tree = jax.eval_shape(lambda: network.init(jax.random.key(0), batch, train=False)["params"])
-  return {path: leaf.shape for path, leaf in flatten(tree).items()}
-
-
 def _objective(family: Family, names: set[str], config: Mapping[str, Any]) -> base.Objective:
   """The objective that the heads of a checkpoint serve.
 
   names: of its tensors. config: its config.json.
   """
   if "classifier.weight" in names:
-    labels = config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
-    classes = tuple(labels[key] for key in sorted(labels, key=int))
+    given = config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
+    labels = reading.shaped(given, dict[int, str], "config.json: id2label")
+    classes = tuple(labels[number] for number in sorted(labels))
     regression = len(classes) == 1
     return base.build(
       {
@@ -224,7 +207,9 @@ def _read_leaves(
       raise UserError(f"{weights.folder}: the tensor {name} is missing")
     file_names.append(unread.pop(name))
   layer_shapes = [wanted[path][1:] if stacked else wanted[path] for path in tensor.ours]
-  layers = [[np.ones(shape, np.float32) for shape in layer_shapes]] * tensor.first
+  layers = []
+  if tensor.first:
+    layers = [[np.ones(shape, np.float32) for shape in layer_shapes]] * tensor.first
   layers += [_parts(family, tensor, weights, name, layer_shapes, model) for name in file_names]
   leaves = {}
   for path, parts in zip(tensor.ours, zip(*layers)):
@@ -256,78 +241,23 @@ def _parts(
     )
 
 
-def read_tokenizer(folder: pathlib.Path) -> tokenizer_lib.Tokenizer:
-  """The tokenizer of a folder, with its chat template where it has one.
-
-  Raises UserError where the folder holds no tokenizer.
-  """
-  path = folder / "tokenizer_config.json"
-  settings = _json(path) if path.is_file() else {}
-  tokenizer = _tokenizer_without_template(folder, settings)
-  template = settings.get("chat_template", "")
-  if isinstance(template, list):  # several templates, each with a name
-    template = next((t["template"] for t in template if t.get("name") == "default"), "")
-  template_file = folder / "chat_template.jinja"
-  if template_file.is_file():
-    template = template_file.read_text(encoding="utf-8")
-  tokenizer.template = template
-  return tokenizer
-
-
-def _tokenizer_without_template(
-  folder: pathlib.Path, settings: Mapping[str, Any]
-) -> tokenizer_lib.Tokenizer:
-  """Reads the first of tokenizer.json, vocab.txt, vocab.json with merges.txt, and spiece.model.
-
-  settings: tokenizer_config.json.
-  """
-
-  def has(*names: str) -> bool:
-    return all((folder / name).is_file() for name in names)
-
-  if has("tokenizer.json"):
-    definition = (folder / "tokenizer.json").read_bytes()
-    return tokenizer_lib.HuggingFaceTokenizer(definition, special=_special_pieces(settings))
-  if has("vocab.txt"):
-    pieces = (folder / "vocab.txt").read_bytes()
-    return tokenizer_lib.WordPieceTokenizer(pieces, settings.get("do_lower_case", True))
-  if has("vocab.json", "merges.txt"):
-    fast = tokenizers.ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    fast.add_special_tokens([t for t in ("<|endoftext|>",) if fast.token_to_id(t) is not None])
-    return tokenizer_lib.HuggingFaceTokenizer(fast.to_str().encode())
-  if has("spiece.model"):
-    family = families.find(_json(folder / "config.json"))
-    extra = settings.get("extra_ids", family.sentinels if family else 0)
-    return tokenizer_lib.SentencePieceTokenizer((folder / "spiece.model").read_bytes(), extra=extra)
-  raise UserError(
-    f"{folder} has no tokenizer: expected tokenizer.json, vocab.txt, vocab.json with merges.txt, "
-    "or spiece.model"
-  )
-
-
-def _special_pieces(settings: Mapping[str, Any]) -> dict[str, str]:
-  """pad, unk, ... -> piece, by tokenizer_config.json."""
-  special = {}
-  for name in (*tokenizer_lib.SPECIAL, "bos"):
-    token = settings.get(f"{name}_token")
-    if token:
-      special[name] = token["content"] if isinstance(token, dict) else token
-  return special
-
-
 Converted = tuple[Params, config_lib.Config, tokenizer_lib.Tokenizer]
 
 
-def read(folder: pathlib.Path) -> Converted:
+def read(folder: pathlib.Path, tokenizer_path: pathlib.Path | None = None) -> Converted:
   """Parameters, config and tokenizer of a checkpoint of transformers.
 
-  Raises UserError where the conversion would not be exact.
+  tokenizer_path: a file or a folder, where the checkpoint itself comes without a tokenizer. Raises
+  UserError where the conversion would not be exact.
   """
   if not is_layout(folder):
     raise UserError(
       f"{folder} is no folder of transformers: it has no config.json with a model_type"
     )
-  return assemble(_json(folder / "config.json"), read_tokenizer(folder), Weights(folder))
+  theirs = _json(folder / "config.json")
+  family = families.find(theirs)
+  tokenizer = layout.read_tokenizer(tokenizer_path or folder, family.sentinels if family else 0)
+  return assemble(theirs, tokenizer, Weights(folder))
 
 
 def assemble(
@@ -352,9 +282,9 @@ def assemble(
       f"{model.vocab_size} rows"
     )
   objective = _objective(family, set(weights), theirs)
-  wanted = shapes(model, objective)
+  wanted = base.shapes(objective, model)
   if family.kept:
-    pretraining = shapes(model, base.build({"name": "masked_lm"}))
+    pretraining = base.shapes(base.build({"name": "masked_lm"}), model)
     wanted |= {path: pretraining[path] for path in family.kept}
   params = _stack(family, weights, wanted, model)
   config = config_lib.freeze(config_lib.defaults(base.to_mapping(objective)))
@@ -410,7 +340,7 @@ def export(step: epath.Path, folder: pathlib.Path):
 
   Raises UserError where transformers has no such class or no place for a parameter.
   """
-  config = config_lib.freeze(manager.describe(step)["config"])
+  config = manager.describe(step).config
   model = config.model
   tokenizer = manager.load_tokenizer(step)
   family = families.of_model(model)
@@ -455,7 +385,7 @@ def export_adapters(step: epath.Path, folder: pathlib.Path):
   They apply to the checkpoint from which the run was transferred. Raises UserError where the
   checkpoint has no adapters, or where transformers fuses the adapted layer with others.
   """
-  config = config_lib.freeze(manager.describe(step)["config"])
+  config = manager.describe(step).config
   family = families.of_model(config.model)
   leaves = flatten(manager.restore(step, "params"))
   if not any(adapters.is_adapter(path) for path in leaves):

@@ -5,13 +5,14 @@ file, hf:ORG/NAME on the hub, embedded:minilm or embedded:smollm2. Checkpoints i
 converted once and kept in the cache.
 """
 
+import os
 import pathlib
 from typing import Callable
 
 import jax
 from etils import epath
 
-from llm import cache, storage
+from llm import cache, reading, storage
 from llm.checkpoints import gguf, huggingface, manager
 from llm.core import UserError
 from llm.data import embedded
@@ -41,15 +42,16 @@ def find(
   cache_path = cache.cache_dir(cache_folder)
   if storage.is_bucket(name):
     return manager.find(name, say)
-  path = foreign(str(name), cache_path) or pathlib.Path(name).expanduser().absolute()
-  if path.is_file():
-    workdir = _converted(name, path, gguf.read, [path], cache_path)
-  elif huggingface.is_layout(path):
+  path = foreign(str(name), cache_path) or pathlib.Path(os.path.expanduser(name)).absolute()
+  if path.is_dir():
+    if not huggingface.is_layout(path):
+      return manager.find(path, say)
     files = sorted(file for file in path.iterdir() if file.suffix in LAYOUT_FILES)
-    workdir = _converted(name, path, huggingface.read, files, cache_path)
-  else:
-    workdir = path
-  return manager.find(workdir, say)
+    return _converted(name, path, huggingface.read, files, cache_path, say)
+  if not path.exists():
+    raise UserError(f"{path}: no such checkpoint folder")
+  reading.check_file(path)
+  return _converted(name, path, gguf.read, [path], cache_path, say)
 
 
 def _converted(
@@ -58,21 +60,28 @@ def _converted(
   read: Callable[[pathlib.Path], huggingface.Converted],
   files: list[pathlib.Path],
   cache_path: pathlib.Path,
-) -> pathlib.Path:
-  """The workdir in the cache with the checkpoint that `read` converts from `path`.
+  say: Callable[[str], object],
+) -> epath.Path:
+  """The step in the cache that `read` converts from `path`. A damaged one is converted again.
 
   files: the files whose content decides whether the cache has it.
   """
   parts: list[str] = []
   for file in files:
+    reading.check_file(file)
     parts += [file.name, cache.file_digest(file)]
   key = cache.digest("converted 2", *parts)
   workdir = cache_path / "converted" / key[:32]
-  if jax.distributed.is_initialized() and not workdir.exists():
+  if workdir.exists():
+    try:
+      return manager.find(workdir, say)
+    except UserError:
+      say(f"{workdir} is damaged: {name} is converted again")
+      cache.discard(workdir)
+  if jax.distributed.is_initialized():
     raise UserError(
       f"{name} is not converted on every machine: make a workdir of it by `python -m llm.convert "
       "from_hf` (or from_gguf), in a place that all processes share, and give that"
     )
-  return cache.made_once(
-    workdir, lambda scratch: huggingface.write(*read(path), scratch, str(path))
-  )
+  cache.made_once(workdir, lambda scratch: huggingface.write(*read(path), scratch, str(path)))
+  return manager.find(workdir, say)

@@ -10,26 +10,34 @@ The folder checkpoints/STEP/ has these parts:
 The manifest is written last. On a disk, Orbax then renames the folder to its final name, so a step
 with that name is complete. A bucket cannot rename: there, a step with a manifest is complete.
 
-A step is verified against its manifest when it is read. In a bucket, only sizes are compared: the
-store keeps checksums of its own.
+A step is verified against its manifest when it is read. In a bucket, the checksums are those that
+the store keeps (MD5), and no file is read for them.
 """
 
 import contextlib
+import dataclasses
+import hashlib
 import json
+import math
 import os
 import pathlib
-from typing import Any, Callable, Iterator
+import stat
+from typing import Annotated, Any, Callable, Iterator
 
 import jax
+import msgspec
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from llm import cache, core, storage
+from llm import cache, core, reading, storage
+from llm import config as config_lib
+from llm.config import Config
 from llm.core import Params, UserError
 from llm.data import tokenizer as tokenizer_lib
 
 MANIFEST = "manifest.json"
+MD5 = "md5:"  # begins the digest of a file that was written to a bucket
 # Orbax changes these after the manifest is written. They hold no state.
 CHANGING = {"_CHECKPOINT_METADATA", "commit_success.txt", MANIFEST}
 # While Orbax writes a step, this follows the step's number in the name of the folder.
@@ -52,6 +60,46 @@ def _files(folder: epath.Path) -> Iterator[epath.Path]:
       yield path
 
 
+@dataclasses.dataclass(frozen=True)
+class Best:
+  """The best evaluation of a run by a goal; step -1 is none. since: evaluations after it."""
+
+  goal: str = ""
+  step: int = -1
+  value: float = math.nan
+  since: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+  """The content of description.json.
+
+  settled: what "auto" became where the step was trained. data: source -> digest. window: the sums
+  of the log line that the run is in.
+  """
+
+  step: Annotated[int, msgspec.Meta(ge=0)]
+  config: dict[str, dict[str, Any]]
+  metrics: dict[str, float | None] = dataclasses.field(default_factory=dict)
+  progress: Best = Best()
+  settled: dict[str, str] = dataclasses.field(default_factory=dict)
+  data: dict[str, str] = dataclasses.field(default_factory=dict)
+  window: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+  """What a step says of itself: `Saved`, with its config checked."""
+
+  step: int
+  config: Config
+  metrics: dict[str, float | None]
+  progress: Best
+  settled: dict[str, str]
+  data: dict[str, str]
+  window: dict[str, list[float]]
+
+
 def _size(path: epath.Path) -> int:
   if storage.is_bucket(path):
     return path.stat().length
@@ -59,12 +107,30 @@ def _size(path: epath.Path) -> int:
   return os.path.getsize(path)
 
 
+def _digest(path: epath.Path) -> str:
+  """The digest of a file for the manifest: its SHA-256, or what the store of a bucket keeps."""
+  if not storage.is_bucket(path):
+    return cache.file_digest(path)
+  checksum = storage.checksum(path)
+  return f"{MD5}{checksum}" if checksum else ""
+
+
+def _is_as_written(path: epath.Path, digest: str) -> bool:
+  """Whether the content of a file has a digest, as far as this is known without reading a bucket.
+
+  A step that was copied between a bucket and a disk keeps the digests of where it was written.
+  """
+  if storage.is_bucket(path):
+    return not digest.startswith(MD5) or _digest(path) in (digest, "")
+  if digest.startswith(MD5):
+    with open(path, "rb") as file:
+      return digest == MD5 + hashlib.file_digest(file, "md5").hexdigest()
+  return not digest or cache.file_digest(path) == digest
+
+
 def write_manifest(folder: epath.Path) -> None:
-  """Writes the size and digest of every file of a step. In a bucket, digests are empty."""
-  entries = {}
-  for path in _files(folder):
-    digest = "" if storage.is_bucket(path) else cache.file_digest(path)
-    entries[str(path.relative_to(folder))] = [_size(path), digest]
+  """Writes the size and digest of every file of a step."""
+  entries = {str(path.relative_to(folder)): [_size(path), _digest(path)] for path in _files(folder)}
   (folder / MANIFEST).write_text(json.dumps(entries, indent=0))
 
 
@@ -75,25 +141,50 @@ def digest(folder: epath.Path) -> str:
 
 def verify(folder: epath.Path) -> None:
   """Raises Damaged, naming the file, unless the files of a step are as they were written."""
-  try:
-    entries = json.loads((folder / MANIFEST).read_text())
-  except FileNotFoundError:
+  if not (folder / MANIFEST).exists():
     raise Damaged(f"{folder} is no complete checkpoint: it has no {MANIFEST}")
-  except ValueError:
-    raise Damaged(f"{folder}: {MANIFEST} is damaged")
+  _check_kinds(folder)
+  try:
+    entries = reading.read_json(folder / MANIFEST, dict[str, tuple[int, str]])
+  except UserError as error:
+    raise Damaged(f"{folder}: {MANIFEST} is damaged ({error})")
+  if "description.json" not in entries:
+    raise Damaged(f"{folder}: {MANIFEST} is damaged (it lists no description.json)")
   for name, (size, digest) in entries.items():
+    if not _is_inside(name):
+      raise Damaged(f"{folder}: {MANIFEST} lists {name!r}, which is not in the folder")
     path = folder / name
     if not path.exists():
       raise Damaged(f"{folder}: {name} is missing")
+    if not storage.is_bucket(path) and not path.is_file():
+      raise Damaged(f"{folder}: {name} is no file")
     if (actual_size := _size(path)) != size:
       raise Damaged(f"{folder}: {name} has {actual_size} bytes, {size} were written")
-    if digest and not storage.is_bucket(path) and cache.file_digest(path) != digest:
-      raise Damaged(f"{folder}: {name} is damaged (its SHA-256 is not the one that was written)")
+    if not _is_as_written(path, digest):
+      kind = "MD5" if digest.startswith(MD5) else "SHA-256"
+      raise Damaged(f"{folder}: {name} is damaged (its {kind} is not the one that was written)")
+
+
+def _check_kinds(folder: epath.Path) -> None:
+  """Raises Damaged where a local step holds a link, which could lead out of it, or a pipe."""
+  if storage.is_bucket(folder):
+    return
+  for parent, folders, files in os.walk(folder):
+    for name in (*folders, *files):
+      mode = os.lstat(os.path.join(parent, name)).st_mode
+      if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
+        raise Damaged(f"{folder}: {name} is a link or no file at all, and was written as a file")
+
+
+def _is_inside(name: str) -> bool:
+  """Whether a name of a manifest is that of a file in the folder."""
+  parts = pathlib.PurePosixPath(name).parts
+  return bool(parts) and not name.startswith("/") and ".." not in parts and "\0" not in name
 
 
 def steps(root: epath.Path) -> list[int]:
   """The numbers of the step folders under checkpoints/, newest first."""
-  numbers = [int(path.name) for path in root.glob("*") if path.name.isdigit() and path.is_dir()]
+  numbers = [int(path.name) for path in root.glob("*") if path.name.isdecimal() and path.is_dir()]
   return sorted(numbers, reverse=True)
 
 
@@ -119,7 +210,7 @@ def find(path: str | pathlib.PurePath, say: Callable[[str], object] = print) -> 
   path = storage.folder(path)
   if not path.is_dir():
     raise UserError(f"{path}: no such checkpoint folder")
-  is_step = path.name.isdigit() and path.parent.name == "checkpoints"
+  is_step = path.name.isdecimal() and path.parent.name == "checkpoints"
   if is_step or (path / MANIFEST).exists():
     verify(path)
     return path
@@ -137,8 +228,8 @@ def _best_valid(root: epath.Path, say: Callable[[str], object]) -> epath.Path | 
   """The step that the newest one says is the best; None where it says none, or that is lost."""
   for newest in steps(root)[:1]:
     try:
-      best = describe(root / str(newest)).get("progress", {}).get("step")
-      if best is not None and best != newest:
+      best = describe(root / str(newest)).progress.step
+      if best not in (-1, newest):
         verify(root / str(best))
         return root / str(best)
     except Damaged as error:
@@ -146,19 +237,28 @@ def _best_valid(root: epath.Path, say: Callable[[str], object]) -> epath.Path | 
   return None
 
 
-def evaluations(workdir: epath.Path) -> list[tuple[int, dict[str, float]]]:
-  """(step, figures) of the complete checkpoints of a workdir, in order."""
+def evaluations(workdir: epath.Path) -> list[tuple[int, dict[str, float | None]]]:
+  """(step, figures) of the complete checkpoints of a workdir, in order, without damaged ones."""
   root = workdir / "checkpoints"
-  complete = [step for step in reversed(steps(root)) if (root / str(step) / MANIFEST).exists()]
-  return [(step, describe(root / str(step)).get("metrics", {})) for step in complete]
+  figures = []
+  for step in reversed(steps(root)):
+    if (root / str(step) / MANIFEST).exists():
+      with contextlib.suppress(Damaged):
+        figures.append((step, describe(root / str(step)).metrics))
+  return figures
 
 
-def describe(step: epath.Path) -> dict[str, Any]:
-  """The content of a step's description.json. Raises Damaged where it cannot be read."""
+def describe(step: epath.Path) -> Description:
+  """What a step says of itself. Raises Damaged where it cannot be read, or says nonsense."""
   try:
-    return json.loads((step / "description.json").read_text())
-  except (OSError, ValueError) as error:
-    raise Damaged(f"{step}: description.json cannot be read ({error})")
+    saved = reading.read_json(step / "description.json", Saved)
+    config = config_lib.freeze(saved.config)
+    config_lib.build(config_lib.ModelConfig, saved.settled, "settled")
+  except UserError as error:
+    raise Damaged(f"{step}: description.json is damaged: {error}")
+  return Description(
+    saved.step, config, saved.metrics, saved.progress, saved.settled, saved.data, saved.window
+  )
 
 
 def load_tokenizer(step: epath.Path) -> tokenizer_lib.Tokenizer:
@@ -174,14 +274,16 @@ def restore(step: epath.Path, item: str, like: Any = None) -> Any:
   """
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
     try:
-      if like is None:
-        tree = reader.metadata(step / item).item_metadata.tree
-        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        return reader.restore(step / item, restore_args=args)
-      return reader.restore(
-        step / item, item=like, restore_args=ocp.checkpoint_utils.construct_restore_args(like)
-      )
-    except (ValueError, FileNotFoundError, KeyError, TypeError) as error:
+      if like is not None:
+        args = ocp.checkpoint_utils.construct_restore_args(like)
+        return reader.restore(step / item, item=like, restore_args=args)
+      metadata = reader.metadata(step / item).item_metadata
+      if metadata is None:
+        raise ValueError("Orbax finds no description of its arrays")
+      args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata.tree)
+      return reader.restore(step / item, restore_args=args)
+    # What Orbax raises on files that it did not write so.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
       raise Damaged(f"{step}: {item} does not fit this run: {core.first_line(error)}")
 
 

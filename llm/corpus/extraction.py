@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import logging
 import os
-import resource
 import signal
 import sys
 from typing import Any, Callable, Iterator
@@ -13,6 +12,7 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.extractors.base import ExtractorSandbox
 
+from llm import bounded
 from llm.corpus.accounts import REASON, Samples
 from llm.data import wikitext
 
@@ -58,8 +58,7 @@ class Bounded:
   def __call__(self, text: str) -> tuple[str, str]:
     """(text, "") or ("", the reason why there is none)."""
     if not self._is_bounded and os.getpid() != self.parent:
-      limit = _address_space() + self.megabytes * 2**20
-      resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+      bounded.limit_memory(self.megabytes)
       _end_with_parent()
       self._is_bounded = True
     try:
@@ -77,12 +76,6 @@ def _end_with_parent() -> None:
   if sys.platform == "linux":
     set_parent_death_signal = 1  # from sys/prctl.h
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-
-
-def _address_space() -> int:
-  """Bytes of address space that this process has now."""
-  with open("/proc/self/statm") as file:
-    return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
 
 
 class Extract(PipelineStep):
@@ -109,7 +102,7 @@ class Extract(PipelineStep):
     self.dropped = dropped
 
   def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-    bounded = Bounded(self.function, self.megabytes)
+    within = Bounded(self.function, self.megabytes)
     with contextlib.suppress(Exception):
       self.function("")  # imports what it needs, before the process that does the work is forked
     with ExtractorSandbox(timeout=START, warmup_text="") as sandbox, self.dropped as dropped:
@@ -118,22 +111,22 @@ class Extract(PipelineStep):
           yield document
           continue
         with self.track_time():
-          text, reason = self._in(sandbox, document.text, bounded)
+          text, reason = self._in(sandbox, document.text, within)
         if reason or not text.strip():
           self._drop(document, reason or "no_text", dropped, rank)
           continue
         document.text = text
         yield document
 
-  def _in(self, sandbox: ExtractorSandbox, text: str, bounded: Bounded) -> tuple[str, str]:
+  def _in(self, sandbox: ExtractorSandbox, text: str, within: Bounded) -> tuple[str, str]:
     """(text, "") or ("", reason)."""
     try:
       sandbox.timeout = START
-      sandbox._ensure_process(bounded)
+      sandbox._ensure_process(within)
       # Held open here, it would hide that the other side is gone.
       sandbox.child_conn.close()  # pyright: ignore[reportOptionalMemberAccess]
       sandbox.timeout = self.seconds
-      return sandbox.process_document(text, bounded)
+      return sandbox.process_document(text, within)
     except TimeoutError:
       return "", "took_too_long"
     except (EOFError, BrokenPipeError, ConnectionResetError):

@@ -4,7 +4,6 @@ The scores are those of Rajpurkar et al. 2016, section 6.1.
 """
 
 import collections
-import json
 import pathlib
 import re
 import string
@@ -12,7 +11,7 @@ from typing import Any, Iterable, Sequence
 
 import numpy as np
 
-from llm import core
+from llm import core, reading
 from llm.core import UserError
 from llm.data import suspicions
 from llm.data.sources import Source
@@ -151,11 +150,6 @@ def _check_answered(predictions: dict[str, str], gold: dict[str, list[str]], whe
 
 def _read_predictions(path: pathlib.Path) -> dict[str, str]:
   try:
-    predictions = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise UserError(f"--predictions={path} cannot be read as JSON: {error}")
-  if not isinstance(predictions, dict) or not all(
-    isinstance(text, str) for text in predictions.values()
-  ):
-    raise UserError(f"--predictions={path} must hold an object of id: text")
-  return predictions
+    return reading.read_json(path, dict[str, str])
+  except UserError as error:
+    raise UserError(f"--predictions must hold an object of id: text: {error}")

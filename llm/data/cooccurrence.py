@@ -38,7 +38,7 @@ def vectors(
   def write(scratch: pathlib.Path) -> None:
     np.save(scratch / "vectors.npy", _vectors(_counts(documents, vocab_size), width))
 
-  return np.load(cache.made_once(folder / "vectors" / key[:32], write) / "vectors.npy")
+  return np.load(cache.kept(folder / "vectors" / key[:32], write) / "vectors.npy")
 
 
 def _counts(documents: Sequence[Documents], vocab_size: int) -> scipy.sparse.csr_matrix:

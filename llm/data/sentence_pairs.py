@@ -135,7 +135,7 @@ def plan_pairs(
   in groups of documents, as that of `packing.plan`.
   """
   key = cache.digest("pairs 3", documents.digest, str(length), repr(short_share))
-  path = cache.made_once(
+  path = cache.kept(
     folder / "plans" / key[:32],
     lambda scratch: _write_plan(documents.bounds(), length, short_share, scratch),
   )

@@ -11,14 +11,14 @@ A folder holds `tokenizer/` and, for every shard NNNNN.ds (uint16 or uint32):
 import bisect
 import dataclasses
 import functools
-import json
 import pathlib
-from typing import Any, Iterator, Sequence
+from typing import Annotated, Any, Iterator, Literal, Sequence
 
+import msgspec
 import numpy as np
 from etils import epath
 
-from llm import storage
+from llm import reading, storage
 from llm.core import UserError
 from llm.data import growing
 from llm.data import tokenizer as tokenizer_lib
@@ -39,9 +39,9 @@ class Facts:
   path: str
   sha256: str
   ends_sha256: str
-  documents: int
-  tokens: int
-  token_bytes: int
+  documents: Annotated[int, msgspec.Meta(ge=0)]
+  tokens: Annotated[int, msgspec.Meta(ge=0)]
+  token_bytes: Literal[2, 4]
   sentences: str
   tokenizer: str
 
@@ -121,8 +121,9 @@ def facts(source: Source) -> tuple[Facts, ...]:
 def _facts_of(path: epath.Path, source: Source) -> Facts:
   """The facts of one shard. Raises UserError where it is not whole."""
   try:
-    shard = Facts(str(path), **json.loads(epath.Path(f"{path}.json").read_text()))
-  except (OSError, TypeError, ValueError):
+    said = reading.read_json(epath.Path(f"{path}.json"), dict[str, Any])
+    shard = reading.shaped({**said, "path": str(path)}, Facts, f"{path}.json")
+  except UserError:
     raise UserError(f"{source.spec}: {path.name} is not whole: run llm.prepare again")
   expected = shard.tokens * shard.token_bytes
   if (size := path.stat().length) != expected:
@@ -139,8 +140,8 @@ def tokenizer(source: Source) -> tokenizer_lib.Tokenizer:
   """The tokenizer that wrote the shards."""
   try:
     return tokenizer_lib.load(storage.folder(source.name) / TOKENIZER)
-  except OSError:
-    raise UserError(f"{source.spec}: its folder {TOKENIZER}/ is missing: run llm.prepare again")
+  except UserError as error:
+    raise UserError(f"{source.spec}: {error}: run llm.prepare again")
 
 
 def check_tokenizer(

@@ -27,17 +27,19 @@ import glob
 import gzip
 import io
 import itertools
-import json
 import os
 import pathlib
 import re
 import zlib
 from typing import Any, BinaryIO, Callable, Iterable, Iterator, cast
 
-from llm import cache
+from llm import cache, reading
 from llm.config import DataConfig
 from llm.core import UserError, first_line
-from llm.data import embedded, made, suspicions
+from llm.data import embedded, made, squad, suspicions
+
+# Of a line, a field or a part of a document that is in memory at once.
+MOST_CHARACTERS = 2**24
 
 COMPRESSIONS = (".gz", ".bz2", ".zst")
 
@@ -252,14 +254,19 @@ def decompressed(stored: BinaryIO, path: pathlib.PurePath) -> BinaryIO:
 
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
-  """Numbers, from 1, and lines of a text file.
+  """Numbers, from 1, and lines of a text file. A line of more than MOST_CHARACTERS comes in parts.
 
-  Raises UserError on a file that is not UTF-8, damaged or not readable.
+  Raises UserError on a file that is no regular one, not UTF-8, damaged or not readable.
   """
+  reading.check_file(path)
   number = 0
   try:
     with open_decompressed(path) as file:
-      for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig"), 1):
+      text = io.TextIOWrapper(file, encoding="utf-8-sig")
+      ended = True
+      while line := text.readline(MOST_CHARACTERS):
+        number += ended
+        ended = line.endswith("\n")
         yield number, line
   except UnicodeDecodeError as error:
     raise UserError(
@@ -275,39 +282,54 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
     raise UserError(f"{path}: {getattr(error, 'strerror', None) or first_line(error)}")
 
 
+def _whole_lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
+  """The same. Raises UserError on a line of more than MOST_CHARACTERS, which is one record."""
+  for number, line in _lines(path):
+    _check_length(line, f"{path}:{number}")
+    yield number, line
+
+
+def _check_length(line: str, where: str) -> None:
+  if len(line) >= MOST_CHARACTERS:
+    raise UserError(
+      f"{where}: a line of more than {MOST_CHARACTERS:,} characters: is it what its source says, "
+      "with a record a line?"
+    )
+
+
 def _text_records(path: pathlib.Path) -> Iterator[dict]:
-  """A record for every document; blank lines separate them."""
-  block = []
+  """A record for every document; blank lines separate them.
+
+  A document of more than MOST_CHARACTERS comes in parts, so that no more of it is in memory.
+  """
+  block: list[str] = []
+  size = 0
   for _, line in _lines(path):
-    if line.strip():
-      block.append(line.strip())
-    elif block:
+    line = line.strip()
+    if line:
+      block.append(line)
+      size += len(line)
+    if block and (not line or size >= MOST_CHARACTERS):
       yield {"text": "\n".join(block)}
       block = []
+      size = 0
   if block:
     yield {"text": "\n".join(block)}
 
 
 def _jsonl_records(path: pathlib.Path) -> Iterator[dict]:
   """A record for every line that is not blank, or for every object of one JSON array."""
-  reader = suspicions.JsonReader()
+  twice = suspicions.KeysTwice()
   lines = _lines(path)
   for number, line in lines:
     where = f"{path}:{number}"
     if line.lstrip().startswith("["):
       text = "".join(itertools.chain([line], (line for _, line in lines)))
-      for place, record in enumerate(_parsed(reader, text, where), 1):
+      for place, record in enumerate(reading.json_value(text, where, twice.at(where)), 1):
         yield _as_record(record, f"{path}: object {place}")
     elif line.strip():
-      yield _as_record(_parsed(reader, line, where), where)
-
-
-def _parsed(reader: suspicions.JsonReader, text: str, where: str) -> Any:
-  """The value of a JSON text. Raises UserError."""
-  try:
-    return reader.parse(text, where)
-  except (ValueError, RecursionError) as error:
-    raise UserError(f"{where}: not JSON: {first_line(error)}")
+      _check_length(line, where)
+      yield _as_record(reading.json_value(line, where, twice.at(where)), where)
 
 
 def _as_record(value: Any, where: str) -> dict:
@@ -319,7 +341,8 @@ def _as_record(value: Any, where: str) -> dict:
 
 def _csv_records(path: pathlib.Path, delimiter: str = ",") -> Iterator[dict]:
   """A record for every row; the first row names the fields."""
-  lines = (line for _, line in _lines(path))
+  csv.field_size_limit(MOST_CHARACTERS)
+  lines = (line for _, line in _whole_lines(path))
   reader = csv.DictReader(lines, strict=True, delimiter=delimiter)
   try:
     suspicions.warn_of_twice(reader.fieldnames or (), f"{path}: the column")
@@ -335,25 +358,8 @@ def _csv_records(path: pathlib.Path, delimiter: str = ",") -> Iterator[dict]:
 
 
 def _squad_records(path: pathlib.Path) -> Iterator[dict]:
-  """A record for every question of a file in the layout of SQuAD 1.1 or 2.0."""
-  try:
-    content = json.loads("".join(line for _, line in _lines(path)))
-    for article in content["data"]:
-      for paragraph in article["paragraphs"]:
-        for question in paragraph["qas"]:
-          yield {
-            "text": paragraph["context"],
-            "question": question["question"],
-            "id": str(question["id"]),
-            "answers": question.get("answers", []),
-            "_where": f"{path}: question {question['id']}",
-          }
-  except ValueError as error:
-    raise UserError(f"{path}: not JSON: {first_line(error)}")
-  except (KeyError, TypeError) as error:
-    raise UserError(
-      f"{path}: not in SQuAD's layout (data, paragraphs, context, qas, id, question): {error!r}"
-    )
+  """A record for every question of a file in the layout of SQuAD."""
+  return squad.records("".join(line for _, line in _lines(path)), path)
 
 
 def _parquet_records(path: pathlib.Path) -> Iterator[dict]:
@@ -361,6 +367,7 @@ def _parquet_records(path: pathlib.Path) -> Iterator[dict]:
   import pyarrow
   from pyarrow import parquet
 
+  reading.check_file(path)
   number = 0
   try:
     with parquet.ParquetFile(path) as table:
@@ -477,7 +484,14 @@ def _hf_content(source: Source) -> list[str]:
 
 
 def _file_digests(source: Source) -> list[str]:
-  return [cache.file_digest(path) for path in source.files()]
+  digests = []
+  for path in source.files():
+    reading.check_file(path)
+    try:
+      digests.append(cache.file_digest(path))
+    except OSError as error:
+      raise UserError(f"{path}: {error.strerror}")
+  return digests
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,8 @@
 """What is surely a mistake in records that can be read is said, once for each source or file."""
 
-import json
 import math
 import re
-from typing import Any, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 from llm import core
 from llm.core import UserError
@@ -45,24 +44,23 @@ def _texts(record: dict) -> list[str]:
   return [value for value in values if isinstance(value, str)]
 
 
-class JsonReader:
-  """Parses the JSON of one file, with a warning at the first object that has a key twice."""
+class KeysTwice:
+  """A warning at the first object of a JSON file that has a key twice."""
 
   def __init__(self):
     self._warned = False
-    self._place = ""
 
-  def parse(self, text: str, where: str) -> Any:
-    """The value of a text, which stands at `where`."""
-    self._place = where
-    return json.loads(text, object_pairs_hook=self._object)
+  def at(self, where: str) -> Callable[[Sequence[tuple[str, Any]]], dict[str, Any]]:
+    """A function for `json.loads`, from the pairs of an object that stands at `where`."""
 
-  def _object(self, pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs) and not self._warned:
-      self._warned = True
-      warn_of_twice([key for key, _ in pairs], f"{self._place}: the key")
-    return value
+    def as_dict(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+      value = dict(pairs)
+      if len(value) < len(pairs) and not self._warned:
+        self._warned = True
+        warn_of_twice([key for key, _ in pairs], f"{where}: the key")
+      return value
+
+    return as_dict
 
 
 def warn_of_twice(names: Sequence[str], what: str) -> None:

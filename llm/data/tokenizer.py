@@ -4,24 +4,27 @@ A tokenizer is a SentencePiece model (trained here or loaded), a WordPiece vocab
 tokenizer.json of a published checkpoint, or bytes. All have the attributes of `Tokenizer`.
 """
 
+import dataclasses
 import io
 import json
 import pathlib
 import re
-from typing import Any, Iterable, Mapping, Sequence
+from typing import Annotated, Iterable, Literal, Mapping, Sequence
 
+import msgspec
 import numpy as np
 import sentencepiece
 import tokenizers
 from etils import epath
 from tokenizers.implementations.base_tokenizer import BaseTokenizer
 
-from llm import cache
+from llm import cache, reading
 from llm.config import TokenizerConfig
 from llm.core import UserError, first_line
 from llm.data.sources import Source
 
 META = "tokenizer_config.json"
+MOST_PIECES = 2**24
 SPECIAL = ("pad", "unk", "cls", "sep", "mask", "eos")
 
 Folder = pathlib.Path | epath.Path
@@ -193,10 +196,12 @@ class WordPieceTokenizer(FastTokenizer):
     self.starts_word_V = np.array([not p.startswith("##") for p in self.pieces])
     for name in ("pad", "unk", "cls", "sep", "mask"):
       setattr(self, name, ids.get(f"[{name.upper()}]", -1))
-    if self.unk == -1:
-      raise UserError(
-        "the WordPiece vocabulary has no [UNK]: it must have one piece a line, as BERT's vocab.txt"
-      )
+    for name in ("unk", "cls", "sep"):
+      if self.id_of(name) == -1:
+        raise UserError(
+          f"the WordPiece vocabulary has no [{name.upper()}]: it must have one piece a line, as "
+          "BERT's vocab.txt"
+        )
     self.eos = self.sep
     self._fast = tokenizers.BertWordPieceTokenizer(ids, lowercase=lowercase)
 
@@ -230,6 +235,8 @@ class HuggingFaceTokenizer(FastTokenizer):
     self._fast.no_truncation()
     self._fast.no_padding()
     ids = self._fast.get_vocab(with_added_tokens=True)
+    if not ids or max(ids.values()) >= MOST_PIECES:
+      raise UserError(f"tokenizer.json must have ids from 0 to {MOST_PIECES - 1:,} at most")
     self.pieces = [""] * (max(ids.values()) + 1)
     for piece, i in ids.items():
       self.pieces[i] = piece
@@ -348,27 +355,44 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, lowercase: bool) 
 def _read(path: str) -> bytes:
   """The file of config.tokenizer.path."""
   try:
-    return pathlib.Path(path).read_bytes()
-  except OSError as error:
-    raise UserError(f"config.tokenizer.path={path}: {error.strerror}")
+    return reading.file_bytes(path)
+  except UserError as error:
+    raise UserError(f"config.tokenizer.path: {error}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+  """The content of META. The fields are attributes of `Tokenizer`."""
+
+  name: Literal["sentencepiece", "wordpiece", "huggingface", "bytes"]
+  lowercase: bool = False
+  special: dict[str, str] = dataclasses.field(default_factory=dict)
+  extra: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 0
+  template: str = ""
 
 
 def load(folder: Folder) -> Tokenizer:
-  """The tokenizer that `save` wrote into `folder`."""
-  description = json.loads((folder / META).read_text())
-  extra = description.get("extra", 0)
-  if description["name"] == ByteTokenizer.name:
-    return ByteTokenizer(extra)
-  kinds = {k.name: k for k in (SentencePieceTokenizer, WordPieceTokenizer, HuggingFaceTokenizer)}
-  kind = kinds[description["name"]]
-  arguments: dict[str, Any] = {"lowercase": description["lowercase"]}
-  if kind is HuggingFaceTokenizer:
-    arguments["special"] = description["special"]
-  elif kind is SentencePieceTokenizer:
-    arguments["extra"] = extra
-  tokenizer = kind((folder / kind.FILE).read_bytes(), **arguments)
-  tokenizer.template = description.get("template", "")
+  """The tokenizer that `save` wrote into `folder`. Raises UserError where it is not whole."""
+  described = reading.read_json(folder / META, Description)
+  try:
+    tokenizer = _of_description(folder, described)
+  except UserError as error:
+    raise UserError(f"{folder}: {error}")
+  tokenizer.template = described.template
   return tokenizer
+
+
+def _of_description(folder: Folder, described: Description) -> Tokenizer:
+  if described.name == ByteTokenizer.name:
+    return ByteTokenizer(described.extra)
+  if described.name == SentencePieceTokenizer.name:
+    model = reading.file_bytes(folder / SentencePieceTokenizer.FILE)
+    return SentencePieceTokenizer(model, described.lowercase, described.extra)
+  if described.name == WordPieceTokenizer.name:
+    pieces = reading.file_bytes(folder / WordPieceTokenizer.FILE)
+    return WordPieceTokenizer(pieces, described.lowercase)
+  definition = reading.file_bytes(folder / HuggingFaceTokenizer.FILE)
+  return HuggingFaceTokenizer(definition, described.lowercase, described.special)
 
 
 def make(
@@ -416,4 +440,4 @@ def _trained(
     model = train_sentencepiece(texts, config.vocab_size, config.lowercase)
     SentencePieceTokenizer(model, config.lowercase, config.sentinels).save(folder)
 
-  return load(cache.made_once(cache_folder / "tokenizers" / key[:32], train))
+  return load(cache.kept(cache_folder / "tokenizers" / key[:32], train))

@@ -10,7 +10,6 @@ from etils import epath
 from flax import linen as nn
 
 from llm import sharding
-from llm.checkpoints import manager
 from llm.config import MeshConfig
 from llm.core import Batch, Params, UserError
 from llm.data import batches as batches_lib
@@ -46,6 +45,9 @@ class Labeller:
     if missing := [field for field in self.objective.fields if not record.get(field)]:
       raise UserError(f"{where} has no {missing[0]}: {takes}")
     inputs = ("text", "text_pair", "question")
+    for field in inputs:
+      if not isinstance(record.get(field) or "", str):
+        raise UserError(f"{where}: the field {field!r} must be a string")
     if ignored := [field for field in inputs if field in record and field not in known]:
       raise UserError(f"{where} has a {ignored[0]}, which would be ignored: {takes}")
 
@@ -58,7 +60,7 @@ class Labeller:
   def program(self) -> tuple[Params, Callable]:
     """(the parameters on the mesh, the compiled function of them and a batch)."""
     config = self.saved.config
-    params = manager.restore(self.step, "params")
+    params = experiment_lib.params_of(self.step, self.saved)
     params = jax.device_put(params, sharding.shardings(params, self.mesh))
     model = experiment_lib.build(self.objective, config.model, config.training.sequence_length)
     return params, jax.jit(functools.partial(predicted, model, self.objective))

@@ -99,7 +99,7 @@ def product_speeds() -> dict[str, float]:
   def write(folder: pathlib.Path) -> None:
     (folder / "speeds.json").write_text(json.dumps(_measured_speeds()))
 
-  folder = cache.made_once(cache.cache_dir() / "products" / key[:32], write)
+  folder = cache.kept(cache.cache_dir() / "products" / key[:32], write)
   return json.loads((folder / "speeds.json").read_text())
 
 

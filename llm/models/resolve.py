@@ -10,6 +10,9 @@ from llm.core import UserError
 from llm.models import cudnn, precision, splash
 from llm.models.architecture import head_width_of
 
+# Layers that "auto" unrolls: compilation takes time in proportion to them.
+MOST_UNROLLED = 64
+
 # Attention that keeps no scores for the backward pass, and the platform that it runs on.
 PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}
 
@@ -32,7 +35,7 @@ def resolved(
   config = dataclasses.replace(config, dtype=dtype)
   scan = config.scan
   if scan == "auto":
-    scan = "unroll" if platform == "cpu" else "scan"
+    scan = "unroll" if platform == "cpu" and config.num_layers <= MOST_UNROLLED else "scan"
   attention = config.attention
   if attention == "auto":
     attention = "reference"

@@ -20,7 +20,7 @@ import llm.objectives
 from llm import config as config_lib
 from llm import models
 from llm.config import DataConfig, ModelConfig
-from llm.core import Batch, UserError
+from llm.core import Batch, UserError, flatten
 from llm.data.documents import Documents
 from llm.data.sources import Source
 from llm.data.tokenizer import Tokenizer
@@ -328,6 +328,15 @@ def row_spec(length: int, *names: str) -> Spec:
 def zero_row(spec: Spec) -> dict[str, np.ndarray]:
   """A batch of one row of zeros: it shows a network the shapes of its input."""
   return {name: np.zeros((1, *array.shape), array.dtype) for name, array in spec.items()}
+
+
+def shapes(objective: Objective, model: ModelConfig) -> dict[str, tuple[int, ...]]:
+  """path -> shape of every parameter of a model with the head of an objective."""
+  model = dataclasses.replace(model, dtype="float32", scan="scan", attention="reference")
+  batch = zero_row(objective.batch_spec(model, min(8, model.max_length)))
+  network = objective.model(model)
+  tree = jax.eval_shape(lambda: network.init(jax.random.key(0), batch, train=False)["params"])
+  return {path: leaf.shape for path, leaf in flatten(tree).items()}
 
 
 def row_sums(values_BxN: jax.Array, weights_BxN: jax.Array) -> jax.Array:

@@ -3,12 +3,11 @@
 import dataclasses
 from typing import Callable, Iterator, NamedTuple
 
-import jinja2
-import jinja2.sandbox
 import numpy as np
 
-from llm.core import UserError, first_line, warn
-from llm.data import packing
+from llm import bounded
+from llm.core import UserError, warn
+from llm.data import packing, templates
 from llm.data.sources import Source
 from llm.data.tokenizer import Tokenizer
 from llm.objectives import base, causal_lm
@@ -82,34 +81,43 @@ def turn_of(message: object, where: str) -> dict:
 
 
 class Template:
-  """A chat template in Jinja, as in tokenizer_config.json, which is rendered in a sandbox.
+  """A chat template in Jinja, as in tokenizer_config.json (data/templates.py renders it).
 
   source: the template. bos: the text of the token that opens a conversation. Raises UserError if
   the source is no template.
   """
 
   def __init__(self, source: str, bos: str = ""):
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = _refuse  # templates of transformers may call it
+    self._source = source
     self._bos = bos
-    try:
-      self._template = environment.from_string(source)
-    except jinja2.TemplateError as error:
-      raise UserError(f"config.objective.template is no Jinja template: {error}")
+    if fault := templates.fault(source):
+      raise UserError(f"config.objective.template is no Jinja template: {fault}")
 
   def render(self, turns: list[dict], answering: bool = False) -> str:
     """The text of the turns. Raises UserError if the template fails.
 
     answering: the text goes on to where the assistant begins its answer.
     """
+    return self._rendered([(turns, answering)])[0]
+
+  def _rendered(self, conversations: list[tuple[list[dict], bool]]) -> list[str]:
+    """The text of each of some (turns, whether it goes on to where the assistant answers).
+
+    Raises UserError if the template fails, or takes too long or too much memory.
+    """
+    contexts = [
+      {
+        "messages": turns,
+        "add_generation_prompt": answering,
+        "eos_token": END,
+        "bos_token": self._bos,
+      }
+      for turns, answering in conversations
+    ]
     try:
-      return self._template.render(
-        messages=turns, add_generation_prompt=answering, eos_token=END, bos_token=self._bos
-      )
-    except Exception as error:  # a template may raise anything, and so does the sandbox
-      raise UserError(
-        f"config.objective.template does not render: {type(error).__name__}: {first_line(error)}"
-      )
+      return templates.render(self._source, contexts)
+    except bounded.Failed as error:
+      raise UserError(f"config.objective.template does not render: {error}")
 
   def encode(self, text: str, tokenizer: Tokenizer) -> list[int]:
     """The ids of a rendered text, with the end token in the place of END."""
@@ -138,13 +146,13 @@ class Template:
 
   def _parts(self, turns: list[dict], tokenizer: Tokenizer) -> Iterator[tuple[str, int]]:
     """The rendered conversation in parts: (text, 1 if it is learned, else 0)."""
-    whole = self.render(turns)
+    learned = [number for number, turn in enumerate(turns) if turn["weight"]]
+    asked = [(turns, False)]
+    for number in learned:
+      asked += [(turns[:number], True), (turns[: number + 1], False)]
+    whole, *others = self._rendered(asked)
     done = 0  # characters of `whole`
-    for number, turn in enumerate(turns):
-      if not turn["weight"]:
-        continue
-      before = self.render(turns[:number], answering=True)
-      after = self.render(turns[: number + 1])
+    for before, after in zip(others[::2], others[1::2]):
       if not whole.startswith(before) or not whole.startswith(after):
         raise UserError(
           "config.objective.template must render the turns one after another: here a later turn "
@@ -166,11 +174,6 @@ def _end_of_turn(reply: str, tokenizer: Tokenizer) -> int:
     reply.rindex(end) + len(end) for end in (END, tokenizer.pieces[tokenizer.eos]) if end in reply
   ]
   return max(ends, default=len(reply))
-
-
-def _refuse(message: str):
-  """Ends the rendering of a template that calls raise_exception."""
-  raise jinja2.TemplateError(message)
 
 
 def template_of(objective: base.Objective, tokenizer: Tokenizer) -> str:

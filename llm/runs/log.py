@@ -1,6 +1,7 @@
 """What a run reports: console lines, a progress bar, metrics.jsonl and TensorBoard events."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -13,6 +14,7 @@ from typing import Any, Iterator, Mapping, Sequence
 import jax
 import tqdm
 
+from llm import reading
 from llm.core import UserError
 from llm.runs import metrics as metrics_lib
 from llm.runs.events import Events
@@ -23,6 +25,14 @@ COPY_EVERY = 60
 
 # Figures that stand in metrics.jsonl alone.
 NOT_ON_CONSOLE = ("grad_norm",)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggedLine:
+  """What each line of metrics.jsonl has; one of rollouts.jsonl has no split."""
+
+  step: int
+  split: str = "train"
 
 
 def duration(seconds: float) -> str:
@@ -52,13 +62,13 @@ def _keep_lines_up_to(step: int, path: pathlib.Path, evaluation_left: bool = Fal
   if not path.exists():
     return
   kept = []
-  for line in path.read_text().splitlines():
+  for line in path.read_text(errors="replace").splitlines():
     try:
-      record = json.loads(line)
-      is_repeated = evaluation_left and record["step"] == step and record.get("split") == "eval"
-      if record["step"] <= step and not is_repeated:
+      record = reading.shaped(reading.json_value(line, ""), LoggedLine, "")
+      is_repeated = evaluation_left and (record.step, record.split) == (step, "eval")
+      if record.step <= step and not is_repeated:
         kept.append(line + "\n")
-    except (ValueError, KeyError):
+    except UserError:
       pass  # cut off
   scratch = path.with_suffix(".tmp")
   scratch.write_text("".join(kept))

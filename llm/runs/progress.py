@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Any, Mapping, Sequence
 
+from llm.checkpoints.manager import Best
 from llm.core import UserError
 
 
@@ -24,16 +25,15 @@ class Progress:
   def of_run(
     cls,
     goal: str,
-    description: Mapping[str, Any],
-    evaluations: Sequence[tuple[int, Mapping[str, float]]] = (),
+    saved: Best,
+    evaluations: Sequence[tuple[int, Mapping[str, float | None]]] = (),
   ) -> "Progress":
-    """The progress of the checkpoint that a run goes on from, if its goal was the same.
+    """The progress of the checkpoint that a run goes on from, `saved`, if its goal was the same.
 
     evaluations: (step, figures) of the checkpoints on disk, which tell the best by another goal.
     """
-    saved = description.get("progress", {})
-    if saved.get("goal") == goal:
-      return cls(**saved)
+    if saved.step >= 0 and saved.goal == goal:
+      return cls(**dataclasses.asdict(saved))
     progress = cls(goal)
     metric = goal.partition(":")[2]
     for step, figures in evaluations:
@@ -45,7 +45,7 @@ class Progress:
     """What a checkpoint keeps of it; nothing before the first evaluation."""
     return dataclasses.asdict(self) if self.step >= 0 else {}
 
-  def check(self, figures: Mapping[str, float]) -> None:
+  def check(self, figures: Mapping[str, float | None]) -> None:
     """Raises UserError where the figures of an evaluation lack the metric of the goal."""
     metric = self.goal.partition(":")[2]
     if metric not in figures:
@@ -54,7 +54,7 @@ class Progress:
         f"{', '.join(sorted(figures))}"
       )
 
-  def add(self, step: int, figures: Mapping[str, float]) -> bool:
+  def add(self, step: int, figures: Mapping[str, float | None]) -> bool:
     """Takes the figures of an evaluation, {} for none. Returns whether they are the best so far.
 
     Raises UserError where they lack the metric.

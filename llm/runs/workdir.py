@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from llm import cache, core, storage
+from llm import cache, core, reading, storage
 from llm import config as config_lib
 from llm.config import Config
 from llm.core import UserError
@@ -77,8 +77,11 @@ def write_json(path: epath.Path, value: Any):
     path.write_text(text)
     return
   scratch = path.with_suffix(".tmp")
-  scratch.write_text(text)
-  scratch.replace(path)
+  try:
+    scratch.write_text(text)
+    scratch.replace(path)
+  except OSError as error:
+    raise UserError(f"{path} cannot be written: {error.strerror or error}")
 
 
 def run_record() -> dict[str, Any]:
@@ -193,8 +196,8 @@ def claim(workdir: epath.Path, config: Config, go_on: bool):
 def _check_same_config(path: epath.Path, config: Config):
   """Raises UserError where a config.json holds another config, or cannot be read."""
   try:
-    old = with_new_keys(json.loads(path.read_text()))
-  except (ValueError, UserError):
+    old = with_new_keys(reading.shaped(reading.json_value(path.read_text(), ""), dict, ""))
+  except (OSError, UnicodeDecodeError, UserError):
     raise UserError(f"{path} is damaged; --go_on replaces it")
   if changed := differences(old, config_lib.thaw(config), MAY_CHANGE):
     raise UserError(

@@ -96,11 +96,11 @@ class Catalog:
     """A model as the start of a job. Raises ApiError or UserError."""
     checkpoint = self.checkpoint(owner, name)
     if checkpoint not in self.bases:
-      saved = manager.describe(locate.find(checkpoint, _say_nothing))["config"]
-      facts = models.facts_of(saved["model"]["name"])
-      objective = base_lib.build(saved["objective"])
+      saved = manager.describe(locate.find(checkpoint, _say_nothing)).config
+      facts = models.facts(saved.model)
+      objective = base_lib.build(saved.objective)
       labels = isinstance(objective, base_lib.Labels)
-      length = saved["model"]["max_length"]
+      length = saved.model.max_length
       self.bases[checkpoint] = Base(checkpoint, facts.kind, length, labels)
     return self.bases[checkpoint]
 

@@ -104,7 +104,7 @@ class Study(frame.Study):
   def _middle(self, base: Config, name: str, checkpoint: str) -> Run:
     """Goes on with the pretraining of a checkpoint, on the text of the target."""
     start = locate.find(checkpoint, lambda *_: None, base.data.cache)
-    before = manager.describe(start)["config"]["objective"]["name"]
+    before = manager.describe(start).config.objective["name"]
     data = dataclasses.replace(
       base.data,
       train=few_labels.split_of(self.target, "train"),

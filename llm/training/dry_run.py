@@ -17,7 +17,7 @@ from llm.core import TrainState
 from llm.data import batches as batches_lib
 from llm.performance import flops
 from llm.runs.log import duration
-from llm.training import evaluation, header, in_words, loop, reference
+from llm.training import evaluation, header, in_words, loop, reference, room
 from llm.training import optimizer as optimizer_lib
 from llm.training import plan as plan_lib
 from llm.training import sampler as sampler_lib
@@ -58,7 +58,7 @@ def run(
   say(keys(config, experiment.config, file, overridden))
   with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as scratch:
     experiment = reference.attached(experiment, mesh, say)
-    planned = plan_lib.of(experiment, mesh)
+    planned = room.plan_that_fits(experiment, mesh)
     state, origin = state_lib.first_state(experiment, planned, None, epath.Path(scratch), say)
     parameters = flops.count_parameters(
       {**state.trained, **state.frozen}, experiment.config.model.vocab_size

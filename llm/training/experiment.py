@@ -15,7 +15,7 @@ from llm import cache, models
 from llm import config as config_lib
 from llm.checkpoints import locate, manager
 from llm.config import Config, ModelConfig
-from llm.core import UserError, warn
+from llm.core import UserError, flatten, warn
 from llm.data import cooccurrence, documents, duplicates, frequencies, overlap, shards, sources
 from llm.data import tokenizer as tokenizer_lib
 from llm.data.batches import Batches, rows_a_batch
@@ -168,8 +168,10 @@ def prepare(
   """
   _check(config)
   start = _start(config, resume_from, say)
-  description = manager.describe(start) if start else {}
-  objective = base.build(description["config"]["objective"] if resume_from else config.objective)
+  description = manager.describe(start) if start else None
+  objective = base.build(
+    description.config.objective if resume_from and description else config.objective
+  )
   train = sources.parse(config.data.train, config.data)
   tokenizer = _tokenizer(config, start, train)
   model = _following(config.model, description, tokenizer.vocab_size, objective.labelled)
@@ -187,11 +189,11 @@ def prepare(
       held_out = sources.in_memory(held_out)
     eval_rows = objective.eval_rows(held_out, tokenizer, config.data, model, length)
   fitted = dataclasses.replace(config, model=model, objective=base.to_mapping(objective))
-  if resume_from and config.optimizer.learning_rate == -1:
+  if resume_from and description and config.optimizer.learning_rate == -1:
     fitted = _at_the_rate_of(description, fitted)
   asked = recipe.resolved(fitted, batches.steps_an_epoch(), objective.goal)
   resolved = asked
-  if resume_from:
+  if resume_from and description:
     resolved = dataclasses.replace(asked, model=_as_settled(model, description))
   return Training(
     config=resolved,
@@ -223,7 +225,7 @@ def without_data(config: Config, say: Callable = print) -> Experiment:
   else:
     trained = config.tokenizer.vocab_size + config.tokenizer.sentinels
     vocab_size = config.model.vocab_size or trained
-  description = manager.describe(start) if start else {}
+  description = manager.describe(start) if start else None
   model = _following(config.model, description, vocab_size, objective.labelled)
   base.check_kind(objective, model)
   objective = objective.fit((), stand_in)
@@ -239,19 +241,46 @@ def without_data(config: Config, say: Callable = print) -> Experiment:
 
 
 def from_checkpoint(step: epath.Path) -> Experiment:
-  """The experiment that wrote a step, without its data; "auto" is not settled."""
-  config = config_lib.freeze(manager.describe(step)["config"])
-  # The attention that computed it where it was trained may not run here.
-  config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
-  objective = base.build(config.objective)
-  return Experiment(config, objective, manager.load_tokenizer(step), config, None)
+  """The experiment that wrote a step, without its data; "auto" is not settled.
+
+  Raises manager.Damaged where the parts of its description do not fit one another.
+  """
+  config = manager.describe(step).config
+  tokenizer = manager.load_tokenizer(step)
+  try:
+    objective = base.build(config.objective)
+    # The attention that computed it where it was trained may not run here.
+    model = dataclasses.replace(config.model, attention="auto")
+    _check_model(model, tokenizer.vocab_size)
+    base.check_kind(objective, model)
+  except UserError as error:
+    raise manager.Damaged(f"{step}: its description does not hold together: {error}")
+  config = dataclasses.replace(config, model=model)
+  return Experiment(config, objective, tokenizer, config, None)
 
 
 def load(step: epath.Path) -> Bundle:
   """A step in memory, on the host. The model takes texts of any length."""
   saved = from_checkpoint(step)
   model = build(saved.objective, saved.config.model)
-  return Bundle(model, manager.restore(step, "params"), saved.tokenizer, saved.config)
+  return Bundle(model, params_of(step, saved), saved.tokenizer, saved.config)
+
+
+def params_of(step: epath.Path, saved: Experiment) -> dict:
+  """The parameters of a step, on the host.
+
+  Raises manager.Damaged where its arrays have not the shapes that its description says.
+  """
+  params = manager.restore(step, "params")
+  shapes = {path: leaf.shape for path, leaf in flatten(params).items()}
+  for path, expected in base.shapes(saved.objective, saved.config.model).items():
+    # A published checkpoint may lack a head.
+    actual = shapes.get(path, None if path.startswith("backbone/") else expected)
+    if actual != expected:
+      raise manager.Damaged(
+        f"{step}: its arrays do not fit its description: {path} is {actual}, not {expected}"
+      )
+  return params
 
 
 def build(
@@ -324,13 +353,15 @@ def _start(config: Config, resume_from: epath.Path | None, say: Callable) -> epa
   return locate.find(config.transfer.checkpoint, say, config.data.cache)
 
 
-def _following(model: ModelConfig, start: dict, vocab_size: int, labelled: bool) -> ModelConfig:
+def _following(
+  model: ModelConfig, start: manager.Description | None, vocab_size: int, labelled: bool
+) -> ModelConfig:
   """The model with what is not set taken from the checkpoint that the run starts from.
 
   labelled: whether the objective is; its runs have dropout where the architecture is tuned with it.
   """
   if start:
-    same = dataclasses.asdict(config_lib.freeze(start["config"]).model)
+    same = dataclasses.asdict(start.config.model)
     unset = {name: same[name] for name in SHAPE if not getattr(model, name)}
     if not model.name:
       unset |= {name: same[name] for name in DETAILS}
@@ -340,11 +371,6 @@ def _following(model: ModelConfig, start: dict, vocab_size: int, labelled: bool)
       tuning = models.facts_of(model.name or same["name"]).tuning_dropout if labelled else 0.0
       unset["dropout"] = same["dropout"] or tuning
     model = dataclasses.replace(model, **unset)
-  if missing := [name for name in SHAPE if not getattr(model, name)]:
-    raise UserError(
-      f"config.model.{missing[0]} is not set: give config.transfer.checkpoint, which has "
-      "a model, or set the model's keys"
-    )
   _check_model(model, vocab_size)
   return dataclasses.replace(
     model,
@@ -355,7 +381,12 @@ def _following(model: ModelConfig, start: dict, vocab_size: int, labelled: bool)
 
 
 def _check_model(model: ModelConfig, vocab_size: int):
-  """Raises UserError where keys of a model do not fit one another."""
+  """Raises UserError where a key of a model is not set, or keys do not fit one another."""
+  if missing := [name for name in SHAPE if not getattr(model, name)]:
+    raise UserError(
+      f"config.model.{missing[0]} is not set: give config.transfer.checkpoint, which has "
+      "a model, or set the model's keys"
+    )
   if model.vocab_size and model.vocab_size != vocab_size:
     raise UserError(
       f"config.model.vocab_size={model.vocab_size} but the tokenizer has {vocab_size} pieces; "
@@ -413,16 +444,16 @@ def _check_local_layers(model: ModelConfig):
     )
 
 
-def _as_settled(model: ModelConfig, description: dict) -> ModelConfig:
+def _as_settled(model: ModelConfig, description: manager.Description) -> ModelConfig:
   """A run that goes on computes in the types that it began with, where the machine's are auto."""
-  if model.dtype != "auto" or "settled" not in description:
+  if model.dtype != "auto" or "dtype" not in description.settled:
     return model
-  return dataclasses.replace(model, dtype=description["settled"]["dtype"])
+  return dataclasses.replace(model, dtype=description.settled["dtype"])
 
 
-def _at_the_rate_of(description: dict, config: Config) -> Config:
+def _at_the_rate_of(description: manager.Description, config: Config) -> Config:
   """The config with the learning rate that a run began with, however long it is now."""
-  rate = description["config"]["optimizer"]["learning_rate"]
+  rate = description.config.optimizer.learning_rate
   optimizer = dataclasses.replace(config.optimizer, learning_rate=rate)
   return dataclasses.replace(config, optimizer=optimizer)
 

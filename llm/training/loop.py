@@ -26,7 +26,7 @@ from llm.runs.meter import Meter
 from llm.runs.profiler import profiling
 from llm.runs.progress import Progress
 from llm.runs.stop import Stop, Stopped
-from llm.training import evaluation, header, partition, reference
+from llm.training import evaluation, header, partition, reference, room
 from llm.training import experiment as experiment_lib
 from llm.training import optimizer as optimizer_lib
 from llm.training import plan as plan_lib
@@ -61,7 +61,7 @@ def train(
     steps_before = manager.steps(checkpoints)
     resume_from = manager.newest_valid(checkpoints, say)
     if resume_from and not go_on:
-      workdir_lib.check_same_data(config, manager.describe(resume_from).get("data", {}))
+      workdir_lib.check_same_data(config, manager.describe(resume_from).data)
     experiment, mesh = on_mesh(config, resume_from, say, use_devices)
     if jax.process_index():
       say = silent
@@ -122,14 +122,15 @@ class _Run:
     self.mesh = mesh
     self.stop = stop
     self.say = say
-    description = manager.describe(resume_from) if resume_from else {}
+    saved = manager.describe(resume_from) if resume_from else None
     # Of the last evaluation.
-    self.eval_figures: dict[str, Any] = description.get("metrics", {})
+    self.eval_figures: dict[str, Any] = saved.metrics if saved else {}
     # Sums of the log line that a resumed run is in.
-    self.window: dict[str, Any] = description.get("window", {})
+    self.window: dict[str, Any] = saved.window if saved else {}
     goal = config.training.keep_best
-    self.progress = Progress.of_run(goal, description, manager.evaluations(workdir) if goal else [])
-    self.plan = plan_lib.of(experiment, mesh)
+    evaluations = manager.evaluations(workdir) if goal else []
+    self.progress = Progress.of_run(goal, saved.progress if saved else manager.Best(), evaluations)
+    self.plan = room.plan_that_fits(experiment, mesh)
     self.state, self.origin = state_lib.first_state(
       experiment, self.plan, resume_from, workdir, say
     )
@@ -448,7 +449,7 @@ def _peak_flops(experiment: Training, planned: plan_lib.Plan, mesh: Mesh, say: C
 
 def _say_new_length(resume_from: epath.Path, config: Config, first_step: int, say: Callable):
   """Says what it does to the learning rate that the number of steps has changed."""
-  planned = manager.describe(resume_from)["config"]["training"]["steps"]
+  planned = manager.describe(resume_from).config.training.steps
   steps = config.training.steps
   if planned == steps:
     return

@@ -64,13 +64,15 @@ def predictor(
     key = cache.digest("reference 1", manager.digest(step), rows.digest())
     folder = cache.cache_dir(config.data.cache) / "references" / key[:32]
     # All processes compute, or none does: the cache of one may lack what that of another has.
-    if not multihost_utils.process_allgather(np.array(folder.exists())).all():
+    if not multihost_utils.process_allgather(
+      np.array(folder.exists() and not cache.fault(folder))
+    ).all():
       say(f"reference   {len(rows)} rows under {step}")
       bundle = experiment_lib.load(step)
       length = config.training.sequence_length
       evaluated = evaluation.of_checkpoint(bundle, objective, rows, length, batch_size, mesh)
       arrays: dict[str, Any] = dict(evaluated.predictions)
-      cache.made_once(folder, lambda scratch: np.savez(scratch / "predictions.npz", **arrays))
+      cache.kept(folder, lambda scratch: np.savez(scratch / "predictions.npz", **arrays))
     with np.load(folder / "predictions.npz") as saved:
       return dict(saved)
 

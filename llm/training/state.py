@@ -9,7 +9,6 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from llm import config as config_lib
 from llm.checkpoints import adapters, manager, transfer, vocabulary
 from llm.core import Params, TrainState, flatten, unflatten
 from llm.data.tokenizer import Tokenizer
@@ -47,7 +46,7 @@ def first_state(
   trained, frozen = planned.split(params)
   if resume_from:
     opt_state = manager.restore(resume_from, "opt_state", planned.state.opt_state)
-    step = manager.describe(resume_from)["step"]
+    step = manager.describe(resume_from).step
   else:
     opt_state = planned.init_opt_state(trained)
     step = 0
@@ -102,7 +101,7 @@ def _transferred_params(
 
 
 def _lora_alpha(checkpoint: epath.Path) -> float:
-  return config_lib.freeze(manager.describe(checkpoint)["config"]).model.lora_alpha
+  return manager.describe(checkpoint).config.model.lora_alpha
 
 
 def _matching(experiment: Experiment, old: Tokenizer) -> vocabulary.Matching | None:
