@@ -50,7 +50,7 @@ def make(shape: str, folder: pathlib.Path):
   from llm.objectives import base
 
   config, rng = model_config(shape, "float32"), np.random.default_rng(0)
-  shapes = huggingface.shapes(config, base.build({"name": "causal_lm"}))
+  shapes = base.shapes(base.build({"name": "causal_lm"}), config)
   leaves = {
     path: rng.normal(scale=0.02, size=size).astype(np.float32) for path, size in shapes.items()
   }
@@ -81,7 +81,7 @@ def ours(shape, folder, rows, dtype):
   command.start_cpu()
   command.use_compilation_cache()
   config = model_config(shape, dtype)
-  wanted = huggingface.shapes(config, base.build({"name": "causal_lm"}))
+  wanted = base.shapes(base.build({"name": "causal_lm"}), config)
   params = huggingface._stack(families.GPT2, huggingface.Weights(folder), wanted, config)
   made = writer.Writer(
     experiment.Bundle(None, params, ByteTokenizer(), types.SimpleNamespace(model=config))

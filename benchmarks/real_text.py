@@ -157,7 +157,7 @@ def their_questions(_):
   import transformers
 
   from llm import cache
-  from llm.checkpoints import huggingface
+  from llm.checkpoints import layout
   from llm.config import DataConfig, ModelConfig
   from llm.data import embedded, sources
   from llm.objectives import span_qa
@@ -166,7 +166,7 @@ def their_questions(_):
   model = transformers.AutoModelForQuestionAnswering.from_pretrained(folder)
   (source,) = sources.parse("embedded:abstracts", DataConfig())
   rows = span_qa.Objective().rows(
-    source, huggingface.read_tokenizer(folder), DataConfig(), ModelConfig(name="bert"), WINDOW
+    source, layout.read_tokenizer(folder), DataConfig(), ModelConfig(name="bert"), WINDOW
   )
   encoded = [
     {

@@ -30,7 +30,8 @@ def fault() -> str:
 
 def _fault_of_xla_flags(text: str) -> str:
   """The first flag that XLA does not have: it would end the process without a word of Python's."""
-  library = pathlib.Path(str(importlib.util.find_spec("jaxlib").origin)).parent / XLA_LIBRARY
+  jaxlib = importlib.util.find_spec("jaxlib")
+  library = pathlib.Path(str(jaxlib and jaxlib.origin)).parent / XLA_LIBRARY
   flags = text.split()
   if flags and not flags[0].startswith("--"):
     return "" if os.path.isfile(flags[0]) else f"XLA_FLAGS={text!r} must be flags, --NAME=VALUE"

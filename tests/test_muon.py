@@ -199,7 +199,7 @@ def test_a_longer_run_says_what_becomes_of_the_rate(step, told, monkeypatch):
   config = dataclasses.replace(tiny("gpt", "text:x"), optimizer=settings)
   config = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=200))
   shorter = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=100))
-  planned = loop.manager.Description(50, shorter, {}, loop.manager.Best(), {})
+  planned = loop.manager.Description(50, shorter, {}, loop.manager.Best(), {}, {}, {})
   monkeypatch.setattr(loop.manager, "describe", lambda step: planned)
   said = []
   loop._say_new_length(pathlib.Path("checkpoints"), config, step, said.append)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from llm import config as config_lib
-from llm.checkpoints import huggingface, transfer, vocabulary
+from llm.checkpoints import transfer, vocabulary
 from llm.config import ModelConfig, TransferConfig
 from llm.core import UserError, unflatten
 from llm.objectives import base
@@ -212,7 +212,7 @@ def test_the_fine_tuning_configs_fit_every_encoder(name, pretraining, task):
   )
   objective = base.build(config.objective).fit((), None)
   fresh, saved = (
-    {path: np.zeros(shape) for path, shape in huggingface.shapes(model, objective).items()}
+    {path: np.zeros(shape) for path, shape in base.shapes(objective, model).items()}
     for objective in (objective, base.build(pretraining))
   )
   _, audit = transfer.transfer(unflatten(fresh), unflatten(saved), config.transfer)

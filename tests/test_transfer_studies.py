@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import random
+import types
 
 import numpy as np
 import pytest
@@ -95,7 +96,8 @@ def test_labels_that_are_worth_the_same_are_found(trained, labelled, tmp_path, m
   monkeypatch.setattr(few_labels.Cell, "measured", plain)
   monkeypatch.setattr(few_labels.Classical, "measured", plain)
   monkeypatch.setattr("llm.checkpoints.locate.find", lambda path, *_: path)
-  step = {"config": {"objective": {"name": "masked_lm"}}}
+  config = types.SimpleNamespace(objective={"name": "masked_lm"})
+  step = types.SimpleNamespace(config=config)
   monkeypatch.setattr("llm.checkpoints.manager.describe", lambda _: step)
   configs, figures = trained
   figures |= {name: {"loss": 1.0} for name in ("pretrained", "pretrained_and_middle")}

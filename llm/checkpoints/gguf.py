@@ -105,7 +105,8 @@ def _tokenizer(path: pathlib.Path, header: _Header) -> tokenizer_lib.Tokenizer:
       f"supported, only gpt2 with one of {', '.join(PRE_TOKENIZERS)}"
     )
   pieces = header.read("tokenizer.ggml.tokens", list[str])
-  merges = [tuple(m.split(" ")) for m in header.read("tokenizer.ggml.merges", list[str])]
+  lines = header.read("tokenizer.ggml.merges", list[str])
+  merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
   try:
     fast = tokenizers.Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
   except Exception as error:  # the package raises nothing narrower

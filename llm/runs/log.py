@@ -159,7 +159,7 @@ class Log:
     """Adds records of a step to rollouts.jsonl, to look at (llm.show rollouts)."""
     if not self.writes:
       return
-    with open(self.folder.path / "rollouts.jsonl", "a") as file:
+    with self._written(), open(self.folder.path / "rollouts.jsonl", "a") as file:
       file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
 
   def _console_line(self, step: int, figures: dict[str, float], split: str) -> str:

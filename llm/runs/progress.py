@@ -37,15 +37,16 @@ class Progress:
     progress = cls(goal)
     metric = goal.partition(":")[2]
     for step, figures in evaluations:
-      if figures.get(metric) is not None:
-        progress.add(step, figures)
+      finite = {name: value for name, value in figures.items() if value is not None}
+      if metric in finite:
+        progress.add(step, finite)
     return progress
 
   def saved(self) -> dict[str, Any]:
     """What a checkpoint keeps of it; nothing before the first evaluation."""
     return dataclasses.asdict(self) if self.step >= 0 else {}
 
-  def check(self, figures: Mapping[str, float | None]) -> None:
+  def check(self, figures: Mapping[str, float]) -> None:
     """Raises UserError where the figures of an evaluation lack the metric of the goal."""
     metric = self.goal.partition(":")[2]
     if metric not in figures:
@@ -54,7 +55,7 @@ class Progress:
         f"{', '.join(sorted(figures))}"
       )
 
-  def add(self, step: int, figures: Mapping[str, float | None]) -> bool:
+  def add(self, step: int, figures: Mapping[str, float]) -> bool:
     """Takes the figures of an evaluation, {} for none. Returns whether they are the best so far.
 
     Raises UserError where they lack the metric.
