@@ -348,7 +348,8 @@ def unknown_key(where: str, key: str, known, of: str = "") -> UserError:
     hint = f"did you mean {where}.{near[0]}?"
   else:
     hint = f"known keys: {', '.join(sorted(known))}"
-  return UserError(f"unknown key {where}.{key}{of}: {hint}")
+  shown = key if key.isprintable() else repr(key)
+  return UserError(f"unknown key {where}.{shown}{of}: {hint}")
 
 
 def check_name(group: str, names: list[str], group_class: Any):
@@ -402,7 +403,9 @@ def check_bounds(group: Any, where: str):
 
 def freeze(config: Mapping[str, Any]) -> Config:
   """ConfigDict or plain dict -> Config. Raises UserError on an unknown or ill-typed key."""
-  plain = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
+  plain = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
+  if not isinstance(plain, Mapping):
+    raise UserError(f"config must hold groups of keys, not {plain!r}")
   for key in plain:
     if key != "objective" and key not in GROUPS:
       raise unknown_key("config", key, [*GROUPS, "objective"])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from llm import bounded, cache, config_file, environment, reading, sharding, storage
+from llm import config as config_lib
 from llm.checkpoints import huggingface, layout, manager
 from llm.config import DataConfig
 from llm.core import UserError, flatten
@@ -151,6 +152,21 @@ def test_json_that_no_tokenizer_takes_is_named(text, message, tmp_path):
   (tmp_path / "x").write_text(text + "\n")
   with pytest.raises(UserError, match=message):
     list(sources.parse_one(f"jsonl:{tmp_path}/x", DataConfig()).records())
+
+
+@pytest.mark.parametrize(
+  "plain, message",
+  [
+    (None, "config must hold groups of keys, not None"),
+    ("gpt", "config must hold groups of keys, not 'gpt'"),
+    ({"a\n": {}}, r"unknown key config.'a\\n': known keys: data"),
+    ({"model": {"a\n": 1}}, r"unknown key config.model.'a\\n': known keys: att"),
+  ],
+)
+def test_a_config_that_is_none_is_one_line(plain, message):
+  with pytest.raises(UserError, match=message) as raised:
+    config_lib.freeze(plain)
+  assert "\n" not in str(raised.value)
 
 
 STEP = fuzz.STEP
