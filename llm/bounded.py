@@ -14,6 +14,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from typing import Any
@@ -41,6 +42,7 @@ class Worker:
 
   function: "MODULE:NAME"; the argument and the value are what JSON holds. seconds, megabytes: what
   one call may take. The process starts with the first call, and anew after a call that ended it.
+  Threads take turns, as those of a server must: there is one process.
   """
 
   def __init__(self, function: str, seconds: float, megabytes: int):
@@ -48,22 +50,28 @@ class Worker:
     self.seconds = seconds
     self.megabytes = megabytes
     self._process: subprocess.Popen | None = None
+    self._turn = threading.Lock()
 
   def __call__(self, argument: Any) -> Any:
     """The value of the function. Raises Failed where there is none."""
+    with self._turn:
+      answer = self._answer(argument)
+    if "failed" in answer:
+      raise Failed(answer["failed"], answer["message"])
+    return answer["value"]
+
+  def _answer(self, argument: Any) -> dict[str, Any]:
+    """What the process says of an argument. Raises Failed where it says nothing."""
     process = self._started()
     try:
       _write_line(process, argument, time.monotonic() + self.seconds)
-      answer = _read_line(process, time.monotonic() + self.seconds)
+      return _read_line(process, time.monotonic() + self.seconds)
     except TimeoutError:
       self.close()
       raise Failed(TOOK_TOO_LONG, f"it took more than {self.seconds:g} s")
     except (EOFError, OSError, ValueError):
       self.close()
       raise Failed(CRASHED, "it ended the process that tried it")
-    if "failed" in answer:
-      raise Failed(answer["failed"], answer["message"])
-    return answer["value"]
 
   def close(self) -> None:
     """Ends the process."""

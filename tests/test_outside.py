@@ -1,5 +1,6 @@
 """What comes from outside is bounded: in time, in memory, in where it lies, and verified."""
 
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -40,6 +41,12 @@ def test_a_bounded_call_ends_and_the_next_one_works():
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="Linux keeps the limit")
+def test_threads_get_the_values_of_their_own_calls():
+  worker = bounded.Worker("builtins:abs", 30, 64)
+  with concurrent.futures.ThreadPoolExecutor(8) as threads:
+    assert list(threads.map(worker, range(-300, 0))) == list(range(300, 0, -1))
+
+
 def test_a_bounded_call_takes_no_more_memory():
   worker = bounded.Worker("builtins:bytearray", 10, 64)
   with pytest.raises(bounded.Failed) as failed:
