@@ -86,8 +86,10 @@ def _guarded(
   try:
     return main()
   except OSError as error:
-    if error.filename or error.errno in NO_ROOM:
+    if error.errno in NO_ROOM:
       raise UserError(f"{error.filename or 'a file'}: {error.strerror}; what was saved is kept")
+    if error.filename:
+      raise UserError(f"{error.filename}: {error.strerror}")
     raise
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower():

@@ -112,8 +112,8 @@ def test_one_row_on_one_device_is_written_as_in_a_batch(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["gpt", "llama", "qwen3", "t5"])
 def test_the_cache_and_the_batch_change_no_token(name, monkeypatch):
-  traced, step = [], decoding._step  # once for a program
-  monkeypatch.setattr(decoding, "_step", lambda *args: (traced.append(1), step(*args))[1])
+  traced, step = [], decoding.step  # once for a program
+  monkeypatch.setattr(decoding, "step", lambda *args: (traced.append(1), step(*args))[1])
   made, model, params = writer_of(name)
   together = made.write(PROMPTS, NEW)
   for prompt, found in zip(PROMPTS, together):

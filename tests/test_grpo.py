@@ -363,7 +363,7 @@ def test_a_reward_that_is_none_is_said(reward, message, tmp_path):
   [
     ({"prompt": "a" * 90}, {}, "no prompt of 1 to 33 tokens, which with .*max_tokens=32"),
     ({"prompt": "a"}, {"max_tokens": 65}, "max_tokens=65 leaves no room for a prompt"),
-    ({"prompt": ""}, {}, "no prompt of 1 to"),
+    ({"prompt": ""}, {}, "all of its texts are empty"),
     ({"prompt": []}, {}, "expected `prompt`, a text, or `messages`"),
     (
       {"messages": [{"role": "assistant", "content": "a"}]},
