@@ -12,7 +12,7 @@ from llm import sharding
 from llm.config import MeshConfig
 from llm.core import UserError
 from llm.performance import flops, hardware, hlo
-from llm.training import experiment, program, state
+from llm.training import experiment, plan, program
 from tests.conftest import tiny
 
 B, T = 16, 64
@@ -34,7 +34,7 @@ def traced(kind, mesh=MeshConfig(data=2, fsdp=2, tensor=2), **overrides):
     dataclasses.replace(tiny(kind, "text:nothing", **(shape | overrides)), mesh=mesh)
   ).on_platform("cpu")
   on = sharding.make_mesh(mesh)
-  return made, on, program.traced_step(made, state.plan(made, on), on)
+  return made, on, program.traced_step(made, plan.of(made, on), on)
 
 
 def traffic(step, mesh):

@@ -145,7 +145,7 @@ def test_a_folder_changes_its_digest_with_its_files(tmp_path):
 def test_splits_are_for_kinds_that_have_them(tmp_path):
   parsed = {kind: source(f"{kind}:name[part]") for kind in sources.KINDS}
   with_split = {kind for kind, found in parsed.items() if found.split == "part"}
-  assert with_split == {"embedded", "tfds", "hf"}
+  assert with_split == {"embedded", "made", "tfds", "hf"}
   assert all(parsed[kind].name == "name[part]" for kind in parsed.keys() - with_split)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from llm import config as config_lib
 from llm.performance import hardware
-from llm.training import experiment, program, state
+from llm.training import experiment, plan, program
 from tests.conftest import tiny
 
 pytestmark = pytest.mark.tpu
@@ -41,7 +41,7 @@ def compiled(kind, topology, **overrides):
   there = hardware.topology(topology, 1)
   made = program.explicit(experiment.without_data(config), there)
   mesh = hardware.mesh(config.mesh, there)
-  step = program.traced_step(made, state.plan(made, mesh), mesh)
+  step = program.traced_step(made, plan.of(made, mesh), mesh)
   return made, step.lower().compile().as_text()
 
 
