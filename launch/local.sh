@@ -13,7 +13,9 @@ if [ "${1:-}" = --dry_run ]; then dry=1; shift; fi
 count=$1
 shift 2
 
-python=$(command -v python || command -v python3) || { echo "error: there is no python on the path" >&2; exit 2; }
+python=python
+command -v python > /dev/null || python=python3
+command -v "$python" > /dev/null || { echo "error: there is no python on the path" >&2; exit 2; }
 port=${PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')}
 pids=()
 for (( i = 0; i < count; i++ )); do

@@ -372,7 +372,7 @@ def test_batches_of_labelled_texts_are_the_same_on_every_mesh(tmp_path, bert_sta
   examples = of_mesh[0].examples()
   header = f"16 rows x 32 = 512 tokens a step, about {examples:.0f} examples"
   assert any(header in line for line in said)
-  assert any("90 examples in" in line and "0 were cut" in line for line in said)
+  assert any("90 examples in" in line and "full; 0 are empty; 0 were cut" in line for line in said)
   small = dataclasses.replace(config, training=dataclasses.replace(config.training, batch_size=6))
   said = (
     "batch_size=6 examples come to 2 rows, which must be a multiple of mesh.data x .* = "
