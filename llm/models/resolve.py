@@ -27,7 +27,8 @@ def resolved(
   """
   dtype = precision.auto(platform) if config.dtype == "auto" else config.dtype
   # JAX adds its options to the class at run time, where its types do not show them.
-  if dtype == "float64" and not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+  has_float64 = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+  if dtype == "float64" and not has_float64:
     raise UserError(
       "config.model.dtype=float64 would be computed in float32: set JAX_ENABLE_X64=1 in the "
       "environment"

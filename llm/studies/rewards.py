@@ -31,7 +31,7 @@ from llm.inference.writer import Writer
 from llm.models.decoding import Sampling
 from llm.objectives import base as base_lib
 from llm.objectives import grpo
-from llm.studies import frame
+from llm.studies import frame, plots
 from llm.studies.frame import Result, Run
 from llm.training import evaluation
 
@@ -400,6 +400,4 @@ def _draw(workdirs: Sequence[pathlib.Path], folder: pathlib.Path) -> None:
   for axis, title in zip(axes, CURVES.values()):
     axis.set(xlabel="step", title=title)
   axes[0].legend(frameon=False, fontsize=7)
-  for suffix in ("png", "svg"):
-    figure.savefig(folder / f"rewards.{suffix}", dpi=120)
-  plt.close(figure)
+  plots.save(figure, folder / "rewards")
