@@ -362,12 +362,20 @@ def check_name(group: str, names: list[str], group_class: Any):
     raise unknown_key(f"config.{group}", ".".join(names), known)
 
 
+def _as_float(value: int) -> float:
+  """An integer as a float; beyond the largest float it is infinite, which no key may be."""
+  try:
+    return float(value)
+  except OverflowError:
+    return math.copysign(math.inf, value)
+
+
 def _checked(value, default, where: str):
   """`value`, if its type is that of `default` (an int may stand for a float)."""
   if isinstance(value, list):
     value = tuple(value)
   if isinstance(default, float) and type(value) is int:
-    value = float(value)
+    value = _as_float(value)
   if type(value) is not type(default):
     raise UserError(
       f"{where} must be of type {type(default).__name__}, not {type(value).__name__} ({value!r})"

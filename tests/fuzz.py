@@ -66,6 +66,8 @@ SQUAD = {
     }
   ]
 }
+TABLE = b'text,label\n"a, film",good\nanother,bad\n'
+PROGRAM = "from configs.pretrain_gpt import get_config"
 # Objective -> records that it learns from.
 RECORDS: dict[str, list] = {
   "classification": [{"text": "a film", "label": "good"}, {"text": "another", "label": "bad"}],
@@ -80,10 +82,14 @@ RECORDS: dict[str, list] = {
 
 @dataclasses.dataclass(frozen=True)
 class Boundary:
-  """cases: what comes from outside. attempt(case, folder): reads it; folder is empty."""
+  """cases: what comes from outside. attempt(case, folder): reads it; folder is empty.
+
+  good: a case that works, without which a boundary that refuses everything would look well kept.
+  """
 
   cases: st.SearchStrategy
   attempt: Callable[[Any, pathlib.Path], None]
+  good: Any
 
 
 def _config(plain: Any, folder: pathlib.Path):
@@ -101,6 +107,8 @@ def _config_program(text: str, folder: pathlib.Path):
 def _arguments(arguments: list[str], folder: pathlib.Path):
   argv = ["train", f"--config={ROOT}/configs/pretrain_gpt.py:tiny", *arguments]
   before = set(flags.FLAGS)
+  if "config" not in before:
+    config_file.define("A config.")
   try:
     command._parse(argv, command.check_key_of_run)
   finally:
@@ -150,6 +158,7 @@ def _published(case: tuple[str, str, bytes], folder: pathlib.Path):
 
 # What becomes of a file, by its path.
 DAMAGES: dict[str, Callable[[pathlib.Path], Any]] = {
+  "none": lambda path: None,
   "removed": lambda path: path.unlink(),
   "emptied": lambda path: path.write_bytes(b""),
   "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
@@ -264,8 +273,8 @@ def _record_files() -> st.SearchStrategy:
     st.tuples(st.just("jsonl"), st.just(name), grammars.json_lines(records))
     for name, records in RECORDS.items()
   ]
-  table = st.just(b'text,label\n"a, film",good\nanother,bad\n')
-  csv = st.tuples(st.just("csv"), st.just("classification"), grammars.broken_bytes(table))
+  table = grammars.broken_bytes(st.just(TABLE))
+  csv = st.tuples(st.just("csv"), st.just("classification"), table)
   squad = st.tuples(st.just("squad"), st.just("span_qa"), grammars.json_files(SQUAD))
   return st.one_of(*lines, csv, squad)
 
@@ -289,20 +298,24 @@ def boundaries(corpus: pathlib.Path) -> dict[str, Boundary]:
     st.tuples(st.just("config.json"), grammars.json_files(json.loads(config_json))),
     st.tuples(st.just("metrics.jsonl"), grammars.broken_bytes(st.just(logged))),
   ]
-  named = json.dumps({"1": "anna", "2": "bob"})
+  named = {"1": "anna", "2": "bob"}
+  described_well = ("description.json", (STEP / "description.json").read_bytes())
   step_files = st.sampled_from(_files(STEP))
+  published = ("llama", "config.json", (GOLDEN / "llama/config.json").read_bytes())
   return {
-    "configs": Boundary(grammars.broken_trees(st.just(good)), _config),
-    "config programs": Boundary(grammars.config_programs, _config_program),
-    "arguments": Boundary(st.lists(arguments, max_size=3), _arguments),
-    "records": Boundary(_record_files(), _records),
-    "templates": Boundary(grammars.statements, _template),
-    "predictions": Boundary(grammars.json_files(json.loads(named)), _predictions),
-    "published": Boundary(_published_files(), _published),
-    "checkpoints": Boundary(st.tuples(step_files, damages), _checkpoint),
-    "descriptions": Boundary(st.one_of(*described, orbax), _described),
-    "workdirs": Boundary(st.one_of(*in_workdir), _workdir),
-    "caches": Boundary(st.tuples(st.integers(0, 20), damages), _kept),
+    "configs": Boundary(grammars.broken_trees(st.just(good)), _config, good),
+    "config programs": Boundary(grammars.config_programs, _config_program, PROGRAM),
+    "arguments": Boundary(st.lists(arguments, max_size=3), _arguments, []),
+    "records": Boundary(_record_files(), _records, ("csv", "classification", TABLE)),
+    "templates": Boundary(grammars.statements, _template, chat.TEMPLATE),
+    "predictions": Boundary(grammars.json_files(named), _predictions, json.dumps(named).encode()),
+    "published": Boundary(_published_files(), _published, published),
+    "checkpoints": Boundary(
+      st.tuples(step_files, damages), _checkpoint, ("description.json", "none")
+    ),
+    "descriptions": Boundary(st.one_of(*described, orbax), _described, described_well),
+    "workdirs": Boundary(st.one_of(*in_workdir), _workdir, ("metrics.jsonl", logged)),
+    "caches": Boundary(st.tuples(st.integers(0, 20), damages), _kept, (0, "none")),
   }
 
 

@@ -46,7 +46,7 @@ def test_local_says_what_it_runs():
   assert status == 0 and said == "".join(
     f"env JAX_COORDINATOR_ADDRESS=localhost:1234 JAX_NUM_PROCESSES=2 JAX_PROCESS_ID={n} "
     f"JAX_NUM_CPU_DEVICES=3 "
-    f"{BIN}/python -m llm.train --distributed --config=a\\ b.py --workdir=w \n"
+    f"python -m llm.train --distributed --config=a\\ b.py --workdir=w \n"
     for n in range(2)
   )
 

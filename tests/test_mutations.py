@@ -32,6 +32,12 @@ def test_a_few_cases(name, boundaries, tmp_path, monkeypatch):
   fuzz.run(boundaries[name], FEW.get(name, 30), 0)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_good_works(name, boundaries, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert fuzz.is_kept(boundaries[name], boundaries[name].good)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_more_cases(name, boundaries, tmp_path, monkeypatch):

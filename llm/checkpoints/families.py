@@ -7,8 +7,8 @@ name here, `theirs` a name in transformers.
 
 import dataclasses
 import functools
-import math
 import re
+import sys
 from typing import Any, Callable, Mapping
 
 import numpy as np
@@ -145,7 +145,7 @@ def _number(config: Mapping[str, Any], key: str) -> int:
 
 def _real(config: Mapping[str, Any], key: str, default: float) -> float:
   value = config.get(key, default)
-  if type(value) not in (int, float) or not 0 <= value < math.inf:
+  if type(value) not in (int, float) or not 0 <= value <= sys.float_info.max:
     raise UserError(f"config.json: {key} must be a number of at least 0, not {value!r}")
   return float(value)
 
