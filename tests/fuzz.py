@@ -345,6 +345,9 @@ def is_kept(boundary: Boundary, case: Any) -> bool:
     except UserError as error:
       assert str(error).strip() and "Traceback" not in str(error) and "\n" not in str(error)
       return False
+    except OSError as error:  # llm/command.py says it in one line where it names a file
+      assert error.filename
+      return False
 
 
 def run(boundary: Boundary, examples: int, number: int) -> tuple[int, int]:

@@ -253,6 +253,8 @@ def from_checkpoint(step: epath.Path) -> Experiment:
     model = dataclasses.replace(config.model, attention="auto")
     _check_model(model, tokenizer.vocab_size)
     base.check_kind(objective, model)
+    if not model.vocab_size:
+      raise UserError("config.model.vocab_size is 0")
   except UserError as error:
     raise manager.Damaged(f"{step}: its description does not hold together: {error}")
   config = dataclasses.replace(config, model=model)
