@@ -188,7 +188,7 @@ def test_damage_to_any_file_of_a_checkpoint_is_found(tmp_path):
   root = tmp_path / "checkpoints"
   shutil.copytree(STEP, root / "2")
   for file in fuzz._files(STEP):
-    for damage in [*fuzz.DAMAGES, 12345]:
+    for damage in [*sorted(fuzz.DAMAGES.keys() - {"none"}), 12345]:
       shutil.rmtree(root / "3", ignore_errors=True)
       shutil.copytree(STEP, root / "3")
       fuzz._damaged(root / "3" / file, damage)

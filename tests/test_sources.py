@@ -114,7 +114,7 @@ def test_broken_bytes_are_one_line(tmp_path):
       (folder / name).write_bytes(content)
       texts(f"{kind}:{folder / name}")
 
-    boundary = fuzz.Boundary(grammars.broken_bytes(strategies.just(data)), attempt)
+    boundary = fuzz.Boundary(grammars.broken_bytes(strategies.just(data)), attempt, data)
     worked, refused = fuzz.run(boundary, 100, 0)
     assert refused > 20, spec
 
