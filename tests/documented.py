@@ -88,7 +88,8 @@ def main():
   Each is checked in a process of its own, for two commands may define a flag of one name. It is a
   fork of this one, so that JAX is imported once.
   """
-  from llm.training import loop  # noqa: F401  most of what commands import, before the forks
+  # Most of what commands import, before the forks.
+  from llm.studies import label_efficiency, responses  # noqa: F401
 
   statuses = []
   for module_name, *arguments in json.load(sys.stdin):
