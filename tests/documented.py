@@ -82,17 +82,14 @@ def check(module_name: str, arguments: list[str]):
   command.run(freeze, sys.argv, check_key)
 
 
-def main():
-  """Reads commands from standard input, as JSON, and prints the status of each, as JSON.
+def statuses(commands: list[list[str]]) -> list[int]:
+  """What `check` says of each command.
 
   Each is checked in a process of its own, for two commands may define a flag of one name. It is a
   fork of this one, so that JAX is imported once.
   """
-  # Most of what commands import, before the forks.
-  from llm.studies import label_efficiency, responses  # noqa: F401
-
-  statuses = []
-  for module_name, *arguments in json.load(sys.stdin):
+  found = []
+  for module_name, *arguments in commands:
     child = os.fork()
     if child == 0:
       os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # standard output is the answer's
@@ -107,8 +104,33 @@ def main():
         traceback.print_exc()
         os._exit(1)
     _, status = os.waitpid(child, 0)
-    statuses.append(os.waitstatus_to_exitcode(status))
-  print(json.dumps(statuses))
+    found.append(os.waitstatus_to_exitcode(status))
+  return found
+
+
+def run(commands: list[list[str]]):
+  """Runs commands one after another, forks too. The first that fails ends this process."""
+  from tests import kills
+
+  for command in commands:
+    output = pathlib.Path("printed.txt")
+    output.unlink(missing_ok=True)
+    status = kills.ended(kills.start(command, output), seconds=300)
+    if status != 0:
+      sys.exit(f"{command} ended with {status}: {output.read_text()}")
+
+
+def main():
+  """Reads commands from standard input, as JSON. Prints their statuses; `run` runs them instead."""
+  # Most of what commands import, before the forks.
+  from llm.inference import writer  # noqa: F401
+  from llm.studies import label_efficiency, responses  # noqa: F401
+
+  commands = json.load(sys.stdin)
+  if sys.argv[1:] == ["run"]:
+    run(commands)
+  else:
+    print(json.dumps(statuses(commands)))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,6 @@ def forked(work: Callable[[], Any], output: pathlib.Path) -> int:
   if child := os.fork():
     return child
   try:
-    os.chdir(ROOT)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
       os.dup2(file, stream)
@@ -311,6 +310,7 @@ def main() -> int:
   import llm.models.classical
   import llm.training.loop  # noqa: F401
 
+  os.chdir(ROOT)
   with tempfile.TemporaryDirectory() as scratch:
     os.environ["PRETUNE_CACHE"] = f"{scratch}/cache"
     folder = pathlib.Path(scratch) / "work"

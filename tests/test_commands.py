@@ -280,7 +280,7 @@ MISTAKES = [
   (["llm.predict", "--checkpoint=tests", "--question=why?"], "--question needs --context"),
   (
     ["llm.evaluate", "--predictions=README.md", "--config.data.eval=squad:README.md"],
-    "README.md cannot be read as JSON",
+    "README.md: not JSON",
   ),
   (["llm.generate"], "--checkpoint is missing"),
   (

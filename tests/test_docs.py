@@ -221,9 +221,10 @@ def workplace(tmp_path_factory):
   return folder
 
 
-def python(arguments: list[str], folder: pathlib.Path) -> str:
+def python(arguments: list[str], folder: pathlib.Path, given: str = "") -> str:
+  """What Python prints. given: its standard input."""
   done = subprocess.run(
-    [sys.executable, *arguments], cwd=folder, env=PLAIN, capture_output=True, text=True
+    [sys.executable, *arguments], input=given, cwd=folder, env=PLAIN, capture_output=True, text=True
   )
   assert done.returncode == 0, f"{arguments}\n{done.stdout}{done.stderr}"
   return done.stdout
@@ -243,8 +244,8 @@ def chosen() -> list[list[str]]:
 @pytest.mark.slow
 def test_commands_run_as_they_are_written(workplace):
   """On small settings, in the order of the pages; then the README's lines of Python."""
-  for command in chosen():
-    python(["-m", *smaller(command)], workplace)
+  commands = [smaller(command) for command in chosen()]
+  python(["-m", "tests.documented", "run"], workplace, json.dumps(commands))
   (lines,) = documented.blocks(ROOT / "README.md", "python")
   losses = python(["-c", lines], workplace)
   assert len(re.findall(r"\d\.\d+", losses)) == len("The history of the film") - 1

@@ -43,7 +43,8 @@ def test_what_is_good_works(name, boundaries, tmp_path, monkeypatch):
 def test_more_cases(name, boundaries, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   worked, refused = fuzz.run(boundaries[name], 3 * FEW.get(name, 30), 1)
-  assert refused, "no case was bad: the grammar breaks nothing"
+  if name != "caches":  # what is damaged there is made again
+    assert refused, "no case was bad: the grammar breaks nothing"
 
 
 def test_every_boundary_is_tried(boundaries):

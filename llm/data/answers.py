@@ -152,4 +152,4 @@ def _read_predictions(path: pathlib.Path) -> dict[str, str]:
   try:
     return reading.read_json(path, dict[str, str])
   except UserError as error:
-    raise UserError(f"--predictions must hold an object of id: text: {error}")
+    raise UserError(f"--predictions must be an object of texts by id; {error}")
