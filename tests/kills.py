@@ -28,7 +28,7 @@ from typing import Any, Callable
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Nothing is compared of these: they are times, or name the folder.
-TIMINGS = {"tokens_per_second", "input_wait", "mfu", "seconds", "shares", "checkpoint"}
+TIMINGS = {"tokens_per_second", "input_wait", "mfu", "seconds", "shares", "checkpoint", "wall_clock"}
 SMALL = (
   "--config.model.num_layers=1 --config.model.width=32 --config.model.num_heads=2 "
   "--config.model.mlp_dim=64 --config.model.max_length=64 --config.tokenizer.name=bytes "
@@ -118,6 +118,11 @@ def files(folder: pathlib.Path, printed: str) -> Any:
   return _digests(folder / "out")
 
 
+def studied(folder: pathlib.Path, printed: str) -> Any:
+  """What a study found."""
+  return without_timings(json.loads((folder / "out" / "result.json").read_text()))
+
+
 def shards(folder: pathlib.Path, printed: str) -> Any:
   """The bytes of every shard of a corpus."""
   return _digests(folder / "out" / "shards")
@@ -164,6 +169,12 @@ def activities(data: pathlib.Path) -> list[Activity]:
   prepare = ["llm.prepare", "--config=configs/prepare_text.py", f"--config.input={data}/text.jsonl"]
   prepare += ["--config.tokenizer.name=bytes", "--workers=1", "--output=OUT"]
   to_hf = ["llm.convert", "to_hf", f"--checkpoint={data}/pretraining/out", "--output=OUT"]
+  study = ["llm.study", "scaling_law", "--config=configs/study_scaling_law.py", "--workdir=OUT"]
+  study += ["--config.study.sizes=('1x16','1x32','2x32')", "--config.study.seeds=1"]
+  study += ["--config.study.tokens=('2e3','4e3','8e3')", "--config.study.held_out=('2x48:4e3',)"]
+  study += ["--config.run.training.batch_size=8", "--config.run.training.eval_batches=2"]
+  study += ["--config.run.training.sequence_length=64", f"--config.run.data.train={text}"]
+  study += [f"--config.run.data.eval={text}", "--config.run.tokenizer.name=bytes"]
   score = ["llm.evaluate", f"--checkpoint={data}/fine-tuning/out"]
   return [
     Activity("pretraining", pretrain, trained),
@@ -171,6 +182,7 @@ def activities(data: pathlib.Path) -> list[Activity]:
     Activity("evaluation", score, last_line),
     Activity("conversion", to_hf, files),
     Activity("preparation", prepare, shards),
+    Activity("study", study, studied),
   ]
 
 
@@ -308,6 +320,7 @@ def main() -> int:
   import llm.corpus.preparation
   import llm.inference.writer
   import llm.models.classical
+  import llm.studies.scaling_law
   import llm.training.loop  # noqa: F401
 
   os.chdir(ROOT)

@@ -99,7 +99,9 @@ def parametric(
 
   starts = list(itertools.product(*GRID))
   if near:
-    starts = [(np.log(near.A), np.log(near.B), np.log(near.E), near.alpha, near.beta)]
+    # A constant that the fit found to be 0 starts at the smallest number that has a logarithm.
+    constants = np.maximum((near.A, near.B, near.E), np.finfo(float).tiny)
+    starts = [(*np.log(constants), near.alpha, near.beta)]
   ranked = sorted(starts, key=lambda start: objective(np.array(start, float))[0])
   fits = [
     scipy.optimize.minimize(
