@@ -1,7 +1,7 @@
 """Checkpoints in the layout of `transformers`: import and export, without torch.
 
 `read` turns a folder of config.json, *.safetensors and tokenizer files into parameters, a config
-and a tokenizer. `export` writes such a folder from a checkpoint. The tables in families.py say
+and a tokenizer. `export` writes such a folder from a checkpoint. The tables in families/ say
 which tensor becomes which parameter.
 """
 
@@ -20,7 +20,7 @@ from sentencepiece import sentencepiece_model_pb2
 from llm import config as config_lib
 from llm import reading
 from llm.checkpoints import adapters, families, layout, manager, vocabulary
-from llm.checkpoints.families import Family
+from llm.checkpoints.families.base import PAIRS, Family, Tensor
 from llm.config import ModelConfig
 from llm.core import STACKED, Params, UserError, first_line, flatten, unflatten
 from llm.data import tokenizer as tokenizer_lib
@@ -190,7 +190,7 @@ def _names_to_read(family: Family, weights: TensorReader, model: ModelConfig) ->
 
 def _read_leaves(
   family: Family,
-  tensor: families.Tensor,
+  tensor: Tensor,
   weights: TensorReader,
   unread: dict[str, str],
   wanted: dict[str, tuple[int, ...]],
@@ -219,7 +219,7 @@ def _read_leaves(
 
 def _parts(
   family: Family,
-  tensor: families.Tensor,
+  tensor: Tensor,
   weights: TensorReader,
   name: str,
   layer_shapes: list[tuple[int, ...]],
@@ -324,7 +324,7 @@ def write(
 
 def _architecture(family: Family, objective: Mapping[str, Any]) -> str:
   """The class of transformers that has the head of an objective. Raises UserError without one."""
-  kind = families.PAIRS if objective.get("next_sentence") else objective["name"]
+  kind = PAIRS if objective.get("next_sentence") else objective["name"]
   pooling = objective.get("pooling", "auto")
   if kind in family.classes and pooling in ("auto", "first"):
     return family.classes[kind]
@@ -425,12 +425,12 @@ def _adapter_config(
   }
 
 
-def _is_adapted(tensor: families.Tensor, leaves: Mapping[str, Any]) -> bool:
+def _is_adapted(tensor: Tensor, leaves: Mapping[str, Any]) -> bool:
   return any(f"{path.removesuffix('kernel')}lora_a" in leaves for path in tensor.ours)
 
 
 def _adapter_pairs(
-  tensor: families.Tensor, leaves: Mapping[str, Any], num_layers: int
+  tensor: Tensor, leaves: Mapping[str, Any], num_layers: int
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
   """Module of transformers -> (A of rank x inputs, B of outputs x rank), for every layer."""
   if len(tensor.ours) != 1:
