@@ -46,7 +46,7 @@ def make(shape: str, folder: pathlib.Path):
   """Random weights in the layout of transformers, for both sides."""
   import json
 
-  from llm.checkpoints import huggingface
+  from llm.checkpoints import export, tensors
   from llm.checkpoints.families import gpt2
   from llm.objectives import base
 
@@ -55,8 +55,8 @@ def make(shape: str, folder: pathlib.Path):
   leaves = {
     path: rng.normal(scale=0.02, size=size).astype(np.float32) for path, size in shapes.items()
   }
-  huggingface._save(
-    folder / "model.safetensors", lambda: huggingface._tensors(gpt2.FAMILY, leaves, config)
+  export.save(
+    folder / "model.safetensors", lambda: tensors.from_params(gpt2.FAMILY, leaves, config)
   )
   (folder / "config.json").write_text(
     json.dumps(gpt2.FAMILY.config(config) | {"architectures": ["GPT2LMHeadModel"]})
@@ -73,7 +73,7 @@ def ours(shape, folder, rows, dtype):
   import types
 
   from llm import command
-  from llm.checkpoints import huggingface
+  from llm.checkpoints import huggingface, tensors
   from llm.checkpoints.families import gpt2
   from llm.data.tokenizer import ByteTokenizer
   from llm.inference import writer
@@ -84,7 +84,7 @@ def ours(shape, folder, rows, dtype):
   command.use_compilation_cache()
   config = model_config(shape, dtype)
   wanted = base.shapes(base.build({"name": "causal_lm"}), config)
-  params = huggingface._stack(gpt2.FAMILY, huggingface.Weights(folder), wanted, config)
+  params = tensors.to_params(gpt2.FAMILY, huggingface.Weights(folder), wanted, config)
   made = writer.Writer(
     experiment.Bundle(None, params, ByteTokenizer(), types.SimpleNamespace(model=config))
   )

@@ -23,7 +23,7 @@ import tqdm
 from absl import flags
 
 from llm import cache, command, storage
-from llm.checkpoints import gguf, huggingface, locate
+from llm.checkpoints import export, gguf, huggingface, locate
 from llm.config import DataConfig
 from llm.core import UserError
 from llm.data import sources
@@ -115,8 +115,8 @@ def _shards_to_text():
 VERBS = {
   "from_hf": lambda: _import_with(_read_published),
   "from_gguf": lambda: _import_with(gguf.read),
-  "to_hf": lambda: _export_with(huggingface.export, "transformers"),
-  "adapters": lambda: _export_with(huggingface.export_adapters, "peft"),
+  "to_hf": lambda: _export_with(export.to_transformers, "transformers"),
+  "adapters": lambda: _export_with(export.to_peft, "peft"),
   "shards": _shards_to_text,
 }
 

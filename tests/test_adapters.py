@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from llm.checkpoints import adapters, huggingface, locate, manager
+from llm.checkpoints import adapters, export, locate, manager
 from llm.core import UserError, flatten, unflatten
 from llm.training import experiment, loop
 from tests.conftest import tiny
@@ -112,7 +112,7 @@ def test_adapters_leave_alone_in_pefts_layout(tmp_path, reviews):
   )
   loop.train(config, tmp_path / "tuned")
   step = manager.find(tmp_path / "tuned")
-  for folder, write in (("merged", huggingface.export), ("alone", huggingface.export_adapters)):
+  for folder, write in (("merged", export.to_transformers), ("alone", export.to_peft)):
     (tmp_path / folder).mkdir()
     write(step, tmp_path / folder)
   base, merged = (
@@ -141,4 +141,4 @@ def test_adapters_leave_alone_in_pefts_layout(tmp_path, reviews):
       np.testing.assert_array_equal(base[name], tensor)
   assert seen == 2 * 6
   with pytest.raises(UserError, match="has no adapters"):
-    huggingface.export_adapters(locate.find(GOLDEN / "bert_classifier"), tmp_path)
+    export.to_peft(locate.find(GOLDEN / "bert_classifier"), tmp_path)

@@ -16,7 +16,7 @@ from flax import linen as nn
 from configs import finetune_classification, finetune_qa, pretrain_electra
 from llm import config as config_lib
 from llm import models, sharding
-from llm.checkpoints import huggingface, manager
+from llm.checkpoints import export, huggingface, manager
 from llm.config import MeshConfig, ModelConfig
 from llm.core import UserError, flatten, unflatten
 from llm.data import tokenizer as tokenizer_lib
@@ -374,7 +374,7 @@ def with_pieces(pretrained, tmp_path_factory):
   tokenizer = tokenizer_lib.WordPieceTokenizer((folder / "vocab.txt").read_bytes())
   huggingface.write(unflatten(params), config, tokenizer, folder / "ours", "")
   (folder / "theirs").mkdir()
-  huggingface.export(manager.find(folder / "ours"), folder / "theirs")
+  export.to_transformers(manager.find(folder / "ours"), folder / "theirs")
   return folder
 
 
@@ -465,7 +465,7 @@ def test_their_discriminator_is_ours(embedding_size, tmp_path):
   assert np.abs(expected[real] - found[real]).max() <= 1e-5 * np.abs(expected[real]).max()
   huggingface.write(params, ours, tokenizer, tmp_path / "ours", "")
   (tmp_path / "again").mkdir()
-  huggingface.export(manager.find(tmp_path / "ours"), tmp_path / "again")
+  export.to_transformers(manager.find(tmp_path / "ours"), tmp_path / "again")
   before, after = (
     safetensors.numpy.load_file(folder / "model.safetensors")
     for folder in (tmp_path, tmp_path / "again")

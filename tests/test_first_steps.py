@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from llm.checkpoints import huggingface, manager
+from llm.checkpoints import export, manager
 from llm.training import loop
 from tests.conftest import sentences, tiny
 
@@ -87,7 +87,7 @@ def test_losses_of_the_first_steps_are_torchs(family, architecture, one_document
   )
   loop.train(config, tmp_path / "run")
   (tmp_path / "exported").mkdir()
-  huggingface.export(manager.find(start), tmp_path / "exported")
+  export.to_transformers(manager.find(start), tmp_path / "exported")
   model = getattr(transformers, architecture).from_pretrained(tmp_path / "exported").train()
   optimizer = torch.optim.AdamW(
     model.parameters(), RATE, (0.9, 0.999), config.optimizer.epsilon, weight_decay=0.0

@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 
 from llm import config as config_lib
-from llm.checkpoints import families, huggingface, layout, locate, manager
+from llm.checkpoints import export, export_tokenizer, families, huggingface, layout, locate, manager
 from llm.core import UserError, flatten
 from llm.data import tokenizer as tokenizer_lib
 from llm.objectives import base
@@ -169,7 +169,7 @@ def test_gradients_are_torchs(name):
 def test_in_and_out_is_bit_equal(name, tmp_path):
   huggingface.write(*huggingface.read(GOLDEN / name), tmp_path / "ours", "")
   (tmp_path / "theirs").mkdir()
-  huggingface.export(manager.find(tmp_path / "ours"), tmp_path / "theirs")
+  export.to_transformers(manager.find(tmp_path / "ours"), tmp_path / "theirs")
   _same_bits(GOLDEN / name, tmp_path / "theirs")
   old, new = (
     json.loads((f / "config.json").read_text()) for f in (GOLDEN / name, tmp_path / "theirs")
@@ -196,7 +196,7 @@ def test_a_trained_tokenizer_leaves_with_the_same_ids(lowercase, corpus, tmp_pat
   ours = tokenizer_lib.SentencePieceTokenizer(
     tokenizer_lib.train_sentencepiece(texts * 3, 150 if lowercase else 420, lowercase), lowercase
   )
-  huggingface.write_tokenizer(ours, tmp_path, 64)
+  export_tokenizer.write(ours, tmp_path, 64)
   theirs = layout.read_tokenizer(tmp_path)
   for text in ["", " ", "Unseen ÄÖ \u200b text", "\nbegins, and \n\n ends\n", "  led", *texts]:
     (ids,) = ours.encode([text])
@@ -343,7 +343,7 @@ def test_what_transformers_has_no_class_for_is_refused(tmp_path):
   described["config"]["objective"]["pooling"] = "mean"
   (step / "description.json").write_text(json.dumps(described))
   with pytest.raises(UserError, match="no class for bert with classification pooled by mean"):
-    huggingface.export(step, tmp_path)
+    export.to_transformers(step, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -375,5 +375,5 @@ def test_round_trip_over_a_mesh(name, mesh, corpus, tmp_path):
   )
   loop.train(config, tmp_path / "run")
   (tmp_path / "out").mkdir()
-  huggingface.export(manager.find(tmp_path / "run"), tmp_path / "out")
+  export.to_transformers(manager.find(tmp_path / "run"), tmp_path / "out")
   _same_bits(GOLDEN / name, tmp_path / "out")

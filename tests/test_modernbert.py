@@ -14,7 +14,7 @@ import safetensors.numpy
 
 from llm import config as config_lib
 from llm import sharding
-from llm.checkpoints import families, huggingface, manager
+from llm.checkpoints import export, families, huggingface, manager
 from llm.checkpoints.families import modernbert as modernbert_family
 from llm.config import MeshConfig, ModelConfig
 from llm.core import UserError
@@ -395,7 +395,7 @@ def test_what_begins_here_is_theirs(name, changes, tmp_path):
   )
   huggingface.write(fresh, config, tokenizer, tmp_path / "ours", "")
   (tmp_path / "theirs").mkdir()
-  huggingface.export(manager.find(tmp_path / "ours"), tmp_path / "theirs")
+  export.to_transformers(manager.find(tmp_path / "ours"), tmp_path / "theirs")
   kind = (
     transformers.AutoModelForMaskedLM if name == "modernbert" else transformers.AutoModelForCausalLM
   )

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from llm.cache import cache_dir
-from llm.checkpoints import huggingface, layout, manager
+from llm.checkpoints import export, export_tokenizer, huggingface, layout, manager
 from llm.data import embedded
 from llm.models import build_backbone, resolve
 from tests.test_huggingface import GOLDEN, NAMES, _batch
@@ -56,7 +56,7 @@ def test_what_we_export_loads_with_nothing_missing(name, library, tmp_path):
 
   huggingface.write(*huggingface.read(GOLDEN / name), tmp_path / "ours", "")
   (tmp_path / "theirs").mkdir()
-  huggingface.export(manager.find(tmp_path / "ours"), tmp_path / "theirs")
+  export.to_transformers(manager.find(tmp_path / "ours"), tmp_path / "theirs")
   architecture = json.loads((tmp_path / "theirs" / "config.json").read_text())["architectures"][0]
   model, info = getattr(library, architecture).from_pretrained(
     tmp_path / "theirs", output_loading_info=True
@@ -157,7 +157,7 @@ def test_adapters_are_pefts(library, tmp_path):
   loop.train(config, tmp_path / "tuned")
   step = manager.find(tmp_path / "tuned")
   (tmp_path / "alone").mkdir()
-  huggingface.export_adapters(step, tmp_path / "alone")
+  export.to_peft(step, tmp_path / "alone")
   base = library.AutoModelForSequenceClassification.from_pretrained(
     GOLDEN / "bert_classifier", num_labels=2, ignore_mismatched_sizes=True
   )
@@ -185,7 +185,7 @@ def test_the_real_t5_vocabulary_gives_their_ids(library, tmp_path):
 
   with zipfile.ZipFile(embedded.archive("t5", CACHE)) as content:
     ours = tokenizer.SentencePieceTokenizer(content.read(embedded.ARCHIVES["t5"][2]), extra=100)
-  huggingface.write_tokenizer(ours, tmp_path, 512)
+  export_tokenizer.write(ours, tmp_path, 512)
   theirs = library.AutoTokenizer.from_pretrained(tmp_path)
   assert (
     ours.vocab_size == 32_100
@@ -257,7 +257,7 @@ def test_the_real_decoder_has_torchs_perplexity(smollm, library, tmp_path):
   params, config, tokenizer = gguf.read(smollm)
   huggingface.write(params, config, tokenizer, tmp_path / "ours", "gguf")
   (tmp_path / "theirs").mkdir()
-  huggingface.export(manager.find(tmp_path / "ours"), tmp_path / "theirs")
+  export.to_transformers(manager.find(tmp_path / "ours"), tmp_path / "theirs")
   theirs = library.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs").eval()
   texts = [r["text"] for r in embedded.records("wikipedia", "validation", CACHE)]
   passages = [p for text in texts for p in text.split("\n") if len(p) > 500][:PASSAGES]
@@ -292,7 +292,7 @@ def test_the_real_decoders_chat_template_gives_transformers_ids(smollm, library,
   from llm.objectives import base, chat
 
   _, config, tokenizer = gguf.read(smollm)
-  huggingface.write_tokenizer(
+  export_tokenizer.write(
     tokenizer,
     tmp_path,
     2048,
