@@ -16,7 +16,7 @@ from llm import config as config_lib
 from llm.checkpoints import huggingface, layout, manager
 from llm.config import DataConfig
 from llm.core import UserError, flatten
-from llm.data import documents, sources, templates
+from llm.data import documents, record_files, sources, templates
 from llm.objectives import chat
 from llm.training import experiment, room
 from tests import fuzz
@@ -139,7 +139,7 @@ def test_only_regular_files_are_read(kind, make, message, tmp_path):
 
 
 def test_a_line_that_never_ends_comes_in_parts(tmp_path, monkeypatch):
-  monkeypatch.setattr(sources, "MOST_CHARACTERS", 100)
+  monkeypatch.setattr(record_files, "MOST_CHARACTERS", 100)
   (tmp_path / "x").write_text("word " * 100 + "\n\nlast\n")
   source = sources.parse_one(f"text:{tmp_path}/x", DataConfig())
   texts = [record["text"] for record in source.records()]

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, Iterator, cast
 import fsspec
 
 from llm.core import UserError, first_line
-from llm.data import sources
+from llm.data import compressed
 
 # A file that can be read from within is cut into pieces of about so many bytes.
 PIECE = 64 * 2**20
@@ -82,9 +82,9 @@ def _rest_of_line(file: BinaryIO) -> None:
 def decompressed(stored: BinaryIO, path: str) -> BinaryIO:
   """A file that is read decompressed, by the ending of its path."""
   name = pathlib.PurePath(path)
-  if not sources.compression(name):
+  if not compressed.ending(name):
     return stored
-  file: Any = sources.decompressed(stored, name)
+  file: Any = compressed.decompressed(stored, name)
   return cast(BinaryIO, io.BufferedReader(file))  # streams of pyarrow have no readline
 
 
@@ -136,7 +136,7 @@ def ending(path: str) -> str:
 
   The files of a dump of Wikipedia have their pages behind it: .xml-p10p30302.bz2.
   """
-  for compression in sources.COMPRESSIONS:
+  for compression in compressed.COMPRESSIONS:
     path = path.removesuffix(compression)
   path = re.sub(r"\.xml-p\d+p\d+[^/.]*$", ".xml", path)
   return "." + path.rsplit("/", 1)[-1].rsplit(".", 1)[-1].lower()

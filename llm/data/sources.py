@@ -19,29 +19,19 @@ A source yields records. A record is a dict with `text` and the fields of the ta
 In a text file, blank lines separate the documents. Each document is a record.
 """
 
-import bz2
-import csv
 import dataclasses
 import functools
 import glob
-import gzip
-import io
 import itertools
 import os
 import pathlib
 import re
-import zlib
-from typing import Any, BinaryIO, Callable, Iterable, Iterator, cast
+from typing import Callable, Iterable, Iterator
 
 from llm import cache, reading
 from llm.config import DataConfig
-from llm.core import UserError, first_line
-from llm.data import embedded, made, squad, suspicions
-
-# Of a line, a field or a part of a document that is in memory at once.
-MOST_CHARACTERS = 2**24
-
-COMPRESSIONS = (".gz", ".bz2", ".zst")
+from llm.core import UserError
+from llm.data import compressed, embedded, hubs, made, record_files, suspicions
 
 # The fields that config.data.fields may rename.
 FIELDS = (
@@ -110,7 +100,7 @@ class Source:
       return sorted(
         path
         for path in folder.iterdir()
-        if path.name.removesuffix(compression(path)).lower().endswith(endings)
+        if path.name.removesuffix(compressed.ending(path)).lower().endswith(endings)
         and not path.name.startswith(".")
         and path.is_file()
       )
@@ -203,15 +193,7 @@ def _parse_source(item: str, fields: tuple[tuple[str, str], ...], config: DataCo
       f"{item!r} is not a source: expected KIND:NAME with KIND one of "
       f"{', '.join(KINDS)}, e.g. text:corpus.txt"
     )
-  weight = 1.0
-  if match := re.fullmatch(r"(.*)@([0-9.]+)", name):
-    name = match[1]
-    try:
-      weight = float(match[2])
-    except ValueError:
-      weight = 0.0
-    if weight <= 0:
-      raise UserError(f"{item!r}: the weight after @ must be a positive number")
+  name, weight = _parse_weight(name, item)
   split = ""
   if KINDS[kind].takes_split and (match := re.fullmatch(r"(.*)\[(.*)\]", name)):
     name, split = match.groups()
@@ -222,229 +204,26 @@ def _parse_source(item: str, fields: tuple[tuple[str, str], ...], config: DataCo
   return Source(kind, name, split, weight, fields, cache.cache_dir(config.cache))
 
 
+def _parse_weight(name: str, item: str) -> tuple[str, float]:
+  """(the name, its weight), for example ("reviews", 0.3) of "reviews@0.3"; the weight may lack."""
+  match = re.fullmatch(r"(.*)@([0-9.]+)", name)
+  if not match:
+    return name, 1.0
+  try:
+    weight = float(match[2])
+  except ValueError:
+    weight = 0.0
+  if weight <= 0:
+    raise UserError(f"{item!r}: the weight after @ must be a positive number")
+  return match[1], weight
+
+
 def parse_one(spec: str, config: DataConfig) -> Source:
   """The source of a string. Raises UserError on a mixture or what is not a source."""
   source, *others = parse(spec, config)
   if others:
     raise UserError(f"{spec!r} must be one source, not a mixture")
   return source
-
-
-def compression(path: pathlib.PurePath) -> str:
-  """The ending of a compressed file; "" for any other file."""
-  return path.suffix if path.suffix in COMPRESSIONS else ""
-
-
-def open_decompressed(path: pathlib.Path) -> BinaryIO:
-  """Opens a file for reading bytes, decompressed by its ending."""
-  return decompressed(open(path, "rb"), path)
-
-
-def decompressed(stored: BinaryIO, path: pathlib.PurePath) -> BinaryIO:
-  """The decompressed bytes of an open file, by the ending of its path."""
-  if compression(path) == ".gz":
-    return cast(BinaryIO, gzip.GzipFile(fileobj=stored))
-  if compression(path) == ".bz2":
-    return cast(BinaryIO, bz2.BZ2File(stored))
-  if compression(path) == ".zst":
-    import pyarrow
-
-    return pyarrow.CompressedInputStream(pyarrow.PythonFile(stored), "zstd")
-  return stored
-
-
-def _lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
-  """Numbers, from 1, and lines of a text file. A line of more than MOST_CHARACTERS comes in parts.
-
-  Raises UserError on a file that is no regular one, not UTF-8, damaged or not readable.
-  """
-  reading.check_file(path)
-  number = 0
-  try:
-    with open_decompressed(path) as file:
-      text = io.TextIOWrapper(file, encoding="utf-8-sig")
-      ended = True
-      while line := text.readline(MOST_CHARACTERS):
-        number += ended
-        ended = line.endswith("\n")
-        yield number, line
-  except UnicodeDecodeError as error:
-    raise UserError(
-      f"{path}: not UTF-8 after line {number} ({error.reason}); "
-      "convert it, e.g. with iconv -t utf-8"
-    )
-  except (EOFError, OSError, zlib.error) as error:
-    if compression(path) and not getattr(error, "errno", None):
-      raise UserError(
-        f"{path}: cut off or damaged after line {number} ({first_line(error)}); compress or copy "
-        "the file again"
-      )
-    raise UserError(f"{path}: {getattr(error, 'strerror', None) or first_line(error)}")
-
-
-def _whole_lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
-  """The same. Raises UserError on a line of more than MOST_CHARACTERS, which is one record."""
-  for number, line in _lines(path):
-    _check_length(line, f"{path}:{number}")
-    yield number, line
-
-
-def _check_length(line: str, where: str) -> None:
-  if len(line) >= MOST_CHARACTERS:
-    raise UserError(
-      f"{where}: a line of more than {MOST_CHARACTERS:,} characters: is it what its source says, "
-      "with a record a line?"
-    )
-
-
-def _text_records(path: pathlib.Path) -> Iterator[dict]:
-  """A record for every document; blank lines separate them.
-
-  A document of more than MOST_CHARACTERS comes in parts, so that no more of it is in memory.
-  """
-  block: list[str] = []
-  size = 0
-  for _, line in _lines(path):
-    line = line.strip()
-    if line:
-      block.append(line)
-      size += len(line)
-    if block and (not line or size >= MOST_CHARACTERS):
-      yield {"text": "\n".join(block)}
-      block = []
-      size = 0
-  if block:
-    yield {"text": "\n".join(block)}
-
-
-def _jsonl_records(path: pathlib.Path) -> Iterator[dict]:
-  """A record for every line that is not blank, or for every object of one JSON array."""
-  twice = suspicions.KeysTwice()
-  lines = _lines(path)
-  for number, line in lines:
-    where = f"{path}:{number}"
-    if line.lstrip().startswith("["):
-      text = "".join(itertools.chain([line], (line for _, line in lines)))
-      for place, record in enumerate(reading.json_value(text, where, twice.at(where)), 1):
-        yield _as_record(record, f"{path}: object {place}")
-    elif line.strip():
-      _check_length(line, where)
-      yield _as_record(reading.json_value(line, where, twice.at(where)), where)
-
-
-def _as_record(value: Any, where: str) -> dict:
-  """A JSON object as a record. Raises UserError on any other value."""
-  if not isinstance(value, dict):
-    raise UserError(f'{where}: expected a JSON object, e.g. {{"text": "..."}}')
-  return {**value, "_where": where}
-
-
-def _csv_records(path: pathlib.Path, delimiter: str = ",") -> Iterator[dict]:
-  """A record for every row; the first row names the fields."""
-  csv.field_size_limit(MOST_CHARACTERS)
-  lines = (line for _, line in _whole_lines(path))
-  reader = csv.DictReader(lines, strict=True, delimiter=delimiter)
-  try:
-    suspicions.warn_of_twice(reader.fieldnames or (), f"{path}: the column")
-    for record in reader:
-      if None in record or None in record.values():
-        columns = reader.fieldnames or ()
-        raise UserError(
-          f"{path}:{reader.line_num}: expected {len(columns)} columns ({', '.join(columns)})"
-        )
-      yield {**record, "_where": f"{path}:{reader.line_num}"}
-  except csv.Error as error:
-    raise UserError(f"{path}:{reader.line_num}: not CSV: {error}")
-
-
-def _squad_records(path: pathlib.Path) -> Iterator[dict]:
-  """A record for every question of a file in the layout of SQuAD."""
-  return squad.records("".join(line for _, line in _lines(path)), path)
-
-
-def _parquet_records(path: pathlib.Path) -> Iterator[dict]:
-  """A record for every row; the columns are the fields. Reads 1,024 rows at a time."""
-  import pyarrow
-  from pyarrow import parquet
-
-  reading.check_file(path)
-  number = 0
-  try:
-    with parquet.ParquetFile(path) as table:
-      for batch in table.iter_batches(batch_size=1024):
-        for record in batch.to_pylist():
-          number += 1
-          yield {**record, "_where": f"{path} row {number}"}
-  except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-    raise UserError(
-      f"{path}: not a whole Parquet file after row {number} ({first_line(error)}); copy it again"
-    )
-
-
-def _tfds_builder(source: Source) -> Any:
-  """The data set's builder (`Any`: its annotations lack keywords)."""
-  import tensorflow_datasets as tfds
-
-  try:
-    return tfds.builder(source.name, file_format="array_record")
-  except Exception as error:  # an unknown name, no network, a folder that cannot be read, ..
-    raise UserError(f"{source.spec}: {first_line(error)}")
-
-
-def _tfds_records(source: Source) -> Iterator[dict]:
-  """The records of a data set of TFDS, classes by their names; None for a missing class."""
-  import tensorflow_datasets as tfds
-
-  builder = _tfds_builder(source)
-  try:
-    builder.download_and_prepare(file_format="array_record")
-    data = builder.as_data_source(split=source.split or "train")
-  except Exception as error:
-    raise UserError(f"{source.spec}: {first_line(error)}")
-  classes = {
-    key: feature
-    for key, feature in builder.info.features.items()
-    if isinstance(feature, tfds.features.ClassLabel)
-  }
-  for number in range(len(data)):
-    record = {key: _tfds_value(value, classes.get(key)) for key, value in data[number].items()}
-    yield {**record, "_where": f"{source.spec} record {number}"}
-
-
-def _tfds_value(value: Any, label: Any) -> Any:
-  """A value of TFDS as Python's own type. label: the feature of a class, None for other values."""
-  if isinstance(value, bytes):
-    return value.decode("utf-8")
-  if label is not None:
-    return label.int2str(int(value)) if value >= 0 else None
-  if hasattr(value, "item") and value.ndim == 0:
-    return value.item()
-  return value
-
-
-def _hf_dataset(source: Source) -> Any:
-  try:
-    import datasets  # pyright: ignore[reportMissingImports] (part of the extra hf)
-  except ImportError:
-    raise UserError(f"{source.spec} needs the extra hf: pip install -e '.[hf]'")
-  name, _, config = source.name.partition(":")
-  try:
-    return datasets.load_dataset(name, config or None, split=source.split or "train")
-  except Exception as error:
-    raise UserError(f"{source.spec}: {first_line(error)}")
-
-
-def _hf_records(source: Source) -> Iterator[dict]:
-  """The records of a data set of the hub, classes by their names; None for a missing class."""
-  data = _hf_dataset(source)
-  class_names = {
-    key: feature.names for key, feature in data.features.items() if hasattr(feature, "names")
-  }
-  for number, record in enumerate(data):
-    for key, names in class_names.items():
-      if isinstance(record[key], int):
-        record[key] = names[record[key]] if record[key] >= 0 else None
-    yield {**record, "_where": f"{source.spec} record {number}"}
 
 
 def _embedded_records(source: Source) -> list[dict]:
@@ -475,12 +254,20 @@ def _shards_content(source: Source) -> list[str]:
   return shards.content(shards.facts(source))
 
 
+def _tfds_records(source: Source) -> Iterable[dict]:
+  return hubs.tfds_records(source.name, source.split or "train", source.spec)
+
+
 def _tfds_content(source: Source) -> list[str]:
-  return [_tfds_builder(source).info.full_name, source.split]
+  return [hubs.tfds_version(source.name, source.spec), source.split]
+
+
+def _hf_records(source: Source) -> Iterable[dict]:
+  return hubs.hf_records(source.name, source.split or "train", source.spec)
 
 
 def _hf_content(source: Source) -> list[str]:
-  return [_hf_dataset(source)._fingerprint]
+  return [hubs.hf_fingerprint(source.name, source.split or "train", source.spec)]
 
 
 def _file_digests(source: Source) -> list[str]:
@@ -523,12 +310,12 @@ def _of_files(read: Callable[[pathlib.Path], Iterator[dict]], *endings: str) -> 
 KINDS: dict[str, Kind] = {
   "embedded": Kind(_embedded_records, _embedded_content, takes_split=True),
   "made": Kind(_made_records, _made_content, takes_split=True),
-  "text": _of_files(_text_records, ".txt", ".text"),
-  "jsonl": _of_files(_jsonl_records, ".jsonl", ".ndjson"),
-  "csv": _of_files(_csv_records, ".csv"),
-  "tsv": _of_files(functools.partial(_csv_records, delimiter="\t"), ".tsv"),
-  "squad": _of_files(_squad_records, ".json"),
-  "parquet": _of_files(_parquet_records, ".parquet"),
+  "text": _of_files(record_files.text_records, ".txt", ".text"),
+  "jsonl": _of_files(record_files.jsonl_records, ".jsonl", ".ndjson"),
+  "csv": _of_files(record_files.csv_records, ".csv"),
+  "tsv": _of_files(functools.partial(record_files.csv_records, delimiter="\t"), ".tsv"),
+  "squad": _of_files(record_files.squad_records, ".json"),
+  "parquet": _of_files(record_files.parquet_records, ".parquet"),
   "shards": Kind(_shards_records, _shards_content),
   "tfds": Kind(_tfds_records, _tfds_content, takes_split=True),
   "hf": Kind(_hf_records, _hf_content, takes_split=True),
