@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import re
 from typing import Callable, NamedTuple, Self, Sequence
 
 import jax
@@ -20,26 +19,11 @@ from llm.data import cooccurrence, documents, duplicates, frequencies, overlap, 
 from llm.data import tokenizer as tokenizer_lib
 from llm.data.batches import Batches, rows_a_batch
 from llm.models import resolve
-from llm.models.architecture import embedding_width_of, init_std_of
+from llm.models.architecture import embedding_width_of
 from llm.objectives import base
 from llm.runs import workdir as workdir_lib
-from llm.training import recipe
+from llm.training import consistency, inherited, recipe
 
-SHAPE = ("name", "num_layers", "width", "num_heads", "mlp_dim", "max_length")
-# What else follows a checkpoint whose architecture is taken.
-DETAILS = (
-  "embedding_width",
-  "num_kv_heads",
-  "head_width",
-  "norm_epsilon",
-  "rope_theta",
-  "local_rope_theta",
-  "global_every",
-  "window",
-  "tied",
-  "scaled_output",
-  "gated",
-)
 # What is settled anew on every machine: it changes no more than the last bits of a result.
 OF_THE_MACHINE = ("dtype", "scan", "attention")
 
@@ -166,37 +150,31 @@ def prepare(
 
   Raises UserError on bad input of every kind.
   """
-  _check(config)
+  consistency.check_run(config)
   start = _start(config, resume_from, say)
   description = manager.describe(start) if start else None
-  objective = base.build(
-    description.config.objective if resume_from and description else config.objective
-  )
+  saved = description if resume_from else None  # of this very run
+  objective = base.build(saved.config.objective if saved else config.objective)
   train = sources.parse(config.data.train, config.data)
   tokenizer = _tokenizer(config, start, train)
-  model = _following(config.model, description, tokenizer.vocab_size, objective.labelled)
+  model = inherited.completed(config.model, description, tokenizer.vocab_size, objective.labelled)
   length = config.training.sequence_length
-  _check_together(objective, model, length)
+  consistency.check_task(objective, model, length)
   if models.facts(model).kind != "encoder" and tokenizer.lowercase:
     _warn_of_small_letters(train)
   objective = objective.fit(train, tokenizer)
   rows = [objective.rows(source, tokenizer, config.data, model, length) for source in train]
   batches = _batches(config, rows, [source.weight for source in train])
-  held_out = eval_rows = None
-  if config.data.eval:
-    held_out = sources.parse_one(config.data.eval, config.data)
-    if objective.labelled:  # for its rows, its duplicates and the baselines
-      held_out = sources.in_memory(held_out)
+  held_out = _held_out(config, objective)
+  eval_rows = None
+  if held_out is not None:
     eval_rows = objective.eval_rows(held_out, tokenizer, config.data, model, length)
   fitted = dataclasses.replace(config, model=model, objective=base.to_mapping(objective))
-  if resume_from and description and config.optimizer.learning_rate == -1:
-    fitted = _at_the_rate_of(description, fitted)
+  if saved:
+    fitted = inherited.with_learning_rate(fitted, saved)
   asked = recipe.resolved(fitted, batches.steps_an_epoch(), objective.goal)
-  resolved = asked
-  if resume_from and description:
-    resolved = dataclasses.replace(asked, model=_as_settled(model, description))
   return Training(
-    config=resolved,
+    config=inherited.with_dtype(asked, saved) if saved else asked,
     objective=objective,
     tokenizer=tokenizer,
     asked=asked,
@@ -226,7 +204,7 @@ def without_data(config: Config, say: Callable = print) -> Experiment:
     trained = config.tokenizer.vocab_size + config.tokenizer.sentinels
     vocab_size = config.model.vocab_size or trained
   description = manager.describe(start) if start else None
-  model = _following(config.model, description, vocab_size, objective.labelled)
+  model = inherited.completed(config.model, description, vocab_size, objective.labelled)
   base.check_kind(objective, model)
   objective = objective.fit((), stand_in)
   steps = config.training.steps or 1000
@@ -251,7 +229,7 @@ def from_checkpoint(step: epath.Path) -> Experiment:
     objective = base.build(config.objective)
     # The attention that computed it where it was trained may not run here.
     model = dataclasses.replace(config.model, attention="auto")
-    _check_model(model, tokenizer.vocab_size)
+    consistency.check_model(model, tokenizer.vocab_size)
     base.check_kind(objective, model)
     if not model.vocab_size:
       raise UserError("config.model.vocab_size is 0")
@@ -303,28 +281,6 @@ def settled(model: ModelConfig, length: int, *, trains: bool = False) -> ModelCo
   return resolve.resolved(model, length, jax.default_backend(), context, trains=trains)
 
 
-def _check(config: Config):
-  if not config.data.train:
-    raise UserError("config.data.train is not set: give a source, e.g. text:corpus.txt")
-  training = config.training
-  best = training.keep_best
-  if best not in ("", "auto") and not (best.startswith(("max:", "min:")) and config.data.eval):
-    raise UserError(
-      "config.training.keep_best must be auto, 'max:METRIC' or 'min:METRIC', which needs "
-      "config.data.eval"
-    )
-  if training.patience and not (best and config.data.eval and training.eval_every):
-    raise UserError(
-      f"config.training.patience={training.patience} needs config.data.eval, "
-      "config.training.eval_every, and config.training.keep_best to say what is better"
-    )
-  if (training.steps > 0) == (training.epochs > 0) and training.epochs != -1:
-    raise UserError(
-      f"config.training.steps={training.steps} and config.training.epochs={training.epochs:g}: set "
-      "one of them, the other to 0"
-    )
-
-
 def _warn_of_small_letters(train: Sequence[sources.Source]):
   """Warns where a model that writes is trained on shards of a tokenizer without capitals."""
   if of_shards := [source.spec for source in train if source.kind == "shards"]:
@@ -334,130 +290,11 @@ def _warn_of_small_letters(train: Sequence[sources.Source]):
     )
 
 
-def _check_together(objective: base.Objective, model: ModelConfig, length: int):
-  """Raises UserError where the objective, the model and the length of a row do not fit."""
-  base.check_kind(objective, model)
-  if model.embedding_start != "random" and objective.labelled:
-    raise UserError(
-      "config.model.embedding_start=cooccurrence is for pretraining on running text; take random"
-    )
-  if length > model.max_length:
-    raise UserError(
-      f"config.training.sequence_length={length} is longer than the model's "
-      f"{model.max_length} positions (config.model.max_length)"
-    )
-
-
 def _start(config: Config, resume_from: epath.Path | None, say: Callable) -> epath.Path | None:
   """The step that a run starts from: its own, else that of config.transfer.checkpoint."""
   if resume_from or not config.transfer.checkpoint:
     return resume_from
   return locate.find(config.transfer.checkpoint, say, config.data.cache)
-
-
-def _following(
-  model: ModelConfig, start: manager.Description | None, vocab_size: int, labelled: bool
-) -> ModelConfig:
-  """The model with what is not set taken from the checkpoint that the run starts from.
-
-  labelled: whether the objective is; its runs have dropout where the architecture is tuned with it.
-  """
-  if start:
-    same = dataclasses.asdict(start.config.model)
-    unset = {name: same[name] for name in SHAPE if not getattr(model, name)}
-    if not model.name:
-      unset |= {name: same[name] for name in DETAILS}
-    if not model.init_std:
-      unset["init_std"] = same["init_std"]
-    if model.dropout < 0:
-      tuning = models.facts_of(model.name or same["name"]).tuning_dropout if labelled else 0.0
-      unset["dropout"] = same["dropout"] or tuning
-    model = dataclasses.replace(model, **unset)
-  _check_model(model, vocab_size)
-  return dataclasses.replace(
-    model,
-    vocab_size=vocab_size,
-    dropout=max(model.dropout, 0.0),
-    init_std=init_std_of(model),
-  )
-
-
-def _check_model(model: ModelConfig, vocab_size: int):
-  """Raises UserError where a key of a model is not set, or keys do not fit one another."""
-  if missing := [name for name in SHAPE if not getattr(model, name)]:
-    raise UserError(
-      f"config.model.{missing[0]} is not set: give config.transfer.checkpoint, which has "
-      "a model, or set the model's keys"
-    )
-  if model.vocab_size and model.vocab_size != vocab_size:
-    raise UserError(
-      f"config.model.vocab_size={model.vocab_size} but the tokenizer has {vocab_size} pieces; "
-      "0 takes the tokenizer's"
-    )
-  _check_widths(model)
-  _check_local_layers(model)
-  if not model.tied and not models.facts(model).untied:
-    raise UserError(
-      f"config.model.tied=False: the output layer of {model.name} is its embedding table"
-    )
-  try:
-    re.compile(model.lora_targets)
-  except re.error as error:
-    raise UserError(
-      f"config.model.lora_targets={model.lora_targets!r} is no regular expression: {error}"
-    )
-
-
-def _check_widths(model: ModelConfig):
-  """Raises UserError where widths and heads do not fit one another."""
-  if not model.head_width and model.width % model.num_heads:
-    raise UserError(
-      f"config.model.width={model.width} must be a multiple of num_heads={model.num_heads}"
-    )
-  if model.num_kv_heads and model.num_heads % model.num_kv_heads:
-    raise UserError(
-      f"config.model.num_heads={model.num_heads} must be a multiple of "
-      f"num_kv_heads={model.num_kv_heads}"
-    )
-  projects = models.facts(model).embedding_project
-  if model.embedding_width not in (0, model.width) and not projects:
-    raise UserError(
-      f"config.model.embedding_width={model.embedding_width}: the embedding of {model.name} is as "
-      f"wide as its layers, {model.width}; 0 is that width"
-    )
-
-
-def _check_local_layers(model: ModelConfig):
-  """Raises UserError where the pattern of local layers does not fit the model."""
-  if model.global_every > 1 and models.facts(model).kind != "encoder":
-    raise UserError(
-      f"config.model.global_every={model.global_every}: only encoders have local layers, and "
-      f"{model.name} is none"
-    )
-  if (model.global_every > 1) != (model.window > 0):
-    raise UserError(
-      f"config.model.global_every={model.global_every} and config.model.window={model.window}: "
-      "local layers need both, a pattern and a window; 1 and 0 are no local layers"
-    )
-  if model.global_every > model.num_layers:
-    raise UserError(
-      f"config.model.global_every={model.global_every} is more than the {model.num_layers} layers "
-      "(config.model.num_layers)"
-    )
-
-
-def _as_settled(model: ModelConfig, description: manager.Description) -> ModelConfig:
-  """A run that goes on computes in the types that it began with, where the machine's are auto."""
-  if model.dtype != "auto" or "dtype" not in description.settled:
-    return model
-  return dataclasses.replace(model, dtype=description.settled["dtype"])
-
-
-def _at_the_rate_of(description: manager.Description, config: Config) -> Config:
-  """The config with the learning rate that a run began with, however long it is now."""
-  rate = description.config.optimizer.learning_rate
-  optimizer = dataclasses.replace(config.optimizer, learning_rate=rate)
-  return dataclasses.replace(config, optimizer=optimizer)
 
 
 def _tokenizer(
@@ -477,6 +314,16 @@ def _tokenizer(
       "config.transfer.vocabulary='match' matches the rows of another)"
     )
   return tokenizer
+
+
+def _held_out(config: Config, objective: base.Objective) -> sources.Source | None:
+  """The source of evaluation; None without one."""
+  if not config.data.eval:
+    return None
+  source = sources.parse_one(config.data.eval, config.data)
+  if not objective.labelled:
+    return source
+  return sources.in_memory(source)  # for its rows, its duplicates and the baselines
 
 
 def _batches(config: Config, rows: list[base.Rows], weights: list[float]) -> Batches:
