@@ -97,6 +97,11 @@ def round_up(n: int, multiple: int) -> int:
   return -(-n // multiple) * multiple
 
 
+def next_power_of_two(n: int) -> int:
+  """n, at least 1, rounded up to a power of two."""
+  return 1 << (n - 1).bit_length()
+
+
 def first_line(error: BaseException) -> str:
   """The first line of an exception's message, or its repr where the message is empty."""
   message = str(error)

@@ -107,6 +107,28 @@ def stack(examples: Sequence[Any]) -> dict[str, np.ndarray]:
   return {key: np.stack([e[key] for e in examples]) for key in examples[0]}
 
 
+def of_texts(
+  texts: Sequence[Sequence[int] | np.ndarray], length: int, pad: int, *, padding_first: bool = False
+) -> dict[str, np.ndarray]:
+  """A batch with a text in each row: tokens, segments and positions, BxT with T = length.
+
+  pad: the id of the padding. padding_first: all texts end in the last slot.
+  """
+  shape = (len(texts), length)
+  batch = {
+    "tokens": np.full(shape, pad, np.int32),
+    "segments": np.zeros(shape, np.int32),
+    "positions": np.zeros(shape, np.int32),
+  }
+  for row, ids in enumerate(texts):
+    first = length - len(ids) if padding_first else 0
+    places = slice(first, first + len(ids))
+    batch["tokens"][row, places] = ids
+    batch["segments"][row, places] = 1
+    batch["positions"][row, places] = np.arange(len(ids))
+  return batch
+
+
 def pad_rows(batch: dict[str, np.ndarray], batch_size: int) -> dict[str, np.ndarray]:
   """Fills up a short last batch with rows of zeros, which have weight 0."""
   padded = {}

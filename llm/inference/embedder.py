@@ -5,7 +5,8 @@ from typing import Sequence
 import jax
 import numpy as np
 
-from llm.core import UserError
+from llm.core import UserError, next_power_of_two
+from llm.data import batches
 from llm.models import build_backbone, resolve
 from llm.training.experiment import Bundle
 
@@ -44,16 +45,10 @@ class Embedder:
 
   def _batch(self, ids: list[list[int]]) -> dict[str, np.ndarray]:
     """ROWS rows, as long as a power of two, so that few programs are compiled."""
-    length = max(16, 1 << (max(map(len, ids)) - 1).bit_length())
+    length = max(16, next_power_of_two(max(map(len, ids))))
     length = min(length, self.config.max_length)
-    names = ("tokens", "segments", "positions", "types")
-    batch = {name: np.zeros((ROWS, length), np.int32) for name in names}
-    batch["tokens"] += self.pad
-    for row, tokens in enumerate(ids):
-      batch["tokens"][row, : len(tokens)] = tokens
-      batch["segments"][row, : len(tokens)] = 1
-      batch["positions"][row, : len(tokens)] = np.arange(len(tokens))
-    return batch
+    batch = batches.pad_rows(batches.of_texts(ids, length, self.pad), ROWS)
+    return {**batch, "types": np.zeros((ROWS, length), np.int32)}
 
   def _means(self, params: dict, batch: dict) -> jax.Array:
     """BxD."""

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from llm import sharding
-from llm.core import Params, UserError
+from llm.core import Params, UserError, next_power_of_two
 from llm.inference.growing_text import GrowingText
 from llm.inference.writer import Writer
 from llm.models import decoding, precision
@@ -300,7 +300,7 @@ def _columns(request: Request) -> int:
   One more than its tokens, for a step may be on its way when it ends.
   """
   needed = len(request.ids) + request.max_tokens + 1
-  return max(LEAST_COLUMNS, 1 << (needed - 1).bit_length())
+  return max(LEAST_COLUMNS, next_power_of_two(needed))
 
 
 def _explained(

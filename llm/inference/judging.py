@@ -11,7 +11,6 @@ from llm.core import UserError
 from llm.data import batches
 from llm.inference import labeller
 from llm.objectives import classification
-from llm.training import experiment as experiment_lib
 
 
 def classifier(argument: str) -> Callable[[str, dict], float]:
@@ -30,22 +29,17 @@ def classifier(argument: str) -> Callable[[str, dict], float]:
       f"labels are {', '.join(classes) or 'none'}"
     )
 
-  @functools.cache
-  def program() -> tuple[experiment_lib.Bundle, Callable]:
-    bundle = experiment_lib.load(judge.step)
-    length = bundle.config.training.sequence_length
-    model = experiment_lib.build(objective, bundle.config.model, length)
-    return bundle, jax.jit(functools.partial(labeller.predicted, model, objective))
+  program = functools.cache(judge.load)
+  tokenizer, config = judge.saved.tokenizer, judge.saved.config
 
   def reward(answer: str, record: dict) -> float:
     if not answer.strip():
       return 0.0
-    bundle, forward = program()
-    config = bundle.config
+    params, forward = program()
     length = config.training.sequence_length
-    rows: Any = objective.encode([{"text": answer}], bundle.tokenizer, config.model, length)
+    rows: Any = objective.encode([{"text": answer}], tokenizer, config.model, length)
     batch = batches.stack([rows.example(0, np.random.default_rng(0))])
-    predictions = jax.tree.map(np.asarray, forward(bundle.params, batch))
+    predictions = jax.tree.map(np.asarray, forward(params, batch))
     result: Any = objective.results(predictions, rows)[0]
     return result["probabilities"][label]
 

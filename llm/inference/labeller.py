@@ -59,11 +59,15 @@ class Labeller:
   @functools.cached_property
   def program(self) -> tuple[Params, Callable]:
     """(the parameters on the mesh, the compiled function of them and a batch)."""
+    params, forward = self.load()
+    return jax.device_put(params, sharding.shardings(params, self.mesh)), forward
+
+  def load(self) -> tuple[Params, Callable]:
+    """(the parameters on the host, the compiled function of them and a batch)."""
     config = self.saved.config
     params = experiment_lib.params_of(self.step, self.saved)
-    params = jax.device_put(params, sharding.shardings(params, self.mesh))
     model = experiment_lib.build(self.objective, config.model, config.training.sequence_length)
-    return params, jax.jit(functools.partial(predicted, model, self.objective))
+    return params, jax.jit(functools.partial(_predicted, model, self.objective))
 
   def label(self, records: Sequence[dict]) -> tuple[base.Predictions, base.Rows]:
     """(predictions, rows), for the objective's `results` and `write`."""
@@ -88,7 +92,7 @@ class Labeller:
     return predictions, rows
 
 
-def predicted(
+def _predicted(
   model: nn.Module, objective: base.Objective, params: Params, batch: Batch
 ) -> dict[str, jax.Array]:
   """What an objective predicts for a batch."""

@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 from llm import models, sharding
 from llm.checkpoints import adapters
 from llm.config import MeshConfig, ModelConfig
-from llm.core import Params, UserError, round_up
+from llm.core import Params, UserError, next_power_of_two, round_up
+from llm.data import batches
 from llm.models import decoding, precision, resolve, transformer
 from llm.models.architecture import kv_heads_of, padded_vocab
 from llm.models.decoding import Sampling
@@ -146,21 +147,8 @@ class Writer:
     Lengths are rounded up to powers of two and slots to multiples of 64, so that few programs are
     compiled.
     """
-    longest = max(map(len, prompts))
-    length = max(16, 1 << (longest - 1).bit_length())
-    shape = (len(prompts), length)
-    batch = {
-      "tokens": np.full(shape, self.pad, np.int32),
-      "segments": np.zeros(shape, np.int32),
-      "positions": np.zeros(shape, np.int32),
-    }
-    for row, ids in enumerate(prompts):
-      # The prompts of a decoder all end in the last slot.
-      first = 0 if self.has_encoder else length - len(ids)
-      places = slice(first, first + len(ids))
-      batch["tokens"][row, places] = ids
-      batch["segments"][row, places] = 1
-      batch["positions"][row, places] = np.arange(len(ids))
+    length = max(16, next_power_of_two(max(map(len, prompts))))
+    batch = batches.of_texts(prompts, length, self.pad, padding_first=not self.has_encoder)
     cached = 1 if self.has_encoder else length
     return batch, round_up(max_tokens + cached, 64)
 

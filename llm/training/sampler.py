@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from llm import sharding
 from llm.config import ModelConfig
-from llm.core import Batch, Leaves, Params, round_up
+from llm.core import Batch, Leaves, Params, next_power_of_two, round_up
 from llm.data import batches as batches_lib
 from llm.data.tokenizer import Tokenizer
 from llm.models import decoding, transformer
@@ -63,23 +63,11 @@ def write(
   return rows.tokens_BxN, rows.losses_BxN
 
 
-def left_padded(prompts: Sequence[np.ndarray], pad: int) -> dict[str, np.ndarray]:
-  """Prompts as a batch, whose length is a power of two, so that few programs are compiled."""
-  length = 1 << (max(map(len, prompts)) - 1).bit_length()
-  batch = {name: np.zeros((len(prompts), length), np.int32) for name in ("segments", "positions")}
-  batch["tokens"] = np.full((len(prompts), length), pad, np.int32)
-  for row, ids in enumerate(prompts):
-    first = length - len(ids)
-    batch["tokens"][row, first:] = ids
-    batch["segments"][row, first:] = 1
-    batch["positions"][row, first:] = np.arange(len(ids))
-  return batch
-
-
 def row_count(rows: int, multiple: int) -> int:
   """`rows` rounded up, to one of eight sizes between two powers of two, and to a multiple."""
-  step = max(1, (1 << (max(rows, 1) - 1).bit_length()) // 16)
-  return round_up(round_up(max(rows, 1), step), multiple)
+  rows = max(rows, 1)
+  step = max(1, next_power_of_two(rows) // 16)
+  return round_up(round_up(rows, step), multiple)
 
 
 class Sampler:
@@ -136,7 +124,10 @@ class Actor:
   ) -> list[base.Answer]:
     sampler, tokenizer = self.sampler, self.sampler.tokenizer
     pad = max(tokenizer.pad, 0)
-    batch = batches_lib.place(left_padded(prompts, pad), sampler.mesh)
+    # A power of two, so that few programs are compiled.
+    length = next_power_of_two(max(map(len, prompts)))
+    batch = batches_lib.of_texts(prompts, length, pad, padding_first=True)
+    batch = batches_lib.place(batch, sampler.mesh)
     key = jax.random.fold_in(jax.random.key(sampler.seed), STREAM)
     key = jax.random.fold_in(jax.random.fold_in(key, self.step), draw)
     tokens_RxN, losses_RxN = sampler.program(
