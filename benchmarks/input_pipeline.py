@@ -10,7 +10,7 @@ import tabulate
 
 from llm import cache
 from llm.config import DataConfig, ModelConfig, TokenizerConfig
-from llm.data import sources, tokenizer
+from llm.data import sources, tokenizer_training
 from llm.data.batches import Batches
 from llm.objectives import causal_lm, masked_lm, span_corruption
 
@@ -21,7 +21,7 @@ def main():
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
   data = DataConfig()
   (source,) = sources.parse("embedded:wikipedia", data)
-  vocabulary = tokenizer.make(
+  vocabulary = tokenizer_training.make(
     TokenizerConfig(name="sentencepiece", vocab_size=8192, sentinels=100),
     [source],
     cache.cache_dir(),

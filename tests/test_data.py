@@ -9,7 +9,7 @@ import pytest
 from llm import cache
 from llm.config import DataConfig, TokenizerConfig
 from llm.core import UserError
-from llm.data import documents, embedded, sources, tokenizer, wikitext
+from llm.data import documents, embedded, sources, tokenizer, tokenizer_training, wikitext
 from llm.objectives import chat
 
 
@@ -57,7 +57,7 @@ def test_a_source_in_memory_is_read_once(tmp_path):
 
 def test_a_vocabulary_that_is_too_small_is_told():
   with pytest.raises(UserError, match=r"vocab_size=20 is too small: .* alone are 2\d\d"):
-    tokenizer.train_sentencepiece(["the film was a joy"], 20, lowercase=False)
+    tokenizer_training.train_sentencepiece(["the film was a joy"], 20, lowercase=False)
 
 
 def test_mixtures_and_splits_are_parsed(tmp_path):
@@ -127,7 +127,7 @@ def test_bytes_come_back(byte_tokenizer):
 
 def test_sentencepiece_is_trained_saved_and_loaded(corpus, tmp_path):
   config = TokenizerConfig(name="sentencepiece", vocab_size=60)
-  made = tokenizer.make(config, sources.parse(f"text:{corpus}", DataConfig()), tmp_path)
+  made = tokenizer_training.make(config, sources.parse(f"text:{corpus}", DataConfig()), tmp_path)
   text = corpus.read_text().splitlines()[0]
   assert made.decode(made.encode([text])[0]) == text.lower()
   assert 0 <= min(made.special_ids) and len(set(made.special_ids)) == 6

@@ -15,7 +15,7 @@ from llm.checkpoints import manager
 from llm.config import DataConfig, MeshConfig, ModelConfig
 from llm.core import UserError, flatten
 from llm.data import tokenizer as tokenizer_lib
-from llm.objectives import base, grpo
+from llm.objectives import base, grpo, rollouts
 from llm.rewards import functions, grading, process
 from llm.training import loop, sampler
 from tests.conftest import tiny
@@ -79,19 +79,19 @@ def test_the_loss_and_its_gradient_are_those_of_trl_and_by_hand(case):
 
 
 def group_of(rewards, lengths=(2, 2, 2, 2)):
-  prompt = grpo.Prompt(np.array([5, 6], np.int32), PROMPTS[0])
+  prompt = rollouts.Prompt(np.array([5, 6], np.int32), PROMPTS[0])
   answers = [
     base.Answer(np.arange(7, 7 + n, dtype=np.int32), np.full(n, 0.5, np.float32), True)
     for n in lengths
   ]
-  return grpo.Group(prompt, answers, [""] * 4, np.array(rewards, float), [""] * 4)
+  return rollouts.Group(prompt, answers, [""] * 4, np.array(rewards, float), [""] * 4)
 
 
 def test_advantages_compare_with_the_group():
   nan = float("nan")
   spread = group_of([1.0, 0.0, nan, 0.0])
   graded = np.array([1.0, 0.0, 0.0])
-  expected = (graded - graded.mean()) / (graded.std(ddof=1) + grpo.EPSILON)
+  expected = (graded - graded.mean()) / (graded.std(ddof=1) + rollouts.EPSILON)
   np.testing.assert_allclose(spread.advantages("std")[[0, 1, 3]], expected)
   np.testing.assert_allclose(spread.advantages("mean"), [2 / 3, -1 / 3, 0, -1 / 3])
   for silent_rewards in ([0.1] * 4, [nan, nan, nan, 1.0], [0.1, 0.1, nan, 0.1]):
@@ -209,7 +209,7 @@ def test_the_sampler_and_the_trainer_agree(name, tmp_path):
       actor = actor_of(objective, model, params, mesh)
       answers = actor.write(prompts, 2, objective.max_tokens, objective.temperature)
       made = [
-        rows.row([grpo.Written(prompts[n // 2], answer, 1.0, 1.0)])
+        rows.row([rollouts.Written(prompts[n // 2], answer, 1.0, 1.0)])
         for n, answer in enumerate(answers)
       ]
       batch = actor.place(made)

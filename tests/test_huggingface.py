@@ -17,6 +17,7 @@ from llm import config as config_lib
 from llm.checkpoints import export, export_tokenizer, families, huggingface, layout, locate, manager
 from llm.core import UserError, flatten
 from llm.data import tokenizer as tokenizer_lib
+from llm.data import tokenizer_training
 from llm.objectives import base
 from llm.training import experiment, loop
 from tests.conftest import outputs_of, tiny
@@ -193,9 +194,9 @@ def test_a_trained_tokenizer_leaves_with_the_same_ids(lowercase, corpus, tmp_pat
     "tab\tand\nline",
     "a" * 50,
   ]
-  ours = tokenizer_lib.SentencePieceTokenizer(
-    tokenizer_lib.train_sentencepiece(texts * 3, 150 if lowercase else 420, lowercase), lowercase
-  )
+  size = 150 if lowercase else 420
+  model = tokenizer_training.train_sentencepiece(texts * 3, size, lowercase)
+  ours = tokenizer_lib.SentencePieceTokenizer(model, lowercase)
   export_tokenizer.write(ours, tmp_path, 64)
   theirs = layout.read_tokenizer(tmp_path)
   for text in ["", " ", "Unseen ÄÖ \u200b text", "\nbegins, and \n\n ends\n", "  led", *texts]:

@@ -12,11 +12,12 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from llm import models, sharding
+from llm.checkpoints import manager
 from llm.config import MeshConfig, OptimizerConfig
 from llm.core import STACKED, UserError, flatten
 from llm.models.architecture import head_width_of
 from llm.performance import hlo
-from llm.training import loop, optimizer
+from llm.training import header, loop, optimizer
 from tests.conftest import tiny
 from tests.test_models import model_of, shapes_of
 from tests.test_training import final_state, same
@@ -199,8 +200,8 @@ def test_a_longer_run_says_what_becomes_of_the_rate(step, told, monkeypatch):
   config = dataclasses.replace(tiny("gpt", "text:x"), optimizer=settings)
   config = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=200))
   shorter = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=100))
-  planned = loop.manager.Description(50, shorter, {}, loop.manager.Best(), {}, {}, {})
-  monkeypatch.setattr(loop.manager, "describe", lambda step: planned)
+  planned = manager.Description(50, shorter, {}, manager.Best(), {}, {}, {})
+  monkeypatch.setattr(manager, "describe", lambda step: planned)
   said = []
-  loop._say_new_length(pathlib.Path("checkpoints"), config, step, said.append)
+  header.show_new_length(pathlib.Path("checkpoints"), config, step, said.append)
   assert f"the learning rate of step {step} {told}" in said[0]

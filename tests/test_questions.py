@@ -10,7 +10,7 @@ import pytest
 
 from llm.config import DataConfig, ModelConfig
 from llm.core import UserError
-from llm.data import answers, sources
+from llm.data import answers, sources, tokenizer_training
 from llm.data import tokenizer as tokenizer_lib
 from llm.objectives import span_qa
 from tests.conftest import sentences
@@ -106,7 +106,7 @@ def test_windows_cover_every_answer_and_know_their_text(kind, contexts, tmp_path
   tokenizer = BYTES
   if kind == "sentencepiece":
     tokenizer = tokenizer_lib.SentencePieceTokenizer(
-      tokenizer_lib.train_sentencepiece([c for c, _, _ in contexts], 200, True)
+      tokenizer_training.train_sentencepiece([c for c, _, _ in contexts], 200, True)
     )
   objective = span_qa.Objective(stride=16)
   rows = rows_of(objective, squad(tmp_path / "a.json", contexts), tokenizer)

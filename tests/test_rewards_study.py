@@ -7,7 +7,7 @@ import pytest
 
 from configs import study_rewards
 from llm import config as config_lib
-from llm.studies import frame, rewards
+from llm.studies import frame, rewards, rewards_report
 from llm.studies.frame import Result
 
 
@@ -55,7 +55,7 @@ def test_the_interval_is_that_of_paired_differences():
   before = (rng.random((3, 400)) < 0.3).astype(float)
   after = np.maximum(before, rng.random((3, 400)) < 0.4)
   right = {("start", s): before[s] for s in range(3)} | {("grpo", s): after[s] for s in range(3)}
-  row = rewards._compared(right, "grpo", 3)
+  row = rewards_report.compared(right, "grpo", 3)
   gain = row["exact_match_after"] - row["exact_match_before"]
   assert gain == pytest.approx(100 * (after - before).mean())
   # By the normal approximation, from the problems alone; seeds add little here.

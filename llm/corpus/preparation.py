@@ -11,7 +11,7 @@ from llm.checkpoints import locate, manager
 from llm.core import UserError
 from llm.corpus import config as corpus_config
 from llm.corpus import decontamination, executors, inputs, report, stages
-from llm.data import shards
+from llm.data import shards, tokenizer_training
 from llm.data import tokenizer as tokenizer_lib
 from llm.runs import workdir
 
@@ -95,7 +95,7 @@ def _given_tokenizer(settings: corpus_config.Tokenizer) -> tokenizer_lib.Tokeniz
     return manager.load_tokenizer(locate.find(settings.checkpoint))
   if settings.name == "sentencepiece" and not settings.path:
     return None
-  return tokenizer_lib.make(settings, (), cache.cache_dir())
+  return tokenizer_training.make(settings, (), cache.cache_dir())
 
 
 def _check_plan(

@@ -12,7 +12,7 @@ from datatrove.pipeline.base import PipelineStep
 from etils import epath
 
 from llm.corpus.interim import read_documents
-from llm.data import documents, shards
+from llm.data import documents, shards, tokenizer_training
 from llm.data import tokenizer as tokenizer_lib
 
 AT_ONCE = 256  # documents tokenized in one call
@@ -158,7 +158,7 @@ class TrainTokenizer(PipelineStep):
       if first is None:
         return
       texts = itertools.chain([first], sample)
-      model = tokenizer_lib.train_sentencepiece(texts, self.vocab_size, self.lowercase)
+      model = tokenizer_training.train_sentencepiece(texts, self.vocab_size, self.lowercase)
       tokenizer = tokenizer_lib.SentencePieceTokenizer(model, self.lowercase, self.sentinels)
       tokenizer.save(_tokenizer_folder(self.output))
     yield from ()

@@ -18,9 +18,7 @@ import pathlib
 from typing import Any, Iterable, Mapping, Sequence
 
 import jax
-import matplotlib.pyplot as plt
 import numpy as np
-import tabulate
 
 import llm
 from llm import sharding
@@ -31,7 +29,7 @@ from llm.inference.writer import Writer
 from llm.models.decoding import Sampling
 from llm.objectives import base as base_lib
 from llm.objectives import grpo
-from llm.studies import frame, plots
+from llm.studies import frame, rewards_report
 from llm.studies.frame import Result, Run
 from llm.training import evaluation
 
@@ -41,19 +39,6 @@ HELD_OUT = 1000  # problems that the arms are scored on
 VALIDATION = 300  # problems by which the start is chosen
 SAVE_EVERY = 20  # steps of the start
 WRITTEN = 500  # prompts at a time
-RESAMPLED = 2000  # times, for the intervals
-ARMS = {
-  "grpo": "GRPO, reward of exact match",
-  "sft": "SFT on the same demonstrations, as long",
-  "dpo": "DPO on pairs of its own answers",
-  "sft_answers": "SFT on GRPO's problems with answers, as long",
-}
-CURVES = {
-  "reward": "mean reward of the answers",
-  "length": "tokens an answer",
-  "entropy": "entropy of a token, nats",
-  "silent_groups": "share of groups without signal",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,13 +226,12 @@ class Study(frame.Study):
       for result in done
       if not result.diverged
     }
-    seconds = {arm: [_training_seconds(r) for r in _of(done, arm)] for arm in ARMS}
-    arms = [
-      {"name": arm, **_compared(right, arm, self.seeds), "seconds": float(np.mean(seconds[arm]))}
-      for arm in ARMS
-      if seconds[arm]
-    ]
-    _draw([_workdir(folder, result.run) for result in _of(done, "grpo")], folder)
+    arms = []
+    for arm in rewards_report.ARMS:
+      if seconds := [_training_seconds(result) for result in _of(done, arm)]:
+        figures = rewards_report.compared(right, arm, self.seeds)
+        arms.append({"name": arm, **figures, "seconds": float(np.mean(seconds))})
+    rewards_report.draw([_workdir(folder, result.run) for result in _of(done, "grpo")], folder)
     return {"arms": arms}, _in_words(arms, self)
 
   def _right(self, one_run: Run, folder: pathlib.Path) -> np.ndarray:
@@ -334,46 +318,7 @@ def _exact_match(checkpoint: pathlib.Path, problems: pathlib.Path) -> np.ndarray
   return objective.outcomes(evaluated.predictions, rows)["reward"]
 
 
-def _compared(
-  right: Mapping[tuple[str, int], np.ndarray], arm: str, seeds: int
-) -> dict[str, float]:
-  """Exact match before and after an arm, and the 95% interval of the difference, all in percent.
-
-  Seeds and held-out problems are resampled.
-  """
-  trained = [seed for seed in range(seeds) if (arm, seed) in right]
-  before_SxN = 100 * np.array([right["start", seed] for seed in trained])
-  after_SxN = 100 * np.array([right[arm, seed] for seed in trained])
-  gained_SxN = after_SxN - before_SxN
-  rng = np.random.default_rng(0)
-  gains = []
-  for _ in range(RESAMPLED):
-    drawn_S = rng.integers(len(trained), size=len(trained))
-    drawn_N = rng.integers(gained_SxN.shape[1], size=gained_SxN.shape[1])
-    gains.append(gained_SxN[drawn_S][:, drawn_N].mean())
-  low, high = np.percentile(gains, [2.5, 97.5])
-  return {
-    "exact_match_before": float(before_SxN.mean()),
-    "exact_match_after": float(after_SxN.mean()),
-    "low": float(low),
-    "high": float(high),
-  }
-
-
 def _in_words(arms: Sequence[Mapping[str, Any]], study: Study) -> str:
-  rows = []
-  for arm in arms:
-    gain = arm["exact_match_after"] - arm["exact_match_before"]
-    rows.append(
-      (
-        ARMS[arm["name"]],
-        f"{arm['exact_match_before']:.1f}",
-        f"{arm['exact_match_after']:.1f}",
-        f"{gain:+.1f} [{arm['low']:+.1f}, {arm['high']:+.1f}]",
-        f"{arm['seconds']:.0f}",
-      )
-    )
-  headers = ("after the start", "before, %", "after, %", "difference [95%]", "seconds")
   return "\n".join(
     [
       f"Sums of two numbers of {DIGITS} digits. The start: SFT on {study.demonstrations:,} "
@@ -381,23 +326,9 @@ def _in_words(arms: Sequence[Mapping[str, Any]], study: Study) -> str:
       f"{study.steps} steps of {study.prompts} of {study.problems:,} other problems. Exact match "
       f"of the likeliest answer on {HELD_OUT:,} held-out problems, means of {study.seeds} seeds; "
       "intervals resample seeds and problems.\n",
-      tabulate.tabulate(rows, headers, "github", disable_numparse=True) + "\n",
+      rewards_report.table(arms) + "\n",
       "The seconds are those of training, with what the model wrote in it. The answers for the "
       "pairs of DPO were written before, and are not in its seconds.\n",
       "![reward, length, entropy and silent groups of GRPO](rewards.png)\n",
     ]
   )
-
-
-def _draw(workdirs: Sequence[pathlib.Path], folder: pathlib.Path) -> None:
-  """The course of the GRPO runs, a line a seed."""
-  figure, axes = plt.subplots(1, len(CURVES), figsize=(14, 3.2), layout="constrained")
-  for workdir in workdirs:
-    lines = [line for line in _read(workdir / "metrics.jsonl") if line["split"] == "train"]
-    steps = [line["step"] for line in lines]
-    for axis, name in zip(axes, CURVES):
-      axis.plot(steps, [line[name] for line in lines], linewidth=1, label=workdir.name)
-  for axis, title in zip(axes, CURVES.values()):
-    axis.set(xlabel="step", title=title)
-  axes[0].legend(frameon=False, fontsize=7)
-  plots.save(figure, folder / "rewards")

@@ -64,7 +64,7 @@ def run(
       {**state.trained, **state.frozen}, experiment.config.model.vocab_size
     )
     header.show(experiment, mesh, parameters, origin, 0, say)
-    loop.baselines(experiment, say)
+    header.show_baselines(experiment, say)
     sampler = reference.sampler(experiment, planned.frozen_masks, mesh, say)
     say(_time(experiment, planned, state, mesh, sampler))
   first = in_words.row(experiment.batches[0], 0, experiment.tokenizer, experiment.objective)

@@ -15,7 +15,16 @@ from llm import config as config_lib
 from llm.checkpoints import locate, manager
 from llm.config import Config, ModelConfig
 from llm.core import UserError, flatten, warn
-from llm.data import cooccurrence, documents, duplicates, frequencies, overlap, shards, sources
+from llm.data import (
+  cooccurrence,
+  documents,
+  duplicates,
+  frequencies,
+  overlap,
+  shards,
+  sources,
+  tokenizer_training,
+)
 from llm.data import tokenizer as tokenizer_lib
 from llm.data.batches import Batches, rows_a_batch
 from llm.models import resolve
@@ -304,7 +313,7 @@ def _tokenizer(
     return manager.load_tokenizer(start)
   if not start and (of_shards := [source for source in train if source.kind == "shards"]):
     return shards.tokenizer(of_shards[0])
-  tokenizer = tokenizer_lib.make(config.tokenizer, train, cache.cache_dir(config.data.cache))
+  tokenizer = tokenizer_training.make(config.tokenizer, train, cache.cache_dir(config.data.cache))
   if not start or config.transfer.vocabulary != "same":
     return tokenizer
   if tokenizer.digest() != manager.load_tokenizer(start).digest():

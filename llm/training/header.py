@@ -3,11 +3,15 @@
 import os
 from typing import Callable
 
+import jax
+from etils import epath
 from jax.sharding import Mesh
 
 from llm import core
-from llm.config import DataConfig
+from llm.checkpoints import manager
+from llm.config import Config, DataConfig
 from llm.models import precision, resolve
+from llm.performance import flops
 from llm.training import optimizer as optimizer_lib
 from llm.training.experiment import Training
 
@@ -91,4 +95,43 @@ def _show_recipe(experiment: Training, say: Callable):
     f"recipe      {optimizer.name}, learning rate {optimizer.learning_rate:.3g}, schedule "
     f"{optimizer.schedule} after a warm-up of {warmup:,} steps, weights start at "
     f"{config.model.init_std:.3g}"
+  )
+
+
+def show_baselines(experiment: Training, say: Callable) -> dict[str, float]:
+  """What models without a network reach on the evaluation source, printed; {} without one.
+
+  Only the first process logs it, and it would not compare with a part of the source.
+  """
+  held_out = experiment.held_out
+  if held_out is None or experiment.config.training.eval_batches or jax.process_index():
+    return {}
+  baselines = experiment.objective.baselines(experiment.train, held_out)
+  if baselines:
+    figures = ", ".join(f"{name} {value:.1%}" for name, value in baselines.items())
+    say(f"baseline    {figures}")
+  return baselines
+
+
+def show_peak(experiment: Training, flops_a_row: float, mesh: Mesh, say: Callable) -> float:
+  """The peak FLOP/s of the mesh, which is printed too."""
+  config = experiment.config
+  peak, source = flops.peak_flops(mesh, precision.of(config.model))
+  of_step = flops_a_row * experiment.batches.batch_size
+  say(f"peak        {peak / 1e9:,.0f} GFLOP/s ({source}), {of_step / 1e9:,.1f} GFLOP a step")
+  return peak
+
+
+def show_new_length(resume_from: epath.Path, config: Config, first_step: int, say: Callable):
+  """Says what it does to the learning rate that the number of steps has changed."""
+  planned = manager.describe(resume_from).config.training.steps
+  steps = config.training.steps
+  if planned == steps:
+    return
+  before = optimizer_lib.rate_at(config.optimizer, planned, first_step)
+  now = optimizer_lib.rate_at(config.optimizer, steps, first_step)
+  change = f"stays {now:.3g}" if now == before else f"is {now:.3g} instead of {before:.3g}"
+  say(
+    f"the run was planned for {planned} steps and now for {steps}: the {config.optimizer.schedule} "
+    f"schedule is that of the new length, so the learning rate of step {first_step} {change}"
   )

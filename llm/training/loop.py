@@ -17,7 +17,6 @@ from llm.checkpoints import manager
 from llm.config import Config
 from llm.core import Params, UserError
 from llm.data import batches as batches_lib
-from llm.models import precision
 from llm.objectives import base
 from llm.performance import flops
 from llm.runs import workdir as workdir_lib
@@ -29,7 +28,6 @@ from llm.runs.stop import Stop, Stopped
 from llm.training import evaluation, header, partition, reference, room
 from llm.training import experiment as experiment_lib
 from llm.training import optimizer as optimizer_lib
-from llm.training import plan as plan_lib
 from llm.training import state as state_lib
 from llm.training.experiment import Training
 
@@ -152,8 +150,8 @@ class _Run:
     self._show_header(resume_from)
     self.baselines: dict[str, float] = {}
     if self.first_step < self.last_step or self.evaluation_left:
-      self.baselines = baselines(experiment, say)
-    self.peak_flops = _peak_flops(experiment, self.plan, mesh, say)
+      self.baselines = header.show_baselines(experiment, say)
+    self.peak_flops = header.show_peak(experiment, self.plan.flops_a_row, mesh, say)
     self._open()
 
   def _show_header(self, resume_from: epath.Path | None):
@@ -161,7 +159,7 @@ class _Run:
     workdir_lib.write_json(self.workdir / "resolved.json", config_lib.thaw(self.config))
     workdir_lib.write_json(self.workdir / "run.json", workdir_lib.run_record())
     if resume_from:
-      _say_new_length(resume_from, self.config, self.first_step, self.say)
+      header.show_new_length(resume_from, self.config, self.first_step, self.say)
     header.show(self.experiment, self.mesh, self.parameters, self.origin, self.first_step, self.say)
 
   def _open(self):
@@ -421,42 +419,3 @@ class _Run:
     if step > self.first_step:
       return self.meter.total_flops / (step - self.first_step)
     return self.experiment.batches.batch_size * self.plan.flops_a_row
-
-
-def baselines(experiment: Training, say: Callable) -> dict[str, float]:
-  """What models without a network reach on the evaluation source; {} without one.
-
-  Only the first process logs it, and it would not compare with a part of the source.
-  """
-  held_out = experiment.held_out
-  if held_out is None or experiment.config.training.eval_batches or jax.process_index():
-    return {}
-  baselines = experiment.objective.baselines(experiment.train, held_out)
-  if baselines:
-    figures = ", ".join(f"{name} {value:.1%}" for name, value in baselines.items())
-    say(f"baseline    {figures}")
-  return baselines
-
-
-def _peak_flops(experiment: Training, planned: plan_lib.Plan, mesh: Mesh, say: Callable) -> float:
-  """The peak FLOP/s of the mesh."""
-  config = experiment.config
-  peak, source = flops.peak_flops(mesh, precision.of(config.model))
-  of_step = planned.flops_a_row * experiment.batches.batch_size
-  say(f"peak        {peak / 1e9:,.0f} GFLOP/s ({source}), {of_step / 1e9:,.1f} GFLOP a step")
-  return peak
-
-
-def _say_new_length(resume_from: epath.Path, config: Config, first_step: int, say: Callable):
-  """Says what it does to the learning rate that the number of steps has changed."""
-  planned = manager.describe(resume_from).config.training.steps
-  steps = config.training.steps
-  if planned == steps:
-    return
-  before = optimizer_lib.rate_at(config.optimizer, planned, first_step)
-  now = optimizer_lib.rate_at(config.optimizer, steps, first_step)
-  change = f"stays {now:.3g}" if now == before else f"is {now:.3g} instead of {before:.3g}"
-  say(
-    f"the run was planned for {planned} steps and now for {steps}: the {config.optimizer.schedule} "
-    f"schedule is that of the new length, so the learning rate of step {first_step} {change}"
-  )
