@@ -109,13 +109,15 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, lowercase: bool) 
       user_defined_symbols=[] if lowercase else ["\n"],
     )
   except (RuntimeError, OSError) as error:
-    reason = str(error).strip().splitlines()[-1]
-    if too_small := re.search(r"required_chars.* (\d+) vs (\d+)", reason):
-      raise UserError(
-        f"config.tokenizer.vocab_size={vocab_size} is too small: the characters of this text and "
-        f"the special pieces alone are {too_small[2]}"
-      )
-    raise UserError(
-      f"cannot train a SentencePiece model of {vocab_size} pieces on this text: {reason}"
-    )
+    raise UserError(_why_not_trained(error, vocab_size))
   return model.getvalue()
+
+
+def _why_not_trained(error: Exception, vocab_size: int) -> str:
+  reason = str(error).strip().splitlines()[-1]
+  if too_small := re.search(r"required_chars.* (\d+) vs (\d+)", reason):
+    return (
+      f"config.tokenizer.vocab_size={vocab_size} is too small: the characters of this text and "
+      f"the special pieces alone are {too_small[2]}"
+    )
+  return f"cannot train a SentencePiece model of {vocab_size} pieces on this text: {reason}"

@@ -175,9 +175,7 @@ def prepare(
   rows = [objective.rows(source, tokenizer, config.data, model, length) for source in train]
   batches = _batches(config, rows, [source.weight for source in train])
   held_out = _held_out(config, objective)
-  eval_rows = None
-  if held_out is not None:
-    eval_rows = objective.eval_rows(held_out, tokenizer, config.data, model, length)
+  eval_rows = held_out and objective.eval_rows(held_out, tokenizer, config.data, model, length)
   fitted = dataclasses.replace(config, model=model, objective=base.to_mapping(objective))
   if saved:
     fitted = inherited.with_learning_rate(fitted, saved)

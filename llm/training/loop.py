@@ -120,14 +120,7 @@ class _Run:
     self.mesh = mesh
     self.stop = stop
     self.say = say
-    saved = manager.describe(resume_from) if resume_from else None
-    # Of the last evaluation.
-    self.eval_figures: dict[str, Any] = saved.metrics if saved else {}
-    # Sums of the log line that a resumed run is in.
-    self.window: dict[str, Any] = saved.window if saved else {}
-    goal = config.training.keep_best
-    evaluations = manager.evaluations(workdir) if goal else []
-    self.progress = Progress.of_run(goal, saved.progress if saved else manager.Best(), evaluations)
+    self._read_figures(resume_from)
     self.plan = room.plan_that_fits(experiment, mesh)
     self.state, self.origin = state_lib.first_state(
       experiment, self.plan, resume_from, workdir, say
@@ -136,23 +129,32 @@ class _Run:
     steps = config.training.steps
     self.last_step = min(steps, until or steps)
     self.pace = optimizer_lib.pace(config.optimizer, steps)
-    # Whether a signal stopped the run during the evaluation of its first step here.
-    self.evaluation_left = (
-      resume_from is not None
-      and experiment.eval_rows is not None
-      and self.due(self.first_step, config.training.eval_every)
-      and not self.eval_figures
-      and not self._result_of(self.first_step)
-    )
+    self.evaluation_left = resume_from is not None and self._lacks_evaluation()
     self.tokens_a_step = experiment.batches.tokens()
     self.sampler = reference.sampler(experiment, self.plan.frozen_masks, mesh, say)
     self.parameters = flops.count_parameters(self.plan.params, config.model.vocab_size)
     self._show_header(resume_from)
-    self.baselines: dict[str, float] = {}
-    if self.first_step < self.last_step or self.evaluation_left:
-      self.baselines = header.show_baselines(experiment, say)
-    self.peak_flops = header.show_peak(experiment, self.plan.flops_a_row, mesh, say)
     self._open()
+
+  def _read_figures(self, resume_from: epath.Path | None):
+    """What the run has reached so far."""
+    saved = manager.describe(resume_from) if resume_from else None
+    # Of the last evaluation.
+    self.eval_figures: dict[str, Any] = saved.metrics if saved else {}
+    # Sums of the log line that a resumed run is in.
+    self.window: dict[str, Any] = saved.window if saved else {}
+    goal = self.config.training.keep_best
+    best = saved.progress if saved else manager.Best()
+    self.progress = Progress.of_run(goal, best, manager.evaluations(self.workdir) if goal else [])
+
+  def _lacks_evaluation(self) -> bool:
+    """Whether a signal stopped the run during the evaluation of its first step here."""
+    return (
+      self.experiment.eval_rows is not None
+      and self.due(self.first_step, self.config.training.eval_every)
+      and not self.eval_figures
+      and not self._result_of(self.first_step)
+    )
 
   def _show_header(self, resume_from: epath.Path | None):
     """Writes run.json and resolved.json, and prints what this run is."""
@@ -161,6 +163,10 @@ class _Run:
     if resume_from:
       header.show_new_length(resume_from, self.config, self.first_step, self.say)
     header.show(self.experiment, self.mesh, self.parameters, self.origin, self.first_step, self.say)
+    self.baselines: dict[str, float] = {}
+    if self.first_step < self.last_step or self.evaluation_left:
+      self.baselines = header.show_baselines(self.experiment, self.say)
+    self.peak_flops = header.show_peak(self.experiment, self.plan.flops_a_row, self.mesh, self.say)
 
   def _open(self):
     """Opens the checkpoints, the logs and the stream of batches."""
