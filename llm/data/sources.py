@@ -243,7 +243,7 @@ def _made_content(source: Source) -> list[str]:
 
 
 def _shards_records(source: Source) -> Iterable[dict]:
-  from llm.data import shards  # it reads through a tokenizer, which knows sources
+  from llm.data import shards  # which imports Source from here
 
   return shards.records(source)
 

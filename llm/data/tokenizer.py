@@ -1,7 +1,7 @@
 """Text to ids and back.
 
-A tokenizer is a SentencePiece model (trained here or loaded), a WordPiece vocabulary, the
-tokenizer.json of a published checkpoint, or bytes. All have the attributes of `Tokenizer`.
+A tokenizer is a SentencePiece model, a WordPiece vocabulary, the tokenizer.json of a published
+checkpoint, or bytes. All have the attributes of `Tokenizer`.
 """
 
 import dataclasses
