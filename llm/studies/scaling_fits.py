@@ -55,7 +55,9 @@ class Parametric:
   def __call__(self, n: np.ndarray | float, d: np.ndarray | float) -> np.ndarray:
     n = np.asarray(n, float)
     d = np.asarray(d, float)
-    return self.E + self.A / n**self.alpha + self.B / d**self.beta
+    # Runs drawn again may have a fit without a minimum, whose constants are 0 or infinite.
+    with np.errstate(all="ignore"):
+      return self.E + self.A / n**self.alpha + self.B / d**self.beta
 
   def optimal(self, flops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(N, D) with the least loss for C = 6 N D FLOPs (Hoffmann et al. 2022, equation 4)."""
