@@ -87,6 +87,8 @@ def without_timings(value: Any) -> Any:
   """A JSON value without the keys of TIMINGS."""
   if isinstance(value, dict):
     return {k: without_timings(v) for k, v in value.items() if k not in TIMINGS}
+  if isinstance(value, list):
+    return [without_timings(v) for v in value]
   return value
 
 
