@@ -115,7 +115,6 @@ class _Run:
     started_at: float,
   ):
     config = experiment.config
-    self.started_at = started_at
     self.experiment = experiment
     self.config = config
     self.workdir = workdir
@@ -127,6 +126,9 @@ class _Run:
     self.eval_figures: dict[str, Any] = saved.metrics if saved else {}
     # Sums of the log line that a resumed run is in.
     self.window: dict[str, Any] = saved.window if saved else {}
+    # What a resumed run took before counts as if it had started so much earlier.
+    self.seconds_before: dict[str, float] = saved.seconds if saved else {}
+    self.started_at = started_at - self.seconds_before.get("whole", 0.0)
     goal = config.training.keep_best
     evaluations = manager.evaluations(workdir) if goal else []
     self.progress = Progress.of_run(goal, saved.progress if saved else manager.Best(), evaluations)
@@ -154,7 +156,7 @@ class _Run:
     if self.first_step < self.last_step or self.evaluation_left:
       self.baselines = baselines(experiment, say)
     self.peak_flops = _peak_flops(experiment, self.plan, mesh, say)
-    self._open()
+    self._open(started_at)
 
   def _show_header(self, resume_from: epath.Path | None):
     """Writes run.json and resolved.json, and prints what this run is."""
@@ -164,14 +166,15 @@ class _Run:
       _say_new_length(resume_from, self.config, self.first_step, self.say)
     header.show(self.experiment, self.mesh, self.parameters, self.origin, self.first_step, self.say)
 
-  def _open(self):
+  def _open(self, started_at: float):
     """Opens the checkpoints, the logs and the stream of batches."""
     config = self.config
     self.saver = manager.Manager(self.workdir, config.training.keep, self.experiment.tokenizer)
     self.log_folder = workdir_lib.LogFolder(self.workdir)
     self.log = Log(self.log_folder, self.first_step, self.last_step, self.evaluation_left)
     self.meter = Meter(self.first_step, window=self.window)
-    self.meter.total_seconds["start"] = time.time() - self.started_at
+    self.meter.total_seconds.update(self.seconds_before)
+    self.meter.total_seconds["start"] += time.time() - started_at
     self.stream = batches_lib.stream(
       self.experiment.batches,
       self.first_step,
@@ -334,6 +337,7 @@ class _Run:
       "progress": self.progress.saved(),
       # A copy: the description is written while the next steps are added.
       "window": {name: list(total) for name, total in self.meter.window.items()},
+      "seconds": {**self.meter.total_seconds, "whole": time.time() - self.started_at},
     }
     with self.meter.timed("checkpoint"):
       self.saver.save(
