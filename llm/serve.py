@@ -9,6 +9,7 @@ Then give OpenAI's client base_url=http://HOST:PORT/v1 and the key, or open http
 import importlib.util
 import pathlib
 import re
+import sqlite3
 import sys
 from typing import Any
 
@@ -50,7 +51,10 @@ def key():
   from llm.server.state import State
 
   workdir.mkdir(parents=True, exist_ok=True)
-  print(keys.make(State(workdir), _OWNER.value))
+  try:
+    print(keys.make(State(workdir), _OWNER.value))
+  except sqlite3.OperationalError as error:  # the disk is full, or no database lies there
+    raise UserError(f"no key was made in {workdir}: {error}")
 
 
 def serve():

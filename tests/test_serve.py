@@ -314,6 +314,49 @@ def test_preferences_are_learned_and_a_job_that_was_paused_goes_on(client):
 
 
 @pytest.mark.slow
+def test_rewards_are_learned_and_the_model_is_served(client):
+  """The grader of each line is its own: half of the prompts want an a, the others a b."""
+  talks = [
+    {"messages": [{"role": "user", "content": letter * 3}], "wanted": {"letter": letter}}
+    for letter in "ab" * 16
+  ]
+  file = client.files.create(file=("prompts.jsonl", lines(talks)), purpose="fine-tune")
+  grader = {
+    "type": "string_check",
+    "name": "has the letter",
+    "input": "{{sample.output_text}}",
+    "reference": "{{item.wanted.letter}}",
+    "operation": "like",
+  }
+  faster = {"n_epochs": 6, "batch_size": 8, "learning_rate_multiplier": 1_000.0}
+  method = {"grader": grader, "hyperparameters": faster}
+  job = client.fine_tuning.jobs.create(
+    model="gpt",
+    training_file=file.id,
+    seed=1,
+    method={"type": "reinforcement", "reinforcement": method},
+  )
+  job = ended(client, job.id)
+  assert job.status == "succeeded", job
+  assert job.method.reinforcement.grader.operation == "like" and job.trained_tokens > 0
+  told = list(client.fine_tuning.jobs.list_events(job.id, limit=100))
+  rewards = [event.data["train_reward"] for event in told if event.type == "metrics"][::-1]
+  assert len(rewards) == 24 and sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.2
+  table = client.files.content(job.result_files[0]).read().decode()
+  assert "train_reward" in table.splitlines()[0] and len(table.splitlines()) == 25
+  answer = client.chat.completions.create(
+    model=job.fine_tuned_model, messages=talks[0]["messages"], max_tokens=40, seed=1, n=4
+  )
+  assert any("a" in choice.message.content for choice in answer.choices)
+  grader = {**grader, "reference": "{{item.nothing}}"}
+  method = {"type": "reinforcement", "reinforcement": {"grader": grader}}
+  job = client.fine_tuning.jobs.create(model="gpt", training_file=file.id, method=method)
+  job = ended(client, job.id)
+  assert job.status == "failed" and "line 1 has no field 'nothing'" in job.error.message
+  assert job.error.param == "training_file"
+
+
+@pytest.mark.slow
 def test_a_workdir_has_one_server(serving):
   second = Serving(serving.workdir, "")
   with pytest.raises(AssertionError, match="error: another run is at work in"):

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from tests.serving import conversations
+from tests.serving import conversations, lines
 from tests.test_serve import client, serving  # noqa: F401  the fixtures
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
@@ -14,12 +14,17 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 PICTURES = os.environ.get("PRETUNE_PICTURES", "")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not CHROMIUM, reason="there is no chromium here: apt-get install chromium")
-def test_the_page_starts_a_job_and_lets_two_models_answer(serving, client, tmp_path):  # noqa: F811
+pytestmark = [
+  pytest.mark.slow,
+  pytest.mark.skipif(not CHROMIUM, reason="there is no chromium here: apt-get install chromium"),
+]
+
+
+@pytest.fixture
+def page(serving, client):  # noqa: F811
+  """The page, opened with a key. No script on it may fail."""
   from playwright.sync_api import sync_playwright
 
-  (tmp_path / "talk.jsonl").write_bytes(conversations(40))
   with sync_playwright() as play:
     browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
     page = browser.new_page(viewport={"width": 1100, "height": 900})
@@ -31,19 +36,53 @@ def test_the_page_starts_a_job_and_lets_two_models_answer(serving, client, tmp_p
     page.wait_for_selector("#error:has-text('API key')")
     page.fill("#key", client.api_key)
     page.click("text=Open")
-    page.set_input_files("#file", tmp_path / "talk.jsonl")
-    page.click("text=Upload")
-    page.wait_for_selector("#files td:has-text('talk.jsonl')")
-    start_job(page)
-    page.wait_for_selector("#job-name:has-text('succeeded')", timeout=120_000)
-    assert page.locator("#curve polyline.train").count() == 1
-    assert page.locator("#curve polyline.valid").count() == 1
-    assert "successfully completed" in page.inner_text("#events")
-    picture(page, "serving_job", "#job")
-    ask(page)
-    picture(page, "serving_chat", "main > section:first-child")
+    yield page
     assert faults == []
     browser.close()
+
+
+def test_the_page_starts_a_job_and_lets_two_models_answer(page, tmp_path):
+  upload(page, tmp_path / "talk.jsonl", conversations(40))
+  start_job(page)
+  page.wait_for_selector("#job-name:has-text('succeeded')", timeout=120_000)
+  assert page.locator("#curve polyline.train").count() == 1
+  assert page.locator("#curve polyline.valid").count() == 1
+  assert "successfully completed" in page.inner_text("#events")
+  picture(page, "serving_job", "#job")
+  ask(page)
+  picture(page, "serving_chat", "main > section:first-child")
+
+
+def test_the_page_starts_a_job_with_rewards(page, client, tmp_path):  # noqa: F811
+  asked = {"messages": [{"role": "user", "content": "say it"}], "answer": "a"}
+  upload(page, tmp_path / "prompts.jsonl", lines([asked] * 8))
+  page.select_option("#base", "gpt")
+  page.select_option("#training", label="prompts.jsonl")
+  assert not page.is_visible("#reference")
+  page.select_option("#method", "reinforcement")
+  page.select_option("#compare", "rouge_l")
+  page.fill("#rate", "0")
+  page.click("#start button")
+  page.wait_for_selector("#error:has-text('learning_rate_multiplier')")
+  page.fill("#rate", "2.5")
+  page.fill("#batch", "8")
+  page.click("#start button")
+  page.wait_for_selector("#curve text:has-text('train reward')", timeout=120_000)
+  job = client.fine_tuning.jobs.list(limit=1).data[0]
+  grader = job.method.reinforcement.grader
+  assert (grader.type, grader.evaluation_metric) == ("text_similarity", "rouge_l")
+  assert (grader.input, grader.reference) == ("{{sample.output_text}}", "{{item.answer}}")
+  settings = job.method.reinforcement.hyperparameters
+  assert (settings.batch_size, settings.learning_rate_multiplier) == (8, 2.5)
+  page.click("#cancel")
+  page.wait_for_selector("#job-name:has-text('cancelled')")
+
+
+def upload(page, path: pathlib.Path, content: bytes):
+  path.write_bytes(content)
+  page.set_input_files("#file", path)
+  page.click("text=Upload")
+  page.wait_for_selector(f"#files td:has-text('{path.name}')")
 
 
 def start_job(page):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import psutil
 import pytest
 
 from llm import config as config_lib
-from llm import sharding
+from llm import sharding, storage
 from llm.checkpoints import manager
 from llm.config import MeshConfig, OptimizerConfig
 from llm.core import UserError, flatten
@@ -455,6 +456,23 @@ def test_sigterm_saves_and_says_how_to_go_on(killable, tmp_path):
   assert final_state(tmp_path)[0] == 4
   assert start(config, tmp_path).wait() == 0
   assert same(final_state(tmp_path), expected)
+
+
+def test_a_run_that_goes_on_counts_what_it_took_before(gpt_start, corpus, tmp_path):
+  """Its first step is said to have taken 5,000 seconds, 2,000 of them the evaluation's."""
+  shutil.copytree(gpt_start, tmp_path, dirs_exist_ok=True)
+  step = storage.folder(tmp_path / "checkpoints" / "1")
+  description = json.loads((step / "description.json").read_text())
+  assert 0 < description["seconds"]["start"] < description["seconds"]["whole"]
+  description["seconds"] = {"whole": 5_000.0, "evaluation": 2_000.0}
+  (step / "description.json").write_text(json.dumps(description))
+  manager.write_manifest(step)
+  config = tiny("gpt", f"text:{corpus}", training__steps=2, model__max_length=128)
+  result = loop.train(config, tmp_path, say=loop.silent)
+  assert result["step"] == 2 and 5_000 < result["seconds"] < 5_500
+  assert 0.35 < result["shares"]["evaluation"] <= 0.4 and result["shares"]["start"] > 0
+  saved = manager.describe(step.parent / "2").seconds
+  assert saved["whole"] > 5_000 and saved["evaluation"] == 2_000
 
 
 @pytest.mark.slow

@@ -75,7 +75,7 @@ class Saved:
   """The content of description.json.
 
   settled: what "auto" became where the step was trained. data: source -> digest. window: the sums
-  of the log line that the run is in.
+  of the log line that the run is in. seconds: that the run took so far, by activity, and `whole`.
   """
 
   step: Annotated[int, msgspec.Meta(ge=0)]
@@ -85,6 +85,7 @@ class Saved:
   settled: dict[str, str] = dataclasses.field(default_factory=dict)
   data: dict[str, str] = dataclasses.field(default_factory=dict)
   window: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+  seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +99,7 @@ class Description:
   settled: dict[str, str]
   data: dict[str, str]
   window: dict[str, list[float]]
+  seconds: dict[str, float]
 
 
 def _size(path: epath.Path) -> int:
@@ -257,7 +259,14 @@ def describe(step: epath.Path) -> Description:
   except UserError as error:
     raise Damaged(f"{step}: description.json is damaged: {error}")
   return Description(
-    saved.step, config, saved.metrics, saved.progress, saved.settled, saved.data, saved.window
+    saved.step,
+    config,
+    saved.metrics,
+    saved.progress,
+    saved.settled,
+    saved.data,
+    saved.window,
+    saved.seconds,
   )
 
 

@@ -75,13 +75,16 @@ def of_exception(error: Exception) -> ApiError:
     if isinstance(error.__cause__, (ApiError, OSError)):
       return of_exception(error.__cause__)
     return ApiError(str(error.detail), status=error.status_code)
-  if isinstance(error, OSError) and error.errno in NO_SPACE or _is_full(error):
+  if is_full(error):
     return ApiError("the server's disk is full", code="insufficient_storage", status=507)
   traceback.print_exception(error, file=sys.stderr)
   return ApiError("the server failed; its log says where", status=500)
 
 
-def _is_full(error: Exception) -> bool:
+def is_full(error: Exception) -> bool:
+  """Whether the disk had no room: for a file, or for the database."""
+  if isinstance(error, OSError):
+    return error.errno in NO_SPACE
   return isinstance(error, sqlite3.OperationalError) and "full" in str(error)
 
 

@@ -147,9 +147,13 @@ def rewrite(source: pathlib.Path, reader: Callable[[dict, str], dict], target: p
   """Writes the lines of a file as `reader` makes them, and says how many. Raises UserError."""
   scratch = target.with_suffix(".tmp")
   count = 0
-  with open(scratch, "w", encoding="utf-8") as file:
-    for example in read(source, reader):
-      file.write(json.dumps(example) + "\n")
-      count += 1
+  try:
+    with open(scratch, "w", encoding="utf-8") as file:
+      for example in read(source, reader):
+        file.write(json.dumps(example) + "\n")
+        count += 1
+  except BaseException:
+    scratch.unlink()
+    raise
   scratch.replace(target)
   return count

@@ -21,7 +21,7 @@ from typing import Any, Callable
 import psutil
 
 from llm.core import UserError, first_line
-from llm.server import examples, graders, progress, translation
+from llm.server import errors, examples, graders, progress, translation
 from llm.server.catalog import Catalog
 from llm.server.files import Files
 from llm.server.state import State
@@ -32,6 +32,7 @@ ATTEMPTS = 3  # of a run that ends without a reason and without a step forward
 NICE = 5  # jobs leave the processor to chats
 FILES = {"training_file": "train.jsonl", "validation_file": "eval.jsonl"}  # -> for llm.train
 NO_SPACE = "No space left on device"
+ROOM = 2**20  # bytes; with less than that, the disk is full
 
 
 class Supervisor(threading.Thread):
@@ -79,8 +80,9 @@ class Supervisor(threading.Thread):
     while not self.stopping.wait(POLL):
       try:
         self.look()
-      except Exception:  # of one look; the next one tries again
-        traceback.print_exc()
+      except Exception as error:  # of one look; the next one tries again
+        if not errors.is_full(error):
+          traceback.print_exc()
     for process in self.processes.values():
       process.terminate()
     for process in self.processes.values():
@@ -95,12 +97,17 @@ class Supervisor(threading.Thread):
     if self.is_alive():
       self.join()
 
+  def _has_room(self) -> bool:
+    return shutil.disk_usage(self.jobs).free >= ROOM
+
   def look(self):
-    """One look at all jobs."""
-    for row in self.state.rows("jobs", status="validating_files"):
-      self._validate(row)
+    """One look at all jobs. Those that are not at work wait where the disk is full."""
     for job_id in [*self.processes, *self.orphans]:
       self._follow(job_id)
+    if not self._has_room():
+      return
+    for row in self.state.rows("jobs", status="validating_files"):
+      self._validate(row)
     for row in self.state.rows("jobs", status="running"):
       if row["id"] not in self.processes and row["id"] not in self.orphans:
         self._go_on(row)
@@ -124,6 +131,9 @@ class Supervisor(threading.Thread):
         counts[param] = examples.rewrite(folder / param, reader, folder / name)
       except UserError as error:
         self._fail(job_id, f"invalid_{param}", first_line(error), param)
+        return
+      except OSError as error:
+        self._fail(job_id, "not_validated", first_line(error), param)
         return
     count = counts["training_file"]
     self.state.move(job_id, ["validating_files"], "queued", examples=count)
@@ -214,9 +224,9 @@ class Supervisor(threading.Thread):
       self._succeed(row)
       return
     reason = progress.failure(self.jobs / job_id / "log.txt")
-    if NO_SPACE in reason:
+    if NO_SPACE in reason or not self._has_room():  # there may be none for the reason either
       self.state.move(job_id, ["running"], "paused")
-      message = f"Paused: {reason}. Make room, then resume the job"
+      message = "Paused: the server's disk is full. Make room, then resume the job"
       self.state.add_event(job_id, f"full-{time.time()}", message, "error")
       return
     newest = next((int(path.name) for path in progress.steps(workdir)), 0)

@@ -333,7 +333,8 @@ def wall_clock(done: Sequence[Result]) -> dict[str, float]:
   training = 0.0
   for result in done:
     share = result.figures.get("shares", {}).get("training", 0.0)
-    training += share * result.figures.get("seconds", 0.0)
+    # A run that went on counts all its seconds; here are those of one call.
+    training += share * min(result.figures.get("seconds", 0.0), result.wall)
   an_hour = 3600 * len(done) / seconds if seconds else 0.0
   share = training / seconds if seconds else 0.0
   return {"seconds": seconds, "runs_an_hour": an_hour, "training": share}

@@ -113,14 +113,13 @@ class _Run:
     started_at: float,
   ):
     config = experiment.config
-    self.started_at = started_at
     self.experiment = experiment
     self.config = config
     self.workdir = workdir
     self.mesh = mesh
     self.stop = stop
     self.say = say
-    self._read_figures(resume_from)
+    self._read_figures(resume_from, started_at)
     self.plan = room.plan_that_fits(experiment, mesh)
     self.state, self.origin = state_lib.first_state(
       experiment, self.plan, resume_from, workdir, say
@@ -134,15 +133,18 @@ class _Run:
     self.sampler = reference.sampler(experiment, self.plan.frozen_masks, mesh, say)
     self.parameters = flops.count_parameters(self.plan.params, config.model.vocab_size)
     self._show_header(resume_from)
-    self._open()
+    self._open(started_at)
 
-  def _read_figures(self, resume_from: epath.Path | None):
+  def _read_figures(self, resume_from: epath.Path | None, started_at: float):
     """What the run has reached so far."""
     saved = manager.describe(resume_from) if resume_from else None
     # Of the last evaluation.
     self.eval_figures: dict[str, Any] = saved.metrics if saved else {}
     # Sums of the log line that a resumed run is in.
     self.window: dict[str, Any] = saved.window if saved else {}
+    # What a resumed run took before counts as if it had started so much earlier.
+    self.seconds_before: dict[str, float] = saved.seconds if saved else {}
+    self.started_at = started_at - self.seconds_before.get("whole", 0.0)
     goal = self.config.training.keep_best
     best = saved.progress if saved else manager.Best()
     self.progress = Progress.of_run(goal, best, manager.evaluations(self.workdir) if goal else [])
@@ -168,14 +170,15 @@ class _Run:
       self.baselines = header.show_baselines(self.experiment, self.say)
     self.peak_flops = header.show_peak(self.experiment, self.plan.flops_a_row, self.mesh, self.say)
 
-  def _open(self):
+  def _open(self, started_at: float):
     """Opens the checkpoints, the logs and the stream of batches."""
     config = self.config
     self.saver = manager.Manager(self.workdir, config.training.keep, self.experiment.tokenizer)
     self.log_folder = workdir_lib.LogFolder(self.workdir)
     self.log = Log(self.log_folder, self.first_step, self.last_step, self.evaluation_left)
     self.meter = Meter(self.first_step, window=self.window)
-    self.meter.total_seconds["start"] = time.time() - self.started_at
+    self.meter.total_seconds.update(self.seconds_before)
+    self.meter.total_seconds["start"] += time.time() - started_at
     self.stream = batches_lib.stream(
       self.experiment.batches,
       self.first_step,
@@ -338,6 +341,7 @@ class _Run:
       "progress": self.progress.saved(),
       # A copy: the description is written while the next steps are added.
       "window": {name: list(total) for name, total in self.meter.window.items()},
+      "seconds": {**self.meter.total_seconds, "whole": time.time() - self.started_at},
     }
     with self.meter.timed("checkpoint"):
       self.saver.save(

@@ -99,7 +99,8 @@ async function showJob(job) {
     const time = new Date(event.created_at * 1000).toLocaleTimeString();
     return element("li", `${time}  ${event.message}`);
   }));
-  draw(events.filter((event) => event.type === "metrics").map((event) => event.data).reverse());
+  const figures = events.filter((event) => event.type === "metrics").map((event) => event.data);
+  draw(figures.reverse(), job.method.type === "reinforcement" ? "reward" : "loss");
 }
 
 function shape(name, attributes, text = "") {
@@ -109,30 +110,30 @@ function shape(name, attributes, text = "") {
   return made;
 }
 
-// The loss of training and of the held-out file by step.
-function draw(figures) {
+// A figure of training and of the held-out file by step.
+function draw(figures, name) {
   const svg = at("curve");
   svg.replaceChildren();
   const lines = ["train", "valid"].map((split) => [split, figures
-    .filter((figure) => Number.isFinite(figure[`${split}_loss`]))
-    .map((figure) => [figure.step, figure[`${split}_loss`]])
+    .filter((figure) => Number.isFinite(figure[`${split}_${name}`]))
+    .map((figure) => [figure.step, figure[`${split}_${name}`]])
     .sort((one, other) => one[0] - other[0])]);
   const points = lines.flatMap(([, line]) => line);
   if (!points.length) return;
   const steps = Math.max(...figures.map((figure) => figure.total_steps || figure.step));
-  const high = Math.max(...points.map(([, loss]) => loss));
-  const low = Math.min(0, ...points.map(([, loss]) => loss));
+  const high = Math.max(...points.map(([, value]) => value));
+  const low = Math.min(0, ...points.map(([, value]) => value));
   const x = (step) => 45 + 540 * step / steps;
-  const y = (loss) => 195 - 180 * (loss - low) / (high - low || 1);
+  const y = (value) => 195 - 180 * (value - low) / (high - low || 1);
   for (const value of [low, (low + high) / 2, high]) {
     svg.append(shape("text", { x: 4, y: y(value) + 4 }, value.toPrecision(3)));
   }
   svg.append(shape("text", { x: 560, y: 212 }, `step ${steps}`));
   lines.forEach(([split, line], number) => {
     if (!line.length) return;
-    svg.append(shape("polyline", { class: split, points: line.map(([step, loss]) => `${x(step)},${y(loss)}`).join(" ") }));
-    svg.append(shape("text", { x: 440 + 70 * number, y: 14, class: `key-${split}` }, `${split} loss`));
-    if (split === "valid") line.forEach(([step, loss]) => svg.append(shape("circle", { cx: x(step), cy: y(loss), r: 2.5 })));
+    svg.append(shape("polyline", { class: split, points: line.map(([step, value]) => `${x(step)},${y(value)}`).join(" ") }));
+    svg.append(shape("text", { x: 440 + 70 * number, y: 14, class: `key-${split}` }, `${split} ${name}`));
+    if (split === "valid") line.forEach(([step, value]) => svg.append(shape("circle", { cx: x(step), cy: y(value), r: 2.5 })));
   });
 }
 
@@ -224,11 +225,24 @@ on("upload", "submit", async () => {
   await ask("/files", { method: "POST", body: form });
   await showFiles();
 });
+const SETTINGS = { epochs: "n_epochs", batch: "batch_size", rate: "learning_rate_multiplier" };
+const hyperparameters = () => Object.fromEntries(Object.entries(SETTINGS)
+  .filter(([id]) => at(id).value)
+  .map(([id, name]) => [name, Number(at(id).value)]));
+
+function grader() {
+  const [how] = at("compare").selectedOptions;
+  const type = how.parentNode.label;
+  const setting = type === "string_check" ? "operation" : "evaluation_metric";
+  return { type, [setting]: how.value, input: at("input").value, reference: at("reference").value };
+}
+
+on("method", "change", () => { at("grader").hidden = at("method").value !== "reinforcement"; });
 on("start", "submit", async () => {
   const method = at("method").value;
-  const epochs = Number(at("epochs").value);
-  const hyperparameters = epochs ? { n_epochs: epochs } : {};
-  const job = { model: at("base").value, training_file: at("training").value, method: { type: method, [method]: { hyperparameters } } };
+  const settings = { hyperparameters: hyperparameters() };
+  if (method === "reinforcement") settings.grader = grader();
+  const job = { model: at("base").value, training_file: at("training").value, method: { type: method, [method]: settings } };
   if (at("validation").value) job.validation_file = at("validation").value;
   if (at("suffix").value) job.suffix = at("suffix").value;
   chosen = (await (await post("/fine_tuning/jobs", job)).json()).id;
