@@ -9,8 +9,8 @@ prepare: made-up documents of about 2 kB, some of them duplicates, through the s
 """
 
 import argparse
+import contextlib
 import json
-import os
 import pathlib
 import random
 import resource
@@ -20,6 +20,7 @@ import tempfile
 import time
 
 import numpy as np
+import psutil
 import tabulate
 
 ROW = 1024
@@ -130,24 +131,37 @@ def prepare(documents: int, workers: int, folder: pathlib.Path) -> dict:
   command += [f"--config.steps={tuple(['language', *steps.split()])!r}"]
   start = time.perf_counter()
   process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-  _, status, usage = os.wait4(process.pid, 0)
+  peak = watched(process)
   seconds = time.perf_counter() - start
-  assert status == 0
+  assert process.returncode == 0
   figures = json.loads((folder / "out" / "report.json").read_text())
   print((folder / "out" / "report.md").read_text().split("## Why")[0])
-  stored = {
-    name: sum(p.stat().st_size for p in (folder / "out" / name).rglob("*") if p.is_file()) / 1e6
-    for name in ("work", "documents", "shards")
-  }
+  stored = [*sorted((folder / "out" / "work").iterdir()), folder / "out" / "documents"]
+  stored.append(folder / "out" / "shards")
   return {
     "documents": f"{documents:,}",
     "MB": f"{size / 1e6:,.0f}",
     "kept": f"{figures['documents_out']:,}",
     "seconds": f"{seconds:,.0f}",
     "documents/s": f"{documents / seconds:,.0f}",
-    "peak GiB of the command": f"{usage.ru_maxrss / 2**20:.2f}",
-    **{f"MB of {name}": f"{value:,.0f}" for name, value in stored.items()},
+    "peak GiB of a process": f"{peak / 2**30:.2f}",
+    **{f"MB of {path.name}": f"{megabytes(path):,.0f}" for path in stored},
   }
+
+
+def watched(process: subprocess.Popen) -> int:
+  """Waits for a command. Returns the most bytes that it or a process under it held at a time."""
+  peak = 0
+  while process.poll() is None:
+    with contextlib.suppress(psutil.Error):
+      tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+      peak = max(peak, *(member.memory_info().rss for member in tree))
+    time.sleep(0.2)
+  return peak
+
+
+def megabytes(folder: pathlib.Path) -> float:
+  return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
 
 
 def main():

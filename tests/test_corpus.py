@@ -12,6 +12,7 @@ import pathlib
 import pickle
 import random
 import re
+import struct
 import subprocess
 import sys
 import threading
@@ -234,6 +235,38 @@ def test_a_filter_drops_its_case_and_keeps_the_neighbour(step):
   block = settings.block(step, None)
   survivors = [d.id for d in block.run(iter([Document(bad, "bad"), Document(good, "good")]))]
   assert survivors == ["good"]
+
+
+def fasttext_model(path):
+  """A model of two languages by four words, in the layout of fastText's FastText::saveModel."""
+  words = {"the": (4, 0), "and": (4, 0), "der": (0, 4), "und": (0, 4)}
+  magic, version, dim, supervised, softmax, buckets = 793712314, 12, 2, 3, 3, 0
+  settings = (dim, 5, 5, 1, 5, 1, softmax, supervised, buckets, 0, 0, 100)
+  data = struct.pack("<2i12id", magic, version, *settings, 1e-4)
+  data += struct.pack("<3i2q", 6, 4, 2, 6, -1)  # entries, words, labels, tokens, none pruned
+  for number, name in enumerate([*words, "__label__en", "__label__de"]):
+    data += name.encode() + struct.pack("<xqb", 1, number >= len(words))
+  for matrix in (list(words.values()), [(1, 0), (0, 1)]):
+    data += struct.pack("<?2q", False, len(matrix), dim) + np.array(matrix, "<f4").tobytes()
+  path.write_bytes(data)
+
+
+def test_a_fasttext_model_tells_languages(tmp_path):
+  """Softmax of (4, 0): 0.982; a text of which it knows no word has no language."""
+  fasttext_model(tmp_path / "lid.bin")
+  settings = corpus_config.GROUPS["language"](model=str(tmp_path / "lid.bin"))
+  texts = ["the cat\nand dog", "der Hund und", "the der", "nothing known"]
+  dropped = []
+  samples = accounts.Samples(None, "language")
+  samples.write = lambda document, rank: dropped.append(document.metadata)
+  block = settings.block("language", samples)
+  (english,) = block.run(iter([Document(text, text) for text in texts]))
+  assert english.metadata == {"language": "en", "language_score": 0.982}
+  reasons = [metadata["filter_reason"] for metadata in dropped]
+  assert reasons[0] == "language_de" and reasons[2] == "language_unknown"
+  (tmp_path / "lid.bin").write_bytes(b"no model")
+  with pytest.raises(UserError, match="config.language.model="):
+    list(settings.block("language", samples).run(iter([Document("the", "1")])))
 
 
 def test_personal_data_is_masked():
@@ -497,6 +530,44 @@ def test_pages_of_the_web(tmp_path):
   texts = [record["text"] for record in kept(tmp_path / "out")]
   assert texts[0].split() == prose(1).split()
   assert any("déjà écrit à l'été" in text for text in texts)
+
+
+def chunked(body):
+  parts = [body[i : i + 100] for i in range(0, len(body), 100)]
+  return b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in [*parts, b""])
+
+
+CHUNKED = ("Transfer-Encoding", "chunked")
+GZIPPED = ("Content-Encoding", "gzip")
+BODY = html(prose(1)).encode()
+# name -> (headers, what is stored, whether it is a page)
+STORED = {
+  "chunked": ([CHUNKED], chunked(BODY), True),
+  "gzipped": ([GZIPPED], gzip.compress(BODY), True),
+  "both": ([CHUNKED, GZIPPED], chunked(gzip.compress(BODY)), True),
+  "chunked, stored decoded": ([CHUNKED], BODY, True),
+  "gzipped, stored decoded": ([GZIPPED], BODY, True),
+  "no such encoding": ([GZIPPED], b"\x1f\x8bgarbage", False),
+  "a bomb": ([GZIPPED], gzip.compress(b"<p>" + b"x" * 2 * web.LARGEST), False),
+}
+
+
+@pytest.mark.parametrize("case", STORED)
+def test_bodies_are_decoded(tmp_path, case):
+  """Each between two plain pages, which are read whatever it is."""
+  headers, stored, is_page = STORED[case]
+  bodies = [([], BODY), (headers, stored), ([], BODY)]
+  with open(tmp_path / "a.warc", "wb") as file:
+    writer = WARCWriter(file, gzip=False)
+    for number, (more, body) in enumerate(bodies):
+      http = StatusAndHeaders("200 OK", [("Content-Type", "text/html"), *more], protocol="HTTP/1.1")
+      address = f"http://site/{number}"
+      payload = io.BytesIO(body)
+      record = writer.create_warc_record(address, "response", payload=payload, http_headers=http)
+      writer.write_record(record)
+  (piece,) = inputs.find(str(tmp_path), web.ENDINGS)
+  pages = list(web.pages(piece))
+  assert [getattr(page, "text", None) == BODY.decode() for page in pages] == [True, is_page, True]
 
 
 def damage(data, how):

@@ -1,6 +1,7 @@
 """The documentation holds: commands exist, links lead somewhere, the README stays short."""
 
 import bz2
+import io
 import json
 import os
 import pathlib
@@ -138,15 +139,15 @@ SMALL_RUN = [
   "--config.training.sequence_length=256",
 ]
 PRETRAINING = SMALL_MODEL + SMALL_RUN
+SMALL_CORPUS = ["--workers=1", "--config.tokenizer.vocab_size=100"]
 OVERRIDES = {
   "pretrain_bert": PRETRAINING,
   "pretrain_gpt": PRETRAINING,
   "pretrain_t5": [*PRETRAINING, "--config.tokenizer.sentinels=100"],
   "reverse_words": SMALL_RUN,
-  **dict.fromkeys(
-    ("prepare_wikipedia", "prepare_web", "prepare_text"),
-    ["--workers=1", "--config.tokenizer.vocab_size=100"],
-  ),
+  "prepare_wikipedia": SMALL_CORPUS,
+  "prepare_text": SMALL_CORPUS,
+  "prepare_web": [*SMALL_CORPUS, "--config.steps=('extract',)"],
 }
 
 # Pages whose commands are run, one after another in one folder.
@@ -195,6 +196,8 @@ def workplace(tmp_path_factory):
   (folder / "my_steps.py").write_text("def no_poems(document):\n  return True\n")
   (folder / "dumps").mkdir()
   (folder / "dumps" / "a.xml.bz2").write_bytes(bz2.compress("".join(articles).encode()))
+  (folder / "crawl").mkdir()
+  write_warc(folder / "crawl" / "a.warc.gz", documents)
   labelled = [{"text": s, "label": ("bad", "good")[i % 2]} for i, s in enumerate(sentences(1, 24))]
   questions = [
     {"id": str(i), "question": "What was it?", "answers": [{"text": "a joy", "answer_start": 4}]}
@@ -219,6 +222,23 @@ def workplace(tmp_path_factory):
   for name in ("squad_train", "squad_dev"):
     (folder / f"{name}.json").write_text(json.dumps(squad))
   return folder
+
+
+def write_warc(path: pathlib.Path, texts: list[str]):
+  """A page of each text."""
+  from warcio.statusandheaders import StatusAndHeaders
+  from warcio.warcwriter import WARCWriter
+
+  headers = StatusAndHeaders("200 OK", [("Content-Type", "text/html")], protocol="HTTP/1.1")
+  with open(path, "wb") as file:
+    writer = WARCWriter(file, gzip=True)
+    for number, text in enumerate(texts):
+      page = f"<html><body><article><p>{text}</p></article></body></html>".encode()
+      address = f"http://site/{number}"
+      record = writer.create_warc_record(
+        address, "response", payload=io.BytesIO(page), http_headers=headers
+      )
+      writer.write_record(record)
 
 
 def python(arguments: list[str], folder: pathlib.Path, given: str = "") -> str:

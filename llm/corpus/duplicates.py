@@ -15,6 +15,7 @@ from datatrove.pipeline.dedup import exact_dedup, minhash, sentence_dedup
 
 from llm.config import key
 from llm.corpus.accounts import Samples
+from llm.corpus.words import ENGLISH
 
 GROUP = "_near_group"  # in the metadata: the number of the group of near duplicates
 MOST_LINES = 2**16 - 1  # of a document, that the signatures of datatrove can number
@@ -124,7 +125,9 @@ class NearDuplicates(Barrier):
     return minhash.MinhashConfig(self.n_grams, self.buckets, self.hashes_per_bucket)
 
   def signatures(self, folder: DataFolder) -> PipelineStep:
-    return minhash.MinhashDedupSignature(_inside(folder, "signatures"), self._config())
+    return minhash.MinhashDedupSignature(
+      _inside(folder, "signatures"), self._config(), language=ENGLISH
+    )
 
   def findings(self, folder: DataFolder) -> list[Finding]:
     config = self._config()

@@ -28,6 +28,7 @@ from llm.corpus.accounts import Samples
 from llm.corpus.decontamination import Decontaminate
 from llm.corpus.duplicates import ExactDuplicates, LineDuplicates, NearDuplicates
 from llm.corpus.extraction import EXTRACTORS, Extract
+from llm.corpus.words import ENGLISH
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +100,8 @@ def _language_model(path: str) -> Callable[[str], tuple[str, float]]:
   def classify(text: str) -> tuple[str, float]:
     labels: Any
     labels, scores = model.predict(text.replace("\n", " "))
+    if not labels:  # it knows no part of the text
+      return "unknown", 0.0
     return labels[0].removeprefix("__label__"), float(scores[0])
 
   return classify
@@ -134,6 +137,7 @@ class GopherRepetition:
       top_n_grams=tops,
       dup_n_grams=duplicates,
       exclusion_writer=_writer(dropped),
+      language=ENGLISH,
     )
 
 
@@ -153,7 +157,9 @@ class GopherQuality:
   min_stop_words: int = 2
 
   def block(self, name: str, dropped: Samples) -> PipelineStep:
-    return GopherQualityFilter(**dataclasses.asdict(self), exclusion_writer=_writer(dropped))
+    return GopherQualityFilter(
+      **dataclasses.asdict(self), exclusion_writer=_writer(dropped), language=ENGLISH
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +178,9 @@ class C4:
   filter_policy: bool = True
 
   def block(self, name: str, dropped: Samples) -> PipelineStep:
-    return C4QualityFilter(**dataclasses.asdict(self), exclusion_writer=_writer(dropped))
+    return C4QualityFilter(
+      **dataclasses.asdict(self), exclusion_writer=_writer(dropped), language=ENGLISH
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +194,9 @@ class FineWebQuality:
   new_line_ratio: float = 0.3
 
   def block(self, name: str, dropped: Samples) -> PipelineStep:
-    return FineWebQualityFilter(**dataclasses.asdict(self), exclusion_writer=_writer(dropped))
+    return FineWebQualityFilter(
+      **dataclasses.asdict(self), exclusion_writer=_writer(dropped), language=ENGLISH
+    )
 
 
 @dataclasses.dataclass(frozen=True)
