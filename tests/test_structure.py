@@ -10,7 +10,7 @@ from llm import models
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FLOORS = [
-  ("core", "bounded"),
+  ("core", "bounded", "blas"),
   ("storage",),
   ("reading",),
   ("config", "cache"),

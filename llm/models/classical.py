@@ -9,6 +9,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.svm import LinearSVC
 
+from llm import blas
+
 # C, the inverse of the regularisation: the choices of the search.
 STRENGTHS = (0.1, 1.0, 10.0, 100.0)
 # Of a model that is not searched: its strength, and bounds, so that it takes seconds.
@@ -66,7 +68,8 @@ MODELS = {"tfidf_lr": tfidf_lr, "nbsvm": NBSVM}
 
 def accuracy(name: str, strength: float, train: Labelled, held_out: Labelled) -> float:
   """The accuracy on `held_out` of the model `name` of MODELS, fitted to `train`."""
-  model = MODELS[name](strength).fit(*train)
+  with blas.one_thread():
+    model = MODELS[name](strength).fit(*train)
   texts, labels = held_out
   return float((model.predict(texts) == labels).mean())
 
@@ -80,7 +83,8 @@ def baseline_accuracy(train: Labelled, held_out: Labelled) -> float | None:
   texts = [train[0][i][:MOST_CHARACTERS] for i in sample]
   model = tfidf_lr(STRENGTH, MOST_FEATURES)
   try:
-    model.fit(texts, train[1][sample])
+    with blas.one_thread():
+      model.fit(texts, train[1][sample])
   except ValueError:
     return None
   cut = [text[:MOST_CHARACTERS] for text in held_out[0]]

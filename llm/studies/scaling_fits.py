@@ -11,6 +11,7 @@ import numpy as np
 import scipy.optimize
 import scipy.special
 
+from llm import blas
 from llm.core import UserError
 
 # Of the parametric law: a, b, e, alpha, beta. The best STARTS of the grid are minimised.
@@ -105,16 +106,17 @@ def parametric(
     constants = np.maximum((near.A, near.B, near.E), np.finfo(float).tiny)
     starts = [(*np.log(constants), near.alpha, near.beta)]
   ranked = sorted(starts, key=lambda start: objective(np.array(start, float))[0])
-  fits = [
-    scipy.optimize.minimize(
-      objective,
-      np.array(start, float),
-      jac=True,
-      method="L-BFGS-B",
-      options={"maxiter": 2000, "maxfun": 5000, "ftol": 1e-12, "gtol": 1e-8},
-    )
-    for start in ranked[:STARTS]
-  ]
+  with blas.one_thread():
+    fits = [
+      scipy.optimize.minimize(
+        objective,
+        np.array(start, float),
+        jac=True,
+        method="L-BFGS-B",
+        options={"maxiter": 2000, "maxfun": 5000, "ftol": 1e-12, "gtol": 1e-8},
+      )
+      for start in ranked[:STARTS]
+    ]
   a, b, e, alpha, beta = min(fits, key=lambda fit: fit.fun).x
   return Parametric(*(float(v) for v in (np.exp(e), np.exp(a), np.exp(b), alpha, beta)))
 
