@@ -15,14 +15,14 @@ MOST_RUNS = 200_000  # that are kept, in about 50 MB
 LONGEST_RUN = 64  # characters of a run that is kept
 ENDS = frozenset(Sentencizer.default_punct_chars)
 # What spaCy makes a word of, though it is none, or leaves out, though it is one.
-UNUSUAL = re.compile(r"^\s|\s$|\s\s|[^\S ]")
+UNUSUAL = re.compile(r"^\s|\s$|\s\s|[^\S ]|IS_ALPHA")
 
 
 class Words(SpaCyTokenizer):
   """The tokenizer of English that the blocks of datatrove take as their `language`.
 
-  Its words are those of datatrove. The one exception is an emoticon that another one with a space
-  in it overlaps, such as ": -)-:".
+  Its words are those of datatrove, but for two oddities: IS_ALPHA, a name that spaCy keeps for
+  itself, and an emoticon that another one with a space in it overlaps, such as ": -)-:".
   """
 
   def __init__(self) -> None:
