@@ -324,6 +324,8 @@ def test_layer_patterns_of_theirs_are_ours_and_theirs_again(changes, every, thet
       "layer_types=.*first and every n-th",
     ),
     ({"layer_types": [LOCAL_KIND] * 7}, "layer_types=.*the first"),
+    ({"layer_types": -1}, "layer_types=-1 is not supported"),
+    ({"num_hidden_layers": 10**12}, "layer_types=.*only 1000000000000 layers"),
     ({"layer_types": [FULL] * 6}, "layer_types=.*only 7 layers"),
     ({"norm_bias": True}, "norm_bias=True"),
     ({"hidden_activation": "silu"}, "hidden_activation='silu'"),

@@ -67,8 +67,10 @@ def _global_every(config: Mapping[str, Any], num_layers: int) -> int:
   if kinds is None:
     key = "global_attn_every_n_layers"
     return min(positive_integer(config, key) if key in config else 3, num_layers)
-  every = next((i for i, kind in enumerate(kinds) if i and kind == GLOBAL), num_layers)
-  if kinds != _layer_types(every, num_layers):
+  is_whole = isinstance(kinds, list) and len(kinds) == num_layers
+  later = kinds[1:] if is_whole else []
+  every = later.index(GLOBAL) + 1 if GLOBAL in later else num_layers
+  if not is_whole or kinds != _layer_types(every, num_layers):
     raise UserError(
       f"config.json: layer_types={kinds} is not supported, only {num_layers} layers where the "
       f"first and every n-th after it are {GLOBAL} and the others {LOCAL}"
