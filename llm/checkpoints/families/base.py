@@ -17,6 +17,15 @@ LAYERS = "backbone/layers/"  # our layers
 MODEL_LAYER = "model.layers.{}."  # a layer of ModernBERT, Llama and Qwen3
 QUERY_KEY_VALUE = tuple(f"{LAYERS}attention/{part}" for part in ("query", "key", "value"))
 
+# Our names of a model's sizes, and those of BERT and of all that followed it.
+SIZES = {
+  "num_layers": "num_hidden_layers",
+  "width": "hidden_size",
+  "num_heads": "num_attention_heads",
+  "mlp_dim": "intermediate_size",
+  "vocab_size": "vocab_size",
+  "max_length": "max_position_embeddings",
+}
 # The objective of BertForPreTraining.
 PAIRS = "masked_lm with next_sentence"
 # The objectives of a decoder with an output layer.
@@ -161,6 +170,16 @@ def positive_integer(config: Mapping[str, Any], key: str) -> int:
   if type(value) is not int or value < 1:
     raise UserError(f"config.json: {key} must be a positive integer, not {value!r}")
   return value
+
+
+def sizes_of(config: Mapping[str, Any], names: Mapping[str, str] = SIZES) -> dict[str, Any]:
+  """The sizes in a config.json, by our names. names: ours -> theirs."""
+  return {ours: positive_integer(config, theirs) for ours, theirs in names.items()}
+
+
+def their_sizes(model: ModelConfig, names: Mapping[str, str] = SIZES) -> dict[str, Any]:
+  """The sizes of a model, by their names."""
+  return {theirs: getattr(model, ours) for ours, theirs in names.items()}
 
 
 def non_negative(config: Mapping[str, Any], key: str, default: float) -> float:

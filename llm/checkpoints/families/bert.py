@@ -1,6 +1,5 @@
 """BERT: BertForPreTraining and the classes of fine-tuning."""
 
-import functools
 from typing import Any, Mapping
 
 from llm.checkpoints.families.base import (
@@ -12,7 +11,8 @@ from llm.checkpoints.families.base import (
   linear,
   non_negative,
   norm,
-  positive_integer,
+  sizes_of,
+  their_sizes,
 )
 from llm.config import ModelConfig
 from llm.models import bert
@@ -29,15 +29,9 @@ def model_of(config: Mapping[str, Any]) -> ModelConfig:
       "tie_word_embeddings": True,
     },
   )
-  number = functools.partial(positive_integer, config)
   return ModelConfig(
     name="bert",
-    num_layers=number("num_hidden_layers"),
-    width=number("hidden_size"),
-    num_heads=number("num_attention_heads"),
-    mlp_dim=number("intermediate_size"),
-    vocab_size=number("vocab_size"),
-    max_length=number("max_position_embeddings"),
+    **sizes_of(config),
     dropout=non_negative(config, "hidden_dropout_prob", 0.1),
     norm_epsilon=non_negative(config, "layer_norm_eps", 1e-12),
   )
@@ -49,12 +43,7 @@ def config_of(model: ModelConfig) -> dict[str, Any]:
     "hidden_act": "gelu",
     "type_vocab_size": 2,
     "layer_norm_eps": model.norm_epsilon or bert.FACTS.norm_epsilon,
-    "num_hidden_layers": model.num_layers,
-    "hidden_size": model.width,
-    "num_attention_heads": model.num_heads,
-    "intermediate_size": model.mlp_dim,
-    "vocab_size": model.vocab_size,
-    "max_position_embeddings": model.max_length,
+    **their_sizes(model),
     "hidden_dropout_prob": model.dropout,
     "attention_probs_dropout_prob": model.dropout,
     "tie_word_embeddings": True,

@@ -1,6 +1,5 @@
 """GPT-2."""
 
-import functools
 from typing import Any, Mapping
 
 from llm.checkpoints.families.base import (
@@ -15,9 +14,20 @@ from llm.checkpoints.families.base import (
   non_negative,
   norm,
   positive_integer,
+  sizes_of,
+  their_sizes,
 )
 from llm.config import ModelConfig
 from llm.models import gpt
+
+NAMES = {
+  "num_layers": "n_layer",
+  "width": "n_embd",
+  "num_heads": "n_head",
+  "mlp_dim": "n_inner",
+  "vocab_size": "vocab_size",
+  "max_length": "n_positions",
+}
 
 
 def model_of(config: Mapping[str, Any]) -> ModelConfig:
@@ -31,15 +41,11 @@ def model_of(config: Mapping[str, Any]) -> ModelConfig:
       "add_cross_attention": False,
     },
   )
-  number = functools.partial(positive_integer, config)
+  # An absent or empty n_inner stands for four times the width.
+  inner = config.get("n_inner") or 4 * positive_integer(config, "n_embd")
   return ModelConfig(
     name="gpt",
-    num_layers=number("n_layer"),
-    width=number("n_embd"),
-    num_heads=number("n_head"),
-    mlp_dim=number("n_inner") if config.get("n_inner") else 4 * number("n_embd"),
-    vocab_size=number("vocab_size"),
-    max_length=number("n_positions"),
+    **sizes_of({**config, "n_inner": inner}, NAMES),
     dropout=non_negative(config, "resid_pdrop", 0.1),
     norm_epsilon=non_negative(config, "layer_norm_epsilon", 1e-5),
   )
@@ -50,12 +56,7 @@ def config_of(model: ModelConfig) -> dict[str, Any]:
     "model_type": "gpt2",
     "activation_function": "gelu_new",
     "layer_norm_epsilon": model.norm_epsilon or gpt.FACTS.norm_epsilon,
-    "n_layer": model.num_layers,
-    "n_embd": model.width,
-    "n_head": model.num_heads,
-    "n_inner": model.mlp_dim,
-    "vocab_size": model.vocab_size,
-    "n_positions": model.max_length,
+    **their_sizes(model, NAMES),
     "resid_pdrop": model.dropout,
     "embd_pdrop": model.dropout,
     "attn_pdrop": model.dropout,

@@ -18,15 +18,20 @@ from llm.checkpoints.families.base import (
   non_negative,
   positive_integer,
   scale,
+  sizes_of,
+  their_sizes,
 )
 from llm.config import ModelConfig
 from llm.core import UserError
 from llm.models import llama
 from llm.models.architecture import kv_heads_of
 
+# What a config.json must say, or leave out.
+FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+
 
 def model_of(config: Mapping[str, Any]) -> ModelConfig:
-  expect(config, {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False})
+  expect(config, FIXED)
   rope = {**json_object(config, "rope_parameters"), **json_object(config, "rope_scaling")}
   expect_plain_rope(rope)
   number = functools.partial(positive_integer, config)
@@ -37,13 +42,8 @@ def model_of(config: Mapping[str, Any]) -> ModelConfig:
   kv_heads = "num_key_value_heads" if config.get("num_key_value_heads") else "num_attention_heads"
   return ModelConfig(
     name="llama",
-    num_layers=number("num_hidden_layers"),
-    width=number("hidden_size"),
-    num_heads=number("num_attention_heads"),
+    **sizes_of(config),
     num_kv_heads=number(kv_heads),
-    mlp_dim=number("intermediate_size"),
-    vocab_size=number("vocab_size"),
-    max_length=number("max_position_embeddings"),
     dropout=0.0,
     norm_epsilon=non_negative(config, "rms_norm_eps", 1e-6),
     rope_theta=non_negative(rope, "rope_theta", non_negative(config, "rope_theta", 10_000.0)),
@@ -54,16 +54,9 @@ def model_of(config: Mapping[str, Any]) -> ModelConfig:
 def config_of(model: ModelConfig) -> dict[str, Any]:
   return {
     "model_type": "llama",
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "num_hidden_layers": model.num_layers,
-    "hidden_size": model.width,
-    "num_attention_heads": model.num_heads,
+    **FIXED,
+    **their_sizes(model),
     "num_key_value_heads": kv_heads_of(model),
-    "intermediate_size": model.mlp_dim,
-    "vocab_size": model.vocab_size,
-    "max_position_embeddings": model.max_length,
     "rms_norm_eps": model.norm_epsilon or llama.FACTS.norm_epsilon,
     "rope_theta": model.rope_theta,
     "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},

@@ -16,38 +16,34 @@ from llm.checkpoints.families.base import (
   non_negative,
   positive_integer,
   scale,
+  sizes_of,
+  their_sizes,
 )
 from llm.config import ModelConfig
 from llm.core import UserError
 from llm.models import modernbert
 
 GLOBAL, LOCAL = "full_attention", "sliding_attention"
+# What a config.json must say, or leave out.
+FIXED = {
+  "hidden_activation": "gelu",
+  "classifier_activation": "gelu",
+  "norm_bias": False,
+  "attention_bias": False,
+  "mlp_bias": False,
+  "classifier_bias": False,
+  "decoder_bias": True,
+  "tie_word_embeddings": True,
+}
 
 
 def model_of(config: Mapping[str, Any]) -> ModelConfig:
   number = functools.partial(positive_integer, config)
-  expect(
-    config,
-    {
-      "hidden_activation": "gelu",
-      "classifier_activation": "gelu",
-      "norm_bias": False,
-      "attention_bias": False,
-      "mlp_bias": False,
-      "classifier_bias": False,
-      "decoder_bias": True,
-      "tie_word_embeddings": True,
-    },
-  )
+  expect(config, FIXED)
   every = _global_every(config, number("num_hidden_layers"))
   return ModelConfig(
     name="modernbert",
-    num_layers=number("num_hidden_layers"),
-    width=number("hidden_size"),
-    num_heads=number("num_attention_heads"),
-    mlp_dim=number("intermediate_size"),
-    vocab_size=number("vocab_size"),
-    max_length=number("max_position_embeddings"),
+    **sizes_of(config),
     dropout=non_negative(config, "embedding_dropout", 0.0),
     norm_epsilon=non_negative(config, "norm_eps", 1e-5),
     rope_theta=_rope_theta(config, "full"),
@@ -95,20 +91,9 @@ def config_of(model: ModelConfig) -> dict[str, Any]:
   thetas = {GLOBAL: model.rope_theta, LOCAL: model.local_rope_theta}
   return {
     "model_type": "modernbert",
-    "hidden_activation": "gelu",
-    "classifier_activation": "gelu",
-    "norm_bias": False,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "classifier_bias": False,
-    "decoder_bias": True,
+    **FIXED,
     "norm_eps": model.norm_epsilon or modernbert.FACTS.norm_epsilon,
-    "num_hidden_layers": model.num_layers,
-    "hidden_size": model.width,
-    "num_attention_heads": model.num_heads,
-    "intermediate_size": model.mlp_dim,
-    "vocab_size": model.vocab_size,
-    "max_position_embeddings": model.max_length,
+    **their_sizes(model),
     "embedding_dropout": model.dropout,
     "attention_dropout": model.dropout,
     "local_attention": model.window or model.max_length,
@@ -120,7 +105,6 @@ def config_of(model: ModelConfig) -> dict[str, Any]:
     "rope_parameters": {
       kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in thetas.items()
     },
-    "tie_word_embeddings": True,
   }
 
 
