@@ -4,13 +4,14 @@ Everything that was acknowledged is on the disk. Ids are unguessable, and every 
 whoever holds a key of that owner may see it.
 """
 
+import contextlib
 import json
 import pathlib
 import secrets
 import sqlite3
 import threading
 import time
-from typing import Any, Iterable
+from typing import Any, Iterable, Iterator
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS keys (
@@ -60,6 +61,13 @@ class State:
       connection.execute("PRAGMA synchronous=FULL")
       self._local.connection = connection
     return self._local.connection
+
+  @contextlib.contextmanager
+  def all_or_nothing(self) -> Iterator[None]:
+    """What this thread writes inside is written together, or where that fails not at all."""
+    with self.db as connection:
+      connection.execute("BEGIN IMMEDIATE")
+      yield
 
   def insert(self, table: str, **columns: Any) -> int:
     """Adds a row, unless one of the same unique columns is there; says how many were added."""

@@ -225,9 +225,10 @@ class Supervisor(threading.Thread):
       return
     reason = progress.failure(self.jobs / job_id / "log.txt")
     if NO_SPACE in reason or not self._has_room():  # there may be none for the reason either
-      self.state.move(job_id, ["running"], "paused")
       message = "Paused: the server's disk is full. Make room, then resume the job"
-      self.state.add_event(job_id, f"full-{time.time()}", message, "error")
+      with self.state.all_or_nothing():  # where this cannot be noted, the job goes on by itself
+        self.state.move(job_id, ["running"], "paused")
+        self.state.add_event(job_id, f"full-{time.time()}", message, "error")
       return
     newest = next((int(path.name) for path in progress.steps(workdir)), 0)
     tries, at_step = self.attempts.get(job_id, (0, newest))
