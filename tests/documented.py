@@ -1,13 +1,14 @@
 """Commands and links of README.md and docs/*.md, and what checks a command without running it."""
 
+import functools
 import importlib
 import json
-import os
 import pathlib
 import re
 import shlex
 import sys
-import traceback
+
+from tests import kills
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -82,36 +83,20 @@ def check(module_name: str, arguments: list[str]):
   command.run(freeze, sys.argv, check_key)
 
 
-def statuses(commands: list[list[str]]) -> list[int]:
+def statuses(commands: list[list[str]]) -> list[int | None]:
   """What `check` says of each command.
 
   Each is checked in a process of its own, for two commands may define a flag of one name. It is a
-  fork of this one, so that JAX is imported once.
+  fork of this one, so that JAX is imported once. What it prints goes to standard error.
   """
-  found = []
-  for module_name, *arguments in commands:
-    child = os.fork()
-    if child == 0:
-      os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # standard output is the answer's
-      try:
-        check(module_name, arguments)
-      except SystemExit as ended:
-        sys.stderr.flush()
-        if isinstance(ended.code, str):
-          print(ended.code, file=sys.stderr, flush=True)
-        os._exit(1 if isinstance(ended.code, str) else ended.code)  # without JAX's own ending
-      except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    _, status = os.waitpid(child, 0)
-    found.append(os.waitstatus_to_exitcode(status))
-  return found
+  return [
+    kills.ended(kills.forked(functools.partial(check, module, arguments), "/dev/stderr"), 300)
+    for module, *arguments in commands
+  ]
 
 
 def run(commands: list[list[str]]):
   """Runs commands one after another, forks too. The first that fails ends this process."""
-  from tests import kills
-
   for command in commands:
     output = pathlib.Path("printed.txt")
     output.unlink(missing_ok=True)

@@ -28,8 +28,15 @@ from typing import Any, Callable
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Nothing is compared of these: they are times, or name the folder.
-TIMINGS = {"tokens_per_second", "input_wait", "mfu", "seconds", "shares", "wall_clock"}
-TIMINGS |= {"checkpoint"}
+TIMINGS = {
+  "checkpoint",
+  "input_wait",
+  "mfu",
+  "seconds",
+  "shares",
+  "tokens_per_second",
+  "wall_clock",
+}
 SMALL = (
   "--config.model.num_layers=1 --config.model.width=32 --config.model.num_heads=2 "
   "--config.model.mlp_dim=64 --config.model.max_length=64 --config.tokenizer.name=bytes "
@@ -40,8 +47,8 @@ SMALL = (
 WORDS = "the film was a joy to watch and every scene of it had warmth but its plot made no sense"
 
 
-def forked(work: Callable[[], Any], output: pathlib.Path) -> int:
-  """Starts `work` in a copy of this process. Returns its id. output: what it prints."""
+def forked(work: Callable[[], Any], output: str | pathlib.Path) -> int:
+  """Starts `work` in a copy of this process. Returns its id. output: takes what it prints."""
   if child := os.fork():
     return child
   try:
@@ -51,6 +58,8 @@ def forked(work: Callable[[], Any], output: pathlib.Path) -> int:
     work()
     status = 0
   except SystemExit as ended:
+    if isinstance(ended.code, str):
+      print(ended.code, file=sys.stderr)
     status = ended.code if isinstance(ended.code, int) else int(bool(ended.code))
   except BaseException:
     sys.excepthook(*sys.exc_info())  # pyright: ignore[reportArgumentType]
