@@ -22,6 +22,7 @@ import time
 import numpy as np
 import psutil
 import tabulate
+from spacy.lang.en.stop_words import STOP_WORDS
 
 ROW = 1024
 
@@ -102,7 +103,7 @@ def write_texts(documents: int, folder: pathlib.Path, files: int = 8) -> int:
   """Files of made-up English-like documents of about 2 kB; returns their bytes."""
   rng = random.Random(0)
   words = ["".join(rng.choices("abcdefghilmnoprstuvw", k=rng.randint(3, 9))) for _ in range(20_000)]
-  common = "the of and to with that have be".split()
+  common = sorted(STOP_WORDS)  # enough of them that the language is told
   previous = ""
   total = 0
   for number in range(files):
@@ -111,7 +112,7 @@ def write_texts(documents: int, folder: pathlib.Path, files: int = 8) -> int:
         if rng.random() > 0.05 or not previous:  # one in twenty is like the one before
           sentences = []
           for _ in range(25):
-            sentence = rng.choices(words, k=9) + rng.choices(common, k=3)
+            sentence = rng.choices(words, k=7) + rng.choices(common, k=6)
             rng.shuffle(sentence)
             sentences.append(" ".join(sentence).capitalize() + ".")
           previous = "\n".join(" ".join(sentences[i : i + 5]) for i in range(0, 25, 5))

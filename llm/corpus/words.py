@@ -21,8 +21,8 @@ UNUSUAL = re.compile(r"^\s|\s$|\s\s|[^\S ]")
 class Words(SpaCyTokenizer):
   """The tokenizer of English that the blocks of datatrove take as their `language`.
 
-  Its words are those of datatrove. The one exception is an emoticon that another one with a space
-  in it overlaps, such as ": -)-:".
+  Its words are those of datatrove, but for two oddities: IS_ALPHA, a name that spaCy keeps for
+  itself, and an emoticon that another one with a space in it overlaps, such as ": -)-:".
   """
 
   def __init__(self) -> None:
