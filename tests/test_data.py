@@ -218,7 +218,8 @@ def test_wikitext_becomes_prose():
     "|}\n"
     "== Heading ==\n"
     "<b>Bold, with ''[[link|a {{x}} link]]''<ref>{{cite|a}} no [[link]]</ref> that is"
-    " [[File:b.jpg|of [[File:c.jpg]] and]] long,</b> and [http://a.org a<ref>no</ref> site], so it is said by them.\n"
+    " [[File:b.jpg|of [[File:c.jpg]] and]] long,</b> and [http://a.org a<ref>no</ref> site],"
+    " so it is said by them.\n"
     "* A list<gallery>x.jpg</gallery> item of which {{{1|the <math>x</math>default}}} is shown here"
     " as it is, for once.\n"
   )

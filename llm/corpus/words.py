@@ -15,7 +15,7 @@ MOST_RUNS = 200_000  # that are kept, in about 50 MB
 LONGEST_RUN = 64  # characters of a run that is kept
 ENDS = frozenset(Sentencizer.default_punct_chars)
 # What spaCy makes a word of, though it is none, or leaves out, though it is one.
-UNUSUAL = re.compile(r"^\s|\s$|\s\s|[^\S ]")
+UNUSUAL = re.compile(r"^\s|\s$|\s\s|[^\S ]|IS_ALPHA")
 
 
 class Words(SpaCyTokenizer):
