@@ -217,11 +217,17 @@ def test_wikitext_becomes_prose():
     "| cell that is long enough to be taken for a paragraph of prose, if it were kept.\n"
     "|}\n"
     "== Heading ==\n"
+    "<b>Bold, with ''[[link|a {{x}} link]]''<ref>{{cite|a}} no [[link]]</ref> that is"
+    " [[File:b.jpg|of [[File:c.jpg]] and]] long,</b> and [http://a.org a<ref>no</ref> site],"
+    " so it is said by them.\n"
+    "* A list<gallery>x.jpg</gallery> item of which {{{1|the <math>x</math>default}}} is shown here"
+    " as it is, for once.\n"
   )
-  assert (
-    wikitext.plain_text(markup)
-    == "Bold is a word in this long sentence about nothing at all, really."
-  )
+  assert wikitext.plain_text(markup).splitlines() == [
+    "Bold is a word in this long sentence about nothing at all, really.",
+    "Bold, with a link that is long, and a site, so it is said by them.",
+    "A list item of which the default is shown here as it is, for once.",
+  ]
 
 
 def test_equal_texts_fall_on_one_side():

@@ -25,8 +25,8 @@ class Tokenizer(TokenizerConfig):
   vocab_size: int = key(8192, above=0)
   # A workdir of llm.train, whose tokenizer is taken; "": none.
   checkpoint: str = ""
-  # Characters of cleaned text that one is trained on.
-  sample: int = key(100_000_000, above=0)
+  # Characters of cleaned text that one is trained on: 50 million take 1.4 GiB.
+  sample: int = key(50_000_000, above=0)
 
 
 @dataclasses.dataclass(frozen=True)
