@@ -1,5 +1,6 @@
 """A server whose disk is full: a file system of its own, of 24 MB, is its workdir."""
 
+import contextlib
 import fcntl
 import os
 import subprocess
@@ -39,10 +40,13 @@ def serving(disk, gpt_start):
 
 
 def fill(disk, left: int):
-  """Leaves so many bytes of the disk."""
-  free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+  """Leaves so many bytes of the disk, which a job writes to meanwhile."""
   with open(disk / "filler", "wb") as file:
-    os.posix_fallocate(file.fileno(), 0, free - left)
+    while True:
+      free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+      with contextlib.suppress(OSError):
+        os.posix_fallocate(file.fileno(), 0, free - left)
+        return
 
 
 def upload(client, count: int):

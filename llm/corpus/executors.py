@@ -62,11 +62,13 @@ class Local(LocalPipelineExecutor):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["llm.corpus.stages", "spacy"])
     with concurrent.futures.ProcessPoolExecutor(self.workers, context, _end_with_command) as pool:
-      tasks = {pool.submit(_run_task, self, rank): rank for rank in ranks}
       try:
+        tasks = {pool.submit(_run_task, self, rank): rank for rank in ranks}
         for task in concurrent.futures.as_completed(tasks):
           self._guard(task.result, tasks[task], progress)
-      except concurrent.futures.process.BrokenProcessPool:
+      except (concurrent.futures.process.BrokenProcessPool, EOFError, ConnectionError):
+        for process in multiprocessing.active_children():  # one was killed, perhaps while it started
+          process.terminate()
         return False
       finally:
         pool.shutdown(cancel_futures=True)
