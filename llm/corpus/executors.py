@@ -67,7 +67,8 @@ class Local(LocalPipelineExecutor):
         for task in concurrent.futures.as_completed(tasks):
           self._guard(task.result, tasks[task], progress)
       except (concurrent.futures.process.BrokenProcessPool, EOFError, ConnectionError):
-        for process in multiprocessing.active_children():  # one was killed, perhaps while it started
+        # One was killed, perhaps while it started. Others may wait for ever.
+        for process in multiprocessing.active_children():
           process.terminate()
         return False
       finally:
