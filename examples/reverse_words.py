@@ -36,7 +36,7 @@ class ReversedRows:
 
   @property
   def tokens(self) -> int:
-    return sum(len(read) + len(written) + 1 for read, written in self.pairs)
+    return sum(len(read) + len(written) for read, written in self.pairs)
 
   def example(self, i: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
     read, written = self.pairs[i]
@@ -86,6 +86,16 @@ class Objective(base.Objective):
     sums = {name: (outputs[name] * weights_BxT).sum() for name in ("losses", "correct")}
     weight = weights_BxT.sum()
     return loss, {"loss": (sums["losses"], weight), "accuracy": (sums["correct"], weight)}
+
+  def predict(self, outputs, batch):
+    wrong_BxT = batch["weights"] * (1 - outputs["correct"])
+    return {"whole": wrong_BxT.sum(-1) == 0}
+
+  def outcomes(self, predictions, rows):
+    return predictions
+
+  def summary(self, outcomes):
+    return {"whole": float(outcomes["whole"].mean())}
 
 
 def get_config():

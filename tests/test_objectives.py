@@ -2,6 +2,7 @@
 
 import collections
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from llm.config import DataConfig, ModelConfig
 from llm.core import UserError
 from llm.data import sources
 from llm.data import tokenizer as tokenizer_lib
-from llm.objectives import causal_lm, classification, masked_lm
+from llm.objectives import base, causal_lm, classification, masked_lm
+from llm.training import consistency
 
 BERT, GPT = ModelConfig(name="bert"), ModelConfig(name="gpt")
 
@@ -217,3 +219,56 @@ def test_figures_are_scikit_learns(classes, predicted):
     assert figures["accuracy"] == sklearn.metrics.accuracy_score(labels, found)
     expected = sklearn.metrics.matthews_corrcoef(labels, found)
     assert figures["mcc"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_conversations_are_no_running_text(tmp_path, byte_tokenizer):
+  talk = {"messages": [{"role": "user", "content": "Hi."}]}
+  source = jsonl(tmp_path, [talk])
+  with pytest.raises(UserError, match=r"data.jsonl:1: no field 'text'.* fields are messages"):
+    causal_lm.Objective().rows(source, byte_tokenizer, DataConfig(), GPT, 32)
+
+
+def test_a_row_that_is_not_as_batch_spec_says_is_named(corpus, byte_tokenizer):
+  rows = rows_of(causal_lm.Objective(), corpus, byte_tokenizer, 32, GPT)
+
+  class Other(causal_lm.Objective):
+    def batch_spec(self, model, length):
+      spec = super().batch_spec(model, length)
+      return {**spec, "targets": base.float_spec(length), "more": base.int_spec(2)}
+
+  consistency.check_rows(rows, causal_lm.Objective(), GPT, 32)
+  with pytest.raises(UserError, match=r"'more' is int32\[2\] by batch_spec and missing by example"):
+    consistency.check_rows(rows, Other(), GPT, 32)
+
+
+OUTSIDE = """
+from llm.objectives import causal_lm
+
+class {name}(causal_lm.Objective):
+  words: int = 3
+"""
+
+
+@pytest.mark.parametrize(
+  "name, message",
+  [
+    ("Objective", r"of_mine.o.Objective: put @dataclasses.dataclass\(frozen=True\) above"),
+    ("Goal", "'of_mine.o' has none"),
+    (None, "Python has no module 'of_mine.o': start from the folder that holds of_mine"),
+  ],
+)
+def test_an_objective_from_outside_that_is_none(tmp_path, monkeypatch, name, message):
+  if name:
+    (tmp_path / "of_mine").mkdir()
+    code = OUTSIDE.format(name=name)
+    (tmp_path / "of_mine" / "o.py").write_text(code)
+  monkeypatch.syspath_prepend(tmp_path)
+  for module in ("of_mine", "of_mine.o"):
+    monkeypatch.delitem(sys.modules, module, raising=False)
+  with pytest.raises(UserError, match=message):
+    base.defaults("of_mine.o")
+
+
+def test_a_helper_of_the_objectives_is_no_objective():
+  with pytest.raises(UserError, match="must be one of (?!.*rollouts,).*, not 'rollouts'"):
+    base.build({"name": "rollouts"})

@@ -137,7 +137,7 @@ class Source:
         f"{record.get('_where', self.spec)}: the field 'text' must be a string; the fields are "
         f"{_field_names(record)}; rename with config.data.fields='text=THEIR_NAME'"
       )
-    return record
+    return Record(record, self.spec)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +155,20 @@ class InMemory(Source):
 def in_memory(source: Source) -> InMemory:
   """The same source, read once."""
   return InMemory(**vars(source))
+
+
+class Record(dict):
+  """The fields of a record. Raises UserError where a field is asked for that it lacks."""
+
+  def __init__(self, fields: dict, spec: str):
+    super().__init__(fields)
+    self.spec = spec
+
+  def __missing__(self, name: str):
+    raise UserError(
+      f"{self.get('_where', self.spec)}: no field {name!r}, which is needed here; the fields "
+      f"are {_field_names(self)}"
+    )
 
 
 def _field_names(record: dict) -> str:

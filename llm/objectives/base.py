@@ -27,6 +27,7 @@ from llm.data.tokenizer import Tokenizer
 from llm.models import heads
 from llm.models.architecture import Facts
 
+HELPERS = ("base", "rollouts")  # the modules of this package that are no objectives
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight), divided at the end
 Outputs = dict[str, jax.Array]  # what the network computes
 Spec = dict[str, jax.ShapeDtypeStruct]  # the shape and type of each array of a row
@@ -409,17 +410,27 @@ def check_kind(objective: Objective, model: ModelConfig):
 def _class(name: str) -> type[Objective]:
   """The class that config.objective.name names. Raises UserError if there is none."""
   modules = [module.name for module in pkgutil.iter_modules(llm.objectives.__path__)]
-  known = [module for module in modules if module != "base"]
+  known = [module for module in modules if module not in HELPERS]
   if name in known:
     return importlib.import_module(f"llm.objectives.{name}").Objective
-  hint = f"config.objective.name must be one of {', '.join(known)}, or a module with an Objective"
+  hint = (
+    f"config.objective.name must be one of {', '.join(known)}, or a module with an Objective and a "
+    "dot in its name"
+  )
   if "." not in name:
     raise UserError(f"{hint}, not {name!r}")
   try:
-    return importlib.import_module(name).Objective
+    module = importlib.import_module(name)
   except ModuleNotFoundError as error:
     if error.name and name.startswith(error.name):
-      raise UserError(f"{hint}; there is no module {name!r}")
+      raise UserError(
+        f"{hint}; Python has no module {name!r}: start from the folder that holds "
+        f"{name.split('.')[0]}, or put that folder on PYTHONPATH"
+      )
     raise
-  except AttributeError:
+  if not hasattr(module, "Objective"):
     raise UserError(f"{hint}; {name!r} has none")
+  cls = module.Objective
+  if "__dataclass_params__" not in vars(cls):
+    raise UserError(f"{name}.Objective: put @dataclasses.dataclass(frozen=True) above the class")
+  return cls

@@ -1,6 +1,9 @@
 """The keys of a config fit one another, or UserError says which do not."""
 
 import re
+from typing import Any
+
+import numpy as np
 
 from llm import models
 from llm.config import Config, ModelConfig
@@ -46,6 +49,24 @@ def check_task(objective: base.Objective, model: ModelConfig, length: int):
       f"config.training.sequence_length={length} is longer than the model's "
       f"{model.max_length} positions (config.model.max_length)"
     )
+
+
+def check_rows(rows: base.Rows, objective: base.Objective, model: ModelConfig, length: int):
+  """Raises UserError where a row has other arrays than the objective's `batch_spec` says."""
+  spec = objective.batch_spec(model, length)
+  row = rows.example(0, np.random.default_rng(0))
+  for name in sorted(spec.keys() | row.keys()):
+    says, has = (_shape(arrays.get(name)) for arrays in (spec, row))
+    if says != has:
+      raise UserError(
+        f"{type(objective).__module__}: {name!r} is {says} by batch_spec and {has} by example(0): "
+        "let both say the same"
+      )
+
+
+def _shape(array: Any) -> str:
+  """The type and shape of an array, e.g. int32[64]."""
+  return "missing" if array is None else f"{array.dtype}{list(array.shape)}"
 
 
 def check_model(model: ModelConfig, vocab_size: int):

@@ -173,6 +173,7 @@ def prepare(
     _warn_of_small_letters(train)
   objective = objective.fit(train, tokenizer)
   rows = [objective.rows(source, tokenizer, config.data, model, length) for source in train]
+  consistency.check_rows(rows[0], objective, model, length)
   batches = _batches(config, rows, [source.weight for source in train])
   held_out = _held_out(config, objective)
   eval_rows = held_out and objective.eval_rows(held_out, tokenizer, config.data, model, length)
@@ -241,7 +242,7 @@ def from_checkpoint(step: epath.Path) -> Experiment:
     if not model.vocab_size:
       raise UserError("config.model.vocab_size is 0")
   except UserError as error:
-    raise manager.Damaged(f"{step}: its description does not hold together: {error}")
+    raise manager.Damaged(f"{step}: its description cannot be used here: {error}")
   config = dataclasses.replace(config, model=model)
   return Experiment(config, objective, tokenizer, config, None)
 
