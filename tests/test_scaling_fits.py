@@ -1,10 +1,14 @@
 """Fits of scaling laws recover what was planted, the published refit among it."""
 
+import pathlib
+
 import numpy as np
 import pytest
 
 from llm.core import UserError
 from llm.studies import scaling_fits
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 # Chinchilla as published, and refitted (Hoffmann et al. 2022; Besiroglu et al. 2024).
 PUBLISHED = scaling_fits.Parametric(1.69, 406.4, 410.7, 0.34, 0.28)
@@ -26,6 +30,21 @@ def test_the_parametric_law_is_recovered(law):
   assert found.beta == pytest.approx(law.beta, rel=5e-3)
   assert found.A == pytest.approx(law.A, rel=0.1)
   assert found.B == pytest.approx(law.B, rel=0.1)
+
+
+def test_the_published_runs_give_the_published_refit():
+  """Within two of its standard errors (Besiroglu et al. 2024, table 1), without five outliers."""
+  flops, n, loss = np.loadtxt(GOLDEN / "chinchilla.txt").T * [[1e18], [1e6], [1]]
+  d = flops / (6 * n)
+  fitted = np.argsort(d / n)[5:]
+  found = scaling_fits.parametric(n[fitted], d[fitted], loss[fitted])
+  assert found.E == pytest.approx(1.8172, abs=2 * 0.03)
+  assert found.A == pytest.approx(482.01, abs=2 * 124.58)
+  assert found.B == pytest.approx(2085.43, abs=2 * 1293.23)
+  assert found.alpha == pytest.approx(0.3478, abs=2 * 0.02)
+  assert found.beta == pytest.approx(0.3658, abs=2 * 0.02)
+  # The five outliers alone would change the law.
+  assert scaling_fits.parametric(n, d, loss).beta > found.beta + 0.02
 
 
 def test_noise_moves_it_little_and_outliers_less_than_squares_would():
