@@ -73,9 +73,9 @@ def of_server(checkpoint: str, requests: list[tuple[str, int]], clients: int):
         middle, late = statistics.median(firsts), firsts[int(0.95 * (len(firsts) - 1))]
         print(f"  to the first token: median {middle * 1e3:.0f} ms, 95% {late * 1e3:.0f} ms")
 
-      at_once(clients, "(compiling)")
-      at_once(clients, f"server, {clients} clients at once")
-      at_once(1, "server, one by one")
+      for count, name in ((clients, f"{clients} clients at once"), (1, "one by one")):
+        at_once(count, "(compiling)")
+        at_once(count, f"server, {name}")
     finally:
       serving.stop()
 

@@ -78,6 +78,27 @@ def test_the_page_starts_a_job_with_rewards(page, client, tmp_path):  # noqa: F8
   page.wait_for_selector("#job-name:has-text('cancelled')")
 
 
+def test_the_page_starts_a_job_with_preferences(page, client, tmp_path):  # noqa: F811
+  pair = {
+    "input": {"messages": [{"role": "user", "content": "say it"}]},
+    "preferred_output": [{"role": "assistant", "content": "a"}],
+    "non_preferred_output": [{"role": "assistant", "content": "b"}],
+  }
+  upload(page, tmp_path / "pairs.jsonl", lines([pair] * 8))
+  page.select_option("#base", "gpt")
+  page.select_option("#training", label="pairs.jsonl")
+  assert not page.is_visible("#beta")
+  page.select_option("#method", "dpo")
+  page.fill("#beta", "0.5")
+  page.fill("#epochs", "50")
+  page.click("#start button")
+  page.wait_for_selector("#job-name:text-matches('queued|running')")
+  job = client.fine_tuning.jobs.list(limit=1).data[0]
+  assert job.method.dpo.hyperparameters.beta == 0.5
+  page.click("#cancel")
+  page.wait_for_selector("#job-name:has-text('cancelled')")
+
+
 def upload(page, path: pathlib.Path, content: bytes):
   path.write_bytes(content)
   page.set_input_files("#file", path)

@@ -77,6 +77,11 @@ class Writer:
       decoding.advance, static_argnums=(0, 4, 5, 6), donate_argnums=2, out_shardings=shardings
     )
 
+  @property
+  def on_one_cpu(self) -> bool:
+    """Whether it writes on one CPU device, where a single row has a form of its own."""
+    return self.mesh.size == 1 and jax.default_backend() == "cpu"
+
   @functools.cached_property
   def params(self) -> Params:
     """The parameters on the mesh."""
@@ -113,8 +118,7 @@ class Writer:
     """
     ids = [self._encoded(prompt, max_tokens) for prompt in prompts]
     batch, slots = self.batch(ids, max_tokens)
-    on_cpu = self.mesh.size == 1 and jax.default_backend() == "cpu"
-    if on_cpu and len(ids) == 1:
+    if self.on_one_cpu and len(ids) == 1:
       config, params = self.for_one_row
     else:
       config, params = self.config, self.params

@@ -65,26 +65,30 @@ def empty(config: ModelConfig, rows: int, columns: int) -> Slots:
   )
 
 
-def resized(slots: Slots, columns: int) -> Slots:
-  """The same rows in a ring of another length, which must hold what they have and will write."""
+def enlarged(slots: Slots, rows: int, columns: int) -> Slots:
+  """The same rows, and further empty ones, in a ring that is at least as long."""
   ring = slots.cache
-  length = ring.segments_BxS.shape[1]
+  more_rows = rows - ring.segments_BxS.shape[0]
+  more_columns = columns - ring.segments_BxS.shape[1]
 
-  def resize(array: jax.Array, axis: int) -> jax.Array:
-    in_order = jnp.roll(array, -ring.index, axis)  # the newest column comes last
-    if columns <= length:
-      return jax.lax.slice_in_dim(in_order, length - columns, length, axis=axis)
+  def with_rows(array: jax.Array) -> jax.Array:
+    return jnp.pad(array, [(0, more_rows)] + [(0, 0)] * (array.ndim - 1))
+
+  def with_columns(array: jax.Array, axis: int) -> jax.Array:
     padding = [(0, 0)] * array.ndim
-    padding[axis] = (columns - length, 0)
-    return jnp.pad(in_order, padding)
+    padding[axis] = (more_columns, 0)
+    # In order, so that the newest column comes last.
+    return with_rows(jnp.pad(jnp.roll(array, -ring.index, axis), padding))
 
-  return slots.replace(
+  return Slots(
     cache=Cache(
-      past=jax.tree.map(lambda array: resize(array, 2), ring.past),
-      segments_BxS=resize(ring.segments_BxS, 1),
-      positions_BxS=resize(ring.positions_BxS, 1),
+      past=jax.tree.map(lambda array: with_columns(array, 2), ring.past),
+      segments_BxS=with_columns(ring.segments_BxS, 1),
+      positions_BxS=with_columns(ring.positions_BxS, 1),
       index=jnp.zeros((), jnp.int32),
-    )
+    ),
+    logits_BxV=with_rows(slots.logits_BxV),
+    positions_B=with_rows(slots.positions_B),
   )
 
 

@@ -225,9 +225,9 @@ on("upload", "submit", async () => {
   await ask("/files", { method: "POST", body: form });
   await showFiles();
 });
-const SETTINGS = { epochs: "n_epochs", batch: "batch_size", rate: "learning_rate_multiplier" };
+const SETTINGS = { epochs: "n_epochs", batch: "batch_size", rate: "learning_rate_multiplier", beta: "beta" };
 const hyperparameters = () => Object.fromEntries(Object.entries(SETTINGS)
-  .filter(([id]) => at(id).value)
+  .filter(([id]) => at(id).value && !at(id).closest("[hidden]"))
   .map(([id, name]) => [name, Number(at(id).value)]));
 
 function grader() {
@@ -237,7 +237,10 @@ function grader() {
   return { type, [setting]: how.value, input: at("input").value, reference: at("reference").value };
 }
 
-on("method", "change", () => { at("grader").hidden = at("method").value !== "reinforcement"; });
+on("method", "change", () => {
+  at("grader").hidden = at("method").value !== "reinforcement";
+  at("of-dpo").hidden = at("method").value !== "dpo";
+});
 on("start", "submit", async () => {
   const method = at("method").value;
   const settings = { hyperparameters: hyperparameters() };
