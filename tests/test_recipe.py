@@ -1,5 +1,6 @@
 """Settings that follow the size: published at published shapes, kept by a run, said before it."""
 
+import collections
 import dataclasses
 import importlib
 import json
@@ -14,15 +15,16 @@ from sklearn.pipeline import make_pipeline
 
 from benchmarks import recipes
 from llm import config as config_lib
-from llm import core, sharding
+from llm import core
 from llm.checkpoints import manager
-from llm.config import DataConfig, MeshConfig, RecipeConfig
+from llm.config import DataConfig, RecipeConfig
 from llm.core import UserError
 from llm.data import duplicates, sources
 from llm.models.architecture import init_std_of
 from llm.runs.progress import Progress
 from llm.training import experiment, loop, recipe
 from tests.conftest import sentences, tiny
+from tests.test_two_phases import python
 
 
 def published(family, size):
@@ -86,14 +88,17 @@ def test_narrow_weights_keep_the_size_of_a_vector_as_wide_ones_do():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [64, 128])
-def test_the_rate_of_the_rule_is_the_best_at_every_width(width, tmp_path):
-  """The rates around it are a factor 4 away: the best one is within a factor 2 of it."""
-  config = recipes.pretraining("gpt", width, depth=2, steps=200)
-  mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
-  runs = recipes.Runs(config, tmp_path, mesh)
-  losses = {factor: runs.figures(factor * runs.default_rate)["loss"] for factor in (0.25, 1, 4)}
-  assert min(losses, key=losses.__getitem__) == 1, losses
+def test_the_rate_of_the_rule_is_the_best_at_every_width(tmp_path):
+  """Within a factor 2: rates beyond are tried while the best one has no neighbour."""
+  output = tmp_path / "recipes.jsonl"
+  shapes = ["--families=gpt", "--widths=64,128", "--depths=2", "--steps=100"]
+  python("benchmarks/recipes.py", "pretrain", *shapes, f"--output={output}")
+  losses = collections.defaultdict(dict)
+  for run in map(json.loads, output.read_text().splitlines()):
+    losses[run["run"]][run["factor"]] = run["loss"]
+  assert len(losses) == 2
+  for of_width in losses.values():
+    assert 0.5 <= min(of_width, key=of_width.__getitem__) <= 2, losses
 
 
 def test_a_sweep_goes_on_until_the_best_rate_has_neighbours():
