@@ -2,7 +2,9 @@
 
 import queue
 import random
+import threading
 import time
+from typing import Callable
 
 import jax
 import numpy as np
@@ -11,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import llm
+from llm import sharding
+from llm.config import MeshConfig
 from llm.core import UserError
 from llm.inference.engine import Engine, Full, Request
 from llm.inference.growing_text import GrowingText
@@ -60,6 +64,39 @@ def test_requests_that_join_and_leave_get_what_they_would_get_alone(bundle, engi
     (alone,) = writer.write([list(prompt.encode())], 40)
     assert last.tokens == min(max_tokens, len(alone.tokens))
     assert text == bundle.tokenizer.decode(alone.tokens[:max_tokens])
+
+
+def test_on_a_cpu_a_request_is_alone_in_its_ring_until_another_comes(bundle, monkeypatch):
+  """The ring of one row gets further rows and columns, and loses them with the last request."""
+  one_device = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
+  monkeypatch.setattr("llm.inference.writer._mesh", lambda config: one_device)
+  writer = Writer(bundle)
+  engine = Engine(writer, rows=3)
+  prompts = "the film was", "critics of that year said that every scene of it had warmth"
+  texts = ["", ""]
+  rings = []
+  ended = threading.Semaphore(0)
+
+  def ask(number: int, tokens: int, then: Callable[[], None]):
+    def take(piece):
+      texts[number] += piece.text
+      rings.append(engine.ring)
+      if len(rings) == 1:
+        then()
+      if piece.ended:
+        ended.release()
+
+    engine.submit(Request(list(prompts[number].encode()), tokens, take, streams=True))
+
+  ask(0, 50, then=lambda: ask(1, 40, then=lambda: None))
+  assert ended.acquire(timeout=120) and ended.acquire(timeout=120)
+  assert rings[0] == (1, 64) and rings[-1] == (3, 128)
+  for prompt, text, tokens in zip(prompts, texts, (50, 40)):
+    (expected,) = writer.write([list(prompt.encode())], tokens)
+    assert text == expected.text
+  assert whole(submit(engine, prompts[0], 50)[1])[0] == texts[0]
+  assert engine.ring == (1, 64)
+  engine.close()
 
 
 def test_a_draw_depends_on_its_seed_alone(engine):

@@ -232,7 +232,10 @@ class Engine:
     self.waiting = collections.deque(r for r in self.waiting if not r.cancelled)
 
   def _make_room(self, columns: int, alone: bool):
-    """A ring of so many columns: longer where needed, shorter where nobody else is in it."""
+    """Makes the ring long enough, and gives it all rows where a request is not alone.
+
+    It gets smaller where nobody else is in it.
+    """
     if alone:
       wanted = (self.rows if self.waiting else self.rows_alone, columns)
     else:
