@@ -13,8 +13,6 @@ from typing import Any, Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from llm import sharding
 from llm.core import Params, UserError, next_power_of_two
@@ -102,7 +100,6 @@ class Engine:
     self.closed = False
     # On a CPU each row of the ring costs, and a request is often alone: its ring has one row.
     self.rows_alone = 1 if writer.on_one_cpu else rows
-    self.ring = (0, 0)  # its rows and columns
     self.slots: Any = None
     self.wishes: Wishes | None = None
     self.params = _prepared(writer)
@@ -117,6 +114,11 @@ class Engine:
     )
     self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
     self._thread.start()
+
+  @property
+  def ring(self) -> tuple[int, int]:
+    """Rows and columns of the ring; none before the first request."""
+    return (0, 0) if self.slots is None else self.slots.cache.segments_BxS.shape
 
   @property
   def busy(self) -> int:
@@ -181,7 +183,7 @@ class Engine:
       left = [answer.request for answer in self.answers if answer] + list(self.waiting)
       self.answers = [None] * self.rows
       self.waiting.clear()
-    self.slots, self.ring, self.wishes = None, (0, 0), None
+    self.slots, self.wishes = None, None
     for request in left:
       request.on_piece(Piece("", 0, [], "error"))
 
@@ -247,7 +249,6 @@ class Engine:
       self.slots = self._empty(self.writer.config, *wanted)
     else:
       self.slots = self._enlarged(self.slots, *wanted)
-    self.ring, self.wishes = wanted, None
 
   def _wishes(self) -> Wishes:
     """What the rows ask for."""
@@ -308,8 +309,7 @@ def _prepared(writer: Writer) -> Params:
   """
   dtype = precision.of(writer.config).operands
   if writer.on_one_cpu and dtype == jnp.bfloat16:
-    params = jax.jit(decoding.for_one_row, static_argnums=1)(writer.host_params, dtype)
-    return jax.device_put(params, NamedSharding(writer.mesh, P()))
+    return writer.for_one_row[1]
   params = jax.jit(decoding.for_many_rows, static_argnums=1)(writer.host_params, dtype)
   return jax.device_put(params, sharding.shardings(params, writer.mesh))
 
