@@ -1,9 +1,9 @@
 """Both phases on real text in minutes: pretrain small models, fine-tune them, and compare.
 
 Sentiment, questions and replies (studies/two_phases.py):
-  python -m llm.quickstart [--workdir=DIR] [--quick] [--cache=DIR] [--offline]
+  python -m llm.quickstart [--workdir=DIR] [--quick] [--steps=N] [--cache=DIR] [--offline]
 Replies alone, with a published decoder beside (studies/responses.py):
-  python -m llm.quickstart gpt [--workdir=DIR] [--quick] [--cache=DIR] [--offline]
+  python -m llm.quickstart gpt [--workdir=DIR] [--quick] [--steps=N] [--cache=DIR] [--offline]
 """
 
 import os
@@ -21,6 +21,9 @@ _WORKDIR = flags.DEFINE_string(
   "workdir", "", "Where runs and report are kept; default quickstart or quickstart_gpt."
 )
 _QUICK = flags.DEFINE_bool("quick", False, "Less of everything.")
+_STEPS = flags.DEFINE_integer(
+  "steps", 0, "Steps of the pretraining (a GPT beside a BERT takes a third).", lower_bound=0
+)
 _CACHE = flags.DEFINE_string(
   "cache", "", "Where fetched archives are kept; default ~/.cache/pretune."
 )
@@ -34,7 +37,7 @@ def _run(study: ModuleType, default_folder: str):
   if storage.is_bucket(_WORKDIR.value):
     raise UserError(f"--workdir={_WORKDIR.value}: give a folder of this machine")
   workdir = pathlib.Path(os.path.expanduser(_WORKDIR.value or default_folder)).absolute()
-  study.run(workdir, _QUICK.value, _CACHE.value, command.start_cpu)
+  study.run(workdir, _QUICK.value, _CACHE.value, _STEPS.value, command.start_cpu)
 
 
 VERBS = {

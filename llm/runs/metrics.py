@@ -65,6 +65,25 @@ def bootstrap(
   return {name: _interval(values) for name, values in drawn.items() if np.isfinite(values).any()}
 
 
+def seeds_interval(
+  values_SxN: np.ndarray, weights_N: np.ndarray | None = None, draws: int = 2000
+) -> tuple[float, float]:
+  """95% percentile interval (low, high) of the mean of the seeds' sums over the sum of the weights.
+
+  Seeds and records are drawn with replacement. weights_N: of the records; None is 1 for each.
+  """
+  seeds, records = values_SxN.shape
+  weights_N = np.ones(records) if weights_N is None else weights_N
+  rng = np.random.default_rng(0)
+  means = []
+  for _ in range(draws):
+    drawn_S = rng.integers(seeds, size=seeds)
+    drawn_N = rng.integers(records, size=records)
+    sums_S = values_SxN[np.ix_(drawn_S, drawn_N)].sum(axis=1)
+    means.append(sums_S.mean() / weights_N[drawn_N].sum())
+  return _interval(np.array(means))
+
+
 def _interval(values: np.ndarray) -> tuple[float, float]:
   low, high = np.nanpercentile(values, [2.5, 97.5])
   return float(low), float(high)

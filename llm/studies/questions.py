@@ -28,15 +28,18 @@ from llm.training import evaluation, experiment, loop
 
 # Tokens of a window, the length of the rows of the pretraining.
 LENGTH = 128
+# Fine-tunings of each arm.
+SEEDS = 2
 # Abstracts whose answers the report shows.
 SHOWN = 3
 
 
 class Answered(NamedTuple):
-  """The F1 of both arms on each question of the test split, and their answers to the first."""
+  """The F1 of both arms for each seed and question of the test split, and the first seed's answers
+  to the first questions."""
 
-  pretrained: np.ndarray
-  scratch: np.ndarray
+  pretrained_SxN: np.ndarray
+  scratch_SxN: np.ndarray
   shown: list[dict[str, str]]
 
 
@@ -86,37 +89,39 @@ def _scored(step: epath.Path, config: Config) -> tuple[np.ndarray, list[str], An
 def measured(
   pretrained: pathlib.PurePath, workdir: pathlib.Path, cache: str, quick: bool
 ) -> Answered:
-  """Fine-tunes both arms in folders of `workdir` and scores them."""
+  """Fine-tunes both arms with each seed in folders of `workdir` and scores them."""
   config = tuning_config(str(pretrained), cache, quick)
-  loop.train(config, workdir / "questions")
-  loop.train(from_scratch(config), workdir / "questions_from_scratch")
-  f1, answers, rows = _scored(manager.find(workdir / "questions"), config)
-  scratch_f1, scratch_answers, _ = _scored(manager.find(workdir / "questions_from_scratch"), config)
-  shown = []
-  for number, question in enumerate(rows.questions[:SHOWN]):
-    shown.append(
-      {
-        "text": question.text[:400],
-        "right": " / ".join(dict.fromkeys(question.gold)),
-        "pretrained": answers[number],
-        "scratch": scratch_answers[number],
-      }
-    )
-  return Answered(f1, scratch_f1, shown)
+  arms = {"pretrained": config, "scratch": from_scratch(config)}
+  f1: dict[str, list[np.ndarray]] = {arm: [] for arm in arms}
+  answers: dict[str, list[str]] = {}
+  for seed in range(1 if quick else SEEDS):
+    for arm, of_arm in arms.items():
+      folder = workdir / f"questions_{arm}_{seed}"
+      loop.train(responses.seeded(of_arm, seed), folder)
+      of_seed, written, rows = _scored(manager.find(folder), config)
+      f1[arm].append(of_seed)
+      answers.setdefault(arm, written)
+  shown = [
+    {
+      "text": question.text[:400],
+      "right": " / ".join(dict.fromkeys(question.gold)),
+      **{arm: answers[arm][number] for arm in arms},
+    }
+    for number, question in enumerate(rows.questions[:SHOWN])
+  ]
+  return Answered(np.array(f1["pretrained"]), np.array(f1["scratch"]), shown)
 
 
 def compared(answered: Answered) -> Compared:
-  """Mean F1 of both arms; the interval is a bootstrap over the questions."""
-  difference = answered.pretrained - answered.scratch
-  low, high = metrics.bootstrap(
-    lambda drawn: {"mean": float(drawn["difference"].mean())}, {"difference": difference}
-  )["mean"]
+  """Mean F1 of both arms; the interval resamples seeds and questions."""
+  difference_SxN = answered.pretrained_SxN - answered.scratch_SxN
+  low, high = metrics.seeds_interval(difference_SxN)
   return Compared(
     "questions on abstracts",
     "F1",
-    float(answered.pretrained.mean()),
-    float(answered.scratch.mean()),
-    float(difference.mean()),
+    float(answered.pretrained_SxN.mean()),
+    float(answered.scratch_SxN.mean()),
+    float(difference_SxN.mean()),
     low,
     high,
     {},

@@ -38,8 +38,8 @@ NUM_PROMPTS = 3
 ANSWER_LENGTH = 60
 
 
-def pretraining_config(quick: bool, cache: str) -> Config:
-  """A GPT of four layers and width 192."""
+def pretraining_config(quick: bool, cache: str, steps: int = 0) -> Config:
+  """A GPT of four layers and width 192. steps: of training; 0 is the default."""
   config = config_lib.defaults(base.defaults("causal_lm"))
   config.model.update(
     name="gpt", num_layers=4, width=192, num_heads=4, mlp_dim=768, max_length=LENGTH, dropout=0.0
@@ -48,7 +48,10 @@ def pretraining_config(quick: bool, cache: str) -> Config:
   config.tokenizer.update(name="sentencepiece", vocab_size=4096, lowercase=False)
   config.optimizer.update(learning_rate=3e-3, beta2=0.98)
   config.training.update(
-    steps=60 if quick else 600, batch_size=4, sequence_length=LENGTH, log_every=20 if quick else 50
+    steps=steps or (60 if quick else 600),
+    batch_size=4,
+    sequence_length=LENGTH,
+    log_every=20 if quick else 50,
   )
   return config_lib.freeze(config)
 
@@ -90,6 +93,11 @@ def from_scratch(config: Config) -> Config:
   return dataclasses.replace(
     config, transfer=TransferConfig(checkpoint=config.transfer.checkpoint, skip=("",))
   )
+
+
+def seeded(config: Config, seed: int) -> Config:
+  """The same run with another seed."""
+  return dataclasses.replace(config, training=dataclasses.replace(config.training, seed=seed))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,14 +275,15 @@ def _compare(
   return losses, answers_by_model
 
 
-def run(workdir: pathlib.Path, quick: bool, cache: str, use_devices: Callable):
+def run(workdir: pathlib.Path, quick: bool, cache: str, steps: int, use_devices: Callable):
   """The whole study, written to `workdir`.
 
-  quick: few steps. cache: as config.data.cache. use_devices: as of `loop.train`.
+  quick: few steps. cache: as config.data.cache. steps: of the pretraining; 0 is the default.
+  use_devices: as of `loop.train`.
   """
   started_at = time.time()
   print("phase 1: pretraining", flush=True)
-  config = pretraining_config(quick, cache)
+  config = pretraining_config(quick, cache, steps)
   pretrained = workdir / "pretrained"
   pretraining = loop.train(config, pretrained, use_devices=use_devices)
   print("phase 2: learning to answer, from the pretrained parameters and from scratch", flush=True)

@@ -8,9 +8,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tabulate
 
+from llm.runs import metrics
 from llm.studies import plots
 
-RESAMPLED = 2000  # times, for the intervals
 ARMS = {
   "grpo": "GRPO, reward of exact match",
   "sft": "SFT on the same demonstrations, as long",
@@ -34,18 +34,12 @@ def compared(right: Mapping[tuple[str, int], np.ndarray], arm: str, seeds: int) 
   before_SxN = 100 * np.array([right["start", seed] for seed in trained])
   after_SxN = 100 * np.array([right[arm, seed] for seed in trained])
   gained_SxN = after_SxN - before_SxN
-  rng = np.random.default_rng(0)
-  gains = []
-  for _ in range(RESAMPLED):
-    drawn_S = rng.integers(len(trained), size=len(trained))
-    drawn_N = rng.integers(gained_SxN.shape[1], size=gained_SxN.shape[1])
-    gains.append(gained_SxN[drawn_S][:, drawn_N].mean())
-  low, high = np.percentile(gains, [2.5, 97.5])
+  low, high = metrics.seeds_interval(gained_SxN)
   return {
     "exact_match_before": float(before_SxN.mean()),
     "exact_match_after": float(after_SxN.mean()),
-    "low": float(low),
-    "high": float(high),
+    "low": low,
+    "high": high,
   }
 
 

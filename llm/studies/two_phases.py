@@ -9,6 +9,7 @@ result.json.
 
 import dataclasses
 import json
+import math
 import pathlib
 import time
 from typing import Any, Callable
@@ -25,9 +26,15 @@ from llm.studies import label_curve, plots, questions, report, responses, sentim
 from llm.studies.report import Compared
 from llm.training import experiment, loop
 
+# Fine-tunings of each arm on replies.
+REPLY_SEEDS = 3
 
-def pretraining_config(quick: bool, cache: str) -> Config:
-  """A BERT of two layers and width 128, as configs/pretrain_bert.py:tiny trains it."""
+
+def pretraining_config(quick: bool, cache: str, steps: int = 0) -> Config:
+  """A BERT of two layers and width 128, as configs/pretrain_bert.py:tiny trains it.
+
+  steps: of training; 0 is the default.
+  """
   config = config_lib.defaults(base.defaults("masked_lm"))
   config.model.update(
     name="bert",
@@ -46,7 +53,7 @@ def pretraining_config(quick: bool, cache: str) -> Config:
   config.tokenizer.update(name="sentencepiece", vocab_size=8192)
   config.optimizer.learning_rate = 3e-3
   config.training.update(
-    steps=600 if quick else 1200,
+    steps=steps or (600 if quick else 1200),
     batch_size=32,
     sequence_length=questions.LENGTH,
     log_every=100 if quick else 200,
@@ -54,13 +61,15 @@ def pretraining_config(quick: bool, cache: str) -> Config:
   return config_lib.freeze(config)
 
 
-def replies_pretraining_config(quick: bool, cache: str) -> Config:
-  """A GPT of two layers and width 128."""
+def replies_pretraining_config(quick: bool, cache: str, steps: int = 0) -> Config:
+  """A GPT of two layers and width 128. steps: of the BERT's training; this takes a third."""
   config = responses.pretraining_config(quick, cache)
   return dataclasses.replace(
     config,
     model=dataclasses.replace(config.model, num_layers=2, width=128, num_heads=2, mlp_dim=512),
-    training=dataclasses.replace(config.training, steps=60 if quick else 400),
+    training=dataclasses.replace(
+      config.training, steps=math.ceil(steps / 3) or (60 if quick else 400)
+    ),
   )
 
 
@@ -100,58 +109,64 @@ def worth(rows: list[dict]) -> dict[str, Any]:
 
 
 def replies_compared(
-  workdir: pathlib.Path, quick: bool, cache: str
-) -> tuple[Compared, dict[str, Any], list[dict[str, str]]]:
-  """(the comparison, the result of the pretraining, prompts with both answers)."""
-  pretrained = workdir / "pretrained_gpt"
-  pretraining = loop.train(replies_pretraining_config(quick, cache), pretrained)
+  pretrained: pathlib.Path, workdir: pathlib.Path, quick: bool, cache: str
+) -> tuple[Compared, list[dict[str, str]]]:
+  """Fine-tunes both arms with each seed. (the comparison, prompts with both answers)."""
   tuning = responses.tuning_config(str(pretrained), cache, epochs=1.0 if quick else 2.0)
   tuning = dataclasses.replace(
     tuning, training=dataclasses.replace(tuning.training, keep_best="min:loss")
   )
-  loop.train(tuning, workdir / "replies")
-  loop.train(responses.from_scratch(tuning), workdir / "replies_from_scratch")
+  arms = {"pretrained": tuning, "scratch": responses.from_scratch(tuning)}
   prompts = responses.held_out_prompts(cache)
-  losses = {}
-  answers = {}
-  for arm, folder in (("pretrained", "replies"), ("scratch", "replies_from_scratch")):
-    bundle = experiment.load(manager.find(workdir / folder))
-    template = chat.template_of(base.build(bundle.config.objective), bundle.tokenizer)
-    outcomes, _ = responses.reply_outcomes(bundle, template or chat.TEMPLATE, tuning.data, 4)
-    losses[arm] = outcomes["loss"]
-    answers[arm] = responses.answers(bundle, template or chat.TEMPLATE, prompts)
+  losses: dict[str, list[np.ndarray]] = {arm: [] for arm in arms}
+  answers: dict[str, list[str]] = {}
+  for seed in range(1 if quick else REPLY_SEEDS):
+    for arm, config in arms.items():
+      folder = workdir / f"replies_{arm}_{seed}"
+      loop.train(responses.seeded(config, seed), folder)
+      bundle = experiment.load(manager.find(folder))
+      objective = base.build(bundle.config.objective)
+      template = chat.template_of(objective, bundle.tokenizer) or chat.TEMPLATE
+      outcomes, _ = responses.reply_outcomes(bundle, template, tuning.data, 4)
+      losses[arm].append(outcomes["loss"])
+      if not seed:
+        answers[arm] = responses.answers(bundle, template, prompts)
   shown = [
-    {"text": prompt, "pretrained": ours, "scratch": theirs}
-    for prompt, ours, theirs in zip(prompts, answers["pretrained"], answers["scratch"])
+    {"text": prompt, **{arm: answers[arm][number] for arm in arms}}
+    for number, prompt in enumerate(prompts)
   ]
-  means = base.mean_of_sums(losses)
-  low, high = metrics.bootstrap(_loss_difference, losses)["difference"]
-  compared = Compared(
+  return replies_difference(np.array(losses["pretrained"]), np.array(losses["scratch"])), shown
+
+
+def replies_difference(pretrained_SxNx2: np.ndarray, scratch_SxNx2: np.ndarray) -> Compared:
+  """The mean loss of a token. _SxNx2: the loss and the tokens of each reply, for each seed."""
+  tokens_N = pretrained_SxNx2[0, :, 1]
+  loss_SxN, scratch_loss_SxN = pretrained_SxNx2[..., 0], scratch_SxNx2[..., 0]
+  low, high = metrics.seeds_interval(loss_SxN - scratch_loss_SxN, tokens_N)
+  loss, scratch_loss = (
+    float(losses.sum(axis=1).mean() / tokens_N.sum()) for losses in (loss_SxN, scratch_loss_SxN)
+  )
+  return Compared(
     "replies to prompts",
     "nats a token",
-    means["pretrained"],
-    means["scratch"],
-    _loss_difference(losses)["difference"],
+    loss,
+    scratch_loss,
+    loss - scratch_loss,
     low,
     high,
     {},
     lower=True,
   )
-  return compared, pretraining, shown
 
 
-def _loss_difference(losses: dict[str, np.ndarray]) -> dict[str, float]:
-  means = base.mean_of_sums(losses)
-  return {"difference": means["pretrained"] - means["scratch"]}
-
-
-def run(workdir: pathlib.Path, quick: bool, cache: str, use_devices: Callable):
+def run(workdir: pathlib.Path, quick: bool, cache: str, steps: int, use_devices: Callable):
   """The whole study, written to `workdir`.
 
-  quick: less of everything. cache: as config.data.cache. use_devices: as of `loop.train`.
+  quick: less of everything. cache: as config.data.cache. steps: of the BERT's pretraining, and the
+  GPT's takes a third; 0 is the default. use_devices: as of `loop.train`.
   """
   started_at = time.time()
-  config = pretraining_config(quick, cache)
+  config = pretraining_config(quick, cache, steps)
   print("phase 1: pretraining a BERT", flush=True)
   bert = workdir / "pretrained"
   pretraining = loop.train(config, bert, use_devices=use_devices)
@@ -162,7 +177,9 @@ def run(workdir: pathlib.Path, quick: bool, cache: str, use_devices: Callable):
   answered = questions.measured(bert, workdir, cache, quick)
   compared.append(questions.compared(answered))
   print("both phases, replies to prompts", flush=True)
-  replies, gpt_pretraining, prompts = replies_compared(workdir, quick, cache)
+  gpt = workdir / "pretrained_gpt"
+  gpt_pretraining = loop.train(replies_pretraining_config(quick, cache, steps), gpt)
+  replies, prompts = replies_compared(gpt, workdir, quick, cache)
   compared.append(replies)
   equal = worth(rows)
   title = "Sentiment of review sentences: what pretraining buys"
