@@ -49,13 +49,13 @@ class Study(frame.Study):
 
   title = "Rewards"
 
-  demonstrations: int = key(2000, above=0)
+  demonstrations: int = key(5000, above=0)
   start_steps: int = key(500, at_least=SAVE_EVERY)
   start_share: float = key(0.25, above=0, below=1)
   problems: int = key(20_000, above=0, at_most=100_000)
   steps: int = key(600, above=0)
   prompts: int = key(64, above=0)
-  rate: float = key(1e-4, above=0)
+  rate: float = key(2e-4, above=0)
   dpo_rate: float = key(1e-4, above=0)
   dpo_prompts: int = key(2000, above=0)
   seeds: int = key(3, at_least=1)

@@ -57,6 +57,7 @@ def pretraining_config(quick: bool, cache: str, steps: int = 0) -> Config:
     batch_size=32,
     sequence_length=questions.LENGTH,
     log_every=100 if quick else 200,
+    save_every=2000,
   )
   return config_lib.freeze(config)
 
