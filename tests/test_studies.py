@@ -13,6 +13,7 @@ from llm.core import UserError, unflatten
 from llm.data import sources
 from llm.models import classical
 from llm.objectives import classification
+from llm.runs import metrics
 from llm.studies import fine_tuner, label_curve, report, two_phases
 from llm.studies.fine_tuner import Run
 from llm.studies.label_curve import Setting
@@ -164,6 +165,43 @@ def test_paired_interval_is_scipys():
   np.testing.assert_allclose(
     label_curve.paired_difference(a, b), ((a - b).mean(), low, high), rtol=1e-12
   )
+
+
+def test_an_interval_over_seeds_is_scipys_where_one_of_both_is_constant():
+  """And the interval of a ratio, where the records have weights."""
+  values = np.random.default_rng(0).normal(3, 1, 60)
+  weights = np.random.default_rng(1).integers(1, 9, 60).astype(float)
+
+  def scipys(data, statistic):
+    interval = scipy.stats.bootstrap(
+      data, statistic, paired=True, vectorized=False, method="percentile", rng=2, n_resamples=4000
+    )
+    return interval.confidence_interval
+
+  def near(low_high, theirs):
+    width = theirs.high - theirs.low
+    np.testing.assert_allclose(low_high, theirs, atol=0.08 * width)
+
+  mean = scipys((values,), np.mean)
+  near(metrics.seeds_interval(values[None]), mean)
+  near(metrics.seeds_interval(values[:, None].repeat(5, 1)), mean)
+  ratio = scipys((values, weights), lambda drawn, weight: drawn.sum() / weight.sum())
+  near(metrics.seeds_interval(values[None], weights), ratio)
+  both = values[None] + values[:6, None]
+  low, high = metrics.seeds_interval(both)
+  assert high - low > 1.5 * (mean.high - mean.low)
+
+
+def test_replies_are_compared_by_the_loss_of_a_token():
+  """Two seeds; the long reply counts by its tokens."""
+  tokens = [9.0, 1.0]
+  losses = np.array([[[9.0, 9.0], [5.0, 1.0]], [[18.0, 9.0], [3.0, 1.0]]])
+  scratch = losses + [1.0, 0.0]
+  compared = two_phases.replies_difference(losses, scratch)
+  assert (losses[0, :, 1] == tokens).all()
+  assert compared.pretrained == pytest.approx((14 + 21) / 2 / 10)
+  assert compared.difference == pytest.approx(-0.2) and compared.lower
+  assert compared.low < -0.2 < compared.high < 0
 
 
 def test_draws_are_distinct_rows_and_differ(study):

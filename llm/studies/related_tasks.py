@@ -14,6 +14,7 @@ import tabulate
 
 from llm.config import Config, key
 from llm.core import UserError
+from llm.runs import metrics
 from llm.studies import few_labels, frame, plots
 from llm.studies.few_labels import Arm, Cell
 from llm.studies.frame import Result, Run
@@ -21,7 +22,6 @@ from llm.studies.frame import Result, Run
 SCRATCH = "scratch"
 STARTS = (SCRATCH, "pretrained")
 NONE = "none"  # no source
-RESAMPLED = 2_000  # times, for the intervals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,25 +167,11 @@ def _gains(rows: Sequence[Mapping]) -> list[dict[str, Any]]:
   gains = []
   for (start, source, target, labels), of_seeds in groups.items():
     gain_SxD = np.stack(of_seeds)
-    low, high = _interval(gain_SxD)
+    # All sources share the draws of labels, so these are the columns.
+    low, high = metrics.seeds_interval(gain_SxD)
     entry = {"start": start, "source": source, "target": target, "labels": labels}
     gains.append({**entry, "gain": float(gain_SxD.mean()), "low": low, "high": high})
   return gains
-
-
-def _interval(gain_SxD: np.ndarray) -> tuple[float, float]:
-  """95% interval of the mean: runs of the source are drawn, and draws of the target's labels.
-
-  All sources share the draws of labels, so these are drawn as columns.
-  """
-  rng = np.random.default_rng(0)
-  seeds, draws = gain_SxD.shape
-  means = [
-    gain_SxD[rng.integers(0, seeds, seeds)][:, rng.integers(0, draws, draws)].mean()
-    for _ in range(RESAMPLED)
-  ]
-  low, high = np.percentile(means, [2.5, 97.5])
-  return float(low), float(high)
 
 
 def _matrices(
