@@ -15,12 +15,12 @@ def documents(texts, digest):
   )
 
 
-def runs(tokens):
-  return [tuple(tokens[i : i + overlap.RUN]) for i in range(len(tokens) - overlap.RUN + 1)]
+def runs(tokens, length):
+  return [tuple(tokens[i : i + length]) for i in range(len(tokens) - length + 1)]
 
 
-@pytest.mark.parametrize("chunk", [64, 2**20])
-def test_shared_runs_are_those_of_sets(monkeypatch, chunk):
+@pytest.mark.parametrize("chunk, length", [(64, 20), (2**20, 20), (2**20, 16), (64, 23)])
+def test_shared_runs_are_those_of_sets(monkeypatch, chunk, length):
   """Beside Python's sets of tuples, wherever the training text is cut into chunks."""
   monkeypatch.setattr(overlap, "CHUNK", chunk)
   rng = np.random.default_rng(0)
@@ -30,29 +30,30 @@ def test_shared_runs_are_those_of_sets(monkeypatch, chunk):
     source = train[number]
     piece = source[: 15 + number % 11]
     held_out[number] = np.concatenate([held_out[number], piece, held_out[number][:9]])
-  seen = {run for text in train for run in runs(text.tolist())}
+  seen = {run for text in train for run in runs(text.tolist(), length)}
   expected = []
   start = 0
   for number, text in enumerate(held_out):
-    places = [i for i, run in enumerate(runs(text.tolist())) if run in seen]
+    places = [i for i, run in enumerate(runs(text.tolist(), length)) if run in seen]
     if places:
       expected.append((number, start + places[0]))
     start += len(text)
   halves = documents(train[:15], "a"), documents(train[15:], "b")
-  assert overlap.shared_runs(halves, documents(held_out, "c")) == expected
+  assert overlap.shared_runs(halves, documents(held_out, "c"), length) == expected
   assert expected
 
 
-def test_equal_runs_have_equal_hashes_and_others_do_not():
+@pytest.mark.parametrize("length", [1, 20, 80])
+def test_equal_runs_have_equal_hashes_and_others_do_not(length):
   tokens = np.arange(5000) % 1700
-  hashed = overlap.hashes(tokens)
-  assert len(hashed) == 5000 - overlap.RUN + 1
+  hashed = overlap.hashes(tokens, length)
+  assert len(hashed) == 5000 - length + 1
   assert len(np.unique(hashed)) == 1700
   np.testing.assert_array_equal(hashed[:1000], hashed[1700:2700])
-  moved = tokens[: overlap.RUN].copy()
-  for place in range(overlap.RUN):
+  moved = tokens[:length].copy()
+  for place in range(length):
     moved[place] += 1
-    assert overlap.hashes(moved)[0] != hashed[0]
+    assert overlap.hashes(moved, length)[0] != hashed[0]
     moved[place] -= 1
 
 
@@ -62,14 +63,14 @@ def test_a_run_says_it(corpus, tmp_path):
   from llm import config as config_lib
   from llm.training import experiment
 
-  texts = corpus.read_text().split("\n\n")
+  texts = sorted(corpus.read_text().split("\n\n"), key=len)
   held_out = tmp_path / "held_out.txt"
   fresh = ["Nothing of this was ever seen by anybody at all. " * 3 for _ in range(4)]
-  held_out.write_text("\n\n".join([*texts[:4], *fresh]))
+  held_out.write_text("\n\n".join([*texts[-4:], *fresh]))
   config = pretrain_gpt.get_config("tiny")
   config.tokenizer.name = "bytes"
   config.training.update(steps=1, epochs=0.0)
   config.data.update(train=f"text:{corpus}", eval=f"text:{held_out}", cache=str(tmp_path / "c"))
   training = experiment.prepare(config_lib.freeze(config), say=lambda *_: None)
-  with pytest.warns(core.InputWarning, match="4 of the 8 documents.*share runs of 20 tokens"):
+  with pytest.warns(core.InputWarning, match="4 of the 8 documents.*share runs of 80 tokens"):
     training.warn_of_shared_data()

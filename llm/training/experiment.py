@@ -113,7 +113,8 @@ class Training(Experiment):
     text = self.objective.text_of(self.eval_rows) if self.eval_rows else None
     if text is not None:
       name = self.held_out.spec
-      overlap.warn(self._texts(), text, name, self.tokenizer.decode, self.held_out.cache)
+      length = overlap.run_length(self.tokenizer.name)
+      overlap.warn(self._texts(), text, name, length, self.tokenizer.decode, self.held_out.cache)
 
   def _texts(self) -> list[documents.Documents]:
     """The running text of each training source that has some."""
