@@ -86,6 +86,19 @@ def _error_of(function: Callable[[], None]) -> Exception | None:
   return errors[0] if errors else TimeoutError(f"no answer within {ANSWERS_WITHIN:g} s")
 
 
+def write_whole(path: epath.Path, text: str) -> None:
+  """Writes a file whole or not at all. Raises UserError where it cannot be written."""
+  if is_bucket(path):  # a bucket never holds half a file
+    path.write_text(text)
+    return
+  scratch = path.with_suffix(".tmp")
+  try:
+    scratch.write_text(text)
+    scratch.replace(path)
+  except OSError as error:
+    raise UserError(f"{path} cannot be written: {error.strerror or error}")
+
+
 def checksum(path: epath.Path) -> str:
   """The MD5 that an object store keeps of a file, in hexadecimal; "" where it keeps none."""
   import fsspec

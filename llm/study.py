@@ -5,7 +5,6 @@ python -m llm.study NAME --workdir=DIR [--config=configs/study_NAME.py] [--quick
 A study that was stopped goes on. With --part, n processes share the runs of one folder.
 """
 
-import os
 import pathlib
 import re
 import sys
@@ -49,14 +48,14 @@ def run_study(name: str):
   study, base = build(name)
   if not _WORKDIR.value:
     raise UserError("--workdir is missing: the folder of the study")
-  if storage.is_bucket(_WORKDIR.value):
+  if storage.is_bucket(_WORKDIR.value) and study.writes_files:
     raise UserError(
-      f"--workdir={_WORKDIR.value}: a study draws its pictures into its folder, which cannot be a "
-      "bucket: give a local or a shared folder"
+      f"--workdir={_WORKDIR.value}: the runs of {name} read files that the study writes, and no "
+      "source reads a bucket's: give a local or a shared folder"
     )
   if _QUICK.value:
     study = study.quick()
-  folder = pathlib.Path(os.path.expanduser(_WORKDIR.value)).absolute()
+  folder = storage.folder(_WORKDIR.value)
   folder.mkdir(parents=True, exist_ok=True)
   frame.run(study, base, folder, _part(), command.start_cpu, _LEAVE_OUT.value)
 

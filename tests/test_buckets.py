@@ -13,9 +13,12 @@ from llm import storage
 from llm.checkpoints import locate, manager
 from llm.core import UserError, flatten
 from llm.runs import workdir
+from llm.studies import frame
 from llm.training import experiment, loop
-from tests import test_processes
+from tests import test_processes, test_study
 from tests.conftest import tiny
+
+trained = test_study.trained  # a fixture
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +155,21 @@ def test_two_processes_in_a_bucket_are_those_in_a_folder(bucket, corpus, tmp_pat
     for where in (f"{bucket}/two", tmp_path / "two")
   )
   assert all(np.array_equal(ours[path], theirs[path]) for path in theirs)
+
+
+def test_a_study_in_a_bucket(bucket, tmp_path, trained):
+  """It leaves what a study in a folder leaves, and its report can be made again from there."""
+  study, base = test_study.settings(**test_study.SMALL, held_out=("6x128:4e6",))
+  untimed = test_study.untimed
+  there, here = storage.folder(f"{bucket}/study"), storage.folder(tmp_path / "study")
+  figures = [frame.run(study, base, folder) for folder in (there, here)]
+  assert untimed(figures[0]) == untimed(figures[1]) and len(trained) == 2 * 10
+  assert {path.name for path in there.iterdir()} == {path.name for path in here.iterdir()}
+  assert (there / "scaling_law.png").read_bytes()[:4] == b"\x89PNG"
+  assert (there / "logs/2x32-1e+06-0.txt").read_text() == "trained\n"
+  (there / "report.md").unlink()
+  assert untimed(frame.run(study, base, there)) == untimed(figures[0])
+  assert (there / "report.md").exists() and len(trained) == 2 * 10
 
 
 def test_what_is_no_bucket(bucket, tmp_path):

@@ -27,6 +27,7 @@ def trained(monkeypatch):
   def train(config, workdir, **_):
     workdir.mkdir(parents=True, exist_ok=True)
     workdirs.append(workdir.name)
+    print("trained")
     if config.model.width > 128 or config.model.num_layers > 4:
       assert (workdir.parents[1] / "prediction.json").exists(), "trained before it was predicted"
     model, training = config.model, config.training

@@ -72,16 +72,7 @@ def write_json(path: epath.Path, value: Any):
   """Writes a file whole or not at all. Only process 0 writes."""
   if jax.process_index():
     return
-  text = json.dumps(metrics_lib.as_json(value), indent=1)
-  if storage.is_bucket(path):  # a bucket never holds half a file
-    path.write_text(text)
-    return
-  scratch = path.with_suffix(".tmp")
-  try:
-    scratch.write_text(text)
-    scratch.replace(path)
-  except OSError as error:
-    raise UserError(f"{path} cannot be written: {error.strerror or error}")
+  storage.write_whole(path, json.dumps(metrics_lib.as_json(value), indent=1))
 
 
 def run_record() -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """What the architectures' runs say: figures, words and a picture."""
 
-import pathlib
 from typing import Any, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 import scipy.stats
 import tabulate
+from etils import epath
 
 from llm.core import UserError
 from llm.runs.log import duration
@@ -26,7 +26,7 @@ NOTE = (
 
 
 def report(
-  done: Sequence[Result], models: Sequence[str], tasks: Sequence[str], folder: pathlib.Path
+  done: Sequence[Result], models: Sequence[str], tasks: Sequence[str], folder: epath.Path
 ) -> tuple[dict[str, Any], str]:
   """(figures, text) of a study. models: NAME:LAYERS:OBJECTIVE. Raises UserError on too few runs."""
   pretrained = {model: _pretrained(done, model) for model in models}
@@ -179,7 +179,7 @@ def _sentence(task: str, entries: Sequence[Mapping]) -> str:
   return f"{sentence}."
 
 
-def _draw(tasks: Mapping[str, Mapping[str, Mapping]], path: pathlib.Path) -> None:
+def _draw(tasks: Mapping[str, Mapping[str, Mapping]], path: epath.Path) -> None:
   figure, axes = plt.subplots(1, len(tasks), figsize=(4 * len(tasks), 3.8), layout="constrained")
   for axis, (task, of_task) in zip(np.atleast_1d(axes), tasks.items()):
     for place, of_model in enumerate(of_task.values()):

@@ -6,12 +6,12 @@ answers and replies after a prompt. An encoder-decoder writes all three. All rea
 
 import dataclasses
 import json
-import pathlib
 from typing import Any, Mapping, Sequence
 
 import numpy as np
+from etils import epath
 
-from llm import models
+from llm import models, storage
 from llm.checkpoints import manager
 from llm.config import Config, DataConfig, ModelConfig, TokenizerConfig, TransferConfig
 from llm.core import UserError
@@ -78,7 +78,7 @@ def form(task: str, model: str) -> Form | None:
   return FORMS[task].get(models.facts_of(model).kind)
 
 
-def write_files(sources_of: Mapping[str, str], data: DataConfig, folder: pathlib.Path) -> None:
+def write_files(sources_of: Mapping[str, str], data: DataConfig, folder: epath.Path) -> None:
   """Writes TASK_SPLIT.jsonl of all tasks and splits, where they do not lie there.
 
   sources_of: task -> a source with {split}. Raises UserError on bad records.
@@ -94,9 +94,7 @@ def write_files(sources_of: Mapping[str, str], data: DataConfig, folder: pathlib
       lines = [json.dumps(record) for record in records if record]
       if not lines:
         raise UserError(f"{source.spec}: no record is short enough for config.study")
-      scratch = path.with_suffix(".tmp")
-      scratch.write_text("\n".join(lines) + "\n")
-      scratch.replace(path)
+      storage.write_whole(path, "\n".join(lines) + "\n")
 
 
 def _sentiment(record: dict) -> dict[str, Any]:
@@ -147,7 +145,7 @@ RECORDS = {"sentiment": _sentiment, "questions": _question, "replies": _reply}
 
 
 def tuning_config(
-  pretraining: Config, checkpoint: str, task: str, files: pathlib.Path, split: str
+  pretraining: Config, checkpoint: str, task: str, files: epath.Path, split: str
 ) -> Config:
   """Fine-tuning on a task from a checkpoint of `pretraining`, scored on a split."""
   of_task = form(task, pretraining.model.name)
@@ -178,11 +176,11 @@ def tuning_config(
   )
 
 
-def _records(path: pathlib.Path) -> list[dict[str, Any]]:
+def _records(path: epath.Path) -> list[dict[str, Any]]:
   return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def _rows(path: pathlib.Path, examples: int, length: int) -> int:
+def _rows(path: epath.Path, examples: int, length: int) -> int:
   """About how many rows of `length` tokens hold so many examples of a file, packed."""
   records = _records(path)
   texts = [
@@ -193,7 +191,7 @@ def _rows(path: pathlib.Path, examples: int, length: int) -> int:
   return max(1, round(examples * tokens / length))
 
 
-def _targets(path: pathlib.Path) -> tuple[str, ...]:
+def _targets(path: epath.Path) -> tuple[str, ...]:
   """The labels of a file as the targets of text_to_text."""
   labels = sorted({str(record["label"]) for record in _records(path)})
   return tuple(f"{label}={label}" for label in labels)
@@ -203,9 +201,9 @@ def _targets(path: pathlib.Path) -> tuple[str, ...]:
 class Writes(Scored):
   """A run whose checkpoint answers questions in writing. path: the file of the questions."""
 
-  path: pathlib.Path
+  path: epath.Path
 
-  def score(self, workdir: pathlib.Path) -> dict[str, float]:
+  def score(self, workdir: epath.Path) -> dict[str, float]:
     bundle = experiment.load(manager.find(workdir))
     records = _records(self.path)
     template = chat.template_of(base.build(bundle.config.objective), bundle.tokenizer)

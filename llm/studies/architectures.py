@@ -9,10 +9,10 @@ parameters, and at half of them, with about as many.
 import dataclasses
 import functools
 import json
-import pathlib
 from typing import Any, Mapping, Sequence
 
 import jax
+from etils import epath
 
 from llm import cache, models
 from llm import config as config_lib
@@ -38,6 +38,7 @@ class Study(frame.Study):
   """
 
   title = "Architectures"
+  writes_files = True
   counts_diverged = True
 
   models: tuple = (
@@ -67,7 +68,7 @@ class Study(frame.Study):
       seeds=2,
     )
 
-  def next_runs(self, base: Config, done: Sequence[Result], folder: pathlib.Path) -> list[Run]:
+  def next_runs(self, base: Config, done: Sequence[Result], folder: epath.Path) -> list[Run]:
     epochs = self._epochs()
     self._check_rates()
     search = [
@@ -108,7 +109,7 @@ class Study(frame.Study):
     ]
     return [*pretrained, *tuned, *final]
 
-  def _files(self, folder: pathlib.Path) -> pathlib.Path:
+  def _files(self, folder: epath.Path) -> epath.Path:
     """The folder of the tasks' files. Other sources have another one."""
     return folder / "data" / cache.digest(self.sentiment, self.questions, self.replies)[:8]
 
@@ -167,7 +168,7 @@ class Study(frame.Study):
     return Run(_name(model, "pretraining", rate, seed), config, facts)
 
   def _tuning(
-    self, start: Run, task: str, rate: str, seed: int, split: str, folder: pathlib.Path
+    self, start: Run, task: str, rate: str, seed: int, split: str, folder: epath.Path
   ) -> Run:
     """Fine-tunes a pretraining on a task, and scores it on a split."""
     model = start.facts["model"]
@@ -210,7 +211,7 @@ class Study(frame.Study):
     best = max(of_search, key=lambda result: sign * result.figures["eval"][metric])
     return best.run.facts["rate"]
 
-  def report(self, done: Sequence[Result], folder: pathlib.Path) -> tuple[dict[str, Any], str]:
+  def report(self, done: Sequence[Result], folder: epath.Path) -> tuple[dict[str, Any], str]:
     return architecture_report.report(done, self.models, list(self._epochs()), folder)
 
 

@@ -8,10 +8,10 @@ training that double. The report compares the largest step of the loss with that
 """
 
 import dataclasses
-import pathlib
 from typing import Any, Sequence
 
 import numpy as np
+from etils import epath
 
 from llm.config import Config, key
 from llm.core import UserError
@@ -41,7 +41,7 @@ class Study(frame.Study):
       self, tasks=("copying",), sizes=("1x16", "1x32", "2x48"), evaluations=16, seeds=2
     )
 
-  def next_runs(self, base: Config, done: Sequence[Result], folder: pathlib.Path) -> list[Run]:
+  def next_runs(self, base: Config, done: Sequence[Result], folder: epath.Path) -> list[Run]:
     scaling_fits.need(len(set(self.sizes)), 3, "a curve", "sizes (config.study.sizes)")
     if base.training.steps < self.evaluations:
       raise UserError(
@@ -68,13 +68,13 @@ class Study(frame.Study):
     facts = {"task": task, "size": size, "seed": seed}
     return Run(f"{task}-{size}-{seed}", config, facts, cost=model.num_layers * model.width + 60)
 
-  def report(self, done: Sequence[Result], folder: pathlib.Path) -> tuple[dict[str, Any], str]:
+  def report(self, done: Sequence[Result], folder: epath.Path) -> tuple[dict[str, Any], str]:
     curves = {task: self._curves(task, done, folder) for task in self.tasks}
     tasks = {task: _of_task(of_task) for task, of_task in curves.items()}
     emergence_report.draw(curves, folder)
     return {"tasks": tasks}, emergence_report.in_words(tasks)
 
-  def _curves(self, task: str, done: Sequence[Result], folder: pathlib.Path) -> "Curves":
+  def _curves(self, task: str, done: Sequence[Result], folder: epath.Path) -> "Curves":
     """Raises UserError where a size has no run that did not diverge."""
     parameters, metrics, steps, flops = [], [], [], []
     for size in self.sizes:

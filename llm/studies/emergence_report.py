@@ -1,11 +1,11 @@
 """What the study of emergence says, in words and a picture."""
 
-import pathlib
 from typing import Any, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 import tabulate
+from etils import epath
 from matplotlib.ticker import NullFormatter
 
 from llm.studies import plots
@@ -80,7 +80,7 @@ def _sentence(name: str, view: Mapping[str, Any]) -> str:
   )
 
 
-def draw(curves: Mapping[str, Any], folder: pathlib.Path):
+def draw(curves: Mapping[str, Any], folder: epath.Path):
   """A row a task: exact match and loss against size, exact match against steps, and against loss.
 
   curves: task -> emergence.Curves.

@@ -7,13 +7,13 @@ Both see the same draws, batches and fresh head.
 import dataclasses
 import functools
 import json
-import pathlib
 import time
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
 import jax
 import numpy as np
 import tqdm
+from etils import epath
 
 from llm import config as config_lib
 from llm import sharding, storage
@@ -131,7 +131,7 @@ class Cell(frame.Run):
   arm: Arm
   setting: Setting
 
-  def take(self, workdir: pathlib.Path, use_devices: Callable | None) -> Mapping[str, Any]:
+  def take(self, workdir: epath.Path, use_devices: Callable | None) -> Mapping[str, Any]:
     if use_devices:
       use_devices(self.config.mesh)
     folder = storage.folder(workdir)
@@ -227,7 +227,7 @@ def pretraining(base: Config) -> frame.Run:
   return frame.Run("pretrained", base, {"role": "pretraining"})
 
 
-def checkpoint(value: str, folder: pathlib.Path) -> str:
+def checkpoint(value: str, folder: epath.Path) -> str:
   """A checkpoint as config.transfer.checkpoint names it. value: `here` is that of `pretraining`."""
   return str(folder / "runs" / "pretrained") if value == HERE else value
 

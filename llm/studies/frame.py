@@ -10,17 +10,18 @@ import collections
 import contextlib
 import dataclasses
 import importlib
+import io
 import json
-import pathlib
 import pkgutil
 import re
 import time
-from typing import Any, Callable, ClassVar, Mapping, Sequence
+from typing import Any, Callable, ClassVar, Iterator, Mapping, Sequence
 
 from etils import epath
 
 import llm.studies
 from llm import config as config_lib
+from llm import storage
 from llm.config import Config, ModelConfig
 from llm.core import UserError, first_line
 from llm.runs import workdir as workdir_lib
@@ -48,11 +49,11 @@ class Run:
   until: int = 0
   cost: float = 1.0
 
-  def folder(self, study: pathlib.Path) -> pathlib.Path:
+  def folder(self, study: epath.Path) -> epath.Path:
     """The workdir."""
     return study / "runs" / (self.workdir or self.name)
 
-  def take(self, workdir: pathlib.Path, use_devices: Callable | None) -> Mapping[str, Any]:
+  def take(self, workdir: epath.Path, use_devices: Callable | None) -> Mapping[str, Any]:
     """The figures of the run, which is taken where it is not done; use_devices: of `loop.train`.
 
     A run that is more than one llm.train replaces this. It leaves config.json and result.json.
@@ -77,7 +78,7 @@ class Result:
   def diverged(self) -> bool:
     return not self.figures
 
-  def evaluations(self, study: pathlib.Path) -> list[dict[str, float]]:
+  def evaluations(self, study: epath.Path) -> list[dict[str, float]]:
     """The figures of every evaluation of the run so far, each with its step."""
     lines = (self.run.folder(study) / "metrics.jsonl").read_text().splitlines()
     logged = [json.loads(line) for line in lines]
@@ -91,20 +92,22 @@ class Study(abc.ABC):
   settings, with their bounds (config.key).
 
   title: of the report. counts_diverged: whether a run that diverged is a result like others.
+  writes_files: whether its runs read files that it writes into its folder.
   """
 
   title: ClassVar[str]
   counts_diverged: ClassVar[bool] = False
+  writes_files: ClassVar[bool] = False
 
   @abc.abstractmethod
-  def next_runs(self, base: Config, done: Sequence[Result], folder: pathlib.Path) -> list[Run]:
+  def next_runs(self, base: Config, done: Sequence[Result], folder: epath.Path) -> list[Run]:
     """All runs that are wanted, given those that are done; it is asked again until none is new.
 
     base: the config that the runs differ from. folder: of the study, for what a round leaves.
     """
 
   @abc.abstractmethod
-  def report(self, done: Sequence[Result], folder: pathlib.Path) -> tuple[dict[str, Any], str]:
+  def report(self, done: Sequence[Result], folder: epath.Path) -> tuple[dict[str, Any], str]:
     """(figures for result.json, text for report.md). Draws its pictures into `folder`.
 
     Raises UserError where there are too few runs.
@@ -155,7 +158,7 @@ def defaults(name: str) -> dict[str, Any]:
 def run(
   study: Study,
   base: Config,
-  folder: pathlib.Path,
+  folder: epath.Path,
   part: tuple[int, int] = (0, 1),
   use_devices: Callable | None = None,
   leave_out_diverged: bool = False,
@@ -188,7 +191,7 @@ def _fresh(wanted: Sequence[Run], done: Mapping[str, Result]) -> list[Run]:
   return [one_run for one_run in wanted if one_run.name not in done]
 
 
-def _check_folder(one_run: Run, folder: pathlib.Path):
+def _check_folder(one_run: Run, folder: epath.Path):
   """Raises UserError where the workdir of a run holds a run of another config."""
   workdir = one_run.folder(folder)
   path = workdir / "config.json"
@@ -216,7 +219,7 @@ def _check_finite(done: Sequence[Result]):
     )
 
 
-def _take(runs: Sequence[Run], folder: pathlib.Path, use_devices: Callable | None):
+def _take(runs: Sequence[Run], folder: epath.Path, use_devices: Callable | None):
   """Name -> result of runs, of which those are taken that are not done. Says how many are left."""
   results: dict[str, Result] = {}
   seconds = cost = 0.0
@@ -237,17 +240,14 @@ def _take(runs: Sequence[Run], folder: pathlib.Path, use_devices: Callable | Non
   return results
 
 
-def _taken(one_run: Run, folder: pathlib.Path, use_devices: Callable | None) -> Result:
+def _taken(one_run: Run, folder: epath.Path, use_devices: Callable | None) -> Result:
   """The result of a run, which is taken, and saved."""
-  logs = folder / "logs"
-  logs.mkdir(parents=True, exist_ok=True)
   workdir = one_run.folder(folder)
   started_at = time.time()
   figures: Mapping[str, Any] = {}
   diverged = ""
   try:
-    # What the run says goes to a file: the console has the study's progress.
-    with open(logs / f"{one_run.name}.txt", "a") as log, contextlib.redirect_stdout(log):
+    with _logged(folder / "logs" / f"{one_run.name}.txt"):
       figures = one_run.take(workdir, use_devices)
   except UserError as error:
     if "is not finite" not in str(error):
@@ -263,21 +263,41 @@ def _taken(one_run: Run, folder: pathlib.Path, use_devices: Callable | None) -> 
   }
   path = _path(one_run, folder)
   path.parent.mkdir(exist_ok=True)
-  workdir_lib.write_json(epath.Path(path), saved)
+  workdir_lib.write_json(path, saved)
   return Result(one_run, **saved)
 
 
-def _path(one_run: Run, folder: pathlib.Path) -> pathlib.Path:
+@contextlib.contextmanager
+def _logged(path: epath.Path) -> Iterator[None]:
+  """What a run says goes to a file: the console has the study's progress.
+
+  A bucket gets it when the run ends, for nothing can be appended to its files.
+  """
+  path.parent.mkdir(parents=True, exist_ok=True)
+  if not storage.is_bucket(path):
+    with open(path, "a") as log, contextlib.redirect_stdout(log):
+      yield
+    return
+  said = io.StringIO(path.read_text() if path.exists() else "")
+  said.seek(0, io.SEEK_END)
+  try:
+    with contextlib.redirect_stdout(said):
+      yield
+  finally:
+    path.write_text(said.getvalue())
+
+
+def _path(one_run: Run, folder: epath.Path) -> epath.Path:
   return folder / "results" / f"{one_run.name}.json"
 
 
-def _saved(one_run: Run, folder: pathlib.Path) -> Result | None:
+def _saved(one_run: Run, folder: epath.Path) -> Result | None:
   """The result of a run that is done, else None."""
   path = _path(one_run, folder)
   return Result(one_run, **json.loads(path.read_text())) if path.exists() else None
 
 
-def _of_other_part(one_run: Run, folder: pathlib.Path) -> Result:
+def _of_other_part(one_run: Run, folder: epath.Path) -> Result:
   """The result of a run that another process takes, once it is there."""
   result = _saved(one_run, folder)
   if result is None:
@@ -289,7 +309,7 @@ def _of_other_part(one_run: Run, folder: pathlib.Path) -> Result:
   return result
 
 
-def write_report(study: Study, done: Sequence[Result], folder: pathlib.Path) -> dict[str, Any]:
+def write_report(study: Study, done: Sequence[Result], folder: epath.Path) -> dict[str, Any]:
   """Writes report.md and result.json, which names every run behind the figures."""
   figures, text = study.report(done, folder)
   runs = [

@@ -7,13 +7,13 @@ from the checkpoint that learned MNLI (Liu et al. 2019, section 5.1).
 """
 
 import dataclasses
-import pathlib
 from typing import Any, Mapping, Sequence
 
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import tabulate
+from etils import epath
 
 from llm import sharding
 from llm.checkpoints import manager
@@ -69,7 +69,7 @@ class Study(frame.Study):
       self, tasks=small or self.tasks[:1], rates=self.rates[:2], epochs=self.epochs[:1], seeds=2
     )
 
-  def next_runs(self, base: Config, done: Sequence[Result], folder: pathlib.Path) -> list[Run]:
+  def next_runs(self, base: Config, done: Sequence[Result], folder: epath.Path) -> list[Run]:
     self._check(base)
     runs = []
     for task in sorted(self.tasks, key=lambda task: task in self.from_mnli):
@@ -154,7 +154,7 @@ class Study(frame.Study):
       raise UserError(f"{task} diverged at every rate: {', '.join(self.rates)}; give lower ones")
     return max(search, key=lambda result: _value(result, glue.TASKS[task].metric))
 
-  def report(self, done: Sequence[Result], folder: pathlib.Path) -> tuple[dict[str, Any], str]:
+  def report(self, done: Sequence[Result], folder: epath.Path) -> tuple[dict[str, Any], str]:
     tasks = {}
     for task in glue.TASKS:
       if task in self.tasks and (best := self._best(task, done)):
@@ -215,7 +215,7 @@ class WithMismatched(Scored):
 
   source: str
 
-  def score(self, workdir: pathlib.Path) -> dict[str, float]:
+  def score(self, workdir: epath.Path) -> dict[str, float]:
     step = manager.find(workdir)
     bundle = experiment.load(step)
     saved = experiment.from_checkpoint(step)
@@ -275,7 +275,7 @@ def _average(cells: Sequence[str]) -> str:
   return f"{np.mean([float(number) for number in numbers]):.1f}"
 
 
-def _draw(tasks: Mapping[str, Mapping], path: pathlib.Path) -> None:
+def _draw(tasks: Mapping[str, Mapping], path: epath.Path) -> None:
   """The main figure of each task beside the published ones."""
   figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
   names = list(tasks)

@@ -7,10 +7,10 @@ labels. Learning rate and epochs of each arm and label count are chosen on the v
 """
 
 import dataclasses
-import pathlib
 from typing import Any, Mapping, Sequence
 
 import tabulate
+from etils import epath
 
 from llm.checkpoints import locate, manager
 from llm.config import Config, ModelConfig, TokenizerConfig, TransferConfig, key
@@ -58,7 +58,7 @@ class Study(frame.Study):
       searched=1,
     )
 
-  def next_runs(self, base: Config, done: Sequence[Result], folder: pathlib.Path) -> list[Run]:
+  def next_runs(self, base: Config, done: Sequence[Result], folder: epath.Path) -> list[Run]:
     starts = self._starts(folder)
     settings = [few_labels.setting(text, self.searched, self.rates) for text in self.labels]
     if len({setting.labels for setting in settings}) < 2:
@@ -86,7 +86,7 @@ class Study(frame.Study):
   def _values(self) -> list[str]:
     return [few_labels.named(text, "config.study.checkpoints")[1] for text in self.checkpoints]
 
-  def _starts(self, folder: pathlib.Path) -> dict[str, str]:
+  def _starts(self, folder: epath.Path) -> dict[str, str]:
     """Arm -> its checkpoint. Raises UserError on names that are taken or unknown."""
     starts = {}
     for text in self.checkpoints:
@@ -139,7 +139,7 @@ class Study(frame.Study):
     facts = {"role": "fine-tuning", "arm": name, "labels": setting.labels}
     return kind(few_labels.name_of(name, setting), arm.config(), facts, arm=arm, setting=setting)
 
-  def report(self, done: Sequence[Result], folder: pathlib.Path) -> tuple[dict[str, Any], str]:
+  def report(self, done: Sequence[Result], folder: epath.Path) -> tuple[dict[str, Any], str]:
     rows = few_labels.result_rows(done)
     worth = _worth(rows)
     differences = _differences(rows)

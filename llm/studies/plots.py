@@ -1,9 +1,10 @@
 """Plots of the studies."""
 
-import pathlib
+import io
 from typing import Any
 
 import matplotlib
+from etils import epath
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -30,7 +31,7 @@ def _style(model: str, others: list[str]) -> tuple[str, str, str]:
   return model, COLOURS[others.index(model) % len(COLOURS)], "o-"
 
 
-def label_curve(rows: list[dict], path: pathlib.Path, title: str):
+def label_curve(rows: list[dict], path: epath.PathLike, title: str):
   """Writes accuracy against the number of labels: mean and standard deviation over draws.
 
   rows: results of `label_curve.run`. path: without its ending.
@@ -57,7 +58,7 @@ def label_curve(rows: list[dict], path: pathlib.Path, title: str):
   save(figure, path)
 
 
-def worth(points: list[dict], path: pathlib.Path):
+def worth(points: list[dict], path: epath.PathLike):
   """Writes how many labels from scratch equal the labels of each arm, with intervals.
 
   points: dicts of arm, labels, equal, low and high. path: as of `label_curve`.
@@ -89,7 +90,10 @@ def worth(points: list[dict], path: pathlib.Path):
 
 
 def gains(
-  panels: dict[str, np.ndarray], marks: dict[str, np.ndarray], names: list[str], path: pathlib.Path
+  panels: dict[str, np.ndarray],
+  marks: dict[str, np.ndarray],
+  names: list[str],
+  path: epath.PathLike,
 ):
   """Writes matrices of source x target, in points of accuracy; NaN is left white.
 
@@ -122,22 +126,24 @@ def _over_labels(axes: Any, counts: list[int]):
   axes.minorticks_off()
 
 
-def reply_loss(curves: dict[str, list[tuple[int, float]]], path: pathlib.Path):
-  """Writes a PNG of the loss of held-out replies against the steps of fine-tuning.
+def reply_loss(curves: dict[str, list[tuple[int, float]]], path: epath.PathLike):
+  """Writes the loss of held-out replies against the steps of fine-tuning.
 
-  curves: (step, nats a token) of each evaluation, by the name of the model.
+  curves: (step, nats a token) of each evaluation, by the name of the model. path: without its
+  ending.
   """
   figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
   for (name, points), colour in zip(curves.items(), ("#1b6ca8", "#d1495b")):
     axes.plot(*zip(*points), "o-", color=colour, label=name)
   axes.set(xlabel="steps of fine-tuning", ylabel="nats a token", title="Held-out replies")
   axes.legend(frameon=False)
-  figure.savefig(path, dpi=150)
-  plt.close(figure)
+  save(figure, path)
 
 
-def save(figure: Figure, path: pathlib.Path):
+def save(figure: Figure, path: epath.PathLike):
   """Writes a figure as PATH.png and PATH.svg."""
   for ending in ("png", "svg"):
-    figure.savefig(path.with_name(f"{path.name}.{ending}"), dpi=150)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150, format=ending)
+    epath.Path(f"{path}.{ending}").write_bytes(picture.getvalue())
   plt.close(figure)

@@ -6,11 +6,11 @@ start without a source, over the same draws of the target's labels.
 """
 
 import dataclasses
-import pathlib
 from typing import Any, Mapping, Sequence
 
 import numpy as np
 import tabulate
+from etils import epath
 
 from llm.config import Config, key
 from llm.core import UserError
@@ -57,7 +57,7 @@ class Study(frame.Study):
       self, tasks=self.tasks[:3], seeds=1, labels=labels, rates=self.rates[:1]
     )
 
-  def next_runs(self, base: Config, done: Sequence[Result], folder: pathlib.Path) -> list[Run]:
+  def next_runs(self, base: Config, done: Sequence[Result], folder: epath.Path) -> list[Run]:
     tasks = self._tasks()
     settings = [few_labels.setting(text, self.searched, self.rates) for text in self.labels]
     if not done:
@@ -83,7 +83,7 @@ class Study(frame.Study):
     return [*pretraining, *sources, *cells]
 
   def _pairs(
-    self, sources: Sequence[Run], first: str, folder: pathlib.Path
+    self, sources: Sequence[Run], first: str, folder: epath.Path
   ) -> list[tuple[dict[str, Any], str, bool]]:
     """(facts, the checkpoint to start from, whether from scratch) of each source and target.
 
@@ -134,7 +134,7 @@ class Study(frame.Study):
     name = f"{start}-{source}-{seed}"
     return Run(name, dataclasses.replace(config, training=training), facts)
 
-  def report(self, done: Sequence[Result], folder: pathlib.Path) -> tuple[dict[str, Any], str]:
+  def report(self, done: Sequence[Result], folder: epath.Path) -> tuple[dict[str, Any], str]:
     rows = few_labels.result_rows(done)
     tasks = list(self._tasks())
     gains = _gains(rows)

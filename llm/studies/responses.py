@@ -295,7 +295,7 @@ def run(workdir: pathlib.Path, quick: bool, cache: str, steps: int, use_devices:
   text = report(losses, prompts, answers_by_model, pretraining, small_steps, seconds)
   arms = ("fine-tuned", "from scratch")
   curves = {name: by_epoch(pathlib.Path(models[name])) for name in arms}
-  plots.reply_loss(curves, workdir / "reply_loss.png")
+  plots.reply_loss(curves, workdir / "reply_loss")
   (workdir / "report.md").write_text(text)
   result = {
     "reply_loss": {name: dataclasses.asdict(loss) for name, loss in losses.items()},

@@ -14,14 +14,14 @@ All are scored by exact match of the likeliest answer on the same held-out probl
 import bisect
 import dataclasses
 import json
-import pathlib
 from typing import Any, Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
+from etils import epath
 
 import llm
-from llm import sharding
+from llm import sharding, storage
 from llm.config import Config, MeshConfig, key
 from llm.core import UserError
 from llm.data import sources
@@ -48,6 +48,7 @@ class Study(frame.Study):
   rate, dpo_rate: of GRPO and of DPO. dpo_prompts: that the pairs of DPO are made of."""
 
   title = "Rewards"
+  writes_files = True
 
   demonstrations: int = key(5000, above=0)
   start_steps: int = key(500, at_least=SAVE_EVERY)
@@ -63,7 +64,7 @@ class Study(frame.Study):
   def quick(self) -> "Study":
     return dataclasses.replace(self, steps=100, dpo_prompts=1000, seeds=1)
 
-  def next_runs(self, base: Config, done: Sequence[Result], folder: pathlib.Path) -> list[Run]:
+  def next_runs(self, base: Config, done: Sequence[Result], folder: epath.Path) -> list[Run]:
     self._write_problems(self._problems(folder))
     starts = [self._start(base, seed, folder) for seed in range(self.seeds)]
     if len(done) < len(starts):
@@ -84,11 +85,11 @@ class Study(frame.Study):
       ]
     return [*starts, *second, *third]
 
-  def _problems(self, folder: pathlib.Path) -> pathlib.Path:
+  def _problems(self, folder: epath.Path) -> epath.Path:
     """The folder of the problems; that of other settings is another one."""
     return folder / f"problems-{self.demonstrations}-{self.problems}"
 
-  def _write_problems(self, folder: pathlib.Path) -> None:
+  def _write_problems(self, folder: epath.Path) -> None:
     """held_out, validation, demonstrations, prompts and answered: the last two of the same sums."""
     if (folder / "answered.jsonl").exists():
       return
@@ -108,9 +109,9 @@ class Study(frame.Study):
       "answered": [_shown(*pair) for pair in sums[later:]],
     }
     for name, records in sets.items():
-      _write(folder / f"{name}.jsonl", _lines(records))
+      storage.write_whole(folder / f"{name}.jsonl", _lines(records))
 
-  def _start(self, base: Config, seed: int, folder: pathlib.Path) -> Run:
+  def _start(self, base: Config, seed: int, folder: epath.Path) -> Run:
     training = dataclasses.replace(
       base.training,
       steps=self.start_steps,
@@ -123,7 +124,7 @@ class Study(frame.Study):
     return Run(f"start-{seed}", config, {"arm": "start", "seed": seed})
 
   def _after(
-    self, base: Config, start: Result, folder: pathlib.Path, arm: str, path: str, **groups: Any
+    self, base: Config, start: Result, folder: epath.Path, arm: str, path: str, **groups: Any
   ) -> Run:
     """A run that goes on from a start. groups: what differs from the config of the start."""
     seed = start.run.facts["seed"]
@@ -134,7 +135,7 @@ class Study(frame.Study):
     config = dataclasses.replace(base, transfer=transfer, data=data, training=training, **groups)
     return Run(f"{arm}-{seed}", config, {"arm": arm, "seed": seed})
 
-  def _grpo(self, base: Config, start: Result, folder: pathlib.Path) -> Run:
+  def _grpo(self, base: Config, start: Result, folder: epath.Path) -> Run:
     objective = {
       **base_lib.defaults("grpo"),
       "max_tokens": MAX_TOKENS,
@@ -156,7 +157,7 @@ class Study(frame.Study):
       },
     )
 
-  def _dpo(self, base: Config, start: Result, folder: pathlib.Path) -> Run:
+  def _dpo(self, base: Config, start: Result, folder: epath.Path) -> Run:
     name = f"pairs-{start.run.facts['seed']}-{self.dpo_prompts}.jsonl"
     self._write_pairs(self._chosen(start.run, folder), folder, self._problems(folder) / name)
     template = base.objective["template"]
@@ -172,11 +173,11 @@ class Study(frame.Study):
     )
 
   def _sft(
-    self, base: Config, start: Result, folder: pathlib.Path, arm: str, data: str, steps: int
+    self, base: Config, start: Result, folder: epath.Path, arm: str, data: str, steps: int
   ) -> Run:
     return self._after(base, start, folder, arm, f"{data}.jsonl", training={"steps": steps})
 
-  def _chosen(self, start: Run, folder: pathlib.Path) -> pathlib.Path:
+  def _chosen(self, start: Run, folder: epath.Path) -> epath.Path:
     """The first checkpoint of a start that answers start_share of the validation problems.
 
     The share is taken to rise with the steps. The choice is kept. Raises UserError where the last
@@ -198,10 +199,10 @@ class Study(frame.Study):
         f"{start.name} answers no more than {share(steps[-1]):.0%} of the validation problems: set "
         "more config.study.demonstrations or config.study.start_steps"
       )
-    _write(path, json.dumps(str(steps[place])))
+    storage.write_whole(path, json.dumps(str(steps[place])))
     return workdir / "checkpoints" / str(steps[place])
 
-  def _write_pairs(self, start: pathlib.Path, folder: pathlib.Path, path: pathlib.Path) -> None:
+  def _write_pairs(self, start: epath.Path, folder: epath.Path, path: epath.Path) -> None:
     """For each problem to which the start gives right and wrong answers, one of each."""
     if path.exists():
       return
@@ -218,9 +219,9 @@ class Study(frame.Study):
         pairs += _pair(asked[number], [w.text for w in texts[number : number + each]])
     if not pairs:
       raise UserError(f"{start} answers no problem both right and wrong: nothing to prefer")
-    _write(path, _lines(pairs))
+    storage.write_whole(path, _lines(pairs))
 
-  def report(self, done: Sequence[Result], folder: pathlib.Path) -> tuple[dict[str, Any], str]:
+  def report(self, done: Sequence[Result], folder: epath.Path) -> tuple[dict[str, Any], str]:
     right = {
       (result.run.facts["arm"], result.run.facts["seed"]): self._right(result.run, folder)
       for result in done
@@ -234,7 +235,7 @@ class Study(frame.Study):
     rewards_report.draw([_workdir(folder, result.run) for result in _of(done, "grpo")], folder)
     return {"arms": arms}, _in_words(arms, self)
 
-  def _right(self, one_run: Run, folder: pathlib.Path) -> np.ndarray:
+  def _right(self, one_run: Run, folder: epath.Path) -> np.ndarray:
     """Of each held-out problem, whether a run answers it right; kept beside the run."""
     workdir = _workdir(folder, one_run)
     is_start = one_run.facts["arm"] == "start"
@@ -242,7 +243,7 @@ class Study(frame.Study):
     path = workdir / f"held_out-{checkpoint.name}.json"
     if not path.exists():
       right = _exact_match(checkpoint, self._problems(folder) / "held_out.jsonl")
-      _write(path, json.dumps(right.tolist()))
+      storage.write_whole(path, json.dumps(right.tolist()))
     return np.array(json.loads(path.read_text()))
 
 
@@ -266,26 +267,19 @@ def _pair(problem: dict, texts: Sequence[str]) -> list[dict]:
   return [{"prompt": problem["prompt"], "chosen": right[0], "rejected": wrong[0]}]
 
 
-def _write(path: pathlib.Path, text: str) -> None:
-  """Writes a file whole or not at all."""
-  scratch = path.with_suffix(".tmp")
-  scratch.write_text(text)
-  scratch.replace(path)
-
-
 def _lines(records: Iterable[dict]) -> str:
   return "".join(json.dumps(record) + "\n" for record in records)
 
 
-def _read(path: pathlib.Path) -> list[dict]:
+def _read(path: epath.Path) -> list[dict]:
   return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def _data(base: Config, path: pathlib.Path) -> Any:
+def _data(base: Config, path: epath.Path) -> Any:
   return dataclasses.replace(base.data, train=f"jsonl:{path}")
 
 
-def _workdir(folder: pathlib.Path, one_run: Run) -> pathlib.Path:
+def _workdir(folder: epath.Path, one_run: Run) -> epath.Path:
   return folder / "runs" / one_run.name
 
 
@@ -304,7 +298,7 @@ def _steps_in(seconds: float, start: Result) -> int:
   return max(1, round(seconds * start.figures["step"] / _training_seconds(start)))
 
 
-def _exact_match(checkpoint: pathlib.Path, problems: pathlib.Path) -> np.ndarray:
+def _exact_match(checkpoint: epath.Path, problems: epath.Path) -> np.ndarray:
   """1 for each problem to which the likeliest answer of a checkpoint is right, else 0."""
   bundle = llm.load(checkpoint)
   config = bundle.config

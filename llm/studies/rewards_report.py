@@ -1,12 +1,12 @@
 """What the study of rewards says: a table of its arms and the course of its GRPO runs."""
 
 import json
-import pathlib
 from typing import Any, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 import tabulate
+from etils import epath
 
 from llm.runs import metrics
 from llm.studies import plots
@@ -61,7 +61,7 @@ def table(arms: Sequence[Mapping[str, Any]]) -> str:
   return tabulate.tabulate(rows, headers, "github", disable_numparse=True)
 
 
-def draw(workdirs: Sequence[pathlib.Path], folder: pathlib.Path) -> None:
+def draw(workdirs: Sequence[epath.Path], folder: epath.Path) -> None:
   """The course of the GRPO runs, a line a seed."""
   figure, axes = plt.subplots(1, len(CURVES), figsize=(14, 3.2), layout="constrained")
   for workdir in workdirs:

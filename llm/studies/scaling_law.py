@@ -7,11 +7,12 @@ the grid alone. Then the larger runs are predicted, and only then trained.
 
 import dataclasses
 import json
-import pathlib
 from typing import Any, Mapping, Sequence
 
 import numpy as np
+from etils import epath
 
+from llm import storage
 from llm.config import Config, key
 from llm.core import UserError
 from llm.studies import frame, scaling_fits, scaling_report
@@ -49,7 +50,7 @@ class Study(frame.Study):
       seeds=1,
     )
 
-  def next_runs(self, base: Config, done: Sequence[Result], folder: pathlib.Path) -> list[Run]:
+  def next_runs(self, base: Config, done: Sequence[Result], folder: epath.Path) -> list[Run]:
     scaling_fits.need(len(set(self.sizes)), 3, "the parametric law", "sizes (config.study.sizes)")
     scaling_fits.need(
       len(set(self.tokens)), 3, "the parametric law", "lengths (config.study.tokens)"
@@ -75,7 +76,7 @@ class Study(frame.Study):
       runs += [_run(base, size, tokens, seed, "held out") for seed in range(self.seeds)]
     return runs
 
-  def report(self, done: Sequence[Result], folder: pathlib.Path) -> tuple[dict[str, Any], str]:
+  def report(self, done: Sequence[Result], folder: epath.Path) -> tuple[dict[str, Any], str]:
     grid = Points(_usable(done, "grid"))
     predicted = json.loads((folder / PREDICTION).read_text())
     law, *samples = (Parametric(*numbers) for numbers in predicted["laws"])
@@ -191,7 +192,7 @@ def _by_name(results: Sequence[Result]) -> dict[str, list[Result]]:
   return groups
 
 
-def _predict(grid: Points, held_out: Sequence[Run], path: pathlib.Path) -> None:
+def _predict(grid: Points, held_out: Sequence[Run], path: epath.Path) -> None:
   """Writes what the grid says of the larger runs, before they are trained.
 
   What was written of the same grid stays. laws: that of the grid, then those of resampled runs. The
@@ -213,7 +214,7 @@ def _predict(grid: Points, held_out: Sequence[Run], path: pathlib.Path) -> None:
     prediction = {"predicted": float(law(n, d)), "low": low, "high": high}
     runs[name] = {"name": name, "parameters": n, "tokens": d, **prediction}
   laws = [dataclasses.astuple(fitted) for fitted in (law, *samples)]
-  path.write_text(json.dumps({"grid": names, "laws": laws, "runs": runs}, indent=1))
+  storage.write_whole(path, json.dumps({"grid": names, "laws": laws, "runs": runs}, indent=1))
 
 
 def _compared(prediction: Mapping[str, Any], runs: Sequence[Result]) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """What a scaling law says, in words and a picture."""
 
-import pathlib
 from typing import Any, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 import tabulate
+from etils import epath
 
 from llm.studies import plots
 from llm.studies.scaling_fits import Parametric
@@ -126,7 +126,7 @@ def _number(value: float | None) -> str:
   return "too few points" if value is None else f"{value:.3f}"
 
 
-def draw(grid: Any, law: Parametric, held_out: Sequence[dict], folder: pathlib.Path) -> None:
+def draw(grid: Any, law: Parametric, held_out: Sequence[dict], folder: epath.Path) -> None:
   """Draws the runs, the law and the predictions. The arguments are those of `in_words`."""
   figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
   for size in np.unique(grid.n):

@@ -3,8 +3,9 @@
 import abc
 import dataclasses
 import json
-import pathlib
 from typing import Any, Callable, Mapping
+
+from etils import epath
 
 from llm import storage
 from llm.runs import workdir as workdir_lib
@@ -18,10 +19,10 @@ class Scored(frame.Run, abc.ABC):
   """The scores stand among the figures of the evaluation, in result.json too."""
 
   @abc.abstractmethod
-  def score(self, workdir: pathlib.Path) -> dict[str, float]:
+  def score(self, workdir: epath.Path) -> dict[str, float]:
     """Further figures of the checkpoint that lies in `workdir`."""
 
-  def take(self, workdir: pathlib.Path, use_devices: Callable | None) -> Mapping[str, Any]:
+  def take(self, workdir: epath.Path, use_devices: Callable | None) -> Mapping[str, Any]:
     result = super().take(workdir, use_devices)
     folder = storage.folder(workdir)
     if not (folder / SCORES).exists():

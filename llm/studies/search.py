@@ -7,11 +7,11 @@ The schedule is that of the whole run, so a trial that ends early is compared in
 
 import dataclasses
 import itertools
-import pathlib
 from typing import Any, Sequence
 
 import numpy as np
 import scipy.stats
+from etils import epath
 
 from llm import config as config_lib
 from llm.config import Config, key
@@ -49,7 +49,7 @@ class Study(frame.Study):
   def quick(self) -> "Study":
     return dataclasses.replace(self, trials=min(self.trials, 9), points=2, rungs=min(self.rungs, 2))
 
-  def next_runs(self, base: Config, done: Sequence[Result], folder: pathlib.Path) -> list[Run]:
+  def next_runs(self, base: Config, done: Sequence[Result], folder: epath.Path) -> list[Run]:
     if self.rungs > 1 and not base.training.steps:
       raise UserError(
         f"config.study.rungs={self.rungs} needs config.run.training.steps: a run goes on after a "
@@ -116,7 +116,7 @@ class Study(frame.Study):
     ranked = sorted(scored, key=lambda number: (np.mean(scored[number]), number))
     return ranked[: max(1, -(-len(ranked) // self.reduction))]
 
-  def report(self, done: Sequence[Result], folder: pathlib.Path) -> tuple[dict[str, Any], str]:
+  def report(self, done: Sequence[Result], folder: epath.Path) -> tuple[dict[str, Any], str]:
     dimensions = [parse(text) for text in self.keys]
     trials = _rows(done)
     of_first_rung = scores(done, 0)

@@ -1,11 +1,11 @@
 """What a search says: a table, what matters, and a picture."""
 
-import pathlib
 from typing import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 import tabulate
+from etils import epath
 
 from llm.studies import plots
 from llm.studies.search_space import Dimension
@@ -59,7 +59,7 @@ def draw(
   dimensions: Sequence[Dimension],
   trials: Sequence[Mapping],
   matters: Sequence[Mapping],
-  folder: pathlib.Path,
+  folder: epath.Path,
 ):
   """A panel a key: the metric of each trial against its value; later rungs are darker."""
   figure, panels = plt.subplots(
