@@ -60,7 +60,7 @@ class Local(LocalPipelineExecutor):
         self._guard(functools.partial(_run_task, self, rank), rank, progress)
       return True
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["llm.corpus.stages", "spacy"])
+    context.set_forkserver_preload(["llm.corpus.stages"])
     with concurrent.futures.ProcessPoolExecutor(self.workers, context, _end_with_command) as pool:
       try:
         tasks = {pool.submit(_run_task, self, rank): rank for rank in ranks}

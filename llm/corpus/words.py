@@ -4,12 +4,31 @@ The filters and MinHash spend most of their time on it. Between spaces stand the
 letters and marks again and again, so each run is split once and its words are kept.
 """
 
+import contextlib
 import re
-from typing import Any
+import sys
+from typing import Any, Iterator
 
 from datatrove.utils.word_tokenizers import SpaCyTokenizer
-from spacy.lang.lex_attrs import is_punct
-from spacy.pipeline import Sentencizer
+
+
+@contextlib.contextmanager
+def _hidden(module: str) -> Iterator[None]:
+  """In here, a module is as if it were not installed."""
+  before = sys.modules.get(module)
+  sys.modules[module] = None  # pyright: ignore[reportArgumentType]
+  try:
+    yield
+  finally:
+    del sys.modules[module]
+    if before:
+      sys.modules[module] = before
+
+
+# spaCy imports torch, in seconds, for models that are not used here.
+with _hidden("torch"):
+  from spacy.lang.lex_attrs import is_punct
+  from spacy.pipeline import Sentencizer
 
 MOST_RUNS = 200_000  # that are kept, in about 50 MB
 LONGEST_RUN = 64  # characters of a run that is kept
