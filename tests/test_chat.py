@@ -1,15 +1,19 @@
 """The loss covers the assistant's tokens alone, for any template that goes turn by turn."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
+from llm.checkpoints import manager
 from llm.config import DataConfig, ModelConfig
 from llm.core import UserError
 from llm.data import sources
 from llm.data import tokenizer as tokenizer_lib
-from llm.objectives import chat
+from llm.objectives import base, chat
+from llm.training.experiment import without_data
+from tests.conftest import tiny
 
 BYTES, GPT = tokenizer_lib.ByteTokenizer(), ModelConfig(name="gpt")
 CHATML = (
@@ -170,3 +174,25 @@ def test_conversations_that_cannot_be_learned_are_said(record, message, tmp_path
 def test_templates_do_nothing_but_render(template, message, tmp_path):
   with pytest.raises(UserError, match=message):
     rows_of(source_of(tmp_path / "a.jsonl", {"messages": TALK[1:]}), template=template)
+
+
+@pytest.mark.parametrize("kind", ["chat", "preference", "grpo"])
+def test_a_run_takes_the_template_that_its_start_was_trained_with(
+  kind, gpt_start, tmp_path, monkeypatch
+):
+  """And its own where it names one."""
+  described = manager.describe(manager.find(gpt_start))
+
+  def describe(step):
+    objective = {**base.defaults("chat"), "template": CHATML}
+    return dataclasses.replace(
+      described, config=dataclasses.replace(described.config, objective=objective)
+    )
+
+  monkeypatch.setattr(manager, "describe", describe)
+  for template, expected in (("", CHATML), (chat.TEMPLATE, chat.TEMPLATE)):
+    config = tiny("gpt", f"jsonl:{tmp_path}/a.jsonl", transfer__checkpoint=str(gpt_start))
+    objective = {**base.defaults(kind), "template": template}
+    experiment = without_data(dataclasses.replace(config, objective=objective))
+    assert experiment.objective.chat_template() == expected
+    assert experiment.config.objective["template"] == expected

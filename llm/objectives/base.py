@@ -141,6 +141,13 @@ class Objective(abc.ABC):
   def __post_init__(self):
     config_lib.check_bounds(self, "config.objective")
 
+  def following(self, before: Mapping[str, Any]) -> "Objective":
+    """This objective with what it takes from the checkpoint that the run starts from.
+
+    before: the hyperparameters of that checkpoint's objective.
+    """
+    return self
+
   def fit(self, sources: Sequence[Source], tokenizer: Tokenizer) -> "Objective":
     """This objective with the fields that come from data or tokenizer, such as the classes.
 

@@ -252,6 +252,11 @@ class Objective(causal_lm.Objective):
   def chat_template(self):
     return self.template
 
+  def following(self, before):
+    if self.template:
+      return self
+    return dataclasses.replace(self, template=base.build(before).chat_template())
+
   def fit(self, sources, tokenizer):
     return dataclasses.replace(self, template=self.template or tokenizer.template or TEMPLATE)
 

@@ -136,11 +136,7 @@ class Study(frame.Study):
     return Run(f"{arm}-{seed}", config, {"arm": arm, "seed": seed})
 
   def _grpo(self, base: Config, start: Result, folder: epath.Path) -> Run:
-    objective = {
-      **base_lib.defaults("grpo"),
-      "max_tokens": MAX_TOKENS,
-      "template": base.objective["template"],
-    }
+    objective = {**base_lib.defaults("grpo"), "max_tokens": MAX_TOKENS}
     return self._after(
       base,
       start,
@@ -160,14 +156,13 @@ class Study(frame.Study):
   def _dpo(self, base: Config, start: Result, folder: epath.Path) -> Run:
     name = f"pairs-{start.run.facts['seed']}-{self.dpo_prompts}.jsonl"
     self._write_pairs(self._chosen(start.run, folder), folder, self._problems(folder) / name)
-    template = base.objective["template"]
     return self._after(
       base,
       start,
       folder,
       "dpo",
       name,
-      objective={**base_lib.defaults("preference"), "template": template},
+      objective=base_lib.defaults("preference"),
       optimizer=dataclasses.replace(base.optimizer, learning_rate=self.dpo_rate),
       training={"epochs": 1.0, "steps": 0, "batch_size": 16},
     )

@@ -172,6 +172,8 @@ def prepare(
   consistency.check_task(objective, model, length)
   if models.facts(model).kind != "encoder" and tokenizer.lowercase:
     _warn_of_small_letters(train)
+  if description and not saved:
+    objective = objective.following(description.config.objective)
   objective = objective.fit(train, tokenizer)
   rows = [objective.rows(source, tokenizer, config.data, model, length) for source in train]
   consistency.check_rows(rows[0], objective, model, length)
@@ -215,6 +217,8 @@ def without_data(config: Config, say: Callable = print) -> Experiment:
   description = manager.describe(start) if start else None
   model = inherited.completed(config.model, description, vocab_size, objective.labelled)
   base.check_kind(objective, model)
+  if description:
+    objective = objective.following(description.config.objective)
   objective = objective.fit((), stand_in)
   steps = config.training.steps or 1000
   fitted = dataclasses.replace(
