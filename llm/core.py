@@ -47,6 +47,10 @@ class UserError(Exception):
   """Bad input or settings. A command prints it in one line and exits with status 2."""
 
 
+class Diverged(UserError):
+  """A run whose loss, or another figure of a step, is not finite."""
+
+
 class InputWarning(UserError, UserWarning):
   """Input that is accepted though it is surely a mistake. With --strict, an error."""
 

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import pathlib
 import threading
+import uuid
 from typing import Callable
 
 from etils import epath
@@ -87,15 +88,19 @@ def _error_of(function: Callable[[], None]) -> Exception | None:
 
 
 def write_whole(path: epath.Path, text: str) -> None:
-  """Writes a file whole or not at all. Raises UserError where it cannot be written."""
+  """Writes a file whole or not at all, also where others write it at the same time.
+
+  Raises UserError where it cannot be written.
+  """
   if is_bucket(path):  # a bucket never holds half a file
     path.write_text(text)
     return
-  scratch = path.with_suffix(".tmp")
+  scratch = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
   try:
     scratch.write_text(text)
     scratch.replace(path)
   except OSError as error:
+    scratch.unlink(missing_ok=True)
     raise UserError(f"{path} cannot be written: {error.strerror or error}")
 
 

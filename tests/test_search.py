@@ -7,7 +7,7 @@ import pytest
 
 from configs import study_search
 from llm import config as config_lib
-from llm.core import UserError
+from llm.core import Diverged, UserError
 from llm.studies import frame, search_space
 from llm.training import loop
 
@@ -33,7 +33,7 @@ def trained(monkeypatch):
     (workdir / "config.json").write_text(json.dumps(config_lib.thaw(config)))
     rate = config.optimizer.learning_rate
     if rate > 0.3:
-      raise UserError("loss is not finite at step 3 (batch 2)")
+      raise Diverged("loss is not finite at step 3 (batch 2)")
     loss = 1 + (np.log10(rate) + 2) ** 2 + 10 / step
     return {"eval": {"loss": float(loss), "accuracy": -loss}, "step": step, "flops": 1.0 * step}
 
@@ -79,7 +79,8 @@ def test_a_trial_that_diverges_is_the_worst_and_is_named(trained, tmp_path):
   assert figures["diverged"] == ["002-0-rung0"]
   assert figures["trials"][-1]["metric"] == [None] and figures["best"]["trial"] == 1
   assert (
-    "1 runs diverged and count as the worst: 002-0-rung0" in (tmp_path / "report.md").read_text()
+    "1 runs diverged and are counted as the worst: 002-0-rung0"
+    in (tmp_path / "report.md").read_text()
   )
 
 

@@ -1,5 +1,6 @@
 """The frame of the studies: rounds, parts, runs that diverged; a law that predicts itself."""
 
+import concurrent.futures
 import dataclasses
 import json
 import shutil
@@ -12,8 +13,9 @@ import pytest
 
 from configs import study_scaling_law
 from llm import config as config_lib
-from llm.core import UserError
-from llm.studies import frame, scaling_fits, scaling_law
+from llm import storage
+from llm.core import Diverged, UserError
+from llm.studies import frame, runs, scaling_fits, scaling_law
 from llm.training import loop
 
 LAW = scaling_fits.Parametric(1.5, 30.0, 60.0, 0.35, 0.33)
@@ -36,7 +38,7 @@ def trained(monkeypatch):
     noise = np.random.default_rng(zlib.crc32(workdir.name.encode())).normal()
     loss = float(LAW(n, d) * (1 + 0.002 * noise))
     if config.optimizer.learning_rate > 1:
-      raise UserError("loss is not finite at step 3 (batch 2)")
+      raise Diverged("loss is not finite at step 3 (batch 2)")
     result = {"eval": {"loss": loss}, "flops": 6.0 * n * d, "parameters": 1.1 * n, "seconds": 1.0}
     (workdir / "result.json").write_text(json.dumps(result))
     (workdir / "run.json").write_text(json.dumps({"revision": "a" * 40}))
@@ -124,7 +126,7 @@ def test_runs_that_diverge_are_named_and_left_out_if_asked(trained, tmp_path):
   class Worse(scaling_law.Study):
     def next_runs(self, base, done, folder):
       first, *rest = super().next_runs(base, done, folder)
-      return [frame.Run(first.name, config_lib.freeze(bad), first.facts), *rest]
+      return [runs.Run(first.name, config_lib.freeze(bad), first.facts), *rest]
 
   with pytest.raises(UserError, match="1 of 9 runs diverged .2x32-1e.06-0: loss is not fin"):
     frame.run(Worse(**SMALL), base, tmp_path)
@@ -143,6 +145,7 @@ def test_a_part_takes_its_share_and_the_results_of_others(trained, tmp_path):
     results = tmp_path / "part" / "results"
     results.mkdir(exist_ok=True)
     shutil.copy(tmp_path / "whole" / "results" / f"{name}.json", results)
+  shutil.copy(tmp_path / "whole" / "prediction.json", tmp_path / "part")
   trained.clear()
   assert untimed(frame.run(study, base, tmp_path / "part", (0, 2))) == untimed(whole)
   assert trained == [name for of_round in rounds for name in of_round[::2]]
@@ -156,6 +159,89 @@ def test_results_of_another_config_are_refused(trained, tmp_path):
   with pytest.raises(UserError, match="another config .tokenizer.lowercase was false, is true"):
     frame.run(study, other, tmp_path, (1, 2))
   assert not trained
+
+
+def test_results_of_another_config_are_refused_also_without_their_workdirs(trained, tmp_path):
+  """As results/ alone is kept to save room. And those of a run that stopped after another step."""
+  study, base = settings(**SMALL)
+  frame.run(study, base, tmp_path)
+  shutil.rmtree(tmp_path / "runs")
+  other = dataclasses.replace(base, tokenizer=dataclasses.replace(base.tokenizer, lowercase=True))
+  with pytest.raises(UserError, match="results/.*another config .tokenizer.lowercase was false"):
+    frame.run(study, other, tmp_path)
+  first = study.next_runs(base, [], tmp_path)[0]
+  with pytest.raises(UserError, match="ended after step 0, not 3: give another --workdir"):
+    runs.check_folder(dataclasses.replace(first, until=3), tmp_path)
+  (tmp_path / "results" / f"{first.name}.json").write_text("{}")
+  with pytest.raises(UserError, match="is damaged: remove it"):
+    frame.run(study, base, tmp_path)
+
+
+def test_a_study_may_be_moved(trained, tmp_path):
+  """Its runs name checkpoints in its folder. Another checkpoint is another run."""
+  _, base = settings(**SMALL)
+
+  def run(folder, name):
+    transfer = dataclasses.replace(base.transfer, checkpoint=str(folder / "runs" / name))
+    return runs.Run("tuned", dataclasses.replace(base, transfer=transfer), {})
+
+  here, there = tmp_path / "here", tmp_path / "there"
+  runs.take([run(here, "pretrained")], here, None)
+  here.rename(there)
+  runs.check_folder(run(there, "pretrained"), there)
+  with pytest.raises(UserError, match="transfer.checkpoint was"):
+    runs.check_folder(run(there, "other"), there)
+
+
+def test_a_part_that_waits_learns_that_another_failed(trained, tmp_path, monkeypatch):
+  """An old failure is none: the other part takes that run again."""
+  study, base = settings(**SMALL)
+  mine, theirs = study.next_runs(base, [], tmp_path)[:2]
+  monkeypatch.setattr(loop, "train", lambda *_, **__: (_ for _ in ()).throw(UserError("no room")))
+  with pytest.raises(UserError, match="run .*: no room"):
+    runs.take([theirs], tmp_path, None)
+  naps = []
+
+  def sleep(_):
+    naps.append(1)
+    if len(naps) == 3:
+      with pytest.raises(UserError, match="no room"):
+        runs.take([theirs], tmp_path, None)
+
+  monkeypatch.setattr(runs.time, "sleep", sleep)
+  with pytest.raises(UserError, match="another part failed: run 2x32-.*: no room"):
+    runs.of_other_part(theirs, tmp_path)
+  assert len(naps) == 3
+
+
+def test_many_writers_of_one_file(tmp_path):
+  """All parts of a study write its predictions and its data."""
+  texts = [letter * 10_000 for letter in "abcdef"]
+
+  def write(text):
+    for _ in range(50):
+      storage.write_whole(storage.folder(tmp_path) / "file.json", text)
+      assert (tmp_path / "file.json").read_text() in texts
+
+  with concurrent.futures.ThreadPoolExecutor(len(texts)) as pool:
+    list(pool.map(write, texts))
+  assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
+
+
+def test_what_was_predicted_of_a_measured_run_stays(trained, tmp_path):
+  """With more runs in the grid, and with more larger runs, which are predicted before as well."""
+  study, base = settings(**SMALL)
+  before = frame.run(study, base, tmp_path)["held_out"]
+  after = frame.run(settings(**{**SMALL, "seeds": 2})[0], base, tmp_path)["held_out"]
+  for name in ("predicted", "low", "high"):
+    assert [row[name] for row in after] == [row[name] for row in before]
+  more = settings(**SMALL, held_out=(*study.held_out, "8x160:4e6"))[0]
+  rows = frame.run(more, base, tmp_path)["held_out"]
+  assert [row["name"] for row in rows] == [*(row["name"] for row in before), "8x160-4e+06"]
+  assert all(row["before"] for row in rows)
+  (tmp_path / "prediction.json").unlink()
+  assert not any(row["before"] for row in frame.run(more, base, tmp_path)["held_out"])
+  assert "computed after it was trained" in (tmp_path / "report.md").read_text()
 
 
 def test_a_study_that_was_killed_gives_the_same_report(trained, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from typing import Any, Iterator
 
 import jax
 
-from llm.core import UserError
+from llm.core import Diverged
 from llm.runs import metrics as metrics_lib
 
 # What a run can spend time on, besides training.
@@ -17,11 +17,11 @@ ACTIVITIES = ("start", "input", "writing", "compile", "evaluation", "checkpoint"
 
 
 def _check_finite(history: list[dict], first_step: int):
-  """Raises UserError naming the first step whose metrics are not finite."""
+  """Raises Diverged, naming the first step whose metrics are not finite."""
   for step, metrics in enumerate(history, first_step):
     for name, (value, _) in metrics.items():
       if not math.isfinite(value):
-        raise UserError(
+        raise Diverged(
           f"{name} is not finite at step {step + 1} (batch {step}); nothing was saved after it. "
           f"Look at it with `python -m llm.show batch --step={step} --config=...`; a lower "
           "optimizer.learning_rate or a longer warm-up may help"
@@ -66,7 +66,7 @@ class Meter:
     self.total_flops += flops
 
   def settle(self, step: int):
-    """Fetches the metrics of all steps up to `step`. Raises UserError if one is not finite."""
+    """Fetches the metrics of all steps up to `step`. Raises Diverged if one is not finite."""
     fetched = jax.device_get(self.on_device)
     self.on_device = []
     _check_finite(fetched, self.checked_steps)

@@ -12,7 +12,7 @@ from llm.core import UserError
 from llm.runs.log import duration
 from llm.studies import architecture_tasks as tasks_lib
 from llm.studies import plots
-from llm.studies.frame import Result
+from llm.studies.runs import Result
 
 NOTE = (
   "Every model was pretrained with about the same FLOPs, on the same text with the same pieces, at "
@@ -26,29 +26,29 @@ NOTE = (
 
 
 def report(
-  done: Sequence[Result], models: Sequence[str], tasks: Sequence[str], folder: epath.Path
+  done: Sequence[Result], rates: Mapping[str, str], tasks: Sequence[str], folder: epath.Path
 ) -> tuple[dict[str, Any], str]:
-  """(figures, text) of a study. models: NAME:LAYERS:OBJECTIVE. Raises UserError on too few runs."""
-  pretrained = {model: _pretrained(done, model) for model in models}
-  of_tasks = {task: _of_task(done, task, models) for task in tasks}
+  """(figures, text) of a study. rates: NAME:LAYERS:OBJECTIVE -> the rate that was chosen.
+
+  Raises UserError on too few runs.
+  """
+  pretrained = {model: _pretrained(done, model, rate) for model, rate in rates.items()}
+  of_tasks = {task: _of_task(done, task, list(rates)) for task in tasks}
   compared = {task: _compared(of_task) for task, of_task in of_tasks.items()}
   _draw(of_tasks, folder / "architectures")
   figures = {"pretraining": pretrained, "tasks": of_tasks, "compared": compared}
   return figures, _in_words(pretrained, of_tasks, compared)
 
 
-def _pretrained(done: Sequence[Result], model: str) -> dict[str, Any]:
-  """What the pretrainings of a model were: of the first seed that is not diverged."""
-  runs = [
+def _pretrained(done: Sequence[Result], model: str, rate: str) -> dict[str, Any]:
+  """What the pretrainings of a model were, by the last one at the rate that was chosen."""
+  last = [
     result
     for result in done
     if result.run.facts["role"] == "pretraining"
-    and result.run.facts["model"] == model
+    and (result.run.facts["model"], result.run.facts["rate"]) == (model, rate)
     and not result.diverged
-  ]
-  if not runs:
-    raise UserError(f"every pretraining of {model} diverged: give lower config.study.rates")
-  last = runs[-1]
+  ][-1]
   return {
     "parameters": last.figures["parameters"],
     "flops": last.figures["flops"],

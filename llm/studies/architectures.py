@@ -22,7 +22,7 @@ from llm.objectives import base as objectives
 from llm.performance import flops
 from llm.studies import architecture_report, few_labels, frame
 from llm.studies import architecture_tasks as tasks_lib
-from llm.studies.frame import Result, Run
+from llm.studies.runs import Result, Run
 from llm.training import experiment as experiment_lib
 from llm.training import step as step_lib
 
@@ -39,7 +39,7 @@ class Study(frame.Study):
 
   title = "Architectures"
   writes_files = True
-  counts_diverged = True
+  diverged_are = "never chosen, and left out of the means"
 
   models: tuple = (
     "bert:2:masked_lm",
@@ -63,7 +63,7 @@ class Study(frame.Study):
       models=self.models[::2],
       budget=str(min(1e12, self._budget())),
       rates=self.rates[-1:],
-      tuning_rates=self.tuning_rates[1:2],
+      tuning_rates=self.tuning_rates[:2][-1:],
       epochs=("sentiment=1", "questions=3", "replies=1"),
       seeds=2,
     )
@@ -71,6 +71,8 @@ class Study(frame.Study):
   def next_runs(self, base: Config, done: Sequence[Result], folder: epath.Path) -> list[Run]:
     epochs = self._epochs()
     self._check_rates()
+    if not base.data.eval:
+      raise UserError("rates are chosen by held-out text: set config.run.data.eval")
     search = [
       self._pretraining(base, model, rate, 0) for model in self.models for rate in self.rates
     ]
@@ -141,6 +143,9 @@ class Study(frame.Study):
           f"{', '.join(tasks_lib.FORMS)}"
         )
       epochs[task] = float(number)
+    for task in epochs:
+      if not any(tasks_lib.form(task, _parts(model)[0]) for model in self.models):
+        raise UserError(f"config.study.epochs: none of config.study.models can do {task}")
     return epochs
 
   def _pretraining(self, base: Config, model: str, rate: str, seed: int) -> Run:
@@ -176,7 +181,16 @@ class Study(frame.Study):
     checkpoint = str(folder / "runs" / start.name)
     config = tasks_lib.tuning_config(start.config, checkpoint, task, files, split)
     training = dataclasses.replace(
-      config.training, steps=0, epochs=self._epochs()[task], seed=seed, keep=1
+      config.training,
+      steps=0,
+      epochs=self._epochs()[task],
+      seed=seed,
+      keep=1,
+      # What is scored is the last step: a test split would choose another one.
+      eval_every=0,
+      save_every=0,
+      keep_best="",
+      patience=0,
     )
     optimizer = dataclasses.replace(config.optimizer, learning_rate=float(rate))
     config = dataclasses.replace(config, optimizer=optimizer, training=training)
@@ -208,11 +222,12 @@ class Study(frame.Study):
     of_task = tasks_lib.form(task, _parts(model)[0]) if task else None
     metric, lower = (of_task.metric, of_task.lower) if of_task else ("loss", True)
     sign = -1 if lower else 1
-    best = max(of_search, key=lambda result: sign * result.figures["eval"][metric])
+    best = max(of_search, key=lambda result: sign * result.evaluated(metric))
     return best.run.facts["rate"]
 
   def report(self, done: Sequence[Result], folder: epath.Path) -> tuple[dict[str, Any], str]:
-    return architecture_report.report(done, self.models, list(self._epochs()), folder)
+    rates = {model: self._best(done, model, "") for model in self.models}
+    return architecture_report.report(done, rates, list(self._epochs()), folder)
 
 
 def _parts(model: str) -> tuple[str, int, str]:

@@ -16,7 +16,7 @@ from etils import epath
 from llm.config import Config, key
 from llm.core import UserError
 from llm.studies import emergence_report, frame, scaling_fits
-from llm.studies.frame import Result, Run
+from llm.studies.runs import Result, Run
 
 RESAMPLED = 1_000  # times, for the intervals over seeds
 DOUBLINGS = 4  # the shortest length of training is this many times half of the longest
@@ -146,8 +146,12 @@ def jump(points: int) -> float:
   return (1 + 1 / (points - 1)) / 2
 
 
-def verdict(exact: Sequence[float], loss: Sequence[float], points: int, learned: bool) -> str:
+def verdict(
+  exact: Sequence[float], loss: Sequence[float], points: int, learned: bool, seeds: int
+) -> str:
   """What a curve through so many points is. exact, loss: the largest steps, (share, low, high)."""
+  if seeds < 2:
+    return "one seed"
   if not learned:
     return "not learned"
   if not exact[0] >= jump(points):
@@ -187,11 +191,11 @@ def _view(values: dict[str, np.ndarray]) -> dict[str, Any]:
   exact = interval_of_mean(largest_step(values["exact_match"]))
   loss = interval_of_mean(largest_step(-values["loss"]))
   learned = bool((values["exact_match"].max(1) >= LEARNED).mean() >= 0.5)
-  points = values["loss"].shape[1]
+  seeds, points = values["loss"].shape
   return {
     "points": points,
     "jump": jump(points),
     "largest_step_exact_match": exact,
     "largest_step_loss": loss,
-    "verdict": verdict(exact, loss, points, learned),
+    "verdict": verdict(exact, loss, points, learned, seeds),
   }

@@ -11,6 +11,7 @@ from matplotlib.ticker import NullFormatter
 from llm.studies import plots
 
 MEANING = {
+  "one seed": "one seed tells nothing of others",
   "not learned": "most seeds never reach 50% exact match, so there is no threshold to look at: "
   "nothing is shown",
   "no jump": "exact match does not jump",

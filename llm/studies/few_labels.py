@@ -23,7 +23,7 @@ from llm.core import Params, UserError
 from llm.data import sources
 from llm.objectives import base, classification
 from llm.runs import workdir as workdir_lib
-from llm.studies import fine_tuner, frame, label_curve
+from llm.studies import fine_tuner, label_curve, runs
 from llm.studies.fine_tuner import FineTuner, Split
 from llm.studies.label_curve import Setting
 from llm.training import experiment
@@ -125,7 +125,7 @@ def _tuner(arm: Arm) -> tuple[FineTuner, Prepared]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Cell(frame.Run):
+class Cell(runs.Run):
   """An arm at one number of labels. setting: its rates are factors of the recipe's."""
 
   arm: Arm
@@ -222,9 +222,9 @@ def check_target(target: str, fields: str, cache: str):
     next(source.records())
 
 
-def pretraining(base: Config) -> frame.Run:
+def pretraining(base: Config) -> runs.Run:
   """The run that pretrains config.run."""
-  return frame.Run("pretrained", base, {"role": "pretraining"})
+  return runs.Run("pretrained", base, {"role": "pretraining"})
 
 
 def checkpoint(value: str, folder: epath.Path) -> str:
@@ -232,20 +232,20 @@ def checkpoint(value: str, folder: epath.Path) -> str:
   return str(folder / "runs" / "pretrained") if value == HERE else value
 
 
-def missing(runs: Sequence[frame.Run], done: Sequence[frame.Result]) -> bool:
+def missing(wanted: Sequence[runs.Run], done: Sequence[runs.Result]) -> bool:
   """Whether one of these runs is not done. Raises UserError where one diverged."""
   results = {result.run.name: result for result in done}
-  for run in runs:
+  for run in wanted:
     if run.name in results and results[run.name].diverged:
       raise UserError(f"the run {run.name} diverged, and others start from it: give another rate")
-  return any(run.name not in results for run in runs)
+  return any(run.name not in results for run in wanted)
 
 
-def result_rows(done: Sequence[frame.Result]) -> list[dict[str, Any]]:
+def result_rows(done: Sequence[runs.Result]) -> list[dict[str, Any]]:
   """The rows of all cells. model: the arm. network: whether it is one."""
   results = []
   for result in done:
-    if not isinstance(result.run, Cell):
+    if not isinstance(result.run, Cell) or result.diverged:
       continue
     is_network = not isinstance(result.run, Classical)
     for row in result.figures["rows"]:

@@ -21,7 +21,7 @@ from llm.config import Config, MeshConfig, key
 from llm.core import UserError, round_up
 from llm.data import batches, glue, sources
 from llm.studies import frame, plots
-from llm.studies.frame import Result, Run
+from llm.studies.runs import Result, Run
 from llm.studies.scored import Scored
 from llm.training import evaluation, experiment
 
@@ -53,7 +53,7 @@ class Study(frame.Study):
   """
 
   title = "GLUE"
-  counts_diverged = True
+  diverged_are = "counted as the worst"
 
   data: str = "tfds:glue/{task}[{split}]"
   fields: str = key("glue", choices=("glue", "ours"))
@@ -189,7 +189,7 @@ class Study(frame.Study):
       rows.append((f"{name}, test", *text.split(), _average(text.split())))
     headers = ("", *(_heading(task) for task in glue.TASKS), "average")
     details = [
-      (task, name, _with_interval(figure), entry["seeds"], entry["rate"], entry["epochs"])
+      (task, name, _median(figure, entry), entry["seeds"], entry["rate"], entry["epochs"])
       for task, entry in tasks.items()
       for name, figure in entry["figures"].items()
     ]
@@ -234,8 +234,8 @@ class WithMismatched(Scored):
 
 def _value(result: Result, name: str) -> float:
   """A figure of a run; 0 where it diverged, or is undefined for a constant prediction."""
-  value = 0.0 if result.diverged else result.figures["eval"][name]
-  return 0.0 if np.isnan(value) else float(value)
+  value = 0.0 if result.diverged else result.evaluated(name)
+  return 0.0 if np.isnan(value) else value
 
 
 def _median_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -255,8 +255,10 @@ def _cell(figures: Mapping[str, Mapping]) -> str:
   return "/".join(f"{100 * figure['median']:.1f}" for figure in figures.values())
 
 
-def _with_interval(figure: Mapping[str, float]) -> str:
-  return f"{100 * figure['median']:.1f} [{100 * figure['low']:.1f}, {100 * figure['high']:.1f}]"
+def _median(figure: Mapping[str, float], entry: Mapping[str, Any]) -> str:
+  """The median with its interval, which one seed has not. entry: of the task."""
+  median, low, high = (100 * figure[name] for name in ("median", "low", "high"))
+  return f"{median:.1f}" if entry["seeds"] < 2 else f"{median:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def _average(cells: Sequence[str]) -> str:

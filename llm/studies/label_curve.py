@@ -15,7 +15,7 @@ import numpy as np
 import scipy.stats
 import tqdm
 
-from llm.core import UserError
+from llm.core import Diverged, UserError
 from llm.models import classical
 from llm.studies.fine_tuner import Bar, FineTuner, Run, Split
 
@@ -111,7 +111,7 @@ def _search(
 ) -> dict[str, dict[str, Any]]:
   """Arm -> the learning rate and epochs that are best on the validation split, and how good.
 
-  diverged: how many of its `runs` did. Raises UserError where all choices of an arm diverge.
+  diverged: how many of its `runs` did. Raises Diverged where all choices of an arm do.
   """
   choices = setting.choices
   if len(choices) == 1:
@@ -131,7 +131,7 @@ def _search(
     scores = accuracies_CxD.mean(-1)  # NaN where a draw diverged
     if np.isnan(scores).all():
       rates = ", ".join(f"{rate:g}" for rate in setting.learning_rates)
-      raise UserError(
+      raise Diverged(
         f"the search of {arm} at {len(draws[0]):,} labels diverged at every learning rate: {rates}"
       )
     best = int(np.nanargmax(scores))
@@ -207,14 +207,23 @@ def _row(model: str, labels: int, accuracies: list[float], chosen: dict[str, Any
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
-  """(mean, low, high) of a - b, with the 95% interval of Student's t over the pairs."""
+  """(mean, low, high) of a - b, with the 95% interval of Student's t over the pairs; NaN of one."""
   difference = np.asarray(a) - np.asarray(b)
   count = len(difference)
   mean = float(difference.mean())
-  if count < 2 or difference.std() == 0:
+  if count < 2:
+    return mean, float("nan"), float("nan")
+  if difference.std() == 0:
     return mean, mean, mean
   half = float(scipy.stats.t.ppf(0.975, count - 1) * difference.std(ddof=1) / count**0.5)
   return mean, mean - half, mean + half
+
+
+def in_points(mean: float, low: float, high: float) -> str:
+  """A difference of accuracies in points, with its interval, which one draw has not."""
+  if np.isnan(low):
+    return f"{100 * mean:+.1f} (one draw)"
+  return f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def equivalent_labels(

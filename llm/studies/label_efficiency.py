@@ -17,8 +17,8 @@ from llm.config import Config, ModelConfig, TokenizerConfig, TransferConfig, key
 from llm.core import UserError
 from llm.studies import few_labels, frame, label_curve, plots
 from llm.studies.few_labels import Arm, Cell, Classical
-from llm.studies.frame import Result, Run
 from llm.studies.label_curve import Setting
+from llm.studies.runs import Result, Run
 
 SCRATCH = "scratch"
 CLASSICAL = "classical"
@@ -203,7 +203,7 @@ def _in_words(rows: list[dict], worth: list[dict], differences: list[dict]) -> s
       point["arm"],
       f"{point['labels']:,}",
       equal(point),
-      f"{100 * gain['mean']:+.1f} [{100 * gain['low']:+.1f}, {100 * gain['high']:+.1f}]",
+      label_curve.in_points(gain["mean"], gain["low"], gain["high"]),
       "pretraining helps" if gain["low"] > 0 else "harms" if gain["high"] < 0 else "not told apart",
     )
     for point, gain in zip(worth, differences)

@@ -113,7 +113,7 @@ def measured(
 
 
 def compared(answered: Answered) -> Compared:
-  """Mean F1 of both arms; the interval resamples seeds and questions."""
+  """Mean F1 of both arms; the interval takes seeds and questions as drawn."""
   difference_SxN = answered.pretrained_SxN - answered.scratch_SxN
   low, high = metrics.seeds_interval(difference_SxN)
   return Compared(

@@ -15,9 +15,9 @@ from etils import epath
 from llm.config import Config, key
 from llm.core import UserError
 from llm.runs import metrics
-from llm.studies import few_labels, frame, plots
+from llm.studies import few_labels, frame, label_curve, plots
 from llm.studies.few_labels import Arm, Cell
-from llm.studies.frame import Result, Run
+from llm.studies.runs import Result, Run
 
 SCRATCH = "scratch"
 STARTS = (SCRATCH, "pretrained")
@@ -221,15 +221,15 @@ def _in_words(rows: Sequence[Mapping], gains: Sequence[Mapping], sources: Sequen
       "How well the sources were learned, on their validation splits:\n",
       tabulate.tabulate(learned, ("run", "accuracy, %"), "github", disable_numparse=True) + "\n",
       *few_labels.remarks(rows),
-      "A source gives the layers, not the head. Intervals resample the runs of the source and the "
-      "draws of the target's labels, which all sources share. A task whose classes are unequal "
-      "has an accuracy over one half before anything is learned.\n",
+      "A source gives the layers, not the head. Intervals are Student's: they take the runs of the "
+      "source and the draws of the target's labels as drawn. All sources share the draws. A task "
+      "whose classes are unequal has an accuracy over one half before anything is learned.\n",
     ]
   )
 
 
 def _cells(entry: Mapping[str, Any]) -> tuple[str, ...]:
-  gain = f"{100 * entry['gain']:+.1f} [{100 * entry['low']:+.1f}, {100 * entry['high']:+.1f}]"
+  gain = label_curve.in_points(entry["gain"], entry["low"], entry["high"])
   return entry["start"], entry["source"], entry["target"], f"{entry['labels']:,}", gain
 
 

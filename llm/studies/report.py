@@ -1,6 +1,7 @@
 """The report of the two phases: a table, what it says in words, a picture and decoded examples."""
 
 import base64
+import math
 import pathlib
 import platform
 from typing import Any, Mapping, NamedTuple, Sequence
@@ -48,7 +49,7 @@ class Compared(NamedTuple):
   @property
   def verdict(self) -> str:
     """Whether the interval tells the arms apart, and which is better."""
-    if self.low <= 0 <= self.high:
+    if not (self.low > 0 or self.high < 0):  # NaN of one draw is neither
       return "not told apart"
     return "pretraining helps" if (self.difference < 0) == self.lower else "pretraining harms"
 
@@ -102,6 +103,8 @@ def _cell(compared: Compared, value: float | None, sign: str = "") -> str:
 
 
 def _interval(compared: Compared) -> str:
+  if math.isnan(compared.low):
+    return "(one draw)"
   return f"[{_cell(compared, compared.low, '+')}, {_cell(compared, compared.high, '+')}]"
 
 

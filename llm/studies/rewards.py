@@ -30,7 +30,7 @@ from llm.models.decoding import Sampling
 from llm.objectives import base as base_lib
 from llm.objectives import grpo
 from llm.studies import frame, rewards_report
-from llm.studies.frame import Result, Run
+from llm.studies.runs import Result, Run
 from llm.training import evaluation
 
 DIGITS = 3
@@ -314,7 +314,7 @@ def _in_words(arms: Sequence[Mapping[str, Any]], study: Study) -> str:
       f"demonstrations, up to {study.start_share:.0%} of {VALIDATION} validation problems. GRPO: "
       f"{study.steps} steps of {study.prompts} of {study.problems:,} other problems. Exact match "
       f"of the likeliest answer on {HELD_OUT:,} held-out problems, means of {study.seeds} seeds; "
-      "intervals resample seeds and problems.\n",
+      "Student's intervals with seeds and problems taken as drawn.\n",
       rewards_report.table(arms) + "\n",
       "The seconds are those of training, with what the model wrote in it. The answers for the "
       "pairs of DPO were written before, and are not in its seconds.\n",

@@ -28,7 +28,7 @@ CURVES = {
 def compared(right: Mapping[tuple[str, int], np.ndarray], arm: str, seeds: int) -> dict[str, float]:
   """Exact match before and after an arm, and the 95% interval of the difference, all in percent.
 
-  Seeds and held-out problems are resampled.
+  Seeds and held-out problems are taken as drawn.
   """
   trained = [seed for seed in range(seeds) if (arm, seed) in right]
   before_SxN = 100 * np.array([right["start", seed] for seed in trained])

@@ -10,11 +10,18 @@ from etils import epath
 from llm.studies import plots
 from llm.studies.scaling_fits import Parametric
 
+_HELD_OUT = ("run", "parameters", "tokens", "predicted [95%]", "measured", "off", "passes")
+
 
 def in_words(
-  grid: Any, fits: dict[str, Any], held_out: Sequence[dict], optimal: Sequence[dict]
+  grid: Any,
+  fits: dict[str, Any],
+  held_out: Sequence[dict],
+  optimal: Sequence[dict],
+  largest: float,
 ) -> str:
-  """The report. grid: scaling_law.Points. The others are as in result.json."""
+  """The report. grid: scaling_law.Points. largest: 6 N D of the grid. The others are as in
+  result.json."""
   third = fits["approach_3"]
   inside = sum(row["low"] <= row["measured"] <= row["high"] for row in held_out)
   off = max((abs(r["predicted"] / r["measured"] - 1) for r in held_out), default=float("nan"))
@@ -26,33 +33,48 @@ def in_words(
       f"{row['predicted']:.3f} [{row['low']:.3f}, {row['high']:.3f}]",
       f"{row['measured']:.3f}",
       f"{row['predicted'] / row['measured'] - 1:+.1%}",
+      f"{row['passes']:.1f}",
     )
     for row in held_out
   ]
-  predicted = tabulate.tabulate(
-    rows, ("run", "parameters", "tokens", "predicted [95%]", "measured", "off"), "github"
-  )
+  predicted = tabulate.tabulate(rows, _HELD_OUT, "github")
   return "\n".join(
     [
       f"{len(grid.loss)} runs: {grid.n.min():,.0f} to {grid.n.max():,.0f} parameters without "
       f"embeddings, {grid.d.min():,.0f} to {grid.d.max():,.0f} tokens, {grid.c.min():.2g} to "
-      f"{grid.c.max():.2g} FLOPs, {grid.seeds} seeds. The learning rate is not searched: it "
-      "follows width, batch and tokens by the rule of docs/recipes.md, here from "
-      f"{grid.rates[0]:.2g} to {grid.rates[-1]:.2g}, and another rule would bend the law.\n",
-      f"**{inside} of {len(held_out)} larger runs ended inside the interval that was predicted "
-      f"before; the largest error is {off:.1%}.**\n",
+      f"{grid.c.max():.2g} FLOPs, {grid.seeds} seeds, up to {grid.passes.max():.1f} passes over a "
+      f"text. The learning rate is not searched: {_rule(grid)} Another rule would bend the law.\n",
+      f"**{inside} of {len(held_out)} larger runs ended inside the interval that was predicted; "
+      f"the largest error is {off:.1%}.** {_when(held_out)}\n",
       predicted + "\n",
       "![loss against compute, and predicted against measured](scaling_law.png)\n",
       _table_of_laws(fits) + "\n",
       *_doubts(third),
-      "The least loss of a budget, by approach 3:\n",
-      _table_of_budgets(optimal, grid.c.max()) + "\n",
+      "The least loss of a budget of 6 N D FLOPs, by approach 3:\n",
+      _table_of_budgets(optimal, largest) + "\n",
       "Published: Hoffmann et al. 2022; for approach 3 the refit of Besiroglu et al. 2024 "
       "follows; Kaplan et al. 2020 for L. Intervals resample runs and seeds. Compute is counted in "
-      "the traced program; approach 2 takes 6 N D, and shifts the optimum where its grid is not "
+      "the traced program for Kaplan's law and approach 1; approaches 2 and 3 take 6 N D, with N "
+      "without embeddings. Approach 2 shifts the optimum where its grid is not "
       "centred on it; approach 1 sees only the sizes of the grid.\n",
     ]
   )
+
+
+def _rule(grid: Any) -> str:
+  """Where the learning rates come from."""
+  rates = f"{grid.rates[0]:.2g} to {grid.rates[-1]:.2g}"
+  if not grid.by_the_rule:
+    return f"it is set, {rates}."
+  return f"it follows width, batch and tokens by the rule of docs/recipes.md, here from {rates}."
+
+
+def _when(held_out: Sequence[dict]) -> str:
+  """Which predictions were made before the runs."""
+  after = [row["name"] for row in held_out if not row["before"]]
+  if not after:
+    return "All were predicted before they were trained."
+  return f"What is said of {', '.join(after)} was computed after it was trained."
 
 
 def _table_of_laws(fits: dict[str, Any]) -> str:
@@ -80,7 +102,7 @@ def _table_of_laws(fits: dict[str, Any]) -> str:
 
 
 def _table_of_budgets(optimal: Sequence[dict], largest: float) -> str:
-  """largest: FLOPs of the largest run of the grid."""
+  """largest: 6 N D of the grid."""
   rows = [
     (
       f"{row['flops']:.2g}",

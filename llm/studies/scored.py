@@ -9,13 +9,13 @@ from etils import epath
 
 from llm import storage
 from llm.runs import workdir as workdir_lib
-from llm.studies import frame
+from llm.studies import runs
 
 SCORES = "scores.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class Scored(frame.Run, abc.ABC):
+class Scored(runs.Run, abc.ABC):
   """The scores stand among the figures of the evaluation, in result.json too."""
 
   @abc.abstractmethod

@@ -18,7 +18,7 @@ from llm.config import Config, key
 from llm.core import UserError
 from llm.objectives import base as base_lib
 from llm.studies import frame, search_report
-from llm.studies.frame import Result, Run
+from llm.studies.runs import Result, Run
 from llm.studies.search_space import Dimension, parse
 
 LEAST = 6  # trials from which the report says what matters
@@ -35,7 +35,7 @@ class Study(frame.Study):
   """
 
   title = "Search"
-  counts_diverged = True
+  diverged_are = "counted as the worst"
 
   keys: tuple = ("optimizer.learning_rate=log(3e-4,3e-2)", "optimizer.warmup_steps=5|50|150")
   how: str = key("random", choices=("grid", "random"))
@@ -93,7 +93,7 @@ class Study(frame.Study):
       "trial": number,
       "rung": rung,
       "seed": seed,
-      "values": values,
+      "values": {key: _value(config, key) for key in values},  # whole numbers are rounded
       "goal": self._goal(base),
     }
     workdir = f"{number:03}-{seed}"
@@ -144,8 +144,14 @@ def _changed(base: Config, values: dict[str, Any]) -> Config:
   return config
 
 
+def _value(config: Config, key: str) -> Any:
+  """Of GROUP.KEY."""
+  group, _, name = key.partition(".")
+  return config_lib.thaw(config)[group][name]
+
+
 def score(result: Result) -> float:
-  """The metric of a run, lower is better; infinite where it diverged.
+  """The metric of a run, lower is better; infinite where it diverged or the metric has no value.
 
   Raises UserError where the evaluations lack it.
   """
@@ -157,7 +163,10 @@ def score(result: Result) -> float:
     raise UserError(
       f"config.study.metric: evaluations have no {name}; they have {', '.join(sorted(figures))}"
     )
-  return figures[name] if sign == "min" else -figures[name]
+  value = result.evaluated(name)
+  if np.isnan(value):
+    return np.inf
+  return value if sign == "min" else -value
 
 
 def scores(done: Sequence[Result], rung: int) -> dict[int, list[float]]:

@@ -15,9 +15,13 @@ def in_words(goal: str, trials: Sequence[Mapping], matters: Sequence[Mapping]) -
   """The report. The arguments are as in result.json."""
   best = trials[0]
   flags = " ".join(f"--config.{key}={value}" for key, value in best["values"].items())
+  best_trial = (
+    f"**The best is trial {best['trial']} ({_metric(best)} after {best['step']:,} steps):** "
+    f"`{flags}`"
+  )
   parts = [
-    f"{len(trials)} trials by {goal}. **The best is trial {best['trial']} "
-    f"({_metric(best)} after {best['step']:,} steps):** `{flags}`\n",
+    f"{len(trials)} trials by {goal}. "
+    f"{'**Every trial diverged.**' if None in best['metric'] else best_trial}\n",
     _table(goal, trials) + "\n",
     "![the metric against each key](search.png)\n",
   ]
