@@ -3,6 +3,7 @@
   python -m llm.study search --workdir=DIR [--quick]
   python -m llm.study search --workdir=DIR \\
       --config=configs/study_search.py:configs/finetune_classification.py:reviews \\
+      --config.run.transfer.checkpoint=CHECKPOINT --config.study.rungs=1 \\
       --config.study.keys="('optimizer.learning_rate=log(1e-5,1e-3)','training.batch_size=16|32')"
 
 After the colon stands the config of the runs. Without one it is a small GPT over bytes, on the

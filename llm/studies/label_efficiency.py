@@ -160,12 +160,19 @@ def _networks(rows: Sequence[Mapping]) -> list[str]:
   return [name for name in names if name != SCRATCH]
 
 
+def _shared(
+  rows: Sequence[Mapping], arm: str, curve: Mapping[int, list[float]]
+) -> list[tuple[int, list[float]]]:
+  """(labels, accuracies) of an arm where `curve` has a point: it lacks those that diverged."""
+  return sorted(item for item in _of(rows, arm).items() if item[0] in curve)
+
+
 def _worth(rows: Sequence[Mapping]) -> list[dict[str, Any]]:
   """For each arm and label count, the labels from scratch that are worth the same."""
   curve = _of(rows, SCRATCH)
   worth = []
   for arm in _networks(rows):
-    for labels, accuracies in sorted(_of(rows, arm).items()):
+    for labels, accuracies in _shared(rows, arm, curve):
       equal, low, high = label_curve.equivalent_labels(accuracies, curve)
       worth.append({"arm": arm, "labels": labels, "equal": equal, "low": low, "high": high})
   return worth
@@ -176,7 +183,7 @@ def _differences(rows: Sequence[Mapping]) -> list[dict[str, Any]]:
   curve = _of(rows, SCRATCH)
   differences = []
   for arm in _networks(rows):
-    for labels, accuracies in sorted(_of(rows, arm).items()):
+    for labels, accuracies in _shared(rows, arm, curve):
       mean, low, high = label_curve.paired_difference(accuracies, curve[labels])
       entry = {"arm": arm, "labels": labels, "mean": mean, "low": low, "high": high}
       differences.append({**entry, "draws": len(accuracies)})
@@ -222,8 +229,8 @@ def _in_words(rows: list[dict], worth: list[dict], differences: list[dict]) -> s
       "Learning rate and epochs of each arm and label count, and the regularisation of the "
       "classical models, were chosen on the validation split; the test split was scored once. The "
       "intervals of labels are a bootstrap over the draws of both arms, those of differences "
-      "Student's over the draws, which both arms share. With one pretraining of each arm, they say "
-      "nothing of the chance of pretraining.\n",
+      "Student's over the draws, which both arms share. There is one pretraining of each arm and "
+      "one random start of scratch, so they say nothing of the chance of either.\n",
     ]
   )
 

@@ -104,7 +104,8 @@ def take(
       cost += one_run.cost
       print(
         f"run {number} of {len(runs)}, {one_run.name}: {duration(result.wall)}"
-        f"{', diverged' * result.diverged}; about {duration(seconds / cost * left)} left",
+        f"{', diverged' * result.diverged}; this round has about "
+        f"{duration(seconds / cost * left)} left",
         flush=True,
       )
     results[one_run.name] = result
