@@ -176,6 +176,7 @@ def test_glue_takes_the_best_rate_and_the_median_of_seeds(trained, glue_files, t
     "glue",
     run={"transfer.checkpoint": "bert"},
     data=f"jsonl:{glue_files}/{{task}}_{{split}}.jsonl",
+    fields="ours",
     tasks=tasks,
     rates=("3e-4", "1e-4", "3e-5"),
     seeds=3,
@@ -193,6 +194,22 @@ def test_glue_takes_the_best_rate_and_the_median_of_seeds(trained, glue_files, t
   assert start == str(tmp_path / "runs" / "mnli-1e-4-4-0")
   assert configs["stsb-1e-4-4-0"].objective["num_classes"] == 1
   assert "| 81.0/75.0 " in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize("task, split", [("sst2", "train"), ("mnli", glue_tasks.MISMATCHED)])
+def test_glue_misses_a_split_before_anything_is_trained(task, split, glue_files, tmp_path):
+  for path in glue_files.iterdir():
+    if path.name != f"{task}_{split}.jsonl":
+      (tmp_path / path.name).write_text(path.read_text())
+  study, base = build(
+    "glue",
+    run={"transfer.checkpoint": "bert"},
+    data=f"jsonl:{tmp_path}/{{task}}_{{split}}.jsonl",
+    fields="ours",
+    tasks=(task,),
+  )
+  with pytest.raises(UserError, match=f"{task}_{split}.jsonl: no such file"):
+    study.next_runs(base, [], tmp_path)
 
 
 def test_the_average_is_that_of_the_paper():

@@ -17,7 +17,7 @@ from etils import epath
 
 from llm import sharding
 from llm.checkpoints import manager
-from llm.config import Config, MeshConfig, key
+from llm.config import Config, DataConfig, MeshConfig, key
 from llm.core import UserError, round_up
 from llm.data import batches, glue, sources
 from llm.studies import frame, plots
@@ -71,6 +71,8 @@ class Study(frame.Study):
 
   def next_runs(self, base: Config, done: Sequence[Result], folder: epath.Path) -> list[Run]:
     self._check(base)
+    if not done:
+      self._check_sources(base)
     runs = []
     for task in sorted(self.tasks, key=lambda task: task in self.from_mnli):
       start = base.transfer.checkpoint
@@ -109,6 +111,19 @@ class Study(frame.Study):
     if not base.transfer.checkpoint:
       raise UserError("give what is fine-tuned: --config.run.transfer.checkpoint=CHECKPOINT")
 
+  def _check_sources(self, base: Config):
+    """Raises UserError where a split is missing, before anything is trained."""
+    for task in self.tasks:
+      splits = ["train", glue.TASKS[task].validation]
+      for split in [*splits, glue.MISMATCHED] if task == "mnli" else splits:
+        data = self._data(base, task, split)
+        next(sources.parse_one(data.train, data).records())
+
+  def _data(self, base: Config, task: str, split: str) -> DataConfig:
+    """A split to train on."""
+    fields = glue.TASKS[task].fields if self.fields == "glue" else ""
+    return dataclasses.replace(base.data, train=self.source(task, split), fields=fields)
+
   def source(self, task: str, split: str) -> str:
     return self.data.replace("{task}", task).replace("{split}", split)
 
@@ -122,10 +137,7 @@ class Study(frame.Study):
     except ValueError:
       raise UserError(f"config.study: {rate!r} is no learning rate, or {epochs!r} no epochs")
     data = dataclasses.replace(
-      base.data,
-      train=self.source(task, "train"),
-      eval=self.source(task, facts.validation),
-      fields=facts.fields if self.fields == "glue" else "",
+      self._data(base, task, "train"), eval=self.source(task, facts.validation)
     )
     objective = {**base.objective, "num_classes": int(facts.regression), "baseline": False}
     config = dataclasses.replace(
