@@ -5,7 +5,8 @@ import json
 import pytest
 
 from llm.core import UserError
-from llm.server import graders
+from llm.server import graders, methods
+from llm.server.errors import ApiError
 
 
 @pytest.mark.parametrize(
@@ -29,3 +30,45 @@ def test_graders(grader, answer, grade):
   assert graders.reward(answer, record) == pytest.approx(grade)
   with pytest.raises(UserError, match="line 1 has no field 'missing'"):
     graders.filled({**grader, "reference": "{{item.missing}}"}, item, "line 1")
+
+
+def test_what_an_example_holds_is_no_template():
+  grader = {"type": "string_check", "operation": "eq", "input": "{{sample.output_text}}"}
+  item = {"wanted": "{{sample.output_text}}"}
+  record = {"grader": graders.filled({**grader, "reference": "<{{item.wanted}}>"}, item, "line 1")}
+  assert graders.reward("Paris", record) == 0
+  assert graders.reward("<{{sample.output_text}}>", record) == 1
+
+
+@pytest.mark.parametrize(
+  "text,reference,said",
+  [
+    ("{{ item['x'] }}", "{{sample.output_text}}", "take {{sample.output_text}} and {{item.FIELD}}"),
+    ("{{sample.output_text}}", "{{ item.a | lower }}", "alone, where FIELD"),
+    ("{{sample.output_text}}", "{{item.my-field}}", "alone, where FIELD"),
+    ("{{sample.output_json}}", "a", "alone, where FIELD"),
+    ("{{item.a}}", "a", "does not look at the answer"),
+  ],
+)
+def test_a_grader_that_cannot_be_filled_in_is_refused(text, reference, said):
+  grader = {"type": "string_check", "operation": "eq", "input": text, "reference": reference}
+  with pytest.raises(ApiError, match=said) as raised:
+    methods.settled(job(method={"type": "reinforcement", "reinforcement": {"grader": grader}}))
+  assert raised.value.param == "method.reinforcement.grader"
+
+
+def job(**asked):
+  return methods.JobRequest(model="gpt", training_file="file-a", **asked)
+
+
+def test_settings_stand_in_one_place():
+  settings = {"n_epochs": 2}
+  assert methods.settled(job(hyperparameters=settings))["supervised"]["hyperparameters"] == {
+    "n_epochs": 2,
+    "batch_size": "auto",
+    "learning_rate_multiplier": "auto",
+  }
+  for kind in ("supervised", "dpo"):
+    with pytest.raises(ApiError, match=f"method.{kind}") as raised:
+      methods.settled(job(hyperparameters=settings, method={"type": kind}))
+    assert raised.value.param == "hyperparameters"

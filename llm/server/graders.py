@@ -2,7 +2,8 @@
 
 A grader compares two texts. Its templates name the answer, {{sample.output_text}}, and fields of
 the example, {{item.FIELD}}. The example's are filled in when a job is made. So a line of a job's
-training file carries a grader that needs the answer alone.
+training file carries a grader that needs the answer alone: each of its texts is a list of parts,
+and the answer stands between them.
 """
 
 import collections
@@ -14,8 +15,8 @@ import pydantic
 
 from llm.core import UserError
 
-ANSWER = "{{sample.output_text}}"
-NAMED = re.compile(r"\{\{\s*(item|sample)\.([\w.]+)\s*\}\}")
+TEMPLATES = ("input", "reference")
+NAMED = re.compile(r"\{\{\s*(?:sample\.output_text|item\.([\w.]+))\s*\}\}")
 
 
 class StringCheck(pydantic.BaseModel, extra="forbid"):
@@ -50,35 +51,58 @@ REFUSED = {
 }
 
 
+def check(grader: dict[str, Any]):
+  """Raises UserError where its templates name what cannot be filled in, or no answer."""
+  names_answer = False
+  for template in (grader[name] for name in TEMPLATES):
+    rest = NAMED.sub(" ", template)
+    if "{{" in rest or "}}" in rest:
+      raise UserError(
+        "a grader's templates take {{sample.output_text}} and {{item.FIELD}} alone, where FIELD is "
+        "made of letters, digits, _ and points"
+      )
+    names_answer |= any(match[1] is None for match in NAMED.finditer(template))
+  if not names_answer:
+    raise UserError("the grader does not look at the answer: name {{sample.output_text}} in it")
+
+
 def filled(grader: dict[str, Any], item: dict[str, Any], where: str) -> dict[str, Any]:
-  """The grader with the fields of an example in it. Raises UserError if one is missing."""
+  """The grader with the fields of an example in it. Raises UserError if one is missing.
 
-  def value(match: re.Match) -> str:
-    source, path = match.groups()
-    if source == "sample":
-      if path != "output_text":
-        raise UserError(f"the grader names sample.{path}; only sample.output_text is supported")
-      return ANSWER
-    field: Any = item
-    for part in path.split("."):
-      if not isinstance(field, dict) or part not in field:
-        raise UserError(f"{where} has no field {path!r}, which the grader names")
-      field = field[part]
-    return field if isinstance(field, str) else str(field)
+  What an example holds is text, never a template.
+  """
+  return {**grader, **{name: _parts(grader[name], item, where) for name in TEMPLATES}}
 
-  # What an example holds is text, never a template: each is replaced once.
-  return {
-    **grader,
-    "input": NAMED.sub(value, grader["input"]),
-    "reference": NAMED.sub(value, grader["reference"]),
-  }
+
+def _parts(template: str, item: dict[str, Any], where: str) -> list[str]:
+  """The texts before, between and after the answers that a template names."""
+  parts = [""]
+  done = 0
+  for match in NAMED.finditer(template):
+    parts[-1] += template[done : match.start()]
+    done = match.end()
+    if match[1] is None:
+      parts.append("")
+    else:
+      parts[-1] += _field(match[1], item, where)
+  parts[-1] += template[done:]
+  return parts
+
+
+def _field(path: str, item: dict[str, Any], where: str) -> str:
+  """The field of an example at NAME.NAME. Raises UserError if it is missing."""
+  field: Any = item
+  for part in path.split("."):
+    if not isinstance(field, dict) or part not in field:
+      raise UserError(f"{where} has no field {path!r}, which the grader names")
+    field = field[part]
+  return field if isinstance(field, str) else str(field)
 
 
 def reward(answer: str, record: dict[str, Any]) -> float:
   """The grade of an answer to a record that `filled` gave a grader (config.objective.reward)."""
   grader = record["grader"]
-  text = grader["input"].replace(ANSWER, answer)
-  reference = grader["reference"].replace(ANSWER, answer)
+  text, reference = (answer.join(grader[name]) for name in TEMPLATES)
   if grader["type"] == "string_check":
     return float(OPERATIONS[grader["operation"]](text, reference))
   return SIMILARITIES[grader["evaluation_metric"]](text, reference)

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
+from llm.core import UserError, first_line
 from llm.server import graders
 from llm.server.errors import ApiError
 
@@ -68,7 +69,7 @@ class JobRequest(Model):
   suffix: Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9._-]+$")] | None = None
   seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
   method: Method | None = None
-  hyperparameters: Hyperparameters | None = None  # the older place of those of `supervised`
+  hyperparameters: Hyperparameters | None = None  # where no method is given
   integrations: Annotated[list, Field(max_length=0)] | None = None
   metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
 
@@ -79,9 +80,10 @@ def settled(request: JobRequest) -> dict[str, Any]:
   others = {"supervised", "dpo", "reinforcement"} - {method.type}
   if given := [name for name in sorted(others) if getattr(method, name)]:
     raise ApiError(f"method.{given[0]} is given with method.type={method.type}", "method")
-  if request.hyperparameters and method.type != "supervised":
+  if request.method and request.hyperparameters:
     raise ApiError(
-      f"give the hyperparameters of {method.type} in method.{method.type}", "hyperparameters"
+      f"hyperparameters beside method would be ignored: give them in method.{method.type}",
+      "hyperparameters",
     )
   if method.type == "reinforcement":
     if method.reinforcement is None:
@@ -109,3 +111,7 @@ def _check_grader(grader: dict[str, Any]):
     first = error.errors()[0]
     place = ".".join([param, *(str(part) for part in first["loc"][1:])])
     raise ApiError(f"{place}: {first['msg']}", place)
+  try:
+    graders.check(grader)
+  except UserError as error:
+    raise ApiError(first_line(error), param)
