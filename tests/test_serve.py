@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import httpx2
 import openai
@@ -14,6 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from benchmarks import serving_faults
+from llm.core import UserError
+from llm.server import examples
 from tests import malformed
 from tests.serving import ROOT, Serving, conversations, environment, lines
 
@@ -138,6 +141,8 @@ def test_what_is_wrong_is_named(client):
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"messages": [{"role": "robot", "content": "hello"}]}, "messages"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
+    ({"messages": [{**HELLO[0], "weight": 0}]}, "messages"),
+    ({"messages": [{**HELLO[0], "name": "Ann"}]}, "messages"),
     ({"model": "bert"}, "model"),
   ]:
     wrong = error(chat, **{"model": "gpt", "messages": HELLO, **asked})
@@ -197,6 +202,32 @@ def test_files_are_checked_line_by_line(client, serving):
   assert client.files.content(file.id).read() == bomb
   assert client.files.delete(file.id).deleted
   assert error(client.files.retrieve, file_id=file.id).status_code == 404
+
+
+def test_an_answer_can_be_sent_back_as_the_client_has_it():
+  """Its message has keys that hold nothing."""
+  message = openai.types.chat.ChatCompletionMessage(role="assistant", content="a").model_dump()
+  assert message["refusal"] is None and "tool_calls" in message
+  (ours,) = examples.messages_of([{**message, "name": ""}], "messages")
+  assert ours == {"role": "assistant", "content": "a"}
+  for key in ("refusal", "tool_calls", "audio", "annotations", "function_call", "name"):
+    with pytest.raises(UserError, match=f"message 1: {key} is not supported"):
+      examples.messages_of([{**message, key: "something"}], "messages")
+  with pytest.raises(UserError, match="weight is not supported"):
+    examples.messages_of([{**message, "weight": 1}], "messages", learned=False)
+
+
+def test_of_a_file_of_broken_lines_little_is_kept(tmp_path):
+  path = tmp_path / "a.jsonl"
+  path.write_bytes(b"[" * 300 + b"\n" + b"x\n" * 100_000 + b'"' + b"a" * 2**26 + b'"\n')
+  tracemalloc.start()
+  with pytest.raises(UserError, match="line 3 is no JSON.*and 99999 more"):
+    list(examples.read(path, examples.any_method))
+  assert tracemalloc.get_traced_memory()[1] < 2**26
+  tracemalloc.stop()
+  path.write_bytes(conversations(1) + b'{"a": "' + b"a" * 2**24 + b'"}\n' + b"x\n")
+  with pytest.raises(UserError, match="line 2 has more than 16,777,216 bytes; line 3 is no JSON"):
+    list(examples.read(path, examples.any_method))
 
 
 def test_lists_page_by_cursor(client):

@@ -5,10 +5,14 @@ import pathlib
 from typing import Any, Callable, Iterator
 
 from llm.core import UserError, first_line
+from llm.data.record_files import MOST_CHARACTERS
 from llm.objectives import chat, preference
 
 SHOWN = 3  # problems that an error names
 ROLES = {"developer": "system"}  # OpenAI's names -> ours
+# OpenAI's client sends these back with an answer of ours. They are not supported: each must be
+# empty.
+EMPTY = ("annotations", "audio", "function_call", "name", "refusal", "tool_calls")
 
 
 def content_of(content: Any, where: str) -> str:
@@ -27,8 +31,12 @@ def content_of(content: Any, where: str) -> str:
   return content
 
 
-def messages_of(value: Any, where: str) -> list[dict]:
-  """Messages of OpenAI as ours. Raises UserError, naming the first that is wrong."""
+def messages_of(value: Any, where: str, *, learned: bool = True) -> list[dict]:
+  """Messages of OpenAI as ours. Raises UserError, naming the first that is wrong.
+
+  learned: whether they may be learned from, so that a message may have a weight.
+  """
+  known = {"role", "content", "weight"} if learned else {"role", "content"}
   if not isinstance(value, list) or not value:
     raise UserError(f"{where}: messages must be a list of objects with role and content")
   messages = []
@@ -36,7 +44,8 @@ def messages_of(value: Any, where: str) -> list[dict]:
     place = f"{where}: message {number}"
     if not isinstance(message, dict):
       raise UserError(f"{place} must be an object with role and content")
-    if unsupported := sorted(set(message) - {"role", "content", "weight"}):
+    absent = {key for key in EMPTY if message.get(key) in (None, "", [], {})}
+    if unsupported := sorted(set(message) - known - absent):
       raise UserError(f"{place}: {unsupported[0]} is not supported")
     role = message.get("role")
     role = ROLES.get(role, role) if isinstance(role, str) else role
@@ -105,25 +114,40 @@ def any_method(record: dict, where: str) -> dict:
   return reinforcement(record, where)
 
 
+def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
+  """Numbers, from 1, and lines. A line of MOST_CHARACTERS bytes or more is cut there."""
+  number = 0
+  with open(path, "rb") as file:
+    while line := file.readline(MOST_CHARACTERS):
+      number += 1
+      yield number, line
+      is_cut = len(line) == MOST_CHARACTERS
+      while is_cut and line and not line.endswith(b"\n"):
+        line = file.readline(2**20)
+
+
 def _records(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
   """(where, record) of each line that is not empty; in place of a broken line, a UserError."""
-  with open(path, "rb") as file:
-    for number, line in enumerate(file, 1):
-      if not line.strip():
-        continue
-      where = f"line {number}"
-      try:
-        record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-      except (ValueError, RecursionError) as error:
-        yield where, UserError(f"{where} is no JSON: {first_line(error)}")
-        continue
-      is_object = isinstance(record, dict)
-      yield where, record if is_object else UserError(f"{where} must be a JSON object")
+  for number, line in _lines(path):
+    if not line.strip():
+      continue
+    where = f"line {number}"
+    if len(line) >= MOST_CHARACTERS:
+      yield where, UserError(f"{where} has more than {MOST_CHARACTERS:,} bytes")
+      continue
+    try:
+      record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except (ValueError, RecursionError) as error:
+      yield where, UserError(f"{where} is no JSON: {first_line(error)}")
+      continue
+    is_object = isinstance(record, dict)
+    yield where, record if is_object else UserError(f"{where} must be a JSON object")
 
 
 def read(path: pathlib.Path, reader: Callable[[dict, str], dict]) -> Iterator[dict]:
   """The lines of a file as `reader` makes them. Raises UserError that names the broken ones."""
-  problems: list[str] = []
+  problems: list[str] = []  # the first of them: a file may have millions
+  broken = 0
   count = 0
   for where, record in _records(path):
     count += 1
@@ -132,15 +156,17 @@ def read(path: pathlib.Path, reader: Callable[[dict, str], dict]) -> Iterator[di
         raise record
       example = reader(record, where)
     except UserError as error:
-      problems.append(first_line(error))
+      broken += 1
+      if broken <= SHOWN:
+        problems.append(first_line(error))
       continue
-    if not problems:
+    if not broken:
       yield example
   if not count:
     raise UserError("the file has no line: give a JSON object a line")
-  if problems:
-    more = f", and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-    raise UserError(f"invalid file format: {'; '.join(problems[:SHOWN])}{more}")
+  if broken:
+    more = f", and {broken - SHOWN} more" if broken > SHOWN else ""
+    raise UserError(f"invalid file format: {'; '.join(problems)}{more}")
 
 
 def rewrite(source: pathlib.Path, reader: Callable[[dict, str], dict], target: pathlib.Path) -> int:
