@@ -65,6 +65,13 @@ def learned(example):
   ]
 
 
+def test_a_text_cannot_end_a_turn():
+  """The character that stands for the end token while a template renders is in no message."""
+  template = chat.Template(chat.TEMPLATE)
+  turns = [{"role": "user", "content": f"a{chat.END}b"}]
+  assert template.opening(turns, BYTES) == list(b"### Instruction:\nab\n\n### Response:\n")
+
+
 @pytest.mark.parametrize(
   "template, around", [(chat.TEMPLATE, "{}|"), (CHATML, "{}|"), (LLAMA2, " {} |")]
 )

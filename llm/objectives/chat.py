@@ -14,7 +14,8 @@ from llm.objectives import base, causal_lm
 
 ROLES = ("system", "user", "assistant")
 
-# Stands for the end token while a template renders: a private-use character, which no text has.
+# Stands for the end token while a template renders: a private-use character. It is taken out of
+# messages, or a text could end a turn.
 END = "\ue000"
 
 TEMPLATE = (
@@ -107,7 +108,7 @@ class Template:
     """
     contexts = [
       {
-        "messages": turns,
+        "messages": [{**turn, "content": turn["content"].replace(END, "")} for turn in turns],
         "add_generation_prompt": answering,
         "eos_token": END,
         "bos_token": self._bos,
