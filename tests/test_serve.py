@@ -1,6 +1,7 @@
 """The server, driven by OpenAI's official client over HTTP."""
 
 import http.client
+import io
 import json
 import resource
 import socket
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+import types
 
 import httpx2
 import openai
@@ -16,7 +18,12 @@ from hypothesis import HealthCheck, given, settings
 
 from benchmarks import serving_faults
 from llm.core import UserError
-from llm.server import examples
+from llm.inference.embedder import Embedder
+from llm.inference.engine import Full
+from llm.server import chat, completions, errors, examples, fine_tuning
+from llm.server import files as files_lib
+from llm.server.errors import ApiError
+from llm.server.state import State
 from tests import malformed
 from tests.serving import ROOT, Serving, conversations, environment, lines
 
@@ -166,6 +173,13 @@ def test_what_is_wrong_is_named(client):
     wrong = error(jobs.create, **{"model": "gpt", "training_file": file, **asked})
     assert wrong.status_code in (400, 404) and (wrong.param or "").startswith(param or ""), asked
   assert error(jobs.list, after="ftjob-none").param == "after"
+  lists = client.files.list, jobs.list, client.models.list
+  for call in lists:
+    assert error(call, extra_query={"colour": "red"}).param == "colour"
+    assert error(call, extra_query={"metadata": {"a": "b"}}).param == "metadata"
+  for call in (jobs.list_events, jobs.checkpoints.list):
+    wrong = error(call, fine_tuning_job_id="ftjob-none", extra_query={"order": "asc"})
+    assert wrong.status_code == 400 and wrong.param == "order"
   assert error(jobs.cancel, fine_tuning_job_id="ftjob-none").status_code == 404
   assert error(client.post, path="/nothing", cast_to=object).status_code == 404
 
@@ -215,6 +229,44 @@ def test_an_answer_can_be_sent_back_as_the_client_has_it():
       examples.messages_of([{**message, key: "something"}], "messages")
   with pytest.raises(UserError, match="weight is not supported"):
     examples.messages_of([{**message, "weight": 1}], "messages", learned=False)
+
+
+def test_a_prompt_that_is_surely_too_long_is_not_encoded():
+  """To encode megabytes takes seconds. The talkers here could not."""
+  talker = types.SimpleNamespace(max_length=4, tokenizer=None)
+  text = "a" * 1025
+  turns = [{"role": "user", "content": text[:1000]}, {"role": "user", "content": text[1000:]}]
+  for call, asked in [(chat._opening, turns), (completions._encoded, ["a", text])]:
+    with pytest.raises(ApiError, match="the prompt has 1025 characters; the model has 4") as raised:
+      call(talker, asked)
+    assert raised.value.code == "context_length_exceeded"
+  embedder = types.SimpleNamespace(config=talker, tokenizer=None)
+  with pytest.raises(UserError, match="a text has 1025 characters"):
+    Embedder.embed(embedder, ["a", text])
+
+
+def test_what_is_gone_meanwhile_is_not_found(tmp_path, monkeypatch):
+  """A file between the look at its row and at its content, a checkpoint that a run removes."""
+  state = State(tmp_path)
+  files = files_lib.Files(tmp_path, state)
+  row = files.add("me", "a.jsonl", "fine-tune", io.BytesIO(conversations(1)), check=True)
+  files.path(row["id"]).unlink()
+  supervisor = types.SimpleNamespace(workdir=lambda job: tmp_path / job)
+  server = types.SimpleNamespace(files=files, state=state, supervisor=supervisor)
+  request = types.SimpleNamespace(app=types.SimpleNamespace(state=types.SimpleNamespace()))
+  request.app.state.server = server
+  with pytest.raises(ApiError) as raised:
+    files_lib.content(request, "me", row["id"])
+  assert raised.value.status == 404
+  with pytest.raises(ApiError) as raised:
+    fine_tuning._keep(files, "me", row["id"], "training_file", tmp_path)
+  assert raised.value.code == "file_not_found" and raised.value.param == "training_file"
+  state.insert("jobs", id="job", owner="me", status="running", created_at=0, body="{}")
+  kept, gone = tmp_path / "job/checkpoints/4", tmp_path / "job/checkpoints/2"
+  kept.mkdir(parents=True)
+  monkeypatch.setattr(fine_tuning.progress, "steps", lambda workdir: [kept, gone])
+  listed = fine_tuning.checkpoints(request, "me", "job")
+  assert [item["step_number"] for item in listed["data"]] == [4]
 
 
 def test_of_a_file_of_broken_lines_little_is_kept(tmp_path):
@@ -270,10 +322,13 @@ def test_an_encoder_embeds(client, bert_start):
 
 
 def test_too_much_at_once_is_told(client, serving):
+  """What could never fit is the client's fault; what may fit later is told so."""
   wrong = error(
     client.completions.create, model="gpt", prompt=["a"] * 64, max_tokens=100, n=2, stream=False
   )
-  assert wrong.status_code == 429 and wrong.response.headers["retry-after"]
+  assert wrong.status_code == 400 and "128 answers" in wrong.message and "24" in wrong.message
+  busy = errors.response(errors.of_exception(Full("9 requests wait already")))
+  assert busy.status_code == 429 and busy.headers["retry-after"]
   answer = client.completions.create(model="gpt", prompt="a", max_tokens=1)
   assert answer.usage.completion_tokens == 1
 

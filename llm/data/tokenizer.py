@@ -21,6 +21,9 @@ from llm.core import UserError, first_line
 
 META = "tokenizer_config.json"
 MOST_PIECES = 2**24
+# Of a token. Published vocabularies have pieces of up to 128. So a text of more than this times a
+# model's positions is too long, which need not be found by encoding megabytes.
+MOST_CHARACTERS = 256
 SPECIAL = ("pad", "unk", "cls", "sep", "mask", "eos")
 
 Folder = pathlib.Path | epath.Path

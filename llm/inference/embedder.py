@@ -7,6 +7,7 @@ import numpy as np
 
 from llm.core import UserError, next_power_of_two
 from llm.data import batches
+from llm.data.tokenizer import MOST_CHARACTERS
 from llm.models import build_backbone, resolve
 from llm.training.experiment import Bundle
 
@@ -30,13 +31,15 @@ class Embedder:
 
   def embed(self, texts: Sequence[str]) -> tuple[np.ndarray, int]:
     """(NxD float32, the tokens that were read). Raises UserError where a text is too long."""
+    most = self.config.max_length
+    characters = max(map(len, texts))
+    if characters > most * MOST_CHARACTERS:
+      raise UserError(f"a text has {characters} characters; the model has {most} positions")
     cls, sep = self.tokenizer.cls, self.tokenizer.sep
     ids = [[cls, *encoded, sep] for encoded in self.tokenizer.encode(texts)]
     longest = max(map(len, ids))
-    if longest > self.config.max_length:
-      raise UserError(
-        f"a text has {longest} tokens, more than the model's {self.config.max_length} positions"
-      )
+    if longest > most:
+      raise UserError(f"a text has {longest} tokens, more than the model's {most} positions")
     vectors = [
       np.asarray(self._embed(self.params, self._batch(ids[first : first + ROWS])))
       for first in range(0, len(ids), ROWS)

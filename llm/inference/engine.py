@@ -127,6 +127,11 @@ class Engine:
 
   def submit(self, *requests: Request):
     """Puts requests in the queue, all or none. Raises Full, or UserError if one is bad."""
+    if len(requests) > self.rows + self.limit:
+      raise UserError(
+        f"{len(requests)} answers were asked for at once, and the server takes "
+        f"{self.rows + self.limit} at most"
+      )
     for request in requests:
       self.check(request.ids, request.max_tokens)
     with self.changed:

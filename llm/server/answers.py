@@ -4,12 +4,13 @@ import asyncio
 import dataclasses
 import json
 import secrets
-from typing import Annotated, Any, AsyncIterator, Callable, Literal
+from typing import Annotated, Any, AsyncIterator, Callable, Iterable, Literal
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 from pydantic import Field, StringConstraints
 
+from llm.data.tokenizer import MOST_CHARACTERS
 from llm.inference import engine as engine_lib
 from llm.inference.engine import Explained, Piece
 from llm.inference.growing_text import INCOMPLETE
@@ -94,6 +95,17 @@ def submit(
       answers.append(Asked(len(answers), pieces, request))
   talker.engine.submit(*(answer.request for answer in answers))
   return answers
+
+
+def check_size(talker: Talker, texts: Iterable[str], param: str):
+  """Raises ApiError where a prompt has more characters than any that fits, before it is encoded."""
+  characters = sum(map(len, texts))
+  if characters > talker.max_length * MOST_CHARACTERS:
+    raise ApiError(
+      f"the prompt has {characters} characters; the model has {talker.max_length} positions",
+      param,
+      "context_length_exceeded",
+    )
 
 
 def _room(talker: Talker, prompt: list[int], max_tokens: int | None) -> int:

@@ -8,7 +8,7 @@ from typing import Any, AsyncIterator
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse
 
-from llm.server import chat, completions, errors, files, fine_tuning, limits, reading
+from llm.server import chat, completions, errors, files, fine_tuning, limits, listing, reading
 from llm.server.catalog import Catalog
 from llm.server.errors import ApiError
 from llm.server.files import Files, Owner
@@ -74,7 +74,8 @@ def build(server: Server, most: Limits) -> FastAPI:
   app.add_middleware(limits.Limited, upload=most.upload)
   for part in (files, fine_tuning, chat, completions, reading):
     app.include_router(part.router)
-  app.add_api_route("/v1/models", list_models, methods=["GET"])
+  checked = listing.CHECKED
+  app.add_api_route("/v1/models", list_models, methods=["GET"], dependencies=checked)
   app.add_api_route("/v1/models/{name:path}", get_model, methods=["GET"])
   app.add_api_route("/v1/models/{name:path}", delete_model, methods=["DELETE"])
   for path, name in PAGES.items():

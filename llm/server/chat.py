@@ -65,7 +65,9 @@ async def chat(request: Request, owner: Owner, asked: ChatRequest) -> Any:
 def _opening(talker: Talker, messages: list[dict[str, Any]]) -> list[int]:
   """The ids of the conversation so far. Raises ApiError if a message is wrong."""
   try:
-    return talker.opening(examples.messages_of(messages, "messages", learned=False))
+    turns = examples.messages_of(messages, "messages", learned=False)
+    answers_lib.check_size(talker, (turn["content"] for turn in turns), "messages")
+    return talker.opening(turns)
   except UserError as error:
     raise ApiError(first_line(error), "messages")
 

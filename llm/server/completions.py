@@ -58,6 +58,8 @@ async def complete(request: Request, owner: Owner, asked: CompletionRequest) -> 
 def _encoded(talker: Talker, prompt: Any) -> list[list[int]]:
   """The ids of each prompt: a text, ids, or a list of either. Raises ApiError."""
   prompts = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+  for text in prompts:
+    answers_lib.check_size(talker, text if isinstance(text, str) else "", "prompt")
   tokenizer = talker.tokenizer
   encoded = [tokenizer.encode([p])[0] if isinstance(p, str) else list(p) for p in prompts]
   for ids in encoded:

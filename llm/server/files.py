@@ -127,7 +127,7 @@ def upload(
     raise ApiError(first_line(error), "file", "invalid_file_format")
 
 
-@router.get("")
+@router.get("", dependencies=listing.CHECKED)
 def list_files(
   request: Request,
   owner: Owner,
@@ -150,7 +150,12 @@ def get_file(request: Request, owner: Owner, file_id: str) -> dict[str, Any]:
 def content(request: Request, owner: Owner, file_id: str) -> FileResponse:
   files = files_of(request)
   row = files.get(owner, file_id)
-  return FileResponse(files.path(row["id"]), media_type="application/octet-stream")
+  path = files.path(row["id"])
+  try:
+    found = path.stat()
+  except FileNotFoundError:  # it was deleted just now
+    raise unknown("file", file_id)
+  return FileResponse(path, media_type="application/octet-stream", stat_result=found)
 
 
 @router.delete("/{file_id}")

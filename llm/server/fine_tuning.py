@@ -1,6 +1,7 @@
 """/v1/fine_tuning/jobs: making jobs, looking at them, and stopping them."""
 
 import asyncio
+import contextlib
 import functools
 import json
 import os
@@ -139,15 +140,16 @@ def _keep(files: Any, owner: str, file_id: str, name: str, folder: Any):
     raise ApiError(error.message, name, "file_not_found")
   if row["purpose"] != "fine-tune":
     raise ApiError(f"{file_id} has the purpose {row['purpose']}, not fine-tune", name)
-  os.link(files.path(row["id"]), folder / name)
+  try:
+    os.link(files.path(row["id"]), folder / name)
+  except FileNotFoundError:  # it was deleted just now
+    raise ApiError(f"there is no file {file_id!r}", name, "file_not_found")
 
 
-@router.get("")
+@router.get("", dependencies=listing.CHECKED)
 def list_jobs(
   request: Request, owner: Owner, after: str | None = None, limit: Limit = 20
 ) -> dict[str, Any]:
-  if "metadata" in request.query_params:
-    raise ApiError("lists cannot be filtered by metadata", "metadata", "unsupported_parameter")
   state = request.app.state.server.state
   show = functools.partial(shown, state)
   return listing.page(state, "jobs", show, after, limit, owner=owner)
@@ -190,7 +192,7 @@ def resume(request: Request, owner: Owner, job_id: str) -> dict[str, Any]:
   return _moved(request, owner, job_id, ("paused",), "queued", "The job goes on")
 
 
-@router.get("/{job_id}/events")
+@router.get("/{job_id}/events", dependencies=listing.CHECKED)
 async def events(
   request: Request,
   owner: Owner,
@@ -223,7 +225,7 @@ async def _stream(request: Request, job_id: str) -> AsyncIterator[str]:
       await asyncio.sleep(0.3)
 
 
-@router.get("/{job_id}/checkpoints")
+@router.get("/{job_id}/checkpoints", dependencies=listing.CHECKED)
 def checkpoints(
   request: Request,
   owner: Owner,
@@ -234,7 +236,10 @@ def checkpoints(
   row = _row(request, owner, job_id)
   model = json.loads(row["body"]).get("fine_tuned_model")
   workdir = request.app.state.server.supervisor.workdir(job_id)
-  items = [_checkpoint(job_id, model, workdir, folder.name) for folder in progress.steps(workdir)]
+  items = []
+  for folder in progress.steps(workdir):
+    with contextlib.suppress(FileNotFoundError):  # the run has removed it just now
+      items.append(_checkpoint(job_id, model, workdir, folder.name))
   ids = [item["id"] for item in items]
   if after and after not in ids:
     raise ApiError(f"after={after!r} is not in this list", "after", "invalid_value")

@@ -3,6 +3,8 @@
 import sqlite3
 from typing import Any, Callable
 
+from fastapi import Depends, Request
+
 from llm.server.errors import ApiError
 from llm.server.state import LISTED, State
 
@@ -32,6 +34,18 @@ def page(
   )
   rows = state.db.execute(statement, (*values, limit + 1)).fetchall()
   return of([show(row) for row in rows[:limit]], len(rows) > limit)
+
+
+def check_query(request: Request):
+  """A dependency of lists: raises ApiError where a parameter would be ignored, such as a filter."""
+  known = {field.alias for field in request.scope["route"].dependant.query_params}
+  for name in request.query_params:
+    if name not in known:
+      message = f"unknown or unsupported parameter: {name}"
+      raise ApiError(message, name.partition("[")[0], "unsupported_parameter")
+
+
+CHECKED = [Depends(check_query)]
 
 
 def of(items: list[dict[str, Any]], has_more: bool = False) -> dict[str, Any]:
