@@ -146,6 +146,19 @@ def test_stops_cancellation_and_a_full_queue(engine):
     submit(engine, "a", 128)
 
 
+def test_a_model_that_is_let_go_of_answers_what_it_has(bundle, engine):
+  """Those in a slot and those who wait. It takes no more."""
+  expected = whole(submit(engine, "the film", 40)[1])[0]
+  leaving = Engine(Writer(bundle), rows=3)
+  pieces = [submit(leaving, "the film", 40)[1] for _ in range(5)]
+  leaving.retire()
+  with pytest.raises(Full):
+    submit(leaving, "the film", 1)
+  assert [whole(one)[0] for one in pieces] == [expected] * 5
+  leaving._thread.join(60)
+  assert not leaving._thread.is_alive()
+
+
 class Words:
   """A tokenizer of bytes with a few longer pieces."""
 

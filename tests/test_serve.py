@@ -1,5 +1,6 @@
 """The server, driven by OpenAI's official client over HTTP."""
 
+import concurrent.futures
 import http.client
 import io
 import json
@@ -7,6 +8,7 @@ import resource
 import socket
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 import types
@@ -22,6 +24,7 @@ from llm.inference.embedder import Embedder
 from llm.inference.engine import Full
 from llm.server import chat, completions, errors, examples, fine_tuning
 from llm.server import files as files_lib
+from llm.server.catalog import Base, Catalog
 from llm.server.errors import ApiError
 from llm.server.state import State
 from tests import malformed
@@ -267,6 +270,32 @@ def test_what_is_gone_meanwhile_is_not_found(tmp_path, monkeypatch):
   monkeypatch.setattr(fine_tuning.progress, "steps", lambda workdir: [kept, gone])
   listed = fine_tuning.checkpoints(request, "me", "job")
   assert [item["step_number"] for item in listed["data"]] == [4]
+
+
+def test_a_model_that_loads_keeps_nobody_waiting(tmp_path):
+  """Not those who ask for another model. Those who ask for the same one load it once."""
+  catalog = Catalog(tmp_path, State(tmp_path), {"slow": "slow", "quick": "quick"}, 1, 1, 4)
+  catalog.bases |= {name: Base(name, "decoder", 8, False) for name in ("slow", "quick")}
+  began, may_end, loaded = threading.Event(), threading.Event(), []
+
+  def make(checkpoint):
+    loaded.append(checkpoint)
+    if checkpoint == "slow":
+      began.set()
+      assert may_end.wait(30)
+    return object()
+
+  catalog._make_talker = make
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    slow = [pool.submit(catalog.talker, "me", "slow") for _ in range(3)]
+    assert began.wait(30)
+    quick = pool.submit(catalog.talker, "me", "quick")
+    try:
+      assert quick.result(5)
+    finally:
+      may_end.set()
+    assert slow[0].result() is slow[1].result() is slow[2].result()
+  assert sorted(loaded) == ["quick", "slow"]
 
 
 def test_of_a_file_of_broken_lines_little_is_kept(tmp_path):

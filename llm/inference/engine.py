@@ -97,6 +97,7 @@ class Engine:
     self.waiting: collections.deque[Request] = collections.deque()
     self.answers: list[_Answer | None] = [None] * rows
     self.changed = threading.Condition()
+    self.retired = False  # it takes no more requests
     self.closed = False
     # On a CPU each row of the ring costs, and a request is often alone: its ring has one row.
     self.rows_alone = 1 if writer.on_one_cpu else rows
@@ -135,7 +136,7 @@ class Engine:
     for request in requests:
       self.check(request.ids, request.max_tokens)
     with self.changed:
-      if self.closed:  # another model has taken its place in memory just now
+      if self.retired:  # another model has taken its place in memory just now
         raise Full("the model is being unloaded")
       self._forget_cancelled()
       free = self.rows - sum(answer is not None for answer in self.answers)
@@ -154,10 +155,16 @@ class Engine:
         f"{self.writer.config.max_length} positions"
       )
 
+  def retire(self):
+    """Takes no more requests. The thread ends when all that it has are answered."""
+    with self.changed:
+      self.retired = True
+      self.changed.notify()
+
   def close(self):
     """Ends the thread after the token that it writes; requests that are left end as errors."""
     with self.changed:
-      self.closed = True
+      self.retired = self.closed = True
       self.changed.notify()
     self._thread.join()
 
@@ -166,9 +173,9 @@ class Engine:
     in_progress = None  # the step that the devices write: (its arrays, who had its rows)
     while True:
       with self.changed:
-        while not (self.closed or in_progress or self.waiting or any(self.answers)):
+        while not (self.retired or in_progress or self.busy):
           self.changed.wait()
-        if self.closed:
+        if self.closed or not (in_progress or self.busy):
           break
       try:
         with jax.set_mesh(self.writer.mesh):

@@ -71,7 +71,8 @@ class Catalog:
     self.created_at = int(time.time())
     self.loaded: collections.OrderedDict[tuple[str, type], Any] = collections.OrderedDict()
     self.bases: dict[str, Base] = {}
-    self._lock = threading.Lock()
+    self._lock = threading.Lock()  # of what is in memory: it is held for moments
+    self._loading: dict[tuple[str, type], threading.Event] = {}  # set when a model is loaded
 
   def listed(self, owner: str) -> list[dict[str, Any]]:
     """The models of an owner, as the API lists them."""
@@ -134,13 +135,31 @@ class Catalog:
   def _loaded(
     self, name: str, base: Base, kind: type[Served], make: Callable[[str], Served]
   ) -> Served:
-    """The model from memory, or as `make` loads it."""
-    with self._lock:
-      if (name, kind) not in self.loaded:
-        self._make_room()
-        self.loaded[name, kind] = make(base.checkpoint)
-      self.loaded.move_to_end((name, kind))
-      return self.loaded[name, kind]
+    """The model from memory, or as `make` loads it. Those that are in memory do not wait for it."""
+    key = name, kind
+    while True:
+      with self._lock:
+        if key in self.loaded:
+          self.loaded.move_to_end(key)
+          return self.loaded[key]
+        others = self._loading.get(key)
+        if others is None:
+          self._loading[key] = threading.Event()
+          self._make_room()
+      if others is None:
+        return self._load(key, base, make)
+      others.wait()
+
+  def _load(self, key: tuple[str, type], base: Base, make: Callable[[str], Served]) -> Served:
+    """Loads a model that nobody else loads now."""
+    try:
+      model = make(base.checkpoint)
+      with self._lock:
+        self.loaded[key] = model
+      return model
+    finally:
+      with self._lock:
+        self._loading.pop(key).set()
 
   def _make_room(self):
     """Lets go of the model that was asked for least lately, unless it is at work."""
@@ -149,23 +168,26 @@ class Catalog:
       for key, model in self.loaded.items()
       if not (isinstance(model, Talker) and model.engine.busy)
     ]
-    while len(self.loaded) >= self.limit and idle:
-      model = self.loaded.pop(idle.pop(0))
-      if isinstance(model, Talker):
-        model.engine.close()
+    while len(self.loaded) + len(self._loading) > self.limit and idle:
+      _let_go(self.loaded.pop(idle.pop(0)))
 
   def forget(self, name: str):
-    """Lets go of a model that was deleted."""
+    """Lets go of a model that was deleted, when what it is asked now is answered."""
     with self._lock:
-      model = self.loaded.pop((name, Talker), None)
-    if model:
-      model.engine.close()
+      for key in [key for key in self.loaded if key[0] == name]:
+        _let_go(self.loaded.pop(key))
 
   def close(self):
     """Ends the threads of all models."""
-    for model in self.loaded.values():
+    for model in list(self.loaded.values()):
       if isinstance(model, Talker):
         model.engine.close()
+
+
+def _let_go(model: Any):
+  """A model leaves the memory. A request may have come just now: it is answered first."""
+  if isinstance(model, Talker):
+    model.engine.retire()
 
 
 def _shown(name: str, owner: str, created_at: int) -> dict[str, Any]:
