@@ -25,6 +25,34 @@ def same(answer, record):
   return 0.1
 
 
+class Slow:
+  """Takes long to load, and no time for an answer."""
+
+  loaded = False
+
+  def prepare(self):
+    time.sleep(2)
+    self.loaded = True
+
+  def __call__(self, answer, record):
+    if not self.loaded:
+      self.prepare()
+    return len(answer)
+
+
+slow = Slow()
+
+
+class Unready(Slow):
+  """Cannot load."""
+
+  def prepare(self):
+    raise RuntimeError("no such model")
+
+
+unready = Unready()
+
+
 def broken(answer, record):
   """Never works."""
   raise RuntimeError("out of order")

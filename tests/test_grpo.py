@@ -318,6 +318,14 @@ def test_a_reward_that_fails_is_bounded_named_and_counted(capsys):
   grader.close()
 
 
+def test_what_a_reward_loads_is_not_counted_as_time_of_an_answer():
+  grader = grading.Grader("tests.reward_functions:slow", 1.0)
+  assert [grade.value for grade in grader.grade(["a", "bb"], [{}, {}])] == [1.0, 2.0]
+  grader.close()
+  with pytest.raises(UserError, match="unready cannot be prepared: RuntimeError: no such model"):
+    grading.Grader("tests.reward_functions:unready", 1.0).grade(["a"], [{}])
+
+
 def test_a_reward_that_never_works_ends_the_run(monkeypatch):
   grader = grading.Grader("tests.reward_functions:broken", 1.0)
   monkeypatch.setattr(
@@ -413,6 +421,8 @@ def test_a_checkpoint_of_sentiment_is_a_reward(reviews, bert_start, tmp_path):
   )
   loop.train(config, tmp_path / "judge", say=silent)
   reward = functions.resolve(f"classifier:{tmp_path}/judge:good")
+  functions.prepare(reward, "classifier")
+  assert "program" in vars(reward)  # what it loads is there before the first answer
   probabilities = [reward(text, {}) for text in ("praise the film.", "slowly the film.", " ")]
   assert 0 < probabilities[1] < probabilities[0] < 1 and probabilities[2] == 0
   with pytest.raises(UserError, match="'great' is no label of .* labels are bad, good"):

@@ -77,6 +77,23 @@ def resolve(spec: str) -> Reward:
   return _imported(spec, spec)
 
 
+def prepare(reward: Reward, spec: str):
+  """Lets a reward with a method `prepare` get ready, which no answer's time has to pay.
+
+  Raises UserError where that fails.
+  """
+  get_ready = getattr(reward, "prepare", None)
+  if get_ready is None:
+    return
+  try:
+    get_ready()
+  except Exception as error:  # a module may raise anything
+    raise UserError(
+      f"config.objective.reward={spec} cannot be prepared: {type(error).__name__}: "
+      f"{first_line(error)}"
+    )
+
+
 def _imported(path: str, spec: str) -> Any:
   """The function of MODULE:FUNCTION. Raises UserError where it cannot be imported."""
   module, colon, name = path.partition(":")

@@ -35,6 +35,7 @@ def serve(pipe: Connection, spec: str) -> None:
   """Sends "", or why the reward cannot be asked; then grades until the run closes the pipe."""
   try:
     reward = functions.resolve(spec)
+    functions.prepare(reward, spec)
   except UserError as error:
     pipe.send(str(error))
     return
