@@ -275,7 +275,9 @@ def test_a_run_that_was_killed_ends_bit_equal(start, tmp_path, monkeypatch):
   with pytest.raises(RuntimeError, match="killed"):
     loop.train(config, tmp_path / "cut", say=silent)
   monkeypatch.setattr(grpo, "_metrics", metrics)
-  loop.train(config, tmp_path / "cut", say=silent)
+  cut = loop.train(config, tmp_path / "cut", say=silent)
+  (of_prompts,) = (of_source["tokens"] for of_source in whole["data"].values())
+  assert cut["tokens"] == whole["tokens"] > of_prompts  # the answers are learned too
   first, second = params_after(tmp_path / "whole", 4), params_after(tmp_path / "cut", 4)
   assert all((first[path] == second[path]).all() for path in first)
   logs = [

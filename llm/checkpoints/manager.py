@@ -76,6 +76,7 @@ class Saved:
 
   settled: what "auto" became where the step was trained. data: source -> digest. window: the sums
   of the log line that the run is in. seconds: that the run took so far, by activity, and `whole`.
+  tokens: that it has learned from so far.
   """
 
   step: Annotated[int, msgspec.Meta(ge=0)]
@@ -86,6 +87,7 @@ class Saved:
   data: dict[str, str] = dataclasses.field(default_factory=dict)
   window: dict[str, list[float]] = dataclasses.field(default_factory=dict)
   seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+  tokens: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +102,7 @@ class Description:
   data: dict[str, str]
   window: dict[str, list[float]]
   seconds: dict[str, float]
+  tokens: float
 
 
 def _size(path: epath.Path) -> int:
@@ -267,6 +270,7 @@ def describe(step: epath.Path) -> Description:
     saved.data,
     saved.window,
     saved.seconds,
+    saved.tokens,
   )
 
 

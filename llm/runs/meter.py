@@ -51,7 +51,8 @@ class Meter:
   last: dict[str, float] = dataclasses.field(default_factory=dict)
   # Tokens and FLOPs a second, of each log line.
   paces: list[tuple[float, float]] = dataclasses.field(default_factory=list)
-  # Of the whole run.
+  # Of the whole run. A run that goes on begins with the tokens of its checkpoint.
+  total_tokens: float = 0.0
   total_flops: float = 0.0
   # When the last log line was written.
   logged_at: float = dataclasses.field(default_factory=time.perf_counter)
@@ -63,6 +64,7 @@ class Meter:
     """Takes the metrics and the work of one more step, without waiting for them."""
     self.on_device.append(metrics)
     self.work.append((tokens, flops))
+    self.total_tokens += tokens
     self.total_flops += flops
 
   def settle(self, step: int):

@@ -144,6 +144,7 @@ class _Run:
     self.window: dict[str, Any] = saved.window if saved else {}
     # What a resumed run took before counts as if it had started so much earlier.
     self.seconds_before: dict[str, float] = saved.seconds if saved else {}
+    self.tokens_before = saved.tokens if saved else 0.0
     self.started_at = started_at - self.seconds_before.get("whole", 0.0)
     goal = self.config.training.keep_best
     best = saved.progress if saved else manager.Best()
@@ -176,7 +177,7 @@ class _Run:
     self.saver = manager.Manager(self.workdir, config.training.keep, self.experiment.tokenizer)
     self.log_folder = workdir_lib.LogFolder(self.workdir)
     self.log = Log(self.log_folder, self.first_step, self.last_step, self.evaluation_left)
-    self.meter = Meter(self.first_step, window=self.window)
+    self.meter = Meter(self.first_step, window=self.window, total_tokens=self.tokens_before)
     self.meter.total_seconds.update(self.seconds_before)
     self.meter.total_seconds["start"] += time.time() - started_at
     self.stream = batches_lib.stream(
@@ -342,6 +343,7 @@ class _Run:
       # A copy: the description is written while the next steps are added.
       "window": {name: list(total) for name, total in self.meter.window.items()},
       "seconds": {**self.meter.total_seconds, "whole": time.time() - self.started_at},
+      "tokens": self.meter.total_tokens,
     }
     with self.meter.timed("checkpoint"):
       self.saver.save(
@@ -418,6 +420,7 @@ class _Run:
       "shares": self.meter.shares(seconds),
       "tokens_per_second": pace,
       "mfu": flops_per_second and flops_per_second / self.peak_flops,
+      "tokens": self.meter.total_tokens,
       "flops": step * self.flops_a_step(step),
       "data": {name: {"epochs": epochs, "tokens": tokens} for name, (epochs, tokens) in usage},
       "eval": self.eval_figures,
