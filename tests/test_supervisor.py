@@ -5,7 +5,6 @@ import signal
 import sys
 import textwrap
 import time
-import types
 
 import pytest
 
@@ -15,7 +14,8 @@ from llm.server.state import State, new_id
 from llm.server.supervisor import Supervisor, _processes_of
 from tests.serving import conversations
 
-# Takes 20 steps of 20 ms, saves each, and goes on from the last one. Two at once are a fault.
+# Takes 20 steps of 20 ms, saves each, and goes on from the last one. Two at once are a fault. Where
+# `slow` says so, it takes long to stop. It counts the signals that it got.
 RUN = textwrap.dedent("""
   import fcntl, json, pathlib, signal, sys, time
   workdir = pathlib.Path(sys.argv[1].removeprefix("--workdir="))
@@ -39,8 +39,10 @@ RUN = textwrap.dedent("""
     with open(workdir / "metrics.jsonl", "a") as file:
       file.write(json.dumps({"step": step, "split": "train", "loss": 1 / step}) + "\\n")
     if stopped:
+      time.sleep(0.5 if (workdir.parent / "slow").exists() else 0)
+      (workdir / "signals").write_text(str(len(stopped)))
       sys.exit(143)
-  result = {"step": 20, "data": {"a": {"epochs": 2.0, "tokens": 80.0}}}
+  result = {"step": 20, "tokens": 80.0, "data": {"a": {"epochs": 2.0, "tokens": 40.0}}}
   (workdir / "result.json").write_text(json.dumps(result))
 """)
 
@@ -52,29 +54,32 @@ class Place:
     self.folder = folder
     self.state = State(folder)
     self.files = Files(folder, self.state)
-    base = types.SimpleNamespace(checkpoint="base", kind="decoder", max_length=64)
-    self.catalog = types.SimpleNamespace(base=lambda owner, name: base)
+    self.base = folder / "base"
+    self.base.mkdir()
+    self.asked = []  # the keys of each start
     self.status = 2  # of a run that breaks
 
   def supervisor(self, limit=1):
     def command(method, keys, workdir):
+      self.asked.append(keys)
       return [sys.executable, "-c", RUN, f"--workdir={workdir}", str(self.status)]
 
-    return Supervisor(self.folder, self.state, self.files, self.catalog, limit, command)
+    return Supervisor(self.folder, self.state, self.files, limit, command)
 
-  def job(self, content=None):
+  def job(self, content=None, **changes):
     job_id = new_id("ftjob")
     (self.folder / "jobs" / job_id).mkdir(parents=True)
     (self.folder / "jobs" / job_id / "training_file").write_bytes(content or conversations(3))
     method = {"type": "supervised", "supervised": {"hyperparameters": {}}}
-    body = {"model": "base", "training_file": "file-a", "seed": 0, "method": method}
+    base = {"checkpoint": str(self.base), "max_length": 64}
+    body = {"model": "base", "training_file": "file-a", "seed": 0, "method": method, "base": base}
     self.state.insert(
       "jobs",
       id=job_id,
       owner="me",
       status="validating_files",
       created_at=0,
-      body=json.dumps(body),
+      body=json.dumps({**body, **changes}),
     )
     return job_id
 
@@ -154,9 +159,109 @@ def test_pause_resume_and_cancel(place, forgets):
     )
     assert not (workdir / "result.json").exists()
     if status == "paused":
-      place.state.move(job, ["paused"], "queued")
+      resume(place, job)
       place.running(supervisor, job, step=int((workdir / "step").read_text()) + 2)
   assert place.starts(job) == 2
+
+
+def resume(place, job):
+  place.state.move(job, ["paused"], "queued")
+
+
+def test_paused_and_resumed_at_once_a_run_goes_on(place):
+  supervisor = place.supervisor()
+  job = place.job()
+  place.running(supervisor, job)
+  place.state.move(job, ["running"], "paused")
+  resume(place, job)
+  place.look_until(supervisor, job, "succeeded")
+  assert place.starts(job) == 1
+  job = place.job()
+  place.running(supervisor, job)
+  place.state.move(job, ["running"], "paused")
+  resume(place, job)
+  supervisor.processes[job].wait()  # it ends before the next look
+  place.look_until(supervisor, job, "succeeded")
+  assert place.starts(job) == 1
+
+
+@pytest.mark.parametrize("meanwhile", ["resumed", "the server starts again", "the server stops"])
+def test_a_run_is_told_to_stop_once(place, meanwhile):
+  """A second signal would end llm.train before it has saved."""
+  supervisor = place.supervisor()
+  job = place.job()
+  (place.folder / "jobs" / job / "slow").touch()
+  place.running(supervisor, job)
+  process = supervisor.processes[job]
+  place.state.move(job, ["running"], "paused")
+  supervisor.look()
+  time.sleep(0.1)
+  if meanwhile == "resumed":
+    resume(place, job)
+    supervisor.look()
+    place.state.move(job, ["queued"], "paused")
+    supervisor.look()
+  elif meanwhile == "the server stops":
+    supervisor.stopping.set()
+    supervisor.run()
+  else:
+    place.supervisor().look()
+  process.wait()
+  assert (place.folder / "jobs" / job / "run" / "signals").read_text() == "1"
+  supervisor = place.supervisor()
+  supervisor.look()
+  resume(place, job)
+  place.look_until(supervisor, job, "succeeded")
+  assert place.starts(job) == 2
+
+
+def test_a_run_that_comes_further_may_end_often(place):
+  """Steps that were logged count, though none was saved as a checkpoint."""
+  supervisor = place.supervisor()
+  job = place.job()
+  for number in range(5):
+    place.running(supervisor, job, step=3 * number + 2)
+    supervisor.processes[job].kill()
+    supervisor.processes[job].wait()
+    supervisor.look()
+  place.look_until(supervisor, job, "succeeded")
+  assert place.starts(job) == 6
+
+
+def test_each_start_has_the_keys_of_the_first(place, monkeypatch):
+  """Whatever --models or the defaults are by then."""
+  supervisor = place.supervisor()
+  job = place.job()
+  place.running(supervisor, job)
+  place.state.move(job, ["running"], "paused")
+  place.look_until(supervisor, job, "paused", and_also=lambda: not supervisor.processes)
+  monkeypatch.setattr(translation, "overrides", None)
+  resume(place, job)
+  place.look_until(place.supervisor(), job, "succeeded")
+  assert len(place.asked) == 2 and place.asked[0] == place.asked[1]
+  assert place.asked[0]["transfer.checkpoint"] == str(place.base)
+
+
+def test_a_job_whose_base_is_gone_says_so(place):
+  job = place.job()
+  place.base.rmdir()
+  _, body = place.look_until(place.supervisor(), job, "failed")
+  assert body["error"]["message"] == f"the checkpoint of base is gone: {place.base}"
+  assert body["error"]["param"] == "model"
+
+
+@pytest.mark.parametrize("broken", ["validating_files", "running"])
+def test_a_job_that_cannot_be_looked_at_fails_alone(place, broken):
+  supervisor = place.supervisor()
+  job = place.job(**({"method": {}} if broken == "validating_files" else {}))
+  if broken == "running":
+    place.running(supervisor, job)
+    (place.folder / "jobs" / job / "run" / "metrics.jsonl").write_text("[]\n")
+  other = place.job()
+  place.look_until(supervisor, other, "succeeded")
+  status, body = place.get(job)
+  said = "KeyError: type" if broken == "validating_files" else "TypeError"
+  assert status == "failed" and body["error"]["message"].startswith(said)
 
 
 def test_why_a_job_failed(place):
@@ -172,6 +277,19 @@ def test_why_a_job_failed(place):
     assert place.starts(job) == starts
 
 
+def test_the_reason_is_that_of_the_last_attempt(place):
+  supervisor = place.supervisor()
+  job = place.job()
+  breaks = place.folder / "jobs" / job / "breaks"
+  breaks.write_text("error: params: No space left on device")
+  place.look_until(supervisor, job, "paused")
+  place.status = 9
+  breaks.write_text("Killed")
+  resume(place, job)
+  _, body = place.look_until(supervisor, job, "failed")
+  assert body["error"]["message"] == "Killed"
+
+
 def test_a_full_disk_pauses_a_job(place):
   supervisor = place.supervisor()
   job = place.job()
@@ -179,11 +297,11 @@ def test_a_full_disk_pauses_a_job(place):
   breaks.write_text("error: params: No space left on device")
   place.look_until(supervisor, job, "paused")
   breaks.unlink()
-  place.state.move(job, ["paused"], "queued")
+  resume(place, job)
   place.look_until(supervisor, job, "succeeded")
 
 
-@pytest.mark.parametrize("kind", ["supervised", "dpo"])
+@pytest.mark.parametrize("kind", ["supervised", "dpo", "reinforcement"])
 def test_a_job_is_a_command_that_llm_train_would_take(kind, tmp_path):
   from llm import config as config_lib
 
@@ -191,6 +309,7 @@ def test_a_job_is_a_command_that_llm_train_would_take(kind, tmp_path):
   if kind == "dpo":
     hyperparameters["beta"] = 0.3
   method = {"type": kind, kind: {"hyperparameters": hyperparameters}}
+  (tmp_path / "eval.jsonl").touch()
   keys = translation.overrides(method, 5, "base", 64, tmp_path, 12)
   config = translation.config_of(kind)
   before = config.optimizer.learning_rate, config.recipe.learning_rate
@@ -200,4 +319,6 @@ def test_a_job_is_a_command_that_llm_train_would_take(kind, tmp_path):
   assert frozen.training.batch_size == 4 and frozen.training.sequence_length == 64
   after = frozen.optimizer.learning_rate, frozen.recipe.learning_rate
   assert after[before[0] == -1] == pytest.approx(2 * before[before[0] == -1])
+  assert frozen.training.save_every == (3 if kind == "reinforcement" else -1)
+  assert frozen.training.keep_best == "auto"
   assert kind != "dpo" or frozen.objective["beta"] == 0.3

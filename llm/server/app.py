@@ -55,7 +55,7 @@ def open_server(workdir: pathlib.Path, served: dict[str, str], limits: Limits) -
   state = State(workdir)
   uploads = Files(workdir, state)
   catalog = Catalog(workdir, state, served, limits.slots, limits.waiting, limits.models)
-  return Server(state, uploads, catalog, Supervisor(workdir, state, uploads, catalog, limits.jobs))
+  return Server(state, uploads, catalog, Supervisor(workdir, state, uploads, limits.jobs))
 
 
 def build(server: Server, most: Limits) -> FastAPI:

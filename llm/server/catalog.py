@@ -12,7 +12,7 @@ import time
 from typing import Any, Callable, TypeVar
 
 import llm
-from llm import models
+from llm import models, storage
 from llm.checkpoints import locate, manager
 from llm.core import UserError
 from llm.inference.embedder import Embedder
@@ -28,7 +28,7 @@ Served = TypeVar("Served", Talker, Labeller, Embedder)
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-  """A checkpoint that a job can start from. kind: of its architecture."""
+  """A checkpoint that a job can start from: a step. kind: of its architecture."""
 
   checkpoint: str
   kind: str
@@ -96,13 +96,15 @@ class Catalog:
   def base(self, owner: str, name: str) -> Base:
     """A model as the start of a job. Raises ApiError or UserError."""
     checkpoint = self.checkpoint(owner, name)
-    if checkpoint not in self.bases:
-      saved = manager.describe(locate.find(checkpoint, _say_nothing)).config
+    known = self.bases.get(checkpoint)
+    if known is None or is_gone(known.checkpoint):  # its run has removed it
+      step = locate.find(checkpoint, _say_nothing)
+      saved = manager.describe(step).config
       facts = models.facts(saved.model)
       objective = base_lib.build(saved.objective)
       labels = isinstance(objective, base_lib.Labels)
       length = saved.model.max_length
-      self.bases[checkpoint] = Base(checkpoint, facts.kind, length, labels)
+      self.bases[checkpoint] = Base(str(step), facts.kind, length, labels)
     return self.bases[checkpoint]
 
   def talker(self, owner: str, name: str) -> Talker:
@@ -182,6 +184,11 @@ class Catalog:
     for model in list(self.loaded.values()):
       if isinstance(model, Talker):
         model.engine.close()
+
+
+def is_gone(checkpoint: str) -> bool:
+  """Whether a step is on the disk no more. One in a bucket is taken to be there."""
+  return not storage.is_bucket(checkpoint) and not pathlib.Path(checkpoint).exists()
 
 
 def _let_go(model: Any):

@@ -17,7 +17,7 @@ from fastapi.responses import StreamingResponse
 
 from llm.core import UserError, first_line
 from llm.server import listing, methods, progress
-from llm.server.catalog import STEP
+from llm.server.catalog import STEP, Base
 from llm.server.errors import ApiError, unknown
 from llm.server.files import Limit, Owner
 from llm.server.state import State, new_id
@@ -93,7 +93,7 @@ def _row(request: Request, owner: str, job_id: str) -> sqlite3.Row:
 def create(request: Request, owner: Owner, asked: methods.JobRequest) -> dict[str, Any]:
   server = request.app.state.server
   method = methods.settled(asked)
-  _check_trainable(server, owner, asked.model)
+  base = _trainable(server, owner, asked.model)
   job_id = new_id("ftjob")
   folder = server.supervisor.jobs / job_id
   folder.mkdir()
@@ -104,6 +104,8 @@ def create(request: Request, owner: Owner, asked: methods.JobRequest) -> dict[st
     body = {
       **asked.model_dump(exclude_none=True, exclude={"method", "hyperparameters", "integrations"}),
       "method": method,
+      # --models may name another checkpoint, or none, when the job starts.
+      "base": {"checkpoint": base.checkpoint, "max_length": base.max_length},
       "seed": secrets.randbelow(2**31) if asked.seed is None else asked.seed,
     }
     server.state.add_event(job_id, "created", f"Created fine-tuning job: {job_id}")
@@ -121,8 +123,8 @@ def create(request: Request, owner: Owner, asked: methods.JobRequest) -> dict[st
   return shown(server.state, _row(request, owner, job_id))
 
 
-def _check_trainable(server: Any, owner: str, model: str):
-  """Raises ApiError where a model cannot be trained so."""
+def _trainable(server: Any, owner: str, model: str) -> Base:
+  """The model as the start of a job. Raises ApiError where it cannot be trained so."""
   try:
     base = server.catalog.base(owner, model)
   except UserError as error:
@@ -130,6 +132,7 @@ def _check_trainable(server: Any, owner: str, model: str):
   if base.kind != "decoder":
     name = base.kind.replace("_", "-")
     raise ApiError(f"{model} is an {name}: it cannot be trained to chat", "model")
+  return base
 
 
 def _keep(files: Any, owner: str, file_id: str, name: str, folder: Any):

@@ -10,6 +10,7 @@ from llm.core import first_line
 
 # Figures of metrics.jsonl -> their names in the API.
 NAMES = {"loss": "loss", "accuracy": "mean_token_accuracy"}
+START = b"--- the run starts ---\n"  # in its log, which is that of all attempts
 OWN = ("margin", "reward", "entropy", "length")  # those of other methods keep theirs
 
 
@@ -84,8 +85,9 @@ def as_csv(workdir: pathlib.Path) -> bytes:
 
 
 def failure(log: pathlib.Path) -> str:
-  """Why a run failed: its last line that says so."""
-  lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+  """Why a run failed: the last line of its last attempt that says so."""
+  text = log.read_bytes().rpartition(START)[2].decode(errors="replace")
+  lines = [line.strip() for line in text.splitlines() if line.strip()]
   errors = [line for line in lines if line.startswith("error: ")]
   if errors:
     return first_line(ValueError(errors[-1].removeprefix("error: ")))

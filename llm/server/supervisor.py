@@ -5,6 +5,7 @@ holds a lock from before its process starts until it has ended, whatever becomes
 server that starts again knows which runs live on, and no job runs twice. llm.train resumes exactly.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -22,7 +23,7 @@ import psutil
 
 from llm.core import UserError, first_line
 from llm.server import errors, examples, graders, progress, translation
-from llm.server.catalog import Catalog
+from llm.server.catalog import is_gone
 from llm.server.files import Files
 from llm.server.state import State
 
@@ -31,6 +32,7 @@ PATIENCE = 60.0  # seconds that a run may take to save when it is told to stop
 ATTEMPTS = 3  # of a run that ends without a reason and without a step forward
 NICE = 5  # jobs leave the processor to chats
 FILES = {"training_file": "train.jsonl", "validation_file": "eval.jsonl"}  # -> for llm.train
+STOPPING = "stopping"  # a file beside a run that was told to stop
 NO_SPACE = "No space left on device"
 ROOM = 2**20  # bytes; with less than that, the disk is full
 
@@ -43,7 +45,6 @@ class Supervisor(threading.Thread):
     workdir: pathlib.Path,
     state: State,
     files: Files,
-    catalog: Catalog,
     limit: int,
     command: Callable[..., list[str]] = translation.command,
   ):
@@ -52,13 +53,12 @@ class Supervisor(threading.Thread):
     self.jobs.mkdir(parents=True, exist_ok=True)
     self.state = state
     self.files = files
-    self.catalog = catalog
     self.limit = limit
     self.command = command
     self.processes: dict[str, subprocess.Popen] = {}
     self.orphans: set[str] = set()  # runs of an earlier server that live on
     self.told_at: dict[str, float] = {}  # when a run was told to stop
-    self.attempts: dict[str, tuple[int, int]] = {}  # (tries, the step at which they began)
+    self.attempts: dict[str, tuple[int, int]] = {}  # (tries, the last step that one of them took)
     self.told: dict[str, set[str]] = {}  # tags of events, so that each is written once
     self.stopping = threading.Event()
     self._tidy()
@@ -70,6 +70,8 @@ class Supervisor(threading.Thread):
         shutil.rmtree(folder)
       elif _is_locked(folder):
         self.orphans.add(folder.name)
+        with contextlib.suppress(FileNotFoundError):
+          self.told_at[folder.name] = (folder / STOPPING).stat().st_mtime
 
   def workdir(self, job_id: str) -> pathlib.Path:
     """The workdir of a job's run."""
@@ -83,8 +85,8 @@ class Supervisor(threading.Thread):
       except Exception as error:  # of one look; the next one tries again
         if not errors.is_full(error):
           traceback.print_exc()
-    for process in self.processes.values():
-      process.terminate()
+    for job_id in self.processes:
+      self._tell_to_stop(job_id)
     for process in self.processes.values():
       try:
         process.wait(PATIENCE)
@@ -103,22 +105,37 @@ class Supervisor(threading.Thread):
   def look(self):
     """One look at all jobs. Those that are not at work wait where the disk is full."""
     for job_id in [*self.processes, *self.orphans]:
-      self._follow(job_id)
+      self._guarded(job_id, self._follow, job_id)
     if not self._has_room():
       return
     for row in self.state.rows("jobs", status="validating_files"):
-      self._validate(row)
+      self._guarded(row["id"], self._validate, row)
     for row in self.state.rows("jobs", status="running"):
       if row["id"] not in self.processes and row["id"] not in self.orphans:
-        self._go_on(row)
+        self._guarded(row["id"], self._go_on, row)
     for row in self.state.rows("jobs", status="queued"):
       if len(self.processes) + len(self.orphans) >= self.limit:
         break
       if row["id"] not in self.processes and row["id"] not in self.orphans:
-        self._start(row)
+        self._guarded(row["id"], self._start, row)
+
+  def _guarded(self, job_id: str, act: Callable, *asked: Any):
+    """Does something for a job. Where it goes wrong the job fails, and no other one."""
+    try:
+      act(*asked)
+    except sqlite3.Error:  # of the database, which is that of all jobs
+      raise
+    except Exception as error:
+      if errors.is_full(error):
+        return  # the next look tries again
+      traceback.print_exc()
+      self._fail(job_id, "server_error", f"{type(error).__name__}: {first_line(error)}", None)
 
   def _validate(self, row: sqlite3.Row):
-    """Writes the files of a job as llm.train reads them; a broken line fails the job."""
+    """Writes the files of a job as llm.train reads them, and settles the keys of its run.
+
+    A broken line fails the job.
+    """
     job_id, body = row["id"], json.loads(row["body"])
     self.state.add_event(job_id, "validating", f"Validating training file: {body['training_file']}")
     folder = self.jobs / job_id
@@ -135,28 +152,29 @@ class Supervisor(threading.Thread):
       except OSError as error:
         self._fail(job_id, "not_validated", first_line(error), param)
         return
-    count = counts["training_file"]
-    self.state.move(job_id, ["validating_files"], "queued", examples=count)
+    # The keys are those of every start, whatever --models or the defaults are by then.
+    base = body["base"]
+    keys = translation.overrides(
+      body["method"],
+      body["seed"],
+      base["checkpoint"],
+      base["max_length"],
+      folder,
+      counts["training_file"],
+    )
+    self.state.move(job_id, ["validating_files"], "queued", keys=keys)
     self.state.add_event(job_id, "queued", "Files validated, moving job to queued state")
 
   def _start(self, row: sqlite3.Row):
     """Starts the run of a queued job, or goes on with it."""
     job_id, body = row["id"], json.loads(row["body"])
     folder = self.jobs / job_id
-    try:
-      base = self.catalog.base(row["owner"], body["model"])
-      keys = translation.overrides(
-        body["method"],
-        body["seed"],
-        base.checkpoint,
-        base.max_length,
-        folder,
-        body["examples"],
-      )
-    except Exception as error:  # its base model is gone, or cannot be read any more
-      self._fail(job_id, "model_not_available", first_line(error), "model")
+    checkpoint = body["base"]["checkpoint"]
+    if is_gone(checkpoint):
+      message = f"the checkpoint of {body['model']} is gone: {checkpoint}"
+      self._fail(job_id, "model_not_available", message, "model")
       return
-    command = self.command(body["method"]["type"], keys, self.workdir(job_id))
+    command = self.command(body["method"]["type"], body["keys"], self.workdir(job_id))
     if not self.state.move(job_id, ["queued", "running"], "running"):
       return  # cancelled meanwhile
     self.state.add_event(job_id, "started", "Fine-tuning job started")
@@ -166,6 +184,9 @@ class Supervisor(threading.Thread):
       except BlockingIOError:  # a run that was told to stop is still saving
         self.orphans.add(job_id)
         return
+      (folder / STOPPING).unlink(missing_ok=True)
+      log.write(progress.START)
+      log.flush()
       # The process inherits the lock, and holds it for as long as it lives.
       self.processes[job_id] = subprocess.Popen(
         command,
@@ -179,20 +200,24 @@ class Supervisor(threading.Thread):
 
   def _follow(self, job_id: str):
     """Tells what a run has done, stops it where it should not run, and notices its end."""
+    told_at = self.told_at.get(job_id)
+    if told_at is None:  # paused and resumed since the last look: it has never stopped
+      self.state.move(job_id, ["queued"], "running")
     row = self.state.row("jobs", id=job_id)
     assert row is not None
-    self._tell(job_id)
     process = self.processes.get(job_id)
-    alive = process.poll() is None if process else _is_locked(self.jobs / job_id)
-    if alive:
-      if row["status"] in ("paused", "cancelled"):
+    if process.poll() is None if process else _is_locked(self.jobs / job_id):
+      if row["status"] in ("paused", "cancelled", "failed"):
         self._end(job_id)
+      self._tell(job_id)
       return
     self.processes.pop(job_id, None)
     self.orphans.discard(job_id)
     self.told_at.pop(job_id, None)
-    if row["status"] == "running":
+    if row["status"] == "running" and told_at is None:
       self._ended(row, process.returncode if process else None)
+    else:
+      self._tell(job_id)
 
   def _go_on(self, row: sqlite3.Row):
     """A job that should run and has no process: an earlier server was killed."""
@@ -203,17 +228,29 @@ class Supervisor(threading.Thread):
 
   def _end(self, job_id: str):
     """Tells a run to save and stop; one that does not is killed."""
-    now = time.monotonic()
-    is_late = now - self.told_at.get(job_id, now) > PATIENCE
-    if job_id in self.told_at and not is_late:
-      return  # it was told; a second signal would end it at once
-    self.told_at.setdefault(job_id, now)
-    number = signal.SIGKILL if is_late else signal.SIGTERM
+    self._tell_to_stop(job_id)
+    if time.time() - self.told_at[job_id] > PATIENCE:
+      self._signal(job_id, signal.SIGKILL)
+
+  def _tell_to_stop(self, job_id: str):
+    """Tells a run to save and stop, once: a second signal would end it at once.
+
+    A server that starts again finds the file that says so.
+    """
+    if job_id in self.told_at:
+      return
+    self.told_at[job_id] = time.time()
+    with contextlib.suppress(OSError):  # the disk is full
+      (self.jobs / job_id / STOPPING).touch()
+    self._signal(job_id, signal.SIGTERM)
+
+  def _signal(self, job_id: str, number: int):
     if process := self.processes.get(job_id):
       process.send_signal(number)
       return
     for orphan in _processes_of(self.workdir(job_id)):
-      orphan.send_signal(number)
+      with contextlib.suppress(psutil.NoSuchProcess):
+        orphan.send_signal(number)
 
   def _ended(self, row: sqlite3.Row, status: int | None):
     """A run that should go on has ended: it is done, or failed, or is started again."""
@@ -231,9 +268,10 @@ class Supervisor(threading.Thread):
         self.state.add_event(job_id, f"full-{time.time()}", message, "error")
       return
     newest = next((int(path.name) for path in progress.steps(workdir)), 0)
-    tries, at_step = self.attempts.get(job_id, (0, newest))
-    tries = tries + 1 if newest == at_step else 1
-    self.attempts[job_id] = (tries, newest)
+    reached = max([newest, *(record["step"] for record in progress.figures(workdir))])
+    tries, before = self.attempts.get(job_id, (0, reached))
+    tries = tries + 1 if reached <= before else 1
+    self.attempts[job_id] = (tries, max(reached, before))
     if status == 2 or tries >= ATTEMPTS:
       self._fail(job_id, "training_failed", reason, None)
       return
@@ -269,7 +307,7 @@ class Supervisor(threading.Thread):
     result = progress.result(workdir) or {}
     name = model_name(row, body)
     table = self.files.add_result(row["owner"], job_id, progress.as_csv(workdir))
-    usage = next(iter(result.get("data", {}).values()), {})
+    usage = next(iter(result.get("data", {}).values()), {})  # its epochs
     self.state.insert(
       "models", id=name, owner=row["owner"], job=job_id, created_at=int(time.time())
     )
@@ -282,7 +320,7 @@ class Supervisor(threading.Thread):
       fine_tuned_model=name,
       finished_at=int(time.time()),
       result_files=[table],
-      trained_tokens=int(usage.get("tokens", 0)),
+      trained_tokens=int(result.get("tokens", 0)),
       epochs=max(1, round(usage.get("epochs", 1))),
     )
 

@@ -20,6 +20,7 @@ FILES = {
 }
 STEPS_AN_EPOCH = 8  # at least, where the data allow it
 POINTS = 200  # steps of which a job reports figures, about
+UNSAVED = 50  # steps with rewards, which take long, at most between two checkpoints
 
 
 def config_of(method: str) -> Any:
@@ -58,7 +59,7 @@ def overrides(
   }
   if (folder / "eval.jsonl").exists():
     keys["data.eval"] = f"jsonl:{folder / 'eval.jsonl'}"
-    keys["training.eval_every"] = -1
+    keys |= {"training.eval_every": -1, "training.keep_best": "auto"}
   keys |= _length(kind, config, asked)
   if "learning_rate_multiplier" in asked:
     keys |= _rate(config, asked["learning_rate_multiplier"])
@@ -66,6 +67,7 @@ def overrides(
     keys["objective.beta"] = asked["beta"]
   if kind == "reinforcement":
     keys["objective.reward"] = "llm.server.graders:reward"
+    keys["training.save_every"] = min(UNSAVED, -(-examples // batch_size))
   epochs = asked.get("n_epochs", config.training.epochs or 1)
   steps = config.training.steps if "training.epochs" not in keys else epochs * examples / batch_size
   keys["training.log_every"] = max(1, int(steps / POINTS))

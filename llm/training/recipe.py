@@ -19,6 +19,8 @@ HIGHEST_RATE = 1e-2
 # 6).
 LEAST_STEPS = 1_000
 MOST_EPOCHS = 20
+# A run that saves at the end of every epoch saves within a longer one too.
+MOST_UNSAVED = 200
 
 
 def learning_rate(config: Config) -> float:
@@ -70,7 +72,9 @@ def resolved(config: Config, steps_an_epoch: float, goal: str) -> Config:
     steps = max(1, math.ceil(training.epochs * steps_an_epoch))
   epoch = max(1, math.ceil(steps_an_epoch))
   eval_every = epoch if training.eval_every == -1 else training.eval_every
-  save_every = epoch if training.save_every == -1 else training.save_every
+  save_every = training.save_every
+  if save_every == -1:
+    save_every = math.ceil(epoch / math.ceil(epoch / MOST_UNSAVED))
   keep_best = training.keep_best
   if keep_best == "auto":
     keep_best = goal if config.data.eval else ""
