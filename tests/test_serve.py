@@ -20,9 +20,12 @@ from hypothesis import HealthCheck, given, settings
 
 from benchmarks import serving_faults
 from llm.core import UserError
+from llm.data import tokenizer as tokenizer_lib
+from llm.data import tokenizer_training
 from llm.inference.embedder import Embedder
-from llm.inference.engine import Full
-from llm.server import chat, completions, errors, examples, fine_tuning
+from llm.inference.engine import Explained, Full
+from llm.inference.growing_text import GrowingText
+from llm.server import answers, chat, completions, errors, examples, fine_tuning
 from llm.server import files as files_lib
 from llm.server.catalog import Base, Catalog
 from llm.server.errors import ApiError
@@ -234,6 +237,50 @@ def test_an_answer_can_be_sent_back_as_the_client_has_it():
     examples.messages_of([{**message, "weight": 1}], "messages", learned=False)
 
 
+WORDS = ["the cat sat on a mat", "a cat that sat", "at a mat"] * 9
+VOCABULARIES = {
+  "sentencepiece": lambda: tokenizer_lib.SentencePieceTokenizer(
+    tokenizer_training.train_sentencepiece(WORDS, 300, lowercase=False)
+  ),
+  "bytes": tokenizer_lib.ByteTokenizer,
+  "huggingface": lambda: tokenizer_lib.HuggingFaceTokenizer(
+    tokenizer_lib.ByteTokenizer().definition()
+  ),
+}
+
+
+@pytest.mark.parametrize("kind", VOCABULARIES)
+def test_tokens_with_probabilities_are_the_text(kind):
+  """Their texts with the spaces between words, their bytes with those of half characters."""
+  tokenizer = VOCABULARIES[kind]()
+  text = "the cat sat é on €a mat"
+  growing = GrowingText(tokenizer)
+  explained = []
+  for token in tokenizer.encode([text])[0]:
+    explained.append(Explained(token, -1.0, [(token, -1.0)], growing.recent))
+    growing.add(token)
+  told = answers.logprobs(tokenizer, explained)
+  assert b"".join(bytes(one["bytes"]) for one in told).decode() == text
+  assert "".join(one["token"] for one in told[: len("the")]).startswith("the")
+  whole = [
+    one["token"] for one in told if not one["token"].startswith("<") and one["bytes"] < [128]
+  ]
+  assert "".join(whole) == "the cat sat  on a mat"
+  assert [one["token"] for one in told] == [one["top_logprobs"][0]["token"] for one in told]
+  offsets = completions._logprobs(tokenizer, explained, 5)["text_offset"]
+  starts = [offset for offset, one in zip(offsets, told) if one["token"].startswith((" ", "▁"))]
+  assert [text[start - 5] for start in starts] == [" "] * len(starts) and len(starts) >= 5
+
+
+def test_tokens_of_one_text_do_not_hide_each_other():
+  tokenizer = VOCABULARIES["sentencepiece"]()
+  ids = [tokenizer.pieces.index(piece) for piece in ("▁a", "a", "▁sat")]
+  one = Explained(ids[0], -1.0, [(ids[0], -1.0), (ids[1], -2.0), (ids[2], -3.0)], ())
+  told = completions._logprobs(tokenizer, [one], 0)
+  assert told["tokens"] == ["a"]
+  assert told["top_logprobs"] == [{"▁a": -1.0, "a": -2.0, "sat": -3.0}]
+
+
 def test_a_prompt_that_is_surely_too_long_is_not_encoded():
   """To encode megabytes takes seconds. The talkers here could not."""
   talker = types.SimpleNamespace(max_length=4, tokenizer=None)
@@ -409,14 +456,14 @@ def test_a_full_disk_takes_nothing_and_breaks_nothing(serving, client):
 
 
 @pytest.mark.slow
-def test_preferences_are_learned_and_a_job_that_was_paused_goes_on(client):
+def test_preferences_are_learned_and_a_job_that_was_paused_goes_on(client, serving):
   answers = [{"role": "assistant", "content": text} for text in ("aaa", "bbb")]
   line = {"input": {"messages": HELLO}, "preferred_output": answers[:1]}
   content = lines([{**line, "non_preferred_output": answers[1:]}] * 8)
   file = client.files.create(file=("pairs.jsonl", content), purpose="fine-tune")
   method = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": 3}}}
   jobs = client.fine_tuning.jobs
-  job = jobs.create(model="gpt", training_file=file.id, method=method)
+  job = jobs.create(model="gpt", training_file=file.id, validation_file=file.id, method=method)
   while jobs.retrieve(job.id).status != "running":
     time.sleep(0.1)
   assert jobs.pause(job.id).status == "paused"
@@ -428,6 +475,8 @@ def test_preferences_are_learned_and_a_job_that_was_paused_goes_on(client):
   assert job.status == "succeeded" and job.method.dpo.hyperparameters.beta == 0.2
   table = client.files.content(job.result_files[0]).read().decode()
   assert "train_margin" in table.splitlines()[0]
+  resolved = json.loads((serving.workdir / "jobs" / job.id / "run" / "resolved.json").read_text())
+  assert resolved["training"]["keep_best"] == "min:loss"
 
 
 @pytest.mark.slow

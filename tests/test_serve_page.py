@@ -125,10 +125,10 @@ def ask(page):
   page.fill("#tokens", "8")
   page.click("text=Send")
   page.locator("p.assistant[data-ended]").nth(1).wait_for()
-  assert page.locator(".side:nth-child(1) .token").count() == 8
+  assert 1 <= page.locator(".side:nth-child(1) .token").count() <= 8
   page.locator(".side:nth-child(2) .token").first.hover()
-  likely = page.inner_text("#likely")
-  assert len(likely.splitlines()) == 5 and "%" in likely
+  likely = page.inner_text("#likely").split("\n\n")
+  assert len(likely[0].splitlines()) == 5 and "%" in likely[0]
 
 
 def picture(page, name: str, selector: str):

@@ -5,8 +5,10 @@ checkpoint, or bytes. All have the attributes of `Tokenizer`.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
+import re
 from typing import Annotated, Iterable, Literal, Mapping, Sequence
 
 import msgspec
@@ -21,6 +23,8 @@ from llm.core import UserError, first_line
 
 META = "tokenizer_config.json"
 MOST_PIECES = 2**24
+# A piece of a single byte, where a vocabulary falls back to bytes.
+FALLBACK = re.compile("<0x([0-9A-F]{2})>")
 # Of a token. Published vocabularies have pieces of up to 128. So a text of more than this times a
 # model's positions is too long, which need not be found by encoding megabytes.
 MOST_CHARACTERS = 256
@@ -62,6 +66,11 @@ class Tokenizer:
   def shown(self, token: int) -> str:
     """A piece as people read it."""
     return self.pieces[token]
+
+  def bytes_of(self, token: int) -> bytes:
+    """The bytes of a piece, which may be a part of a character."""
+    byte = FALLBACK.fullmatch(self.pieces[token])
+    return bytes.fromhex(byte[1]) if byte else self.pieces[token].encode()
 
   @property
   def vocab_size(self) -> int:
@@ -247,6 +256,21 @@ class HuggingFaceTokenizer(FastTokenizer):
     else:
       self.starts_word_V = np.array([p.startswith(("Ġ", "▁")) for p in self.pieces])
 
+  @functools.cached_property
+  def _bytes_of_characters(self) -> dict[str, int]:
+    """Where pieces spell bytes as characters: these, and their bytes."""
+    decoder = json.loads(self.files[self.FILE]).get("decoder")
+    if '"ByteLevel"' not in json.dumps(decoder):
+      return {}
+    return {character: byte for byte, character in _spelled_bytes().items()}
+
+  def bytes_of(self, token):
+    byte_of = self._bytes_of_characters
+    piece = self.pieces[token]
+    if piece and all(character in byte_of for character in piece):
+      return bytes(byte_of[character] for character in piece)
+    return super().bytes_of(token)
+
 
 class ByteTokenizer(Tokenizer):
   """The 256 bytes of UTF-8, then the special pieces. A word begins with its space."""
@@ -278,14 +302,12 @@ class ByteTokenizer(Tokenizer):
     character = chr(token)
     return character if token < 128 and character.isprintable() else self.pieces[token]
 
+  def bytes_of(self, token):
+    return bytes([token]) if token < 256 else super().bytes_of(token)
+
   def definition(self) -> bytes:
     """The content of a tokenizer.json that gives the same ids."""
-    # The package spells the 256 bytes as characters that can be printed, in order of the latter.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    spelled = {byte: chr(byte) for byte in printable}
-    spelled |= {byte: chr(256 + number) for number, byte in enumerate(others)}
-    ids = {spelled[byte]: byte for byte in range(256)}
+    ids = {character: byte for byte, character in _spelled_bytes().items()}
     ids |= {piece: number for number, piece in enumerate(self.pieces) if number >= 256}
     fast = tokenizers.Tokenizer(tokenizers.models.BPE(ids, []))
     fast.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(False, use_regex=False)
@@ -295,6 +317,15 @@ class ByteTokenizer(Tokenizer):
 
   def decode(self, ids):
     return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
+
+
+def _spelled_bytes() -> dict[int, str]:
+  """How the `tokenizers` package spells the 256 bytes: as characters that can be printed, in order
+  of the latter."""
+  printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  others = [byte for byte in range(256) if byte not in printable]
+  spelled = {byte: chr(byte) for byte in printable}
+  return spelled | {byte: chr(256 + number) for number, byte in enumerate(others)}
 
 
 def _spans(offsets: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -32,11 +32,15 @@ class Full(Exception):
 
 
 class Explained(NamedTuple):
-  """A token that was written: its id, its log-probability in nats, and the likeliest ones."""
+  """A token that was written: its id, its log-probability in nats, and the likeliest ones.
+
+  before: the tokens ahead of it, as many as its text depends on.
+  """
 
   token: int
   logprob: float
   likeliest: list[tuple[int, float]]
+  before: tuple[int, ...]
 
 
 class Piece(NamedTuple):
@@ -289,16 +293,16 @@ class Engine:
       if self._took(answer, int(tokens_B[row]), explain):
         self._leave(row)
 
-  def _took(self, answer: _Answer, token: int, explain: Callable[[int], Explained]) -> bool:
+  def _took(self, answer: _Answer, token: int, explain: Callable[..., Explained]) -> bool:
     """Adds a token to an answer, and says whether that ends it."""
     request, text = answer.request, answer.text
     ended = ""
     if token == self.writer.tokenizer.eos:
       ended = "stop"
     else:
-      answer.unsent += text.add(token)
       if request.alternatives >= 0:
-        answer.explained.append(explain(request.alternatives))
+        answer.explained.append(explain(request.alternatives, text.recent))
+      answer.unsent += text.add(token)
       if text.stopped:
         ended = "stop"
       elif len(text.ids) >= request.max_tokens:
@@ -342,8 +346,9 @@ def _explained(
   best_BxE: np.ndarray,
   best_logprobs_BxE: np.ndarray,
   alternatives: int,
+  before: tuple[int, ...],
 ) -> Explained:
   """The token of a row with the likeliest ones."""
   likeliest = zip(best_BxE[row, :alternatives], best_logprobs_BxE[row, :alternatives])
   pairs = [(int(best), float(logprob)) for best, logprob in likeliest]
-  return Explained(token, float(logprobs_B[row]), pairs)
+  return Explained(token, float(logprobs_B[row]), pairs, before)

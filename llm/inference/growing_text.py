@@ -24,6 +24,11 @@ class GrowingText:
     self._read = 0
     self._held = ""
 
+  @property
+  def recent(self) -> tuple[int, ...]:
+    """The last tokens, on which the text of the next one depends."""
+    return tuple(self.ids[self._first :])
+
   def add(self, token: int) -> str:
     """The text that can be given out now."""
     self.ids.append(token)

@@ -4,13 +4,13 @@ import asyncio
 import dataclasses
 import json
 import secrets
-from typing import Annotated, Any, AsyncIterator, Callable, Iterable, Literal
+from typing import Annotated, Any, AsyncIterator, Callable, Iterable, Literal, NamedTuple, Sequence
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 from pydantic import Field, StringConstraints
 
-from llm.data.tokenizer import MOST_CHARACTERS
+from llm.data.tokenizer import MOST_CHARACTERS, Tokenizer
 from llm.inference import engine as engine_lib
 from llm.inference.engine import Explained, Piece
 from llm.inference.growing_text import INCOMPLETE
@@ -210,20 +210,39 @@ def usage(answers: list[Asked], written: int) -> dict[str, int]:
   return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 
-def text_of(talker: Talker, token: int) -> str:
-  """A token as text; the name of its piece where it is special, or a part of a character."""
-  text = talker.tokenizer.decode([token])
-  return text if text and INCOMPLETE not in text else talker.tokenizer.pieces[token]
+class Shown(NamedTuple):
+  """A token as text. width: the characters that it adds to the answer."""
+
+  text: str
+  content: bytes
+  width: int
 
 
-def logprobs(talker: Talker, explained: list[Explained]) -> list[dict[str, Any]]:
+def shown(tokenizer: Tokenizer, token: int, before: Sequence[int]) -> Shown:
+  """A token behind others. Its text is what it adds to theirs, on which its spaces depend.
+
+  Where that is no text, it is the name of its piece: a special one, or a part of a character.
+  """
+  start = tokenizer.decode(before)
+  whole = tokenizer.decode([*before, token])
+  added = whole[len(start) :]
+  width = len(whole) - len(start)
+  if added and whole.startswith(start) and INCOMPLETE not in added:
+    return Shown(added, added.encode(), width)
+  return Shown(tokenizer.pieces[token], tokenizer.bytes_of(token), width)
+
+
+def logprobs(tokenizer: Tokenizer, explained: list[Explained]) -> list[dict[str, Any]]:
   """Tokens with their log-probabilities, as chat gives them."""
 
-  def of(token: int, logprob: float) -> dict[str, Any]:
-    text = text_of(talker, token)
-    return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode("utf-8"))}
+  def of(token: int, logprob: float, before: Sequence[int]) -> dict[str, Any]:
+    text, content, _ = shown(tokenizer, token, before)
+    return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(content)}
 
   return [
-    {**of(one.token, one.logprob), "top_logprobs": [of(*pair) for pair in one.likeliest]}
+    {
+      **of(one.token, one.logprob, one.before),
+      "top_logprobs": [of(*pair, one.before) for pair in one.likeliest],
+    }
     for one in explained
   ]

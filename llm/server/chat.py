@@ -85,7 +85,7 @@ def _choice(talker: Talker, asked: ChatRequest, index: int, piece: Piece) -> dic
 def _logprobs(talker: Talker, asked: ChatRequest, piece: Piece) -> dict[str, Any] | None:
   if not asked.logprobs:
     return None
-  return {"content": answers_lib.logprobs(talker, piece.explained), "refusal": None}
+  return {"content": answers_lib.logprobs(talker.tokenizer, piece.explained), "refusal": None}
 
 
 async def _chunks(

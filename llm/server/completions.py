@@ -1,5 +1,7 @@
 """/v1/completions: a text goes on, without a chat template."""
 
+import collections
+import itertools
 import time
 from typing import Annotated, Any, AsyncIterator, Literal
 
@@ -7,6 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 from pydantic import Field
 
+from llm.data.tokenizer import Tokenizer
 from llm.inference.engine import Explained, Piece
 from llm.inference.talker import Talker
 from llm.server import answers as answers_lib
@@ -73,27 +76,33 @@ def _encoded(talker: Talker, prompt: Any) -> list[list[int]]:
 def _choice(
   talker: Talker, asked: CompletionRequest, index: int, piece: Piece, offset: int
 ) -> dict[str, Any]:
-  """offset: the characters that were given out before."""
+  """offset: the characters of the tokens before."""
   logprobs = None
   if asked.logprobs is not None:
-    logprobs = _logprobs(talker, piece.explained, offset)
+    logprobs = _logprobs(talker.tokenizer, piece.explained, offset)
   finish_reason = piece.ended or None
   return {"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-def _logprobs(talker: Talker, explained: list[Explained], offset: int) -> dict[str, Any]:
+def _logprobs(tokenizer: Tokenizer, explained: list[Explained], offset: int) -> dict[str, Any]:
   """Tokens with their log-probabilities, as completions give them."""
-  tokens = [answers_lib.text_of(talker, one.token) for one in explained]
-  offsets = [offset + sum(map(len, tokens[:number])) for number in range(len(tokens))]
-  likeliest = [
-    {answers_lib.text_of(talker, token): logprob for token, logprob in one.likeliest}
-    for one in explained
-  ]
+  tokens = [answers_lib.shown(tokenizer, one.token, one.before) for one in explained]
+  ends = itertools.accumulate((token.width for token in tokens), initial=offset)
   return {
-    "tokens": tokens,
+    "tokens": [token.text for token in tokens],
     "token_logprobs": [one.logprob for one in explained],
-    "top_logprobs": likeliest,
-    "text_offset": offsets,
+    "top_logprobs": [_likeliest(tokenizer, one) for one in explained],
+    "text_offset": list(ends)[:-1],
+  }
+
+
+def _likeliest(tokenizer: Tokenizer, one: Explained) -> dict[str, float]:
+  """The likeliest tokens by their texts; by the names of their pieces where texts are the same."""
+  texts = [answers_lib.shown(tokenizer, token, one.before).text for token, _ in one.likeliest]
+  counts = collections.Counter(texts)
+  return {
+    text if counts[text] == 1 else tokenizer.pieces[token]: logprob
+    for text, (token, logprob) in zip(texts, one.likeliest)
   }
 
 
@@ -106,7 +115,9 @@ async def _chunks(
   offsets = [0] * len(answers)
   async for answer, piece in answers_lib.as_they_come(answers):
     choice = _choice(talker, asked, answer.index, piece, offsets[answer.index])
-    offsets[answer.index] += len(piece.text)
+    for one in piece.explained:
+      width = answers_lib.shown(talker.tokenizer, one.token, one.before).width
+      offsets[answer.index] += width
     written += piece.tokens if piece.ended else 0
     yield {**head, "choices": [choice]}
   if with_usage:

@@ -164,20 +164,25 @@ async function answer(side, message) {
     temperature: Number(at("temperature").value), max_completion_tokens: Number(at("tokens").value),
   });
   let whole = "";
+  let tokens = [];  // those whose text has not come yet, such as parts of a character
   for await (const chunk of read(response)) {
     if (chunk.error) throw new Error(chunk.error.message);
     const choice = chunk.choices[0];
-    whole += choice?.delta.content || "";
-    for (const token of choice?.logprobs?.content || []) paragraph.append(shown(token));
+    const text = choice?.delta.content || "";
+    whole += text;
+    tokens.push(...(choice?.logprobs?.content || []));
+    if (!text) continue;
+    paragraph.append(shown(text, tokens));
+    tokens = [];
   }
   paragraph.dataset.ended = "true";
   side.messages.push({ role: "assistant", content: whole });
 }
 
-function shown(token) {
-  const span = element("span", token.token, "token");
-  span.dataset.likely = token.top_logprobs.map((one) =>
-    `${(100 * Math.exp(one.logprob)).toFixed(1).padStart(5)}%  ${JSON.stringify(one.token)}`).join("\n");
+function shown(text, tokens) {
+  const span = element("span", text, "token");
+  span.dataset.likely = tokens.map((token) => token.top_logprobs.map((one) =>
+    `${(100 * Math.exp(one.logprob)).toFixed(1).padStart(5)}%  ${JSON.stringify(one.token)}`).join("\n")).join("\n\n");
   return span;
 }
 
