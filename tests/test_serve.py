@@ -100,7 +100,11 @@ def test_from_upload_to_chat(client, serving):
   asked = {"model": job.fine_tuned_model, "messages": HELLO}
   assert error(other.chat.completions.create, **asked).code == "model_not_found"
   assert error(other.models.delete, model=job.fine_tuned_model).status_code == 404
+  stream = client.chat.completions.create(**asked, max_tokens=60, stream=True)
+  first = next(stream)
   assert client.models.delete(job.fine_tuned_model).deleted
+  *_, last = [first, *stream]  # what is on its way comes to its end
+  assert last.choices[0].finish_reason in ("stop", "length")
   assert error(client.chat.completions.create, **asked).code == "model_not_found"
 
 

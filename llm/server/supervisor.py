@@ -320,7 +320,7 @@ class Supervisor(threading.Thread):
       fine_tuned_model=name,
       finished_at=int(time.time()),
       result_files=[table],
-      trained_tokens=int(result.get("tokens", 0)),
+      trained_tokens=round(result.get("tokens", 0)),
       epochs=max(1, round(usage.get("epochs", 1))),
     )
 
