@@ -9,6 +9,7 @@ import dataclasses
 import pathlib
 import threading
 import time
+import weakref
 from typing import Any, Callable, TypeVar
 
 import llm
@@ -16,6 +17,7 @@ from llm import models, storage
 from llm.checkpoints import locate, manager
 from llm.core import UserError
 from llm.inference.embedder import Embedder
+from llm.inference.engine import Engine
 from llm.inference.labeller import Labeller
 from llm.inference.talker import Talker
 from llm.objectives import base as base_lib
@@ -72,6 +74,7 @@ class Catalog:
     self.loaded: collections.OrderedDict[tuple[str, type], Any] = collections.OrderedDict()
     self.bases: dict[str, Base] = {}
     self._lock = threading.Lock()  # of what is in memory: it is held for moments
+    self._leaving: weakref.WeakSet[Engine] = weakref.WeakSet()  # they still answer somebody
     self._loading: dict[tuple[str, type], threading.Event] = {}  # set when a model is loaded
 
   def listed(self, owner: str) -> list[dict[str, Any]]:
@@ -171,30 +174,30 @@ class Catalog:
       if not (isinstance(model, Talker) and model.engine.busy)
     ]
     while len(self.loaded) + len(self._loading) > self.limit and idle:
-      _let_go(self.loaded.pop(idle.pop(0)))
+      self._let_go(self.loaded.pop(idle.pop(0)))
 
   def forget(self, name: str):
     """Lets go of a model that was deleted, when what it is asked now is answered."""
     with self._lock:
       for key in [key for key in self.loaded if key[0] == name]:
-        _let_go(self.loaded.pop(key))
+        self._let_go(self.loaded.pop(key))
+
+  def _let_go(self, model: Any):
+    """A model leaves the memory. A request may have come just now: it is answered first."""
+    if isinstance(model, Talker):
+      self._leaving.add(model.engine)
+      model.engine.retire()
 
   def close(self):
     """Ends the threads of all models."""
-    for model in list(self.loaded.values()):
-      if isinstance(model, Talker):
-        model.engine.close()
+    engines = [model.engine for model in self.loaded.values() if isinstance(model, Talker)]
+    for engine in [*engines, *self._leaving]:
+      engine.close()
 
 
 def is_gone(checkpoint: str) -> bool:
   """Whether a step is on the disk no more. One in a bucket is taken to be there."""
   return not storage.is_bucket(checkpoint) and not pathlib.Path(checkpoint).exists()
-
-
-def _let_go(model: Any):
-  """A model leaves the memory. A request may have come just now: it is answered first."""
-  if isinstance(model, Talker):
-    model.engine.retire()
 
 
 def _shown(name: str, owner: str, created_at: int) -> dict[str, Any]:

@@ -201,10 +201,12 @@ class Supervisor(threading.Thread):
   def _follow(self, job_id: str):
     """Tells what a run has done, stops it where it should not run, and notices its end."""
     told_at = self.told_at.get(job_id)
-    if told_at is None:  # paused and resumed since the last look: it has never stopped
-      self.state.move(job_id, ["queued"], "running")
     row = self.state.row("jobs", id=job_id)
     assert row is not None
+    if row["status"] == "queued" and told_at is None:
+      # It was paused and resumed since the last look: it has never stopped.
+      self.state.move(job_id, ["queued"], "running")
+      return
     process = self.processes.get(job_id)
     if process.poll() is None if process else _is_locked(self.jobs / job_id):
       if row["status"] in ("paused", "cancelled", "failed"):
