@@ -72,9 +72,8 @@ def serve():
     _JOBS.value, _SLOTS.value, _WAITING.value, _LOADED.value, _MAX_UPLOAD.value * 10**6
   )
   if _ON_CPU.value:
-    jax.config.update(
-      "jax_platforms", "cpu"
-    )  # of this process: the variable would be the jobs' too
+    # Of this process alone: the jobs would take the environment variable over.
+    jax.config.update("jax_platforms", "cpu")
   command.start_cpu()
   with workdir_lib.locked(storage.folder(workdir)):
     _run(workdir, served, limits)
