@@ -24,7 +24,7 @@ from llm.runs import metrics
 from llm.studies import responses
 from llm.studies.few_labels import INIT_STD
 from llm.studies.report import Compared
-from llm.training import evaluation, experiment, loop
+from llm.training import evaluation, experiment
 
 # Tokens of a window, the length of the rows of the pretraining.
 LENGTH = 128
@@ -94,13 +94,10 @@ def measured(
   arms = {"pretrained": config, "scratch": from_scratch(config)}
   f1: dict[str, list[np.ndarray]] = {arm: [] for arm in arms}
   answers: dict[str, list[str]] = {}
-  for seed in range(1 if quick else SEEDS):
-    for arm, of_arm in arms.items():
-      folder = workdir / f"questions_{arm}_{seed}"
-      loop.train(responses.seeded(of_arm, seed), folder)
-      of_seed, written, rows = _scored(manager.find(folder), config)
-      f1[arm].append(of_seed)
-      answers.setdefault(arm, written)
+  for arm, folder in responses.tuned(arms, 1 if quick else SEEDS, workdir, "questions"):
+    of_seed, written, rows = _scored(manager.find(folder), config)
+    f1[arm].append(of_seed)
+    answers.setdefault(arm, written)
   shown = [
     {
       "text": question.text[:400],

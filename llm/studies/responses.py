@@ -9,7 +9,7 @@ import dataclasses
 import json
 import pathlib
 import time
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -95,9 +95,16 @@ def from_scratch(config: Config) -> Config:
   )
 
 
-def seeded(config: Config, seed: int) -> Config:
-  """The same run with another seed."""
-  return dataclasses.replace(config, training=dataclasses.replace(config.training, seed=seed))
+def tuned(
+  arms: Mapping[str, Config], seeds: int, workdir: pathlib.Path, name: str
+) -> Iterator[tuple[str, pathlib.Path]]:
+  """Fine-tunes each arm with each seed in folders of `workdir`. Yields (arm, folder) of each."""
+  for seed in range(seeds):
+    for arm, config in arms.items():
+      folder = workdir / f"{name}_{arm}_{seed}"
+      training = dataclasses.replace(config.training, seed=seed)
+      loop.train(dataclasses.replace(config, training=training), folder)
+      yield arm, folder
 
 
 @dataclasses.dataclass(frozen=True)

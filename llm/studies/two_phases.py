@@ -121,17 +121,14 @@ def replies_compared(
   prompts = responses.held_out_prompts(cache)
   losses: dict[str, list[np.ndarray]] = {arm: [] for arm in arms}
   answers: dict[str, list[str]] = {}
-  for seed in range(1 if quick else REPLY_SEEDS):
-    for arm, config in arms.items():
-      folder = workdir / f"replies_{arm}_{seed}"
-      loop.train(responses.seeded(config, seed), folder)
-      bundle = experiment.load(manager.find(folder))
-      objective = base.build(bundle.config.objective)
-      template = chat.template_of(objective, bundle.tokenizer) or chat.TEMPLATE
-      outcomes, _ = responses.reply_outcomes(bundle, template, tuning.data, 4)
-      losses[arm].append(outcomes["loss"])
-      if not seed:
-        answers[arm] = responses.answers(bundle, template, prompts)
+  for arm, folder in responses.tuned(arms, 1 if quick else REPLY_SEEDS, workdir, "replies"):
+    bundle = experiment.load(manager.find(folder))
+    objective = base.build(bundle.config.objective)
+    template = chat.template_of(objective, bundle.tokenizer) or chat.TEMPLATE
+    outcomes, _ = responses.reply_outcomes(bundle, template, tuning.data, 4)
+    losses[arm].append(outcomes["loss"])
+    if arm not in answers:
+      answers[arm] = responses.answers(bundle, template, prompts)
   shown = [
     {"text": prompt, **{arm: answers[arm][number] for arm in arms}}
     for number, prompt in enumerate(prompts)
