@@ -2,7 +2,7 @@
 
   python -m llm.study scaling_law --workdir=DIR [--quick]
 
-On two cores: a GPT over bytes of the embedded Wikipedia and reviews, 32 times in parameters, 2.4
+On two cores: a GPT over bytes of the embedded Wikipedia and reviews, 32 times in parameters, 2.2
 decades in compute, two seeds. On other hardware, take more text and larger sizes:
 
   --config.run.data.train=shards:DIR --config.run.data.eval=text:held_out.txt

@@ -51,6 +51,7 @@ def in_words(
       _table_of_laws(fits) + "\n",
       *_doubts(third),
       "The least loss of a budget of 6 N D FLOPs, by approach 3:\n",
+      *_outside(grid, optimal),
       _table_of_budgets(optimal, largest) + "\n",
       "Published: Hoffmann et al. 2022; for approach 3 the refit of Besiroglu et al. 2024 "
       "follows; Kaplan et al. 2020 for L. Intervals resample runs and seeds. Compute is counted in "
@@ -130,6 +131,19 @@ def _doubts(third: dict[str, Any]) -> list[str]:
   return [
     f"**The grid does not determine {' and '.join(vague)}**: its losses hardly differ along that "
     "axis, beside the noise of a run. Take a wider grid or more seeds.\n"
+  ]
+
+
+def _outside(grid: Any, optimal: Sequence[dict]) -> list[str]:
+  """A sentence where the optimum of the least budget lies beyond the sizes of the grid."""
+  least = min(optimal, key=lambda row: row["flops"])
+  if grid.n.min() <= least["parameters"] <= grid.n.max():
+    return []
+  smaller = least["parameters"] < grid.n.min()
+  return [
+    f"**The best size for {least['flops']:.2g} FLOPs is {'below' if smaller else 'above'} all of the "
+    f"grid**: {'more text' if smaller else 'a larger model'} is worth more everywhere in it, and the "
+    "table extrapolates.\n"
   ]
 
 
