@@ -140,10 +140,10 @@ def _outside(grid: Any, optimal: Sequence[dict]) -> list[str]:
   if grid.n.min() <= least["parameters"] <= grid.n.max():
     return []
   smaller = least["parameters"] < grid.n.min()
+  beyond, better = ("below", "more text") if smaller else ("above", "a larger model")
   return [
-    f"**The best size for {least['flops']:.2g} FLOPs is {'below' if smaller else 'above'} all of the "
-    f"grid**: {'more text' if smaller else 'a larger model'} is worth more everywhere in it, and the "
-    "table extrapolates.\n"
+    f"**The best size for {least['flops']:.2g} FLOPs is {beyond} all of the grid**: {better} is "
+    "worth more everywhere in it, and the table extrapolates.\n"
   ]
 
 
