@@ -12,7 +12,7 @@ from llm.core import UserError
 from llm.data import sources
 from llm.data import tokenizer as tokenizer_lib
 from llm.objectives import base, chat
-from llm.training.experiment import without_data
+from llm.training.experiment import prepare, without_data
 from tests.conftest import tiny
 
 BYTES, GPT = tokenizer_lib.ByteTokenizer(), ModelConfig(name="gpt")
@@ -203,3 +203,18 @@ def test_a_run_takes_the_template_that_its_start_was_trained_with(
     experiment = without_data(dataclasses.replace(config, objective=objective))
     assert experiment.objective.chat_template() == expected
     assert experiment.config.objective["template"] == expected
+
+
+def test_rows_of_a_run_on_a_checkpoint_have_no_more_tokens_than_its_positions(gpt_start, tmp_path):
+  """So the configs serve small models too. From scratch it is an error (tests/test_commands.py)."""
+  source = source_of(tmp_path / "a.jsonl", {"messages": TALK[1:3] + TALK[3:5]})
+  config = tiny(
+    "gpt", source.spec, transfer__checkpoint=str(gpt_start), training__sequence_length=512
+  )
+  config = dataclasses.replace(config, objective=base.defaults("chat"))
+  said = []
+  training = prepare(config, say=said.append)
+  assert training.config.training.sequence_length == 64
+  assert training.batches.rows[0].example(0, None)["tokens"].shape == (64,)
+  assert any("rows        of 64 tokens, not 512" in line for line in said)
+  assert without_data(config, say=said.append).config.training.sequence_length == 64

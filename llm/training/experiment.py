@@ -168,6 +168,8 @@ def prepare(
   train = sources.parse(config.data.train, config.data)
   tokenizer = _tokenizer(config, start, train)
   model = inherited.completed(config.model, description, tokenizer.vocab_size, objective.labelled)
+  if start:
+    config = inherited.within_positions(config, model, say)
   length = config.training.sequence_length
   consistency.check_task(objective, model, length)
   if models.facts(model).kind != "encoder" and tokenizer.lowercase:
@@ -218,6 +220,7 @@ def without_data(config: Config, say: Callable = print) -> Experiment:
   model = inherited.completed(config.model, description, vocab_size, objective.labelled)
   base.check_kind(objective, model)
   if description:
+    config = inherited.within_positions(config, model, say)
     objective = objective.following(description.config.objective)
   objective = objective.fit((), stand_in)
   steps = config.training.steps or 1000

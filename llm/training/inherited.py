@@ -1,6 +1,7 @@
 """What a run takes from the checkpoint that it starts from, where its config leaves it open."""
 
 import dataclasses
+from typing import Callable
 
 from llm import models
 from llm.checkpoints.manager import Description
@@ -50,6 +51,16 @@ def completed(
     dropout=max(model.dropout, 0.0),
     init_std=init_std_of(model),
   )
+
+
+def within_positions(config: Config, model: ModelConfig, say: Callable) -> Config:
+  """The config of a run on a checkpoint, with rows of no more tokens than the model's positions."""
+  length = config.training.sequence_length
+  if length <= model.max_length:
+    return config
+  say(f"rows        of {model.max_length} tokens, not {length}: the model has no more positions")
+  training = dataclasses.replace(config.training, sequence_length=model.max_length)
+  return dataclasses.replace(config, training=training)
 
 
 def with_dtype(config: Config, saved: Description) -> Config:
