@@ -98,6 +98,7 @@ def _run(workdir: pathlib.Path, served: dict[str, str], limits: Any):
     log_level="warning",
     timeout_graceful_shutdown=5,
   )
+  print("stopped; jobs that were not done go on at the next start", flush=True)
 
 
 VERBS = {"key": key}

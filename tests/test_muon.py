@@ -200,7 +200,7 @@ def test_a_longer_run_says_what_becomes_of_the_rate(step, told, monkeypatch):
   config = dataclasses.replace(tiny("gpt", "text:x"), optimizer=settings)
   config = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=200))
   shorter = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=100))
-  planned = manager.Description(50, shorter, {}, manager.Best(), {}, {}, {}, {})
+  planned = manager.Description(50, shorter, {}, manager.Best(), {}, {}, {}, {}, 0.0)
   monkeypatch.setattr(manager, "describe", lambda step: planned)
   said = []
   header.show_new_length(pathlib.Path("checkpoints"), config, step, said.append)

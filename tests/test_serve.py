@@ -194,6 +194,23 @@ def test_what_is_wrong_is_named(client):
   assert error(client.post, path="/nothing", cast_to=object).status_code == 404
 
 
+def test_messages_say_what_a_parameter_may_be(client):
+  """All of its types, and of what is never used that it is not supported."""
+  chat, jobs = client.chat.completions.create, client.fine_tuning.jobs
+  for asked in (
+    {"frequency_penalty": 1},
+    {"tools": [{"type": "function", "function": {"name": "f"}}]},
+    {"store": True},
+  ):
+    wrong = error(chat, model="gpt", messages=HELLO, **asked)
+    assert wrong.code == "unsupported_parameter" and "unsupported" in wrong.message, asked
+  assert "at most 4" in error(chat, model="gpt", messages=HELLO, stop=["a"] * 5).message
+  assert error(chat, model="gpt", messages=HELLO, temperature=-1).code == "invalid_value"
+  file = client.files.create(file=("talk.jsonl", conversations(2)), purpose="fine-tune").id
+  wrong = error(jobs.create, model="gpt", training_file=file, hyperparameters={"n_epochs": 0})
+  assert "'auto' or" in wrong.message and "greater than" in wrong.message
+
+
 def test_files_are_checked_line_by_line(client, serving):
   good = conversations(1)
 
@@ -251,6 +268,18 @@ VOCABULARIES = {
     tokenizer_lib.ByteTokenizer().definition()
   ),
 }
+
+
+@pytest.mark.parametrize("kind", VOCABULARIES)
+def test_the_text_of_a_prompt_goes_on_with_its_space(kind):
+  """As a completion does. An answer of a chat begins without one."""
+  tokenizer = VOCABULARIES[kind]()
+  ids = tokenizer.encode(["the cat sat"])[0]
+  cut = len(tokenizer.encode(["the cat"])[0])
+  for before, expected in ((ids[:cut], " sat"), ((), tokenizer.decode(ids[cut:]))):
+    growing = GrowingText(tokenizer, (), before)
+    text = "".join(growing.add(token) for token in ids[cut:]) + growing.end()
+    assert text == expected and growing.count == len(ids) - cut
 
 
 @pytest.mark.parametrize("kind", VOCABULARIES)

@@ -24,6 +24,7 @@ from llm.models.slots import Wishes
 from llm.training import step as step_lib
 
 LEAST_COLUMNS = 64  # of the ring
+CONTEXT = 8  # tokens of a prompt, on which the text of those that follow depends
 JOINS = 4  # prompts that are read between two tokens: all others wait for them
 
 
@@ -60,8 +61,8 @@ class Request:
   """A prompt to continue.
 
   on_piece: is called by the writing thread, for every new text if the request `streams`, else once,
-  at the end. alternatives: how many of
-  the likeliest tokens are reported; -1: no probabilities at all.
+  at the end. alternatives: how many of the likeliest tokens are reported; -1: no probabilities at
+  all. goes_on: the text is that of the prompt, which goes on: it may begin with a space.
   """
 
   ids: list[int]
@@ -73,6 +74,7 @@ class Request:
   stops: tuple[str, ...] = ()
   alternatives: int = -1
   streams: bool = False
+  goes_on: bool = False
   cancelled: bool = False  # may be set by any thread: its slot is free at the next token
 
 
@@ -239,11 +241,16 @@ class Engine:
           return
         request = self.waiting.popleft()
         row = self.answers.index(None)
-        self.answers[row] = _Answer(request, GrowingText(self.writer.tokenizer, request.stops))
+        self.answers[row] = _Answer(request, self._text(request))
       self._make_room(_columns(request), alone)
       batch, _ = self.writer.batch([request.ids], request.max_tokens)
       self.slots = self._call(self._join, self.slots, np.int32(row), batch)
       self.wishes = None
+
+  def _text(self, request: Request) -> GrowingText:
+    """What an answer will say."""
+    before = request.ids[-CONTEXT:] if request.goes_on else ()
+    return GrowingText(self.writer.tokenizer, request.stops, before)
 
   def _forget_cancelled(self):
     """Nobody waits for these any more."""
@@ -305,14 +312,14 @@ class Engine:
       answer.unsent += text.add(token)
       if text.stopped:
         ended = "stop"
-      elif len(text.ids) >= request.max_tokens:
+      elif text.count >= request.max_tokens:
         ended = "length"
     if ended:
       answer.unsent += text.end()
       if text.stopped:
         ended = "stop"
     if ended or request.streams and (answer.unsent or answer.explained):
-      request.on_piece(Piece(answer.unsent, len(text.ids), answer.explained, ended))
+      request.on_piece(Piece(answer.unsent, text.count, answer.explained, ended))
       answer.unsent, answer.explained = "", []
     return bool(ended)
 

@@ -10,18 +10,20 @@ INCOMPLETE = "\ufffd"  # what decoders put in the place of half a character
 class GrowingText:
   """Takes tokens and gives out text. It ends before the first of `stops`.
 
-  Held back are the bytes of an unfinished character and what may be the beginning of a stop.
+  before: tokens whose text goes on; an answer begins without any. Held back are the bytes of an
+  unfinished character and what may be the beginning of a stop.
   """
 
-  def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
+  def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), before: Sequence[int] = ()):
     self.tokenizer = tokenizer
     self.stops = tuple(stops)
-    self.ids: list[int] = []
+    self.ids = list(before)
+    self.count = 0  # of the tokens that were taken
     self.stopped = False
     # Texts of tokens depend on their neighbours (spaces, bytes). So the tokens since `first` are
     # decoded together, and what they add to those before `read` is new.
     self._first = 0
-    self._read = 0
+    self._read = len(self.ids)
     self._held = ""
 
   @property
@@ -32,6 +34,7 @@ class GrowingText:
   def add(self, token: int) -> str:
     """The text that can be given out now."""
     self.ids.append(token)
+    self.count += 1
     new = self._new()
     if new.endswith(INCOMPLETE):
       return ""

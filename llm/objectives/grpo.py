@@ -75,6 +75,9 @@ class Objective(chat.Objective):
   def updates(self):
     return self.iterations
 
+  def derived(self, means):
+    return {}  # its loss is not that of next tokens
+
   def fit(self, sources, tokenizer):
     if sources:
       functions.resolve(self.reward)

@@ -69,10 +69,11 @@ def submit(
   prompts: list[list[int]],
   max_tokens: int | None,
   alternatives: int,
+  goes_on: bool = False,
 ) -> list[Asked]:
   """Puts n answers to each prompt into the queue of a model, all or none.
 
-  Raises Full or ApiError.
+  goes_on: as of engine.Request. Raises Full or ApiError.
   """
   loop = asyncio.get_running_loop()
   stops = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ())
@@ -91,6 +92,7 @@ def submit(
         stops=stops,
         alternatives=alternatives,
         streams=bool(asked.stream),
+        goes_on=goes_on,
       )
       answers.append(Asked(len(answers), pieces, request))
   talker.engine.submit(*(answer.request for answer in answers))

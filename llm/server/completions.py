@@ -45,7 +45,7 @@ async def complete(request: Request, owner: Owner, asked: CompletionRequest) -> 
   prompts = await run_in_threadpool(_encoded, talker, asked.prompt)
   alternatives = -1 if asked.logprobs is None else asked.logprobs
   max_tokens = asked.max_tokens or 16  # OpenAI's default
-  answers = answers_lib.submit(talker, asked, prompts, max_tokens, alternatives)
+  answers = answers_lib.submit(talker, asked, prompts, max_tokens, alternatives, goes_on=True)
   head = {"id": new_id("cmpl"), "created": int(time.time()), "model": asked.model}
   head["object"] = "text_completion"
   if asked.stream:

@@ -4,6 +4,7 @@ import errno
 import sqlite3
 import sys
 import traceback
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -89,17 +90,33 @@ def is_full(error: Exception) -> bool:
 
 
 def _of_validation(error: RequestValidationError) -> ApiError:
-  """The first parameter that pydantic refuses."""
-  first = error.errors()[0]
+  """The first parameter that pydantic refuses, with all that it may be."""
+  first, *others = error.errors()
   place = [str(part) for part in first["loc"][1:]]
   names = [part for part in place if part.isidentifier() or part.isdigit()]
   param = ".".join(names) or None
   if first["type"] == "json_invalid":
     return ApiError("the body is no JSON object")
-  if first["type"] == "extra_forbidden":
+  if first["type"] == "extra_forbidden" or _takes_nothing(first):
     message = f"unknown or unsupported parameter: {param}"
     return ApiError(message, param, "unsupported_parameter")
-  return ApiError(f"{param}: {first['msg']}" if param else first["msg"], param, "invalid_value")
+  # A parameter of several types has an error for each of them.
+  same = [e for e in others if [str(part) for part in e["loc"][1:]][: len(names)] == names]
+  message = " or ".join(dict.fromkeys(e["msg"] for e in [first, *same]))
+  return ApiError(f"{param}: {message}" if param else message, param, "invalid_value")
+
+
+def _takes_nothing(error: dict[str, Any]) -> bool:
+  """Whether a parameter is known only so that clients may send that it is not used."""
+  context = error.get("ctx", {})
+  return (
+    error["type"] == "too_long"
+    and context["max_length"] == 0
+    or error["type"] == "less_than_equal"
+    and context["le"] == 0
+    or error["type"] == "literal_error"
+    and context["expected"] == "False"
+  )
 
 
 def add_handlers(app: FastAPI):

@@ -138,7 +138,8 @@ def _records(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
     try:
       record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except (ValueError, RecursionError) as error:
-      yield where, UserError(f"{where} is no JSON: {first_line(error)}")
+      fault = getattr(error, "msg", None) or first_line(error)
+      yield where, UserError(f"{where} is no JSON: {fault}")
       continue
     is_object = isinstance(record, dict)
     yield where, record if is_object else UserError(f"{where} must be a JSON object")
