@@ -268,7 +268,7 @@ class TrainingConfig:
   eval_every: int = key(0, at_least=0, unset=-1)
   # 0: the whole evaluation source.
   eval_batches: int = key(0, at_least=0)
-  # 0: at the end only; -1: at the end of every epoch.
+  # 0: at the end only; -1: at the end of every epoch, and every 200 steps at least.
   save_every: int = key(0, at_least=0, unset=-1)
   # The newest checkpoints that stay.
   keep: int = key(2, above=0)
