@@ -152,10 +152,10 @@ def content(request: Request, owner: Owner, file_id: str) -> FileResponse:
   row = files.get(owner, file_id)
   path = files.path(row["id"])
   try:
-    found = path.stat()
+    status = path.stat()
   except FileNotFoundError:  # it was deleted just now
     raise unknown("file", file_id)
-  return FileResponse(path, media_type="application/octet-stream", stat_result=found)
+  return FileResponse(path, media_type="application/octet-stream", stat_result=status)
 
 
 @router.delete("/{file_id}")
