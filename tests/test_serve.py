@@ -78,6 +78,7 @@ def test_from_upload_to_chat(client, serving):
   job = ended(client, job.id)
   assert job.status == "succeeded", job
   assert job.trained_tokens > 0 and job.hyperparameters.n_epochs == 2
+  assert job.hyperparameters.batch_size >= 1  # was "auto"
   events = list(client.fine_tuning.jobs.list_events(job.id, limit=3))
   assert events[0].message == "The job has successfully completed"
   assert events[-1].message.startswith("Created") and any(e.type == "metrics" for e in events)

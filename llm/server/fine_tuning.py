@@ -42,10 +42,6 @@ SHOWN = (
 def shown(state: State, row: sqlite3.Row) -> dict[str, Any]:
   """A job as OpenAI's client reads it."""
   body = json.loads(row["body"])
-  kind = body["method"]["type"]
-  hyperparameters = dict(body["method"][kind]["hyperparameters"])
-  if hyperparameters.get("n_epochs") == "auto" and "epochs" in body:
-    hyperparameters["n_epochs"] = body["epochs"]
   return {
     "id": row["id"],
     "object": "fine_tuning.job",
@@ -53,11 +49,24 @@ def shown(state: State, row: sqlite3.Row) -> dict[str, Any]:
     "organization_id": row["owner"],
     "status": row["status"],
     **{name: body.get(name) for name in SHOWN},
-    "hyperparameters": hyperparameters,
+    "hyperparameters": _hyperparameters(body),
     "result_files": body.get("result_files", []),
     "integrations": [],
     "estimated_finish": _estimated_finish(state, row),
     "user_provided_suffix": body.get("suffix"),
+  }
+
+
+def _hyperparameters(body: dict[str, Any]) -> dict[str, Any]:
+  """Those of a job, with what "auto" became as far as it is known by now."""
+  asked = body["method"][body["method"]["type"]]["hyperparameters"]
+  known: dict[str, Any] = {}
+  if "keys" in body:
+    known = {"batch_size": body["keys"]["training.batch_size"], "learning_rate_multiplier": 1.0}
+  if "epochs" in body:
+    known["n_epochs"] = body["epochs"]
+  return {
+    name: known.get(name, "auto") if value == "auto" else value for name, value in asked.items()
   }
 
 
