@@ -277,12 +277,18 @@ def test_why_a_job_failed(place):
     assert place.starts(job) == starts
 
 
-def test_the_reason_is_that_of_the_last_attempt(place):
+def paused_on_a_full_disk(place):
+  """(supervisor, job, the file that says how its run ends)."""
   supervisor = place.supervisor()
   job = place.job()
   breaks = place.folder / "jobs" / job / "breaks"
   breaks.write_text("error: params: No space left on device")
   place.look_until(supervisor, job, "paused")
+  return supervisor, job, breaks
+
+
+def test_the_reason_is_that_of_the_last_attempt(place):
+  supervisor, job, breaks = paused_on_a_full_disk(place)
   place.status = 9
   breaks.write_text("Killed")
   resume(place, job)
@@ -291,11 +297,7 @@ def test_the_reason_is_that_of_the_last_attempt(place):
 
 
 def test_a_full_disk_pauses_a_job(place):
-  supervisor = place.supervisor()
-  job = place.job()
-  breaks = place.folder / "jobs" / job / "breaks"
-  breaks.write_text("error: params: No space left on device")
-  place.look_until(supervisor, job, "paused")
+  supervisor, job, breaks = paused_on_a_full_disk(place)
   breaks.unlink()
   resume(place, job)
   place.look_until(supervisor, job, "succeeded")

@@ -77,6 +77,8 @@ def seeds_interval(
   """
   import scipy.special  # every command would wait for it
 
+  if values_SxN.size < 2:
+    return float("nan"), float("nan")
   records = values_SxN.shape[1]
   weights_N = np.ones(records) if weights_N is None else weights_N
   mean = values_SxN.sum(axis=1).mean() / weights_N.sum()
@@ -88,8 +90,6 @@ def seeds_interval(
       share = means.var(ddof=1) / len(means)
       variance += share
       freedom += share**2 / (len(means) - 1)
-  if values_SxN.size < 2:
-    return float("nan"), float("nan")
   if variance == 0:
     return float(mean), float(mean)
   half = scipy.special.stdtrit(variance**2 / freedom, 0.975) * variance**0.5

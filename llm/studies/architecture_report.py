@@ -9,6 +9,7 @@ import tabulate
 from etils import epath
 
 from llm.core import UserError
+from llm.runs import metrics
 from llm.runs.log import duration
 from llm.studies import architecture_tasks as tasks_lib
 from llm.studies import plots
@@ -76,25 +77,16 @@ def _of_task(done: Sequence[Result], task: str, names: Sequence[str]) -> dict[st
     values = [result.figures["eval"][of_task.metric] for result in runs]
     if not values:
       raise UserError(f"every run of {model} on {task} diverged")
-    half = _half_width(values)
-    mean = float(np.mean(values))
+    low, high = metrics.seeds_interval(np.array([values]))
     results[model] = {
       "metric": of_task.metric,
       "values": values,
-      "mean": mean,
-      "low": mean - half,
-      "high": mean + half,
+      "mean": float(np.mean(values)),
+      "low": low,
+      "high": high,
       "rate": runs[0].run.facts["rate"],
     }
   return results
-
-
-def _half_width(values: Sequence[float]) -> float:
-  """Half of Student's 95% interval of the mean; NaN of one value."""
-  count = len(values)
-  if count < 2:
-    return float("nan")
-  return float(scipy.stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / count**0.5)
 
 
 def _compared(of_task: Mapping[str, Mapping]) -> list[dict[str, Any]]:

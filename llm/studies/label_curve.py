@@ -12,11 +12,11 @@ import itertools
 from typing import Any, Mapping, Sequence
 
 import numpy as np
-import scipy.stats
 import tqdm
 
 from llm.core import Diverged, UserError
 from llm.models import classical
+from llm.runs import metrics
 from llm.studies.fine_tuner import Bar, FineTuner, Run, Split
 
 
@@ -209,14 +209,7 @@ def _row(model: str, labels: int, accuracies: list[float], chosen: dict[str, Any
 def paired_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
   """(mean, low, high) of a - b, with the 95% interval of Student's t over the pairs; NaN of one."""
   difference = np.asarray(a) - np.asarray(b)
-  count = len(difference)
-  mean = float(difference.mean())
-  if count < 2:
-    return mean, float("nan"), float("nan")
-  if difference.std() == 0:
-    return mean, mean, mean
-  half = float(scipy.stats.t.ppf(0.975, count - 1) * difference.std(ddof=1) / count**0.5)
-  return mean, mean - half, mean + half
+  return float(difference.mean()), *metrics.seeds_interval(difference[None])
 
 
 def in_points(mean: float, low: float, high: float) -> str:

@@ -6,6 +6,7 @@ the grid alone. Then the larger runs are predicted, and only then trained.
 """
 
 import dataclasses
+import functools
 import json
 from typing import Any, Callable, Container, Mapping, Sequence
 
@@ -158,8 +159,24 @@ class Points:
     self.loss = np.array([result.evaluated("loss") for result in results])
     self.passes = np.array([_passes(result) for result in results])
     self.seeds = len({f["seed"] for f in facts})
-    self.by_the_rule = all(f["by_the_rule"] for f in facts)
     self.rates = sorted({f["learning_rate"] for f in facts})
+    self.by_the_rule = all(f["by_the_rule"] for f in facts)
+
+  @functools.cached_property
+  def draws(self) -> list[np.ndarray]:
+    """Resampled runs, as numbers of runs: sizes and lengths are drawn, then seeds of each."""
+    rng = np.random.default_rng(0)
+    cells: dict[tuple[float, float], list[int]] = {}
+    for number, cell in enumerate(zip(self.n, self.d)):
+      cells.setdefault(cell, []).append(number)
+    members = list(cells.values())
+    draws: list[np.ndarray] = []
+    while len(draws) < RESAMPLED:
+      cells_drawn = [members[cell] for cell in rng.integers(0, len(members), len(members))]
+      drawn = np.concatenate([rng.choice(cell, len(cell)) for cell in cells_drawn])
+      if min(len(np.unique(self.n[drawn])), len(np.unique(self.d[drawn]))) >= DISTINCT:
+        draws.append(drawn)  # too few sizes or lengths would fit no law
+    return draws
 
 
 def _cell(run: Run) -> str:
@@ -171,27 +188,11 @@ def _passes(result: Result) -> float:
   return max((source["epochs"] for source in result.figures.get("data", {}).values()), default=0.0)
 
 
-def _draws(grid: Points) -> list[list[int]]:
-  """Resampled runs, as numbers of runs: sizes and lengths are drawn, then seeds of each."""
-  rng = np.random.default_rng(0)
-  cells: dict[tuple[float, float], list[int]] = {}
-  for number, cell in enumerate(zip(grid.n, grid.d)):
-    cells.setdefault(cell, []).append(number)
-  members = list(cells.values())
-  draws: list[list[int]] = []
-  while len(draws) < RESAMPLED:
-    cells_drawn = [members[cell] for cell in rng.integers(0, len(members), len(members))]
-    drawn = [int(run) for cell in cells_drawn for run in rng.choice(cell, len(cell))]
-    if min(len(np.unique(grid.n[drawn])), len(np.unique(grid.d[drawn]))) >= DISTINCT:
-      draws.append(drawn)  # too few sizes or lengths would fit no law
-  return draws
-
-
 def _resampled(grid: Points, law: Parametric) -> list[Parametric]:
   """The law fitted on resampled runs."""
   return [
     scaling_fits.parametric(grid.n[drawn], grid.d[drawn], grid.loss[drawn], near=law)
-    for drawn in _draws(grid)
+    for drawn in grid.draws
   ]
 
 
@@ -290,7 +291,7 @@ def _power_law(grid: Points, x: np.ndarray, choose: Callable) -> dict[str, Any]:
   count = int(choose(every).sum())
   if law is None:
     return {"exponent": None, "scale": None, "runs": count}
-  drawn = [sample.exponent for draw in _draws(grid) if (sample := fitted(np.array(draw)))]
+  drawn = [sample.exponent for draw in grid.draws if (sample := fitted(draw))]
   interval = _interval(drawn or [law.exponent])
   figures = {"exponent": law.exponent, "exponent_interval": interval, "scale": law.scale}
   return {**figures, "runs": count}
