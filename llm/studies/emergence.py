@@ -15,10 +15,10 @@ from etils import epath
 
 from llm.config import Config, key
 from llm.core import UserError
+from llm.runs import metrics
 from llm.studies import emergence_report, frame, scaling_fits
 from llm.studies.runs import Result, Run
 
-RESAMPLED = 1_000  # times, for the intervals over seeds
 DOUBLINGS = 4  # the shortest length of training is this many times half of the longest
 LEARNED = 0.5  # exact match from which a model has learned a task
 METRICS = ("loss", "accuracy", "exact_match")
@@ -76,7 +76,7 @@ class Study(frame.Study):
 
   def _curves(self, task: str, done: Sequence[Result], folder: epath.Path) -> "Curves":
     """Raises UserError where a size has no run that did not diverge."""
-    parameters, metrics, steps, flops = [], [], [], []
+    parameters, evaluations, steps, flops = [], [], [], []
     for size in self.sizes:
       of_size = [
         result
@@ -89,34 +89,34 @@ class Study(frame.Study):
       parameters.append(of_size[0].figures["parameters"])
       flops.append(of_size[0].figures["flops"])
       steps = [line["step"] for line in logged[0]]
-      metrics.append(
+      evaluations.append(
         {name: np.array([[e[name] for e in lines] for lines in logged]) for name in METRICS}
       )
-    return Curves(self.sizes, np.array(parameters), np.array(flops), np.array(steps), metrics)
+    return Curves(self.sizes, np.array(parameters), np.array(flops), np.array(steps), evaluations)
 
 
 @dataclasses.dataclass(frozen=True)
 class Curves:
   """All evaluations of a task. steps: of each evaluation. flops: of a whole run of each size.
 
-  metrics: for each size, name -> seeds x evaluations.
+  evaluations: for each size, metric -> seeds x evaluations.
   """
 
   sizes: tuple[str, ...]
   parameters: np.ndarray
   flops: np.ndarray
   steps: np.ndarray
-  metrics: list[dict[str, np.ndarray]]
+  evaluations: list[dict[str, np.ndarray]]
 
   def by_size(self, name: str) -> list[np.ndarray]:
     """At the end of training, the values of the seeds of each size."""
-    return [metrics[name][:, -1] for metrics in self.metrics]
+    return [of_size[name][:, -1] for of_size in self.evaluations]
 
   def by_length(self, name: str, size: int) -> np.ndarray:
     """Seeds x lengths of training that double, of a size."""
     count = len(self.steps)
     doubled = [count // 2**power - 1 for power in reversed(range(DOUBLINGS + 1))]
-    return self.metrics[size][name][:, doubled]
+    return self.evaluations[size][name][:, doubled]
 
 
 def largest_step(values_SxP: np.ndarray) -> np.ndarray:
@@ -131,14 +131,10 @@ def largest_step(values_SxP: np.ndarray) -> np.ndarray:
 
 
 def interval_of_mean(values: np.ndarray) -> tuple[float, float, float]:
-  """(mean, low, high) over resampled seeds; NaN where there is none."""
+  """(mean, low, high) of seeds: Student's 95% interval, NaN where one seed is left or none."""
   values = values[np.isfinite(values)]
-  if not len(values):
-    return float("nan"), float("nan"), float("nan")
-  rng = np.random.default_rng(0)
-  means = values[rng.integers(0, len(values), (RESAMPLED, len(values)))].mean(1)
-  low, high = np.percentile(means, [2.5, 97.5])
-  return float(values.mean()), float(low), float(high)
+  mean = float(values.mean()) if len(values) else float("nan")
+  return mean, *metrics.seeds_interval(values[None])
 
 
 def jump(points: int) -> float:

@@ -31,11 +31,11 @@ def in_words(tasks: Mapping[str, Any]) -> str:
     parts += [f"## {task.replace('_', ' ')}\n", _table(figures["sizes"]) + "\n"]
     parts += [_sentence(name, view) + "\n" for name, view in figures["views"].items()]
   parts.append(
-    "Intervals resample seeds. A seed has learned a task where its exact match is 50% or more. The "
-    "largest step is the largest change between neighbouring points, of the change from the worst "
-    "to the best; lengths of training double from point to point. Every length is an evaluation of "
-    "the same run, whose rate is constant after the warm-up. Exact match is that of greedy "
-    "decoding.\n"
+    "Intervals are Student's over the seeds. A seed has learned a task where its exact match is "
+    "50% or more. The largest step is the largest change between neighbouring points, of the "
+    "change from the worst to the best; lengths of training double from point to point. Every "
+    "length is an evaluation of the same run, whose rate is constant after the warm-up. Exact "
+    "match is that of greedy decoding.\n"
   )
   return "\n".join(parts)
 
@@ -92,7 +92,7 @@ def draw(curves: Mapping[str, Any], folder: epath.Path):
   for (task, of_task), (exact, loss, length, beside) in zip(curves.items(), axes):
     _against_size(exact, of_task, "exact_match", f"{task.replace('_', ' ')}: exact match")
     _against_size(loss, of_task, "loss", "nats a token")
-    for size, metrics in zip(of_task.sizes, of_task.metrics):
+    for size, metrics in zip(of_task.sizes, of_task.evaluations):
       (line,) = length.plot(of_task.steps, metrics["exact_match"].mean(0), label=size)
       for seed in metrics["exact_match"]:
         length.plot(of_task.steps, seed, color=line.get_color(), linewidth=0.4, alpha=0.6)

@@ -40,9 +40,8 @@ NOTE = (
   "Figures here are of the validation split, on which rate and epochs were chosen; those that are "
   "published are of the test split, which only GLUE's server scores. The average is that of Devlin "
   "et al. 2019: both figures of MNLI, F1 of QQP and MRPC, Spearman's correlation of STS-B, without "
-  "WNLI. Intervals of the median resample the seeds.\n"
+  "WNLI.\n"
 )
-RESAMPLED = 2_000  # times, for the intervals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +174,7 @@ class Study(frame.Study):
     return {"tasks": tasks, "published": PUBLISHED}, self._in_words(tasks)
 
   def _figures(self, task: str, best: Result, done: Sequence[Result]) -> dict[str, Any]:
-    """The median over seeds of each figure of a task, with its interval, and what was chosen."""
+    """The median over seeds of each figure of a task, with the lowest and highest, and what was chosen."""
     chosen = {name: best.run.facts[name] for name in ("rate", "epochs")}
     runs = [
       result
@@ -189,8 +188,11 @@ class Study(frame.Study):
     figures = {}
     for name in names:
       values = [_value(result, name) for result in runs]
-      low, high = _median_interval(values)
-      figures[name] = {"median": float(np.median(values)), "low": low, "high": high}
+      figures[name] = {
+        "median": float(np.median(values)),
+        "low": float(min(values)),
+        "high": float(max(values)),
+      }
     edge = len(self.rates) > 2 and chosen["rate"] in (self.rates[0], self.rates[-1])
     return {"figures": figures, **chosen, "seeds": len(runs), "at_edge": edge}
 
@@ -205,7 +207,7 @@ class Study(frame.Study):
       for task, entry in tasks.items()
       for name, figure in entry["figures"].items()
     ]
-    detail_headers = ("task", "figure", "median [95%]", "seeds", "rate", "epochs")
+    detail_headers = ("task", "figure", "median [lowest, highest]", "seeds", "rate", "epochs")
     edges = [task for task, entry in tasks.items() if entry["at_edge"]]
     started = f"Started from MNLI's checkpoint: {', '.join(self.from_mnli)}.\n"
     at_edge = f"The best rate is the first or last one for {', '.join(edges)}: widen the rates.\n"
@@ -250,14 +252,6 @@ def _value(result: Result, name: str) -> float:
   return 0.0 if np.isnan(value) else value
 
 
-def _median_interval(values: Sequence[float]) -> tuple[float, float]:
-  """95% bootstrap interval of the median over seeds."""
-  rng = np.random.default_rng(0)
-  drawn = rng.choice(values, (RESAMPLED, len(values)))
-  low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
-  return float(low), float(high)
-
-
 def _heading(task: str) -> str:
   names = ("matched", "mismatched") if task == "mnli" else glue.TASKS[task].metrics
   return f"{task}, {'/'.join(names)}"
@@ -268,7 +262,7 @@ def _cell(figures: Mapping[str, Mapping]) -> str:
 
 
 def _median(figure: Mapping[str, float], entry: Mapping[str, Any]) -> str:
-  """The median with its interval, which one seed has not. entry: of the task."""
+  """The median with the lowest and the highest seed. entry: of the task."""
   median, low, high = (100 * figure[name] for name in ("median", "low", "high"))
   return f"{median:.1f}" if entry["seeds"] < 2 else f"{median:.1f} [{low:.1f}, {high:.1f}]"
 
