@@ -19,6 +19,7 @@ def get_config(task: str = "") -> Any:
   """The config for your own data, or "demo" for the embedded pairs."""
   config = config_lib.defaults(base.defaults("preference"))
   config.optimizer.update(learning_rate=1e-6, schedule="linear", warmup_steps=-1, weight_decay=0.0)
+  config.model.dropout = 0.0  # as in the reference: else they would differ before the first step
   config.training.update(epochs=1.0, batch_size=16, sequence_length=1024, log_every=10)
   if task == "demo":
     config.data.update(train="embedded:preferences", eval="embedded:preferences[validation]")

@@ -43,7 +43,7 @@ wait_until_active() {
 }
 
 install() {
-  act tar --create --gzip --file=/tmp/pretune.tar.gz --exclude=.git --exclude=.venv --exclude=runs --exclude='quickstart*' \
+  act tar --create --gzip --file=/tmp/pretune.tar.gz --exclude=.git --exclude=.venv --exclude=./runs --exclude='./quickstart*' \
     --directory="$(dirname "$0")/.." .
   act gcloud compute tpus tpu-vm scp /tmp/pretune.tar.gz "$NAME":pretune.tar.gz "${where[@]}" --worker=all
   # The image's own Python may be older than what this needs: uv brings one.

@@ -79,7 +79,7 @@ def _print_figures(
 
 def _data(saved: DataConfig) -> DataConfig:
   """The keys of the data that the command line sets, else those of the checkpoint."""
-  given = {name: flag.value for name, flag in _DATA.items() if flag.value}
+  given = {name: flag.value for name, flag in _DATA.items() if flag.present}
   return config_lib.build(DataConfig, dataclasses.asdict(saved) | given, "config.data")
 
 

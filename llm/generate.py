@@ -19,7 +19,7 @@ from absl import flags
 
 import llm
 from llm import command, models, reading
-from llm.core import UserError
+from llm.core import UserError, warn
 from llm.data.tokenizer import Tokenizer
 from llm.inference.filling import fill
 from llm.inference.writer import Writer, Written
@@ -59,7 +59,18 @@ def _sampling() -> Sampling:
     raise UserError(f"--seed={_SEED.value} must lie in [0, 2**32)")
   if _MAX_TOKENS.value < 1:
     raise UserError(f"--max_tokens={_MAX_TOKENS.value} must be positive")
+  if "" in _STOP.value:
+    raise UserError("--stop must be a text: the empty one is everywhere")
+  if not _TEMPERATURE.value:
+    _warn_of_idle("where --temperature is 0", _TOP_K, _TOP_P)
   return Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
+
+
+def _warn_of_idle(where: str, *idle: flags.FlagHolder):
+  """Warns of flags that are given where they change nothing."""
+  for flag in idle:
+    if flag.present:
+      warn(f"--{flag.name} changes nothing {where}")
 
 
 def _prompts() -> list[str]:
@@ -174,11 +185,13 @@ def main():
   prompts = [] if _CHAT.value else _prompts()
   command.start_cpu()
   if _CHAT.value:
+    _warn_of_idle("with --chat", _PROMPT, _PROMPTS, _COMPARE, _EXPLAIN)
     _chat(llm.load(_CHECKPOINT.value), sampling)
     return
   bundles = {name: llm.load(name) for name in (_CHECKPOINT.value, _COMPARE.value) if name}
   first = bundles[_CHECKPOINT.value]
   if models.facts(first.config.model).kind == "encoder":
+    _warn_of_idle("for a BERT", _COMPARE, _EXPLAIN, _TEMPERATURE, _MAX_TOKENS, _SEED, _STOP)
     _fill_masks(first, prompts)
     return
   written = {}

@@ -38,6 +38,8 @@ _INPUT = flags.DEFINE_string(
   "A source with a field text (and text_pair, or question), e.g. csv:FILE; or a JSONL file.",
 )
 _OUTPUT = flags.DEFINE_string("output", None, "The file to write the results of --input to.")
+_FIELDS = flags.DEFINE_string("config.data.fields", "", "Renames fields: text=THEIRS,..")
+_CACHE = flags.DEFINE_string("config.data.cache", "", "The folder of the cache.")
 
 _SQUAD = "squad:"
 
@@ -55,7 +57,8 @@ def _records() -> list[dict]:
       raise UserError("--input holds the records: give no --text, --question or --context with it")
     is_source = _INPUT.value.partition(":")[0] in sources.KINDS
     source = _INPUT.value if is_source else f"jsonl:{_INPUT.value}"
-    return list(sources.parse_one(source, DataConfig()).records())
+    data = DataConfig(fields=_FIELDS.value, cache=_CACHE.value)
+    return list(sources.parse_one(source, data).records())
   if (_QUESTION.value is None) != (_CONTEXT.value is None):
     raise UserError("--question needs --context, the text that holds the answer, and the reverse")
   if (_TEXT.value is None) == (_QUESTION.value is None):

@@ -31,6 +31,7 @@ from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
 from configs import prepare_text, prepare_web, prepare_wikipedia
+from llm.checkpoints import manager
 from llm.config import DataConfig
 from llm.core import UserError
 from llm.corpus import accounts, executors, extraction, inputs, preparation, web, wikipedia
@@ -39,6 +40,8 @@ from llm.corpus import readers as corpus_readers
 from llm.data import documents, packing, sources
 from llm.data import shards as shards_lib
 from llm.data import tokenizer as tokenizer_lib
+from llm.training import loop
+from tests.conftest import tiny
 
 LOCAL = executors.Where("local", 1)
 
@@ -692,6 +695,21 @@ def test_an_output_of_another_config_is_refused(tmp_path):
   write_jsonl(tmp_path / "in" / "b.jsonl", [prose(2)])
   with pytest.raises(UserError, match="other input files"):
     prepare(tmp_path / "out", text_config(input=str(tmp_path / "in")))
+
+
+def test_a_run_on_shards_goes_on(tmp_path, monkeypatch):
+  """Its tokenizer is that of the shards when it begins, and its own when it goes on."""
+  write_jsonl(tmp_path / "in.jsonl", [prose(n) for n in range(9)])
+  prepare(tmp_path / "out", text_config(input=str(tmp_path / "in.jsonl")))
+  monkeypatch.setenv("PRETUNE_CACHE", str(tmp_path / "cache"))
+  shards = f"shards:{tmp_path}/out/shards"
+  options = {"tokenizer__name": "sentencepiece", "tokenizer__vocab_size": 200}
+  for steps in (1, 2):
+    config = tiny("gpt", shards, training__steps=steps, training__save_every=1, **options)
+    loop.train(config, tmp_path / "run", say=lambda *_: None)
+  step = manager.find(str(tmp_path / "run"))
+  of_shards = shards_lib.tokenizer(sources.parse_one(shards, DataConfig()))
+  assert step.name == "2" and manager.load_tokenizer(step).digest() == of_shards.digest()
 
 
 def test_shards_that_do_not_fit_are_refused(tmp_path):

@@ -10,7 +10,7 @@ from llm import cache
 from llm.config import DataConfig, TokenizerConfig
 from llm.core import UserError
 from llm.data import documents, embedded, sources, tokenizer, tokenizer_training, wikitext
-from llm.objectives import chat
+from llm.objectives import base, chat
 
 
 def records(spec, **data):
@@ -96,6 +96,12 @@ def test_bad_files_are_named_with_their_line(tmp_path, name):
     (tmp_path / name).write_bytes(content)
   with pytest.raises(UserError, match=message):
     records(f"{kind}:{tmp_path / name}")
+
+
+def test_what_is_kept_of_one_corpus_is_not_taken_for_another():
+  """Several embedded corpora come in one archive."""
+  named = [sources.parse_one(f"embedded:{name}", DataConfig()) for name in embedded.CORPORA]
+  assert len({source.digest() for source in named}) == len(embedded.CORPORA)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +254,7 @@ def test_tfds_is_read_without_tensorflow(tmp_path, monkeypatch):
     def _info(self):
       return self.dataset_info_from_configs(
         features=tfds.features.FeaturesDict(
-          {"text": tfds.features.Text(), "label": tfds.features.ClassLabel(names=["neg", "pos"])}
+          {"text": tfds.features.Text(), "label": tfds.features.ClassLabel(names=["pos", "neg"])}
         )
       )
 
@@ -264,6 +270,10 @@ def test_tfds_is_read_without_tensorflow(tmp_path, monkeypatch):
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
   found = records("tfds:toy[train]")
   assert sorted((r["text"], r["label"]) for r in found) == [
-    (f"naïve {i}", ("neg", "pos")[i % 2]) for i in range(4)
+    (f"naïve {i}", ("pos", "neg")[i % 2]) for i in range(4)
   ]
+  # F1 is that of class 1 in the order of the data set, not of the alphabet.
+  source = sources.parse_one("tfds:toy[train]", DataConfig())
+  fitted = base.build(base.defaults("classification")).fit((source,), None)
+  assert fitted.classes == ("pos", "neg")
   assert "tensorflow" not in sys.modules

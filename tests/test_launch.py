@@ -2,8 +2,10 @@
 
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
+import tarfile
 
 import pytest
 
@@ -83,7 +85,21 @@ END
 TPU = dict(NAME="slice", ZONE="us-x", TYPE="v5litepod-16")
 
 
-def test_tpu_vm_says_what_it_runs():
+def code() -> set[str]:
+  """The files of the package, as paths from the root."""
+  return {str(path.relative_to(ROOT)) for path in (ROOT / "llm").rglob("*.py")}
+
+
+def packed(command: str, folder: pathlib.Path) -> set[str]:
+  """What a printed tar command packs, as paths from the root."""
+  archive = folder / "packed.tar.gz"
+  words = [f"--file={archive}" if w.startswith("--file=") else w for w in shlex.split(command)]
+  subprocess.run(words, cwd=ROOT, check=True)
+  with tarfile.open(archive) as file:
+    return {name.removeprefix("./") for name in file.getnames()}
+
+
+def test_tpu_vm_says_what_it_runs(tmp_path):
   status, said = dry("tpu_vm.sh", "--dry_run", "create", **TPU, SPOT="1")
   assert status == 0 and said == (
     "gcloud compute tpus queued-resources create slice --zone=us-x --accelerator-type=v5litepod-16 "
@@ -93,7 +109,9 @@ def test_tpu_vm_says_what_it_runs():
     "tpu_vm.sh", "--dry_run", "run", "--", "--config=c.py", "--workdir=/mnt/w", **TPU
   )
   lines = said.splitlines()
-  assert status == 0 and [line.split()[3:5] for line in lines if line.startswith("gcloud")] == [
+  packing = next(line for line in lines if line.startswith("tar "))
+  assert status == 0 and packed(packing, tmp_path) >= code()
+  assert [line.split()[3:5] for line in lines if line.startswith("gcloud")] == [
     ["queued-resources", "create"],
     ["tpu-vm", "scp"],
     ["tpu-vm", "ssh"],

@@ -6,6 +6,7 @@ import os
 import pathlib
 import shutil
 import time
+import types
 
 import jax
 import numpy as np
@@ -91,6 +92,24 @@ def test_what_cannot_fit_is_refused_before_it_is_allocated(model, training, mess
   prepared = experiment.prepare(config, say=lambda text: None).on(mesh)
   with pytest.raises(UserError, match=message):
     room.plan_that_fits(prepared, mesh)
+
+
+def test_a_process_asks_its_own_devices_for_their_memory():
+  """Of a device of another process, JAX raises."""
+
+  class Device:
+    platform = "tpu"
+
+    def __init__(self, limit):
+      self.limit = limit
+
+    def memory_stats(self):
+      assert self.limit, "MemoryStats is only supported for addressable devices"
+      return {"bytes_limit": self.limit}
+
+  devices = np.array([Device(0), Device(16)])
+  mesh = types.SimpleNamespace(devices=devices, local_devices=[devices[1]], size=2)
+  assert room.memory_of(mesh) == 32
 
 
 def test_what_fits_is_not_refused(corpus):

@@ -30,10 +30,10 @@ def given(record: dict[str, Any]) -> list[tuple[str, int]]:
 
 
 def _as_list(answers: Any, where: str) -> Iterable[Any]:
-  """A dict of lists becomes a list of dicts. Anything else stays as it is."""
-  if not isinstance(answers, dict):
-    return answers
+  """A dict of lists becomes a list of dicts."""
   try:
+    if not isinstance(answers, dict):
+      return list(answers)
     return [dict(zip(answers, values)) for values in zip(*answers.values())]
   except TypeError:
     raise UserError(f"{where}: answers must be a list of objects with text and answer_start")
@@ -55,6 +55,11 @@ def _checked(answer: Any, context: str, where: str) -> tuple[str, int]:
       f"{where}: the answer {text!r} does not stand at character {start} of its context{place}"
     )
   return text, start
+
+
+def id_of(record: dict[str, Any], number: int) -> str:
+  """The id of a question, or its number where it has none."""
+  return str(number if record.get("id") is None else record["id"])
 
 
 def normalized(answer: str) -> str:
@@ -121,7 +126,7 @@ def of_file(path: pathlib.Path, source: Source) -> dict[str, np.ndarray]:
   """
   predictions = _read_predictions(path)
   asked = [
-    (str(record.get("id", number)), [text for text, _ in given(record)])
+    (id_of(record, number), [text for text, _ in given(record)])
     for number, record in enumerate(source.records())
   ]
   suspicions.warn_of_twice([name for name, _ in asked], f"{source.spec}: the id of a question,")

@@ -17,8 +17,8 @@ def given_words(record: dict) -> str:
   values = []
   for name in GIVEN:
     value = record.get(name) or ""
-    if name == "messages":
-      value = " ".join(str(m.get("content")) for m in value or () if m.get("role") != "assistant")
+    if isinstance(value, list | tuple):  # of messages
+      value = " ".join(str(m.get("content")) for m in value if m.get("role") != "assistant")
     values.append(str(value))
   return words_of(" ".join(values))
 

@@ -1,12 +1,24 @@
 """Data sets of TFDS and of the Hugging Face hub.
 
-Classes come by their names; a missing class is None. spec: the source as the config names it. What
-a hub does not give raises UserError.
+Classes come by their names, which know their numbers; a missing class is None. spec: the source as
+the config names it. What a hub does not give raises UserError.
 """
 
 from typing import Any, Iterator
 
 from llm.core import UserError, first_line
+
+
+class ClassName(str):
+  """The name of a class. number: of the class in its data set, whose order has a meaning."""
+
+  number: int
+
+
+def _class_name(name: str, number: int) -> ClassName:
+  named = ClassName(name)
+  named.number = number
+  return named
 
 
 def _tfds_builder(name: str, spec: str) -> Any:
@@ -49,7 +61,7 @@ def _tfds_value(value: Any, label: Any) -> Any:
   if isinstance(value, bytes):
     return value.decode("utf-8")
   if label is not None:
-    return label.int2str(int(value)) if value >= 0 else None
+    return _class_name(label.int2str(int(value)), int(value)) if value >= 0 else None
   if hasattr(value, "item") and value.ndim == 0:
     return value.item()
   return value
@@ -81,5 +93,6 @@ def hf_records(name: str, split: str, spec: str) -> Iterator[dict]:
   for number, record in enumerate(data):
     for key, names in class_names.items():
       if isinstance(record[key], int):
-        record[key] = names[record[key]] if record[key] >= 0 else None
+        number = record[key]
+        record[key] = _class_name(names[number], number) if number >= 0 else None
     yield {**record, "_where": f"{spec} record {number}"}

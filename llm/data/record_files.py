@@ -105,11 +105,15 @@ def _as_record(value: Any, where: str) -> dict:
   return {**value, "_where": where}
 
 
-def csv_records(path: pathlib.Path, delimiter: str = ",") -> Iterator[dict]:
-  """A record for every row; the first row names the fields."""
+def csv_records(path: pathlib.Path, tabs: bool = False) -> Iterator[dict]:
+  """A record for every row; the first row names the fields.
+
+  tabs: they part the fields, and a quote is a character like any other, as in GLUE's files.
+  """
   csv.field_size_limit(MOST_CHARACTERS)
   lines = (line for _, line in _whole_lines(path))
-  reader = csv.DictReader(lines, strict=True, delimiter=delimiter)
+  form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
+  reader = csv.DictReader(lines, strict=True, **form)
   try:
     suspicions.warn_of_twice(reader.fieldnames or (), f"{path}: the column")
     for record in reader:

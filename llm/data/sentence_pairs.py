@@ -185,8 +185,8 @@ def _elsewhere(
 ) -> np.ndarray:
   """`count` tokens of another document, or all of its tokens where it has fewer.
 
-  at_sentence: whether they are drawn to begin where a sentence does, as the true B of this anchor
-  would. So neither the length of B nor its beginning tells whether B follows A.
+  at_sentence: whether they begin where a sentence does, as the true B of this anchor would. So the
+  beginning of B does not tell whether it follows A, and its length only where a document is short.
   """
   other = int(rng.integers(len(documents) - 1))
   other += other >= document
@@ -194,9 +194,10 @@ def _elsewhere(
   last_sentence = documents.documents[other + 1]
   begin = int(documents.sentences[first_sentence])
   end = int(documents.sentences[last_sentence])
+  last_start = max(begin, end - count)
   if at_sentence:
-    start = int(documents.sentences[int(rng.integers(first_sentence, last_sentence))])
+    starts = documents.sentences[first_sentence:last_sentence]
+    start = int(rng.choice(starts[: np.searchsorted(starts, last_start, "right")]))
   else:
-    start = int(rng.integers(min(begin + 1, end - 1), end))
-  start = max(begin, min(start, end - count))
+    start = int(rng.integers(min(begin + 1, last_start), last_start + 1))
   return documents.tokens_N[start : min(end, start + count)]

@@ -245,7 +245,8 @@ def _embedded_records(source: Source) -> list[dict]:
 
 
 def _embedded_content(source: Source) -> list[str]:
-  return [embedded.ARCHIVES.get(source.name, ("", "", ""))[1], source.split]
+  # Several names share an archive.
+  return [source.name, embedded.ARCHIVES.get(source.name, ("", "", ""))[1], source.split]
 
 
 def _made_records(source: Source) -> Iterable[dict]:
@@ -327,7 +328,7 @@ KINDS: dict[str, Kind] = {
   "text": _of_files(record_files.text_records, ".txt", ".text"),
   "jsonl": _of_files(record_files.jsonl_records, ".jsonl", ".ndjson"),
   "csv": _of_files(record_files.csv_records, ".csv"),
-  "tsv": _of_files(functools.partial(record_files.csv_records, delimiter="\t"), ".tsv"),
+  "tsv": _of_files(functools.partial(record_files.csv_records, tabs=True), ".tsv"),
   "squad": _of_files(record_files.squad_records, ".json"),
   "parquet": _of_files(record_files.parquet_records, ".parquet"),
   "shards": Kind(_shards_records, _shards_content),

@@ -1,9 +1,10 @@
 """The tokenizer of a config: read from its file, or trained on the sources."""
 
 import io
+import itertools
 import pathlib
 import re
-from typing import Iterable, Sequence
+from typing import Iterable, Iterator, Sequence
 
 import sentencepiece
 
@@ -19,6 +20,9 @@ from llm.data.tokenizer import (
   WordPieceTokenizer,
   load,
 )
+
+MOST_LINES = 1_000_000  # that a tokenizer is trained on, as many of each source
+MOST_BYTES = 16384  # of a line: SentencePiece leaves out what is longer
 
 
 def make(
@@ -53,7 +57,7 @@ def _trained(
 ) -> Tokenizer:
   """A SentencePiece tokenizer trained on the sources, unless the cache has it."""
   key = cache.digest(
-    "unigram 2",
+    "unigram 3",
     str(config.vocab_size),
     str(config.lowercase),
     str(config.sentinels),
@@ -62,8 +66,9 @@ def _trained(
 
   def train(folder: pathlib.Path) -> None:
     print(f"training a SentencePiece model of {config.vocab_size} pieces ...", flush=True)
-    texts = (record["text"] for source in sources for record in source.records())
-    model = train_sentencepiece(texts, config.vocab_size, config.lowercase)
+    most = MOST_LINES // len(sources)
+    lines = (line for source in sources for line in itertools.islice(_lines_of(source), most))
+    model = train_sentencepiece(lines, config.vocab_size, config.lowercase)
     SentencePieceTokenizer(model, config.lowercase, config.sentinels).save(folder)
 
   return load(cache.kept(cache_folder / "tokenizers" / key[:32], train))
@@ -77,15 +82,35 @@ def _read(path: str) -> bytes:
     raise UserError(f"config.tokenizer.path: {error}")
 
 
+def _lines_of(source: Source) -> Iterator[str]:
+  return (line for record in source.records() for line in record["text"].splitlines())
+
+
+def _parts(line: str) -> Iterator[str]:
+  """A line in parts of at most MOST_BYTES, cut at spaces."""
+  if len(line.encode(errors="replace")) <= MOST_BYTES:
+    yield line
+    return
+  start, most = 0, MOST_BYTES // 4  # characters, whose bytes are at most four
+  while start < len(line):
+    end = start + most
+    if end < len(line):
+      end = max(line.rfind(" ", start, end), start) or end
+    yield line[start:end]
+    start = end
+
+
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, lowercase: bool) -> bytes:
   """A serialized unigram model of at most vocab_size pieces (Kudo and Richardson 2018).
+
+  It learns from the first MOST_LINES lines.
 
   The first pieces are [PAD] [UNK] </s> [CLS] [SEP] [MASK]. A small corpus may give fewer pieces. A
   cased model (lowercase=False) serves models that write: it has a piece for the line break and 256
   for bytes, which spell characters without a piece. Raises UserError where training fails.
   """
   model = io.BytesIO()
-  lines = (line for text in texts for line in text.splitlines())
+  lines = (part for text in texts for line in text.splitlines() for part in _parts(line))
   try:
     sentencepiece.SentencePieceTrainer.Train(
       sentence_iterator=lines,
@@ -93,8 +118,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, lowercase: bool) 
       vocab_size=vocab_size,
       hard_vocab_limit=False,
       model_type="unigram",
-      max_sentence_length=16384,
-      input_sentence_size=1_000_000,
+      max_sentence_length=MOST_BYTES,
+      input_sentence_size=MOST_LINES,
       shuffle_input_sentence=False,
       normalization_rule_name="nmt_nfkc_cf" if lowercase else "nmt_nfkc",
       pad_id=0,

@@ -7,10 +7,12 @@ import numpy as np
 
 from llm import models
 from llm.core import UserError
-from llm.objectives import masked_lm
+from llm.data.tokenizer import Tokenizer
+from llm.models import heads
 from llm.training import experiment as experiment_lib
 from llm.training.experiment import Bundle
 
+SPACE = "▁"  # as SentencePiece writes it
 TOKEN_HEAD = ("transform", "transform_norm", "lm")  # the parts of the head that predict tokens
 
 
@@ -32,17 +34,18 @@ def fill(bundle: Bundle, text: str, count: int = 5) -> list[list[tuple[str, floa
     "segments": [1] * len(ids),
     "positions": range(len(ids)),
     "types": [0] * len(ids),
-    # The loss of each piece of the vocabulary at each mask.
-    "masked_positions": np.repeat(places, config.vocab_size),
-    "masked_targets": np.tile(np.arange(config.vocab_size), len(places)),
+    "masked_positions": places,
+    "masked_targets": np.zeros(len(places)),
   }
   batch = {name: np.array(values, np.int32)[None] for name, values in row.items()}
-  model = experiment_lib.build(masked_lm.Objective(next_sentence=False), config)
-  head = {name: leaves for name, leaves in bundle.params["head"].items() if name in TOKEN_HEAD}
-  params = {"backbone": bundle.params["backbone"], "head": head}
+  settled = experiment_lib.settled(config, 0)
+  head = heads.MaskedLMHead(settled, next_sentence=False, logits=True)
+  model = heads.Model(models.build_backbone(settled), head)
+  of_head = {name: leaves for name, leaves in bundle.params["head"].items() if name in TOKEN_HEAD}
+  params = {"backbone": bundle.params["backbone"], "head": of_head}
   forward = jax.jit(functools.partial(model.apply, train=False))
-  losses = forward({"params": params}, batch)["losses"]
-  probabilities_NxV = np.exp(-np.asarray(losses)).reshape(len(places), config.vocab_size)
+  logits_1xNxV = forward({"params": params}, batch)["logits"]
+  probabilities_NxV = np.asarray(jax.nn.softmax(logits_1xNxV[0]))
   likeliest = []
   for probabilities_V in probabilities_NxV:
     tokens = np.argsort(-probabilities_V)[:count].tolist()
@@ -58,11 +61,21 @@ def _encoded(bundle: Bundle, text: str) -> list[int]:
   if not after_masks:
     raise UserError("--prompt has no [MASK] to fill")
   ids = [tokenizer.cls, *before_mask]
-  for part in after_masks:
-    ids += [tokenizer.mask, *part]
+  for part, in_text in zip(after_masks, text.split("[MASK]")[1:]):
+    ids += [tokenizer.mask, *(part if in_text[:1].isspace() else _at_once(tokenizer, part))]
   ids.append(tokenizer.sep)
   if len(ids) > max_length:
     raise UserError(
       f"the prompt has {len(ids)} tokens, more than the model's {max_length} positions"
     )
+  return ids
+
+
+def _at_once(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+  """The ids of a text that follows a mask at once: without the space that begins every text."""
+  piece = tokenizer.pieces[ids[0]] if ids else ""
+  if piece == SPACE:
+    return ids[1:]
+  if piece.startswith(SPACE) and piece[1:] in tokenizer.pieces:
+    return [tokenizer.pieces.index(piece[1:]), *ids[1:]]
   return ids

@@ -9,14 +9,14 @@ import tqdm
 from etils import epath
 from flax import linen as nn
 
-from llm import sharding
+from llm import core, sharding
 from llm.config import MeshConfig
 from llm.core import Batch, Params, UserError
 from llm.data import batches as batches_lib
 from llm.objectives import base
 from llm.training import experiment as experiment_lib
 
-BATCH_SIZE = 32  # rows at a time
+BATCH_SIZE = 32  # rows at a time, or the next number that the devices share
 
 
 class Labeller:
@@ -75,12 +75,13 @@ class Labeller:
     length = config.training.sequence_length
     rows = self.objective.encode(records, self.saved.tokenizer, config.model, length)
     mesh = self.mesh
+    batch_size = core.round_up(BATCH_SIZE, mesh.size)
     with jax.set_mesh(mesh):
       params, forward = self.program
       batches = tqdm.tqdm(
-        batches_lib.passes(rows, BATCH_SIZE, mesh),
+        batches_lib.passes(rows, batch_size, mesh),
         desc="predicting",
-        total=-(-len(rows) // BATCH_SIZE),
+        total=-(-len(rows) // batch_size),
         unit=" batches",
         disable=None,
       )

@@ -199,10 +199,16 @@ class Writer:
     if places := [text.find(stop) for stop in stops if stop in text]:
       text = text[: min(places)]
       ended = "stop"
+      ids = next(ids[:n] for n in range(len(ids) + 1) if self._has_any(stops, ids[:n]))
+      finished = False
     choices = []
     for best_E, odds_E in zip(best_NxE[: len(ids) + finished], odds_NxE):
       choices.append(list(zip(best_E.tolist(), odds_E.tolist())))
     return Written(text, ids, ended, choices)
+
+  def _has_any(self, stops: Sequence[str], ids: list[int]) -> bool:
+    text = self.tokenizer.decode(ids)
+    return any(stop in text for stop in stops)
 
 
 def in_batches(bundle: Bundle, rows: int) -> Callable[[Sequence[str], int], list[str]]:

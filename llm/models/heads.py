@@ -164,12 +164,14 @@ class MaskedLMHead(nn.Module):
   """Losses at the masked positions (transform, tied decoder) and of next-sentence prediction.
 
   draws: a token for each masked position too, drawn from its probabilities. Its randomness is of
-  the stream `dropout` in training, and always the same in evaluation.
+  the stream `dropout` in training, and always the same in evaluation. logits: those of every piece
+  at each masked position too.
   """
 
   config: ModelConfig
   next_sentence: bool
   draws: bool = False
+  logits: bool = False
 
   @nn.compact
   def __call__(
@@ -188,6 +190,8 @@ class MaskedLMHead(nn.Module):
       chunk=cfg.loss_chunk,
     )
     outputs = {"losses": losses, "correct": correct}
+    if self.logits:
+      outputs["logits"] = token_logits(masked_BxMxE, table_VxD, bias_V, types, cfg.vocab_size)
     if self.draws:
       outputs["drawn"] = token_draws(
         masked_BxMxE,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, NamedTuple, Sequence
+from typing import Any, Mapping, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import scipy.stats
 from llm import models
 from llm.config import key
 from llm.core import UserError, warn
-from llm.data import packing, suspicions
+from llm.data import hubs, packing, suspicions
 from llm.data.sources import Source
 from llm.data.tokenizer import Tokenizer
 from llm.models import heads
@@ -102,9 +102,9 @@ class Objective(base.Labels):
   """Cross-entropy over classes, or squared error on a score (Devlin et al. 2019, section 4.1).
 
   num_classes: 0 counts the labels of the training data, and 1 is regression. classes: the names in
-  order; () takes the labels of the training data. baseline: a run also says what models without a
-  network reach. pooling: see heads.ClassificationHead; auto is first for encoders and last for
-  decoders.
+  order; () takes the labels of the training data, in the order of tfds: and hf:, of whole numbers
+  or of the alphabet. baseline: a run also says what models without a network reach. pooling: see
+  heads.ClassificationHead; auto is first for encoders and last for decoders.
   """
 
   num_classes: int = key(0, at_least=0)
@@ -142,15 +142,12 @@ class Objective(base.Labels):
       return self
     if not sources:
       return dataclasses.replace(self, num_classes=self.num_classes or 2)
-    labels: dict[str, str] = {}  # where each stands first
+    first: dict[str, dict] = {}  # of each label, the first record
     for source in sources:
       for record in source.records():
-        labels.setdefault(_label(record, source), _where(record, source))
-    suspicions.warn_of_numbers(labels)
-    try:
-      classes = sorted(labels, key=int)
-    except ValueError:
-      classes = sorted(labels)
+        first.setdefault(_label(record, source), record)
+    suspicions.warn_of_numbers({label: _where(record) for label, record in first.items()})
+    classes = _in_order({label: record["label"] for label, record in first.items()})
     if len(classes) < 2:
       raise UserError(
         f"{sources[0].spec}: only the label {classes[0]!r} occurs; classification needs "
@@ -358,6 +355,19 @@ def _where(record: dict, source: Source | None = None) -> str:
   return record.get("_where") or (source.spec if source else "a record")
 
 
+def _in_order(labels: Mapping[str, Any]) -> list[str]:
+  """The names of classes, in the order of their data set, of whole numbers or of the alphabet.
+
+  labels: by name, as records have them.
+  """
+  if all(isinstance(label, hubs.ClassName) for label in labels.values()):
+    return sorted(labels, key=lambda name: labels[name].number)
+  try:
+    return sorted(labels, key=int)
+  except ValueError:
+    return sorted(labels)
+
+
 def _label(record: dict, source: Source) -> str:
   """The label of a record, as text. Raises UserError if it has none."""
   if record.get("label") is None:
@@ -398,8 +408,8 @@ def _assemble(
 def _cut(first: list[int], second: list[int], room: int) -> tuple[list[int], list[int]]:
   """(first, second) in at most `room` tokens together.
 
-  As in BERT's published code, the longer of the two loses its last token, and the first where they
-  are equal, until both fit.
+  As in BERT's published code, the longer of the two loses its last token until both fit; where they
+  are equal, the first does.
   """
   while len(first) + len(second) > room:
     if len(second) > len(first):

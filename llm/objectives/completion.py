@@ -30,19 +30,18 @@ class Objective(causal_lm.Objective):
     for text, target in zip(texts, targets):
       learned = np.arange(len(text) + len(target)) >= len(text)
       encoded.append(chat.Encoded(np.array([*text, *target], np.int32), learned.astype(np.float32)))
-    fitting = [one for one in encoded if LEAST <= one.size <= length]
+    fitting = [one for one in encoded if one.size <= length]
     if not fitting:
       raise UserError(
-        f"{source.spec}: no text with its target has {LEAST} tokens or more and fits "
-        f"config.training.sequence_length={length}"
+        f"{source.spec}: no text with its target fits config.training.sequence_length={length}"
       )
-    packed = packing.best_fit_decreasing(np.array([one.size for one in fitting]), length)
-    left_out = f"{len(encoded) - len(fitting)} left out, too short or too long"
+    packed = packing.into_rows(np.array([one.size for one in fitting]), length, LEAST)
+    left_out = f"{len(encoded) - len(fitting)} left out, too long"
     return chat.ChatRows(fitting, packed, length, max(tokenizer.pad, 0), left_out)
 
   def predict(self, outputs, batch):
     """(loss, right tokens, tokens) of the target of each text of a row: BxKx3."""
-    slots = batch["tokens"].shape[1] // LEAST
+    slots = packing.slots(batch["tokens"].shape[1], LEAST)
     of_text_BxKxT = batch["segments"][:, None] == 1 + jnp.arange(slots)[:, None]
     weights_BxKxT = of_text_BxKxT * batch["weights"][:, None]
     values = (outputs["losses"], outputs["correct"], jnp.ones_like(outputs["losses"]))

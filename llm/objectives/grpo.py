@@ -46,7 +46,7 @@ class Objective(chat.Objective):
   clip_low, clip_high: how far below and above 1 the ratio of probabilities may move (DAPO, section
   3.1, has 0.2 and 0.28). iterations: updates with the same answers (mu of algorithm 1).
   learn_cut_off: whether answers that reached max_tokens are learned (DAPO, section 3.4).
-  redraws: so often, other prompts are drawn in place of those whose answers all earn the same
+  redraws: so often, a batch of other prompts is drawn for those whose answers all earn the same
   (DAPO, section 3.2).
   kl: the weight of the divergence from the checkpoint that the run starts from, by the estimate k3
   (Schulman 2020; Shao et al. 2024, equation 4). Its gradient, beside answers of the policy, is that
@@ -203,7 +203,8 @@ class Objective(chat.Objective):
       k3_BxT = k3((outputs["losses"] - batch["reference_losses"]) * learned_BxT)
       losses_BxT += self.kl * k3_BxT
       metrics["kl"] = ((k3_BxT * learned_BxT).sum(), tokens)
-    metrics["loss"] = ((losses_BxT * weights_BxT).sum(), self._normaliser(batch))
+    is_learned = jnp.any(weights_BxT)  # an evaluation learns nothing
+    metrics["loss"] = ((losses_BxT * weights_BxT).sum(), is_learned * self._normaliser(batch))
     return base.weighted_mean(losses_BxT, weights_BxT, totals["answers"]), metrics
 
   def surrogate(self, log_ratio: jax.Array, advantages: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -160,7 +160,7 @@ class Objective(base.Answers):
           f"{where}: the field 'question' must be a text; questions come from squad:FILE, or from "
           "records with text (the context), question and answers"
         )
-      if not self.no_answer and not record.get("answers"):
+      if not self.no_answer and not answers_lib.given(record):
         raise UserError(
           f"{where}: the question has no answer; set config.objective.no_answer=True if questions "
           "may have none (SQuAD 2.0)"
@@ -180,7 +180,7 @@ class Objective(base.Answers):
     for number, (record, ids) in enumerate(zip(records, question_ids)):
       answers = answers_lib.given(record)
       gold = tuple(text for text, _ in answers)
-      questions.append(Question(str(record.get("id", number)), record["text"], gold))
+      questions.append(Question(answers_lib.id_of(record, number), record["text"], gold))
       room = length - len(ids) - 3
       if room < 8:
         raise UserError(

@@ -200,8 +200,8 @@ class Objective(causal_lm.Objective, base.Writes):
         return [(text_of_label[label], True)]
       return [(text, name == label) for name, text in text_of_label.items()]
     target = record.get("target")
-    if target is None and record.get("answers"):
-      target = answers.given(record)[0][0]
+    if target is None and (given := answers.given(record)):
+      target = given[0][0]
     if not isinstance(target, str) or not target.strip():
       raise UserError(
         f"{where}: the target is missing or empty; records need a field 'target' "

@@ -18,11 +18,11 @@ def add(totals: Totals, metrics: Mapping[str, Any]) -> None:
 
 
 def means(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-  """(sum, weight) pairs of several steps -> one mean for each name, as `means_of`."""
+  """(sum, weight) pairs of several steps -> one mean for each name that had a weight."""
   totals: Totals = {}
   for metrics in history:
     add(totals, metrics)
-  return means_of(totals)
+  return means_of({name: total for name, total in totals.items() if total[1]})
 
 
 def means_of(totals: Totals) -> dict[str, float]:
@@ -31,9 +31,9 @@ def means_of(totals: Totals) -> dict[str, float]:
   Where an objective has several terms called *_loss, `loss` is the sum of their means.
   """
   result = {name: value / weight if weight else 0.0 for name, (value, weight) in totals.items()}
-  if "loss" not in result:
-    loss = sum(value for name, value in result.items() if name.endswith("_loss"))
-    result = {"loss": loss, **result}
+  terms = [value for name, value in result.items() if name.endswith("_loss")]
+  if terms and "loss" not in result:
+    result = {"loss": sum(terms), **result}
   return result
 
 

@@ -174,7 +174,7 @@ class Study(frame.Study):
     return {"tasks": tasks, "published": PUBLISHED}, self._in_words(tasks)
 
   def _figures(self, task: str, best: Result, done: Sequence[Result]) -> dict[str, Any]:
-    """The median over seeds of each figure of a task, with the lowest and highest, and what was chosen."""
+    """Median, lowest and highest seed of each figure of a task, and what was chosen."""
     chosen = {name: best.run.facts[name] for name in ("rate", "epochs")}
     runs = [
       result

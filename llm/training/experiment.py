@@ -166,7 +166,7 @@ def prepare(
   saved = description if resume_from else None  # of this very run
   objective = base.build(saved.config.objective if saved else config.objective)
   train = sources.parse(config.data.train, config.data)
-  tokenizer = _tokenizer(config, start, train)
+  tokenizer = manager.load_tokenizer(start) if saved else _tokenizer(config, start, train)
   model = inherited.completed(config.model, description, tokenizer.vocab_size, objective.labelled)
   if start:
     config = inherited.within_positions(config, model, say)

@@ -84,7 +84,7 @@ def human(count: int) -> str:
 
 def memory_of(mesh: Mesh) -> int | None:
   """Bytes of memory of the devices of a mesh; None where they do not tell."""
-  device = mesh.devices.flat[0]
+  device = mesh.local_devices[0]  # others tell their own processes alone
   if device.platform != "cpu":
     limit = (device.memory_stats() or {}).get("bytes_limit")
     return limit and limit * mesh.size
