@@ -277,3 +277,19 @@ def test_tfds_is_read_without_tensorflow(tmp_path, monkeypatch):
   fitted = base.build(base.defaults("classification")).fit((source,), None)
   assert fitted.classes == ("pos", "neg")
   assert "tensorflow" not in sys.modules
+
+
+def test_a_tokenizer_learns_from_long_lines_and_from_every_source(tmp_path, monkeypatch):
+  """A paragraph longer than SentencePiece takes, and a source after more lines than it reads."""
+  monkeypatch.setattr(tokenizer_training, "MOST_LINES", 200)
+  many = "\n".join(f"abc {n}" for n in range(300))
+  for name, text in {"many": many, "long": "xyz uvw " * 4000, "other": "qrs tqr " * 500}.items():
+    (tmp_path / f"{name}.txt").write_text(text)
+  spec = ",".join(f"text:{tmp_path}/{name}.txt" for name in ("many", "long", "other"))
+  config = TokenizerConfig(name="sentencepiece", vocab_size=60, lowercase=True)
+  made = tokenizer_training.make(config, sources.parse(spec, DataConfig()), tmp_path / "cache")
+  (ids,) = made.encode(["abc xyz uvw qrs"])
+  assert made.id_of("unk") not in ids
+  parts = list(tokenizer_training._parts("x" * 9 + " é" * 30_000))
+  assert len(parts) > 1 and "".join(parts) == "x" * 9 + " é" * 30_000
+  assert max(len(part.encode()) for part in parts) <= tokenizer_training.MOST_BYTES

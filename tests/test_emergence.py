@@ -60,6 +60,15 @@ def test_exact_match_and_loss_are_those_of_a_count_by_hand(byte_tokenizer):
   assert figures["accuracy"] == pytest.approx(np.mean(right))
 
 
+def test_a_short_text_is_learned_too(tmp_path, byte_tokenizer):
+  (tmp_path / "a.jsonl").write_text('{"text": "1+1=", "target": "2"}\n' * 5)
+  config = tiny("gpt", f"jsonl:{tmp_path}/a.jsonl", objective__name="completion")
+  objective = base.build(base.defaults("completion"))
+  source = sources.parse_one(config.data.train, DataConfig())
+  rows = objective.rows(source, byte_tokenizer, config.data, config.model, 16)
+  assert sorted(map(len, rows.packed)) == [1, 2, 2]
+
+
 def train_as(curve):
   """A stand-in of loop.train whose right tokens are curve(parameters, share of the steps)."""
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import scipy.special
 
-from llm import cache, command
+from llm import cache, command, sharding
 from llm import config as config_lib
 from llm.checkpoints import huggingface
-from llm.config import ModelConfig
+from llm.config import MeshConfig, ModelConfig
 from llm.core import UserError
 from llm.data import tokenizer as tokenizer_lib
 from llm.inference.labeller import Labeller
@@ -52,6 +52,8 @@ def test_a_classifier_ignores_no_question(tmp_path):
   labels.check({"text": "fine", "text_pair": "so so"})
   with pytest.raises(UserError, match="has a question, which would be ignored"):
     labels.check({"question": "Is it?", "text": "fine"})
+  # A number of devices by which 32 rows cannot be divided.
+  labels.mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:3])
   predictions, rows = labels.label([{"text": "fine"}, {"text": "a bad one"}])
   assert [r["label"] in ("bad", "good") for r in labels.objective.results(predictions, rows)] == [
     True,

@@ -14,6 +14,7 @@ from llm import sharding
 from llm.config import MeshConfig
 from llm.core import UserError
 from llm.data import tokenizer as tokenizer_lib
+from llm.data import tokenizer_training
 from llm.inference import filling, writer
 from llm.models import decoding, precision
 from llm.models.decoding import Sampling
@@ -164,6 +165,8 @@ def test_writing_ends_at_the_end_token_a_stop_string_or_the_length():
   mark = whole.text[3:5]
   (stopped,) = made.write(["what is it"], NEW, stops=[mark])
   assert stopped.ended == "stop" and stopped.text == whole.text[: whole.text.index(mark)]
+  assert stopped.tokens == whole.tokens[: len(stopped.tokens)] and len(stopped.tokens) < NEW
+  assert len(stopped.choices) == len(stopped.tokens)
   made.tokenizer = tokenizer_lib.ByteTokenizer()
   made.tokenizer.eos = whole.tokens[4]
   (ended,) = made.write(["what is it"], NEW)
@@ -191,6 +194,17 @@ def test_a_bert_fills_masks_by_its_own_odds():
   }
   losses = outputs_of(bundle.model, bundle.params, batch)["losses"]
   assert found[0][1] == pytest.approx(float(np.exp(-losses[0, 0])), rel=1e-4)
+
+
+def test_what_follows_a_mask_at_once_has_no_space():
+  """SentencePiece begins every text with one, which training did not see there."""
+  model = tokenizer_training.train_sentencepiece(["paris is big.", "it is paris, yes."], 40, True)
+  tokenizer = tokenizer_lib.SentencePieceTokenizer(model, lowercase=True)
+  whole, after, spaced = tokenizer.encode(["it is paris, yes.", ", yes.", "yes."])
+  assert after[0] != whole[-len(after) + 1]
+  joined = filling._at_once(tokenizer, after)
+  assert joined == whole[-len(joined) :] and tokenizer.pieces[joined[0]][0] == ","
+  assert filling._at_once(tokenizer, []) == [] and tokenizer.pieces[spaced[0]][0] == "▁"
 
 
 @pytest.mark.parametrize(

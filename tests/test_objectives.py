@@ -110,7 +110,7 @@ def test_pairs_are_balanced_and_true(corpus, byte_tokenizer):
     byte_tokenizer.decode(rows.documents.tokens_N[a:b])
     for a, b in zip(rows.documents.bounds(), rows.documents.bounds()[1:])
   ]
-  rng, labels = np.random.default_rng(0), []
+  rng, labels, inside = np.random.default_rng(0), [], ([], [])
   for _ in range(40):
     for i in range(len(rows)):
       example = rows.example(i, rng)
@@ -128,8 +128,11 @@ def test_pairs_are_balanced_and_true(corpus, byte_tokenizer):
         else:
           assert any(b in other for other in text if other is not own)
         labels.append(int(example["next_sentence"][slot]))
+        inside[labels[-1]].append(not b[0].isupper())  # sentences begin with the only capitals
         assert used.sum() == len(a) + len(b) + 3 and used[example["firsts"][slot]]
   assert within(sum(labels), len(labels), 0.5)
+  # Where B begins does not tell whether it follows A.
+  assert abs(np.mean(inside[0]) - np.mean(inside[1])) < 0.02
 
 
 def test_next_tokens_follow_and_end(corpus, byte_tokenizer):

@@ -12,7 +12,7 @@ from llm.config import DataConfig, ModelConfig
 from llm.core import UserError
 from llm.data import answers, sources, tokenizer_training
 from llm.data import tokenizer as tokenizer_lib
-from llm.objectives import span_qa
+from llm.objectives import span_qa, text_to_text
 from tests.conftest import sentences
 
 BERT = ModelConfig(name="bert")
@@ -219,6 +219,25 @@ def test_predictions_are_the_logits_places():
 def test_what_is_wrong_with_a_question_is_said(items, message, tmp_path):
   with pytest.raises(UserError, match=message):
     rows_of(span_qa.Objective(), squad(tmp_path / "bad.json", items))
+
+
+def test_a_question_without_answer_is_one_in_every_layout(tmp_path):
+  """TFDS has a dict of empty lists where SQuAD's files have an empty list."""
+  for layout, message in (
+    ({"text": [], "answer_start": []}, "the question has no answer"),
+    (5, "answers must be a list"),
+  ):
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps({"text": "some text", "question": "what?", "answers": layout}))
+    with pytest.raises(UserError, match=message):
+      rows_of(span_qa.Objective(), f"jsonl:{path}")
+    with pytest.raises(UserError, match="the target is missing|answers must be a list"):
+      rows_of(text_to_text.Objective(), f"jsonl:{path}")
+
+
+def test_questions_without_an_id_have_their_number():
+  records = [{"id": None}, {}, {"id": 7}]
+  assert [answers.id_of(r, n) for n, r in enumerate(records)] == ["0", "1", "7"]
 
 
 @pytest.mark.parametrize(

@@ -268,6 +268,10 @@ def test_duplicates_between_train_and_eval_are_found(tmp_path):
   duplicates.warn([], parsed[1])
 
 
+def test_messages_may_be_a_text():
+  assert duplicates.given_words({"messages": "Name a colour."}) == "name a colour"
+
+
 def test_a_run_warns_of_duplicates(reviews, corpus, tmp_path):
   loop.train(tiny("bert", f"text:{corpus}", training__steps=1), tmp_path / "bert")
   train = (reviews / "train.jsonl").read_text().splitlines()

@@ -153,9 +153,17 @@ def test_what_people_have_is_read(tmp_path, monkeypatch):
   """A JSON array, tab-separated values, a home folder, Windows line ends, a byte-order mark."""
   records = [{"text": "one", "label": "a"}, {"text": "two", "label": "b"}]
   (tmp_path / "a.json").write_text("\n" + json.dumps(records, indent=1))
-  (tmp_path / "a.tsv").write_text('text\tlabel\none\ta\n"two"\tb\n')
+  (tmp_path / "a.tsv").write_text("text\tlabel\none\ta\ntwo\tb\n")
   (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbftext,label\r\none,a\r\ntwo,b\r\n")
   monkeypatch.setenv("HOME", str(tmp_path))
   for spec in ("jsonl:~/a.json", "tsv:~/a.tsv", "csv:~/a.csv"):
     source = sources.parse_one(spec, DataConfig())
     assert [{"text": r["text"], "label": r["label"]} for r in source.records()] == records
+
+
+def test_a_quote_is_a_character_like_others_between_tabs(tmp_path):
+  """Read as CSV, the second line would swallow the third."""
+  lines = ['"Good film\t1', 'bad film"\t0', '"Jar" is what?\t1']
+  (tmp_path / "a.tsv").write_text("\n".join(["text\tlabel", *lines]) + "\n")
+  records = source(f"tsv:{tmp_path}/a.tsv").records()
+  assert [f"{record['text']}\t{record['label']}" for record in records] == lines
