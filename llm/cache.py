@@ -5,6 +5,7 @@ What is damaged is named and made again.
 """
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import json
@@ -13,7 +14,7 @@ import pathlib
 import shutil
 import sys
 import tempfile
-from typing import Callable
+from typing import Callable, Iterator
 
 from llm import reading
 from llm.core import UserError
@@ -74,14 +75,36 @@ def kept(folder: pathlib.Path, make: Callable[[pathlib.Path], None]) -> pathlib.
     make(scratch)
     _write_record(scratch)
 
-  if folder.exists() and (reason := fault(folder)):
-    print(f"{folder} is damaged: {reason}; it is made again", file=sys.stderr, flush=True)
-    discard(folder)
-  return made_once(folder, make_with_record)
+  if folder.exists() and not fault(folder):
+    return folder
+  with _alone(folder):
+    # Another process may have made it meanwhile.
+    if folder.exists() and (reason := fault(folder)):
+      print(f"{folder}: {reason}; it is made again", file=sys.stderr, flush=True)
+      discard(folder)
+    return made_once(folder, make_with_record)
+
+
+@contextlib.contextmanager
+def _alone(folder: pathlib.Path) -> Iterator[None]:
+  """Keeps other processes from making the folder; where files cannot be locked, nothing is kept."""
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  path = folder.parent / f".lock-{folder.name}"
+  with open(path, "w") as lock:
+    with contextlib.suppress(OSError):
+      fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+      yield
+    finally:
+      path.unlink(missing_ok=True)  # who waits for it finds the folder made
+      with contextlib.suppress(OSError):
+        fcntl.flock(lock, fcntl.LOCK_UN)  # a forked process may have it open too
 
 
 def fault(folder: pathlib.Path) -> str:
   """What is wrong with a folder of the cache; "" where it is as it was made."""
+  if not (folder / RECORD).exists():
+    return "an earlier version made it, without a record of its content"
   try:
     entries = reading.read_json(folder / RECORD, dict[str, tuple[int, int, str]])
   except UserError as error:

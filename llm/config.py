@@ -262,7 +262,7 @@ class TrainingConfig:
   # questions, of which several share a row.
   batch_size: int = key(32, above=0)
   sequence_length: int = key(128, above=0, at_most=2**21)
-  seed: int = key(0, at_least=0, below=2**32)
+  seed: int = key(0, at_least=0, below=2**31)
   log_every: int = key(50, above=0)
   # 0: at the end only; -1: at the end of every epoch.
   eval_every: int = key(0, at_least=0, unset=-1)

@@ -29,7 +29,7 @@ A `Batch` is a dict of fixed-shape arrays of B rows:
 """
 
 import warnings
-from typing import Any, Mapping
+from typing import Any, Iterable, Mapping
 
 import flax.struct
 import jax
@@ -85,15 +85,18 @@ def unflatten(leaves: Leaves) -> Params:
   return traverse_util.unflatten_dict(leaves, sep="/")
 
 
-def virtual_paths(path: str, leaf: Any) -> list[str]:
+def virtual_paths(path: str, leaf: Any, layers: Iterable[int] | None = None) -> list[str]:
   """One path for every layer of a stacked leaf; for any other leaf, its own path.
+
+  layers: the numbers of those that the leaf holds; None is all layers.
 
   The leaf `backbone/layers/mlp/up/kernel` has the paths `backbone/layers/0/mlp/up/kernel`,
   `backbone/layers/1/mlp/up/kernel` and so on. Rules match these, so they can address each layer.
   """
   if STACKED not in path:
     return [path]
-  return [path.replace(STACKED, f"{STACKED}{i}/") for i in range(leaf.shape[0])]
+  numbers = range(leaf.shape[0]) if layers is None else layers
+  return [path.replace(STACKED, f"{STACKED}{number}/") for number in numbers]
 
 
 def round_up(n: int, multiple: int) -> int:

@@ -26,7 +26,7 @@ RULES = (
     "config.optimizer.schedule=wsd alone reads it",
   ),
   Rule(
-    r"optimizer\.(beta1|beta2|epsilon)",
+    r"optimizer\.(beta1|beta2|epsilon|moment_dtype)",
     lambda config: config.optimizer.name == "adafactor",
     "config.optimizer.name=adafactor does not read it",
   ),
@@ -34,6 +34,16 @@ RULES = (
     r"model\.lora_(alpha|targets|dropout)",
     lambda config: not config.model.lora_rank,
     "there are no adapters: config.model.lora_rank=0",
+  ),
+  Rule(
+    r"model\.(local_)?rope_theta",
+    lambda config: config.model.name in ("bert", "electra", "gpt", "t5"),
+    "the architecture has no rotary positions",
+  ),
+  Rule(
+    r"model\.embedding_start",
+    lambda config: bool(config.transfer.checkpoint),
+    "the table comes from config.transfer.checkpoint",
   ),
   Rule(
     r"model\.local_rope_theta",

@@ -115,6 +115,7 @@ def main() -> int:
   if not _TOPOLOGY.value:
     raise UserError("--topology is missing: what to compile for, e.g. v5p:8x8x8, v6e-256 or cpu:8")
   config = read_config()
+  jax.config.update("jax_platforms", "cpu")  # something may have imported jax before
   # A program for devices that are not here cannot be read back from the cache.
   jax.config.update("jax_enable_compilation_cache", False)
   topology = hardware.topology(_TOPOLOGY.value, config.mesh.slices)

@@ -7,6 +7,7 @@ python -m llm.show corpus     DIR
 python -m llm.show rollouts   --workdir=DIR [--step=N --rows=N]
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -144,7 +145,12 @@ def show_rollouts():
   path = storage.folder(workdir) / "rollouts.jsonl"
   if not path.exists():
     raise UserError(f"{path}: there is none: the run learns from no rewards, or has logged no step")
-  samples = [json.loads(line) for line in path.read_text().splitlines()]
+  samples = []
+  for line in path.read_text().splitlines():
+    with contextlib.suppress(json.JSONDecodeError):  # the last one may be half written
+      samples.append(json.loads(line))
+  if not samples:
+    raise UserError(f"{path}: the run has logged no step yet")
   steps = sorted({sample["step"] for sample in samples})
   step = _STEP.value or steps[-1]
   if step not in steps:

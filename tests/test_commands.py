@@ -146,7 +146,8 @@ def test_a_dry_run_says_what_the_run_would_be_and_writes_nothing(pretrained, rev
     f"--config.transfer.checkpoint={pretrained}",
     f"--config.data.train=jsonl:{reviews}/train.jsonl",
     f"--config.data.eval=jsonl:{reviews}/eval.jsonl",
-    "--config.training.sequence_length=64",
+    "--config.training.sequence_length=96",
+    "--config.training.save_every=-1",
     "--dry_run",
   )
   assert status == 0 and not (tmp_path / "run").exists(), err
@@ -156,7 +157,8 @@ def test_a_dry_run_says_what_the_run_would_be_and_writes_nothing(pretrained, rev
       key, value, origin = re.split(r"  +", line.strip(), maxsplit=2)
       origins[key] = value, origin
   file = "configs/finetune_classification.py"
-  assert origins["config.training.sequence_length"] == ("64", "the command line")
+  assert origins["config.training.sequence_length"] == ("64", "the positions of the checkpoint")
+  assert origins["config.training.save_every"][1] == "an epoch"
   assert origins["config.objective.pooling"] == ('"mean"', file)
   assert origins["config.model.width"] == ("32", "the checkpoint")
   assert origins["config.optimizer.learning_rate"][1] == "config.recipe"

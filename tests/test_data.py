@@ -1,6 +1,9 @@
 """Sources, tokenizers, documents and plans, and what bad input is told."""
 
+import concurrent.futures
+import random
 import re
+import time
 import zipfile
 
 import numpy as np
@@ -293,3 +296,30 @@ def test_a_tokenizer_learns_from_long_lines_and_from_every_source(tmp_path, monk
   parts = list(tokenizer_training._parts("x" * 9 + " é" * 30_000))
   assert len(parts) > 1 and "".join(parts) == "x" * 9 + " é" * 30_000
   assert max(len(part.encode()) for part in parts) <= tokenizer_training.MOST_BYTES
+
+
+def test_those_that_find_damage_at_once_leave_it_mended(tmp_path, monkeypatch):
+  """One would throw away what another has just made again. Threads stand for processes."""
+
+  def make(folder):
+    time.sleep(0.02)
+    (folder / "a").write_text("content")
+
+  fault, rng = cache.fault, random.Random(0)
+
+  def slowly(folder):
+    found = fault(folder)
+    time.sleep(rng.uniform(0, 0.03))
+    return found
+
+  monkeypatch.setattr(cache, "fault", slowly)
+
+  def use(_):
+    return (cache.kept(tmp_path / "kept", make) / "a").read_text()
+
+  for _ in range(5):
+    use(0)
+    (tmp_path / "kept" / "a").write_text("damaged")
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+      assert list(threads.map(use, range(8))) == ["content"] * 8
+  assert [path.name for path in tmp_path.iterdir()] == ["kept"]

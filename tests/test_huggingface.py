@@ -378,3 +378,18 @@ def test_round_trip_over_a_mesh(name, mesh, corpus, tmp_path):
   (tmp_path / "out").mkdir()
   export.to_transformers(manager.find(tmp_path / "run"), tmp_path / "out")
   _same_bits(GOLDEN / name, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"problem_type": "multi_label_classification"}, "multi_label_classification' is not"),
+    ({"architectures": ["BertForTokenClassification"]}, "a classifier that is not of texts"),
+  ],
+)
+def test_a_classifier_of_another_kind_is_refused(changes, message, tmp_path):
+  folder = shutil.copytree(GOLDEN / "bert_classifier", tmp_path / "theirs")
+  config = json.loads((folder / "config.json").read_text())
+  (folder / "config.json").write_text(json.dumps({**config, **changes}))
+  with pytest.raises(UserError, match=message):
+    huggingface.read(folder)

@@ -5,6 +5,7 @@ import functools
 import importlib
 import json
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from llm.core import UserError
 from llm.models import attention, build_backbone, cudnn, modernbert, qwen3, splash, transformer
 from llm.objectives import base
 from llm.performance import flops
-from llm.training import experiment, loop
+from llm.training import experiment, inherited, loop
 from llm.training import step as step_lib
 from tests import test_backends
 from tests.conftest import tiny
@@ -415,3 +416,17 @@ def test_what_begins_here_is_theirs(name, changes, tmp_path):
   }
   log_probs, _ = _log_probs(made, fresh, packed, vocab)
   _close(log_probs[0], expected)
+
+
+def test_a_run_that_names_the_architecture_takes_its_details_from_the_checkpoint():
+  """With the default of the windows, every weight would be copied into another network."""
+  shape = dict(num_layers=3, width=32, num_heads=2, mlp_dim=64, max_length=64, vocab_size=64)
+  checkpoint = ModelConfig(name="modernbert", window=8, global_every=3, rope_theta=1e5, **shape)
+  config = config_lib.freeze(config_lib.defaults(base.defaults("masked_lm")))
+  described = dataclasses.replace(config, model=checkpoint)
+  start = types.SimpleNamespace(config=described)
+  for name in ("", "modernbert"):
+    model = inherited.completed(ModelConfig(name=name), start, checkpoint.vocab_size, True)
+    assert (model.window, model.global_every, model.rope_theta) == (8, 3, 1e5)
+    wider = inherited.completed(ModelConfig(name=name, window=16), start, 64, True)
+    assert (wider.window, wider.global_every) == (16, 3)

@@ -65,6 +65,8 @@ def test_keys_that_do_nothing_are_said(recwarn):
     "config.training.eval_every does nothing: nothing is evaluated: config.data.eval is not set",
     "config.model.lora_alpha does nothing: there are no adapters: config.model.lora_rank=0",
   ]
+  idle_keys.warn(config, ["model.rope_theta"])
+  assert "no rotary positions" in str(recwarn.list[-1].message)
 
 
 def test_the_keys_of_the_rules_exist():

@@ -23,7 +23,7 @@ from llm.checkpoints import manager
 from llm.config import MeshConfig, OptimizerConfig
 from llm.core import UserError, flatten
 from llm.objectives import base
-from llm.performance import flops
+from llm.performance import flops, hardware
 from llm.runs import metrics
 from llm.training import experiment, loop, optimizer, partition
 from llm.training import plan as plan_lib
@@ -225,6 +225,33 @@ def test_multipliers_and_layer_decay_address_single_layers():
     optimizer.multipliers(OptimizerConfig(multipliers=("nothing=2.0",)), leaves, 3)
 
 
+def test_layers_keep_their_numbers_where_others_are_frozen():
+  params = params_of(model_of("gpt"))
+  masks = partition.frozen_layers(params, "layers/0/|embedding")
+  trained, _ = partition.split(params, masks)
+  config = OptimizerConfig(layer_decay=0.5, multipliers=(r"layers/2/mlp=10.0",))
+  found = optimizer.multipliers(config, trained, 3, masks)
+  assert found["backbone/layers/mlp/up/kernel"].ravel().tolist() == [0.25, 5.0]
+  with pytest.raises(UserError, match="'layers/0/mlp' matches no"):
+    optimizer.multipliers(OptimizerConfig(multipliers=("layers/0/mlp=2",)), trained, 3, masks)
+
+
+def test_layer_decay_of_a_table_of_its_own_and_of_an_encoder_below():
+  config = OptimizerConfig(layer_decay=0.5)
+  leaves = flatten(params_of(model_of("t5", tied=False)))
+  found = optimizer.multipliers(config, leaves, 3)
+  assert found["backbone/output/embedding"] == 1
+  stacks = {path.split("/")[1]: value for path, value in found.items() if "layers/mlp/up" in path}
+  assert stacks["decoder"].ravel().tolist() == [0.125, 0.25, 0.5]
+  assert stacks["encoder"].ravel().tolist() == [0.125 / 8, 0.25 / 8, 0.5 / 8]
+
+
+def test_a_rule_of_no_decay_that_matches_nothing():
+  leaves = flatten(params_of(model_of("gpt")))
+  with pytest.raises(UserError, match="no_decay='layers/0/' matches no trained parameter"):
+    optimizer.make(OptimizerConfig(no_decay="layers/0/", learning_rate=1.0), leaves, 3, 10)
+
+
 @pytest.mark.parametrize("freeze", [r"^backbone/", r"layers/[01]/|embedding", r"layers/1/"])
 def test_frozen_parameters_stay_and_cost_no_moments(freeze, corpus, tmp_path):
   config = tiny(
@@ -275,6 +302,36 @@ def test_flops_are_the_formula():
       expected = 3 * (layers * (block + attention) + head)
     count = flops.model_flops(model, shapes_of(model), batch, model.backbone.config)
     assert count == pytest.approx(expected, rel=1e-9)
+
+
+def test_flops_outside_a_window_are_not_needed():
+  whole, windowed = (
+    flops.model_flops(model, shapes_of(model), batch_of(4), model.backbone.config)
+    for model in (model_of("modernbert"), model_of("modernbert", global_every=3, window=4))
+  )
+  assert whole - windowed == 3 * 4 * 4 * 16 * (16 - 4) * 32 * 2  # two layers of three are local
+
+
+@pytest.mark.parametrize(
+  "kind, expected",
+  [("NVIDIA L4", 121e12), ("NVIDIA L40S", 362e12), ("NVIDIA L40", None), ("TPU v5 lite", 197e12)],
+)
+def test_a_chip_is_known_by_its_whole_name(kind, expected):
+  chip = hardware.chip_of(kind)
+  assert (chip and chip.flops) == expected
+
+
+def test_the_best_checkpoint_stays_until_a_better_one_is_saved(byte_tokenizer, tmp_path):
+  params = {"a": jnp.ones(3)}
+  saves = manager.Manager(tmp_path, 1, byte_tokenizer)
+  for step in (1, 2):
+    saves.save(step, params, None, {}, best=1)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(saves._writer, "save", lambda *_: 1 / 0)
+    with pytest.raises(UserError, match="cannot save step 3"):
+      saves.save(3, params, None, {}, best=3)
+  assert manager.steps(tmp_path / "checkpoints") == [2, 1]
+  saves.close()
 
 
 def test_a_save_of_small_arrays_compiles_nothing(byte_tokenizer, tmp_path):

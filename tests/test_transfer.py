@@ -61,6 +61,7 @@ def test_adapt_copies_the_overlap():
     (tree(a=((2, 3), 1.0), head=((3,), 1.0)), {"adapt": ("a$",)}, r"adapt='a\$' matches nothing"),
     (tree(a=((2, 3), 1.0), head=((3,), 1.0)), {"skip": ("(",)}, "no regular expression"),
     (tree(a=((2, 3), 1.0), b=((2, 3), 1.0), head=((3,), 1.0)), {"rename": ("b=>a",)}, "both"),
+    (tree(a=((2, 3), 1.0)), {"rename": (r"a=>\9",)}, "is no replacement by a regex"),
   ],
 )
 def test_what_no_rule_explains_stops_with_the_list(old, rules, message):

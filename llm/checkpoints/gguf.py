@@ -151,6 +151,9 @@ def read(path: pathlib.Path) -> huggingface.Converted:
     raise UserError(f"{path}: the architecture {architecture!r} is not supported, only 'llama'")
   heads = header.read("llama.attention.head_count", int)
   kv_heads = header.get("llama.attention.head_count_kv", heads)
+  scaling = header.get("llama.rope.scaling.type", "none")
+  if scaling != "none":
+    raise UserError(f"{path}: rotary positions scaled by {scaling!r} are not supported")
   weights = Weights(path, reader, heads, kv_heads)
   transformers_config = {
     "model_type": "llama",

@@ -175,6 +175,7 @@ def _objective(family: Family, names: set[str], config: Mapping[str, Any]) -> ba
   names: of its tensors. config: its config.json.
   """
   if "classifier.weight" in names:
+    _expect_classes_of_texts(config)
     given = config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
     labels = reading.shaped(given, dict[int, str], "config.json: id2label")
     classes = tuple(labels[number] for number in sorted(labels))
@@ -193,6 +194,18 @@ def _objective(family: Family, names: set[str], config: Mapping[str, Any]) -> ba
     return base.build({"name": pretraining})
   pairs = any("seq_relationship" in name for name in names)
   return base.build({"name": "masked_lm", "next_sentence": pairs})
+
+
+def _expect_classes_of_texts(config: Mapping[str, Any]):
+  """Raises UserError where a classifier is not one of texts, into classes that exclude another."""
+  if config.get("problem_type") == "multi_label_classification":
+    raise UserError("config.json: problem_type='multi_label_classification' is not supported")
+  kinds = reading.shaped(config.get("architectures") or [], list[str], "config.json: architectures")
+  if kinds and not any(kind.endswith("ForSequenceClassification") for kind in kinds):
+    raise UserError(
+      f"config.json: architectures={kinds} has a classifier that is not of texts: only "
+      "..ForSequenceClassification is supported"
+    )
 
 
 def write(

@@ -230,15 +230,20 @@ def find(path: str | pathlib.PurePath, say: Callable[[str], object] = print) -> 
 
 
 def _best_valid(root: epath.Path, say: Callable[[str], object]) -> epath.Path | None:
-  """The step that the newest one says is the best; None where it says none, or that is lost."""
-  for newest in steps(root)[:1]:
+  """The step that the newest readable one says is the best; None without one that is whole."""
+  for step in steps(root):
     try:
-      best = describe(root / str(newest)).progress.step
-      if best not in (-1, newest):
-        verify(root / str(best))
-        return root / str(best)
+      best = describe(root / str(step)).progress.step
+    except Damaged:
+      continue
+    if best in (-1, step):
+      return None
+    try:
+      verify(root / str(best))
+      return root / str(best)
     except Damaged as error:
       say(f"passing over the best checkpoint: {error}")
+      return None
   return None
 
 
@@ -348,8 +353,8 @@ class Manager:
     Raises UserError where the step cannot be written, as on a full disk.
     """
     self.wait()
+    self._prune(best)
     self.best = best
-    self._prune()
     self._pending = step, description
     folder = self.root / str(step)
     items = {"params": ocp.args.PyTreeSave(params)}
@@ -410,12 +415,15 @@ class Manager:
       if step <= last and (self.root / str(step) / MANIFEST).exists()
     ]
 
-  def _prune(self) -> None:
-    """Removes the steps that need not be kept, and the folders of interrupted saves."""
+  def _prune(self, next_best: int) -> None:
+    """Removes the steps that need not be kept, and the folders of interrupted saves.
+
+    next_best: may still have to be saved, so the best one before it stays as long.
+    """
     # Before the first save of this run, nothing is removed.
     if jax.process_index() or not self._pending:
       return
-    kept = {*self._complete_steps()[: self.keep], self.best}
+    kept = {*self._complete_steps()[: self.keep], self.best, next_best}
     for step in set(steps(self.root)) - kept:
       (self.root / str(step)).rmtree()
     for leftover in self.root.glob(f"*{TEMPORARY}*"):
@@ -425,5 +433,5 @@ class Manager:
   def close(self) -> None:
     """Waits for the last save, removes old steps and ends Orbax's threads."""
     self.wait()
-    self._prune()
+    self._prune(self.best)
     self._writer.close()

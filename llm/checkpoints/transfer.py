@@ -9,9 +9,11 @@ import dataclasses
 import re
 from typing import Any, Iterable
 
+import jax
 import numpy as np
 import tabulate
 
+from llm import sharding
 from llm.checkpoints import adapters, vocabulary
 from llm.config import TransferConfig
 from llm.core import Params, UserError, flatten, unflatten, virtual_paths
@@ -86,7 +88,12 @@ def _pattern_and_replacement(text: str) -> tuple[str, str]:
   parts = text.split("=>")
   if len(parts) != 2:
     raise UserError(f"config.transfer.rename: {text!r} is not of the form 'pattern=>replacement'")
-  return parts[0], parts[1]
+  pattern, replacement = parts
+  try:
+    re.sub(pattern, replacement, "")
+  except re.error as error:
+    raise UserError(f"config.transfer.rename: {text!r} is no replacement by a regex: {error}")
+  return pattern, replacement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +110,12 @@ class _Parameter:
 
   @property
   def value(self) -> np.ndarray:
-    return np.asarray(self.leaf if self.layer is None else self.leaf[self.layer])
+    return _on_host(self.leaf if self.layer is None else self.leaf[self.layer])
+
+
+def _on_host(leaf: Any) -> np.ndarray:
+  """A parameter, also where each process holds a part of it."""
+  return sharding.host_rows(leaf) if isinstance(leaf, jax.Array) else np.asarray(leaf)
 
 
 def _by_virtual_path(params: Params) -> dict[str, _Parameter]:
@@ -229,7 +241,7 @@ def _stacked(params: Params, taken: dict[str, np.ndarray]) -> Params:
         if virtual_path in taken:
           layers.append(taken[virtual_path])
         else:
-          layers.append(np.asarray(leaf[layer]))
+          layers.append(_on_host(leaf[layer]))
       result[path] = np.stack(layers)
   return unflatten(result)
 

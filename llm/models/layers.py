@@ -146,12 +146,18 @@ class Linear(nn.Module):
     else:
       kernel = self.param("kernel", self.kernel_init, self.shape).astype(values)
       y = matmul(x, kernel.reshape(inputs, -1), self.precision)
-    if self.lora and re.search(self.lora.targets, "/".join(self.path)):
+    if self.lora and self._has_adapter(self.lora):
       y += self.adapter(x, y.shape[-1], self.lora)
     y = y.reshape(*x.shape[:-1], *output_shape)
     if self.bias:
       y = y + self.param("bias", nn.initializers.zeros, output_shape).astype(values)
     return y
+
+  def _has_adapter(self, lora: LoRA) -> bool:
+    """Whether the parameters have one. A layer that is applied alone has a shorter path."""
+    if self.is_initializing():
+      return bool(re.search(lora.targets, "/".join(self.path)))
+    return self.has_variable("params", "lora_a")
 
   def adapter(self, x: jax.Array, width: int, lora: LoRA) -> jax.Array:
     """What the low-rank adapter adds to the output. It has dropout in training alone."""

@@ -70,21 +70,25 @@ def _executions(eqn: JaxprEqn) -> int:
 
 
 def model_flops(model: nn.Module, params: Params, batch: Batch, config: ModelConfig) -> float:
-  """FLOPs that one training step on `batch` needs: 3 times those of the forward pass.
+  """FLOPs that a training step of all parameters needs: 3 times those of the forward pass.
 
   The forward pass needs 2 for every multiplication of its matrix products, counted in the traced
   program: the heads at the positions where they are computed, over the padded vocabulary. A causal
   mask makes half of the attention products needless, so half of the 4 B T^2 H K L FLOPs of a
   decoder's attention are taken off (PaLM, Chowdhery et al. 2022, appendix B, does not halve them).
-  Recomputation does not count.
+  So is what lies outside the windows of local layers. Recomputation does not count. Where
+  parameters are frozen, a step needs less.
   """
   traced = jax.make_jaxpr(lambda p, b: model.apply({"params": p}, b, train=False))(params, batch)
   forward = dot_flops(traced.jaxpr)
   kind = models.facts(config).kind
+  rows, length = batch["decoder_tokens" if kind == "encoder_decoder" else "tokens"].shape
+  by_pair = 4.0 * rows * config.num_heads * head_width_of(config)  # of a query and a key
   if kind != "encoder":
-    tokens_BxT = batch["tokens" if kind == "decoder" else "decoder_tokens"]
-    rows, length = tokens_BxT.shape
-    forward -= 2.0 * rows * length**2 * config.num_heads * head_width_of(config) * config.num_layers
+    forward -= by_pair * length**2 / 2 * config.num_layers
+  if config.window:
+    local_layers = config.num_layers - -(-config.num_layers // config.global_every)
+    forward -= by_pair * length * max(length - config.window, 0) * local_layers
   return 3.0 * forward
 
 

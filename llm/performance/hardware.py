@@ -48,6 +48,7 @@ GPUS = (
   Chip(("H100",), 989e12),
   Chip(("H200",), 989e12),
   Chip(("L4",), 121e12),
+  Chip(("L40S",), 362e12),
   Chip(("V100",), 125e12),
 )
 
@@ -59,7 +60,8 @@ def chip_of(device_kind: str) -> Chip | None:
   for chip in (*TPUS.values(), *GPUS):
     for kind in chip.kinds:
       # The longest name wins: "TPU v5" is part of "TPU v5 lite".
-      if kind.lower() in device_kind.lower() and len(kind) > len(matching_kind):
+      is_named = re.search(rf"\b{re.escape(kind)}\b", device_kind, re.IGNORECASE)
+      if is_named and len(kind) > len(matching_kind):
         matching_chip = chip
         matching_kind = kind
   return matching_chip

@@ -108,7 +108,8 @@ class Log:
   @functools.cached_property
   def events(self) -> Events:
     """The events of TensorBoard, begun with the first figures."""
-    return Events(self.folder.path / "events", self.first_step)
+    # The figures of the first step itself were logged before it was saved.
+    return Events(self.folder.path / "events", self.first_step and self.first_step + 1)
 
   @contextlib.contextmanager
   def _written(self) -> Iterator[None]:

@@ -107,19 +107,20 @@ def differences(old: dict, new: dict, may_change: Collection[str]) -> list[str]:
   return lines
 
 
-def check_processes_agree(config: Config, workdir: epath.Path):
-  """Raises UserError unless all processes were started with the same config and workdir."""
+def check_processes_agree(config: Config, workdir: epath.Path, resume_from: epath.Path | None):
+  """Raises UserError unless all processes have the same config, workdir and step to go on from."""
   if jax.process_count() == 1:
     return
   from jax.experimental import multihost_utils
 
-  digest = cache.digest(json.dumps(config_lib.thaw(config), sort_keys=True), str(workdir))
+  asked = json.dumps(config_lib.thaw(config), sort_keys=True)
+  digest = cache.digest(asked, str(workdir), str(resume_from))
   digests = multihost_utils.process_allgather(np.frombuffer(bytes.fromhex(digest), np.uint8))
   for process, other in enumerate(digests):
     if (other != digests[0]).any():
       raise UserError(
-        f"process {process} was started with another config or --workdir than process 0: start "
-        "all with the same"
+        f"process {process} was started with another config or --workdir than process 0, or sees "
+        "another newest checkpoint there: start all with the same, on a folder that all share"
       )
 
 

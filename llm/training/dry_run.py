@@ -35,6 +35,8 @@ SETTLED_BY = {
   "training.steps": "the data and config.recipe",
   "training.epochs": "turned into steps",
   "training.eval_every": "an epoch",
+  "training.save_every": "an epoch",
+  "training.sequence_length": "the positions of the checkpoint",
   "training.keep_best": "the objective",
   **{f"model.{name}": "this machine" for name in OF_THE_MACHINE},
 }
@@ -60,9 +62,7 @@ def run(
     experiment = reference.attached(experiment, mesh, say)
     planned = room.plan_that_fits(experiment, mesh)
     state, origin = state_lib.first_state(experiment, planned, None, epath.Path(scratch), say)
-    parameters = flops.count_parameters(
-      {**state.trained, **state.frozen}, experiment.config.model.vocab_size
-    )
+    parameters = flops.count_parameters(planned.params, experiment.config.model.vocab_size)
     header.show(experiment, mesh, parameters, origin, 0, say)
     header.show_baselines(experiment, say)
     sampler = reference.sampler(experiment, planned.frozen_masks, mesh, say)

@@ -96,6 +96,11 @@ class Training(Experiment):
     """The training sources, as the config names them."""
     return tuple(source.spec for source in self.train)
 
+  @property
+  def eval_batch_size(self) -> int:
+    """Rows at a time that nothing is learned from: as many as a step takes at once."""
+    return self.batches.batch_size // self.config.optimizer.grad_accum_steps
+
   def description(self) -> dict:
     """The same, with the digests of the data."""
     return {**super().description(), "data": self.digests}
@@ -166,7 +171,9 @@ def prepare(
   saved = description if resume_from else None  # of this very run
   objective = base.build(saved.config.objective if saved else config.objective)
   train = sources.parse(config.data.train, config.data)
-  tokenizer = manager.load_tokenizer(start) if saved else _tokenizer(config, start, train)
+  tokenizer = (
+    manager.load_tokenizer(resume_from) if resume_from else _tokenizer(config, start, train)
+  )
   model = inherited.completed(config.model, description, tokenizer.vocab_size, objective.labelled)
   if start:
     config = inherited.within_positions(config, model, say)
@@ -218,10 +225,10 @@ def without_data(config: Config, say: Callable = print) -> Experiment:
     vocab_size = config.model.vocab_size or trained
   description = manager.describe(start) if start else None
   model = inherited.completed(config.model, description, vocab_size, objective.labelled)
-  base.check_kind(objective, model)
   if description:
     config = inherited.within_positions(config, model, say)
     objective = objective.following(description.config.objective)
+  consistency.check_task(objective, model, config.training.sequence_length)
   objective = objective.fit((), stand_in)
   steps = config.training.steps or 1000
   fitted = dataclasses.replace(

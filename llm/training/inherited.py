@@ -9,7 +9,7 @@ from llm.config import Config, ModelConfig
 from llm.models.architecture import init_std_of
 from llm.training import consistency
 
-# What else follows a checkpoint whose architecture is taken.
+# What else follows a checkpoint of the same architecture, where it has its default.
 DETAILS = (
   "embedding_width",
   "num_kv_heads",
@@ -36,8 +36,10 @@ def completed(
   if start:
     same = dataclasses.asdict(start.config.model)
     unset = {name: same[name] for name in consistency.SHAPE if not getattr(model, name)}
-    if not model.name:
-      unset |= {name: same[name] for name in DETAILS}
+    if model.name in ("", same["name"]):
+      default = ModelConfig()
+      left_open = [name for name in DETAILS if getattr(model, name) == getattr(default, name)]
+      unset |= {name: same[name] for name in left_open}
     if not model.init_std:
       unset["init_std"] = same["init_std"]
     if model.dropout < 0:

@@ -64,7 +64,7 @@ def train(
     if jax.process_index():
       say = silent
     with jax.set_mesh(mesh):
-      workdir_lib.check_processes_agree(config, workdir)
+      workdir_lib.check_processes_agree(config, workdir, resume_from)
       with workdir_lib.locked(workdir):
         if steps_before != manager.steps(checkpoints):
           raise UserError(
@@ -324,9 +324,9 @@ class _Run:
       self.state.frozen,
       self.experiment.objective,
       rows,
-      self.experiment.batches.batch_size,
+      self.experiment.eval_batch_size,
       self.mesh,
-      batches or self.config.training.eval_batches,
+      (batches or self.config.training.eval_batches) * self.config.optimizer.grad_accum_steps,
       self.stop,
       self.actor(int(self.state.step)),
     )

@@ -84,11 +84,17 @@ def rate_at(config: OptimizerConfig, steps: int, step: int) -> float:
   return float(schedule(config, config.learning_rate, steps, warmup_steps(config, steps))(step))
 
 
-def multipliers(config: OptimizerConfig, trained: Leaves, num_layers: int) -> Leaves:
+def multipliers(
+  config: OptimizerConfig,
+  trained: Leaves,
+  num_layers: int,
+  masks: partition.FrozenMasks | None = None,
+) -> Leaves:
   """path -> factor of the learning rate; for stacked leaves an array that broadcasts over layers.
 
-  Layer-wise decay (Howard and Ruder 2018, section 3.2; as in ELECTRA): the head has factor 1, layer
-  i of L has decay^(L - i), the embeddings have decay^(L + 1).
+  Layer-wise decay (Howard and Ruder 2018, section 3.2; as in ELECTRA): the head has factor 1, also
+  a table of its own, layer i of L has decay^(L - i), the embeddings have decay^(L + 1). The layers
+  of an encoder lie below the L of its decoder. masks: of the frozen layers, which trained lacks.
   The first rule of config.multipliers that matches a path multiplies its factor.
   Raises UserError on a rule that is malformed or matches nothing.
   """
@@ -103,7 +109,7 @@ def multipliers(config: OptimizerConfig, trained: Leaves, num_layers: int) -> Le
         return decay * multiplier
     return decay
 
-  factors = partition.by_layer(trained, factor)
+  factors = partition.by_layer(trained, factor, masks)
   for rule, _ in rules:
     if rule not in used:
       raise UserError(
@@ -125,12 +131,14 @@ def _multiplier_rules(config: OptimizerConfig) -> list[tuple[re.Pattern[str], fl
 
 def _layer_decay(config: OptimizerConfig, path: str, num_layers: int) -> float:
   """The factor of a path by layer-wise decay alone."""
-  if config.layer_decay == 1.0 or not path.startswith("backbone/"):
+  is_of_head = not path.startswith("backbone/") or path.startswith("backbone/output/")
+  if config.layer_decay == 1.0 or is_of_head:
     return 1.0
+  below_decoder = num_layers if path.startswith("backbone/encoder/") else 0
   if layer := re.search(r"/layers/(\d+)/", path):
-    layers_above = num_layers - int(layer[1])
+    layers_above = num_layers - int(layer[1]) + below_decoder
   elif "final_norm" in path:
-    layers_above = 1
+    layers_above = 1 + below_decoder
   else:
     layers_above = num_layers + 1
   return config.layer_decay**layers_above
@@ -307,6 +315,7 @@ def make(
   steps: Number,
   learning_rate: Number | None = None,
   warmup: Number | None = None,
+  masks: partition.FrozenMasks | None = None,
 ) -> optax.GradientTransformation:
   """The optimizer of the trained parameters, a path -> array dict.
 
@@ -314,12 +323,13 @@ def make(
   AdamW's moments are bias-corrected. The decay is decoupled and scaled by the learning rate.
 
   steps: of the run. learning_rate and warmup (in steps): replace those of the config in a search.
+  masks: of the frozen layers, where there are some.
   Raises UserError on a regex of the config that is malformed, or a multiplier that matches nothing.
   """
   if learning_rate is None and config.learning_rate < 0:
     raise ValueError("the learning rate is that of a recipe, and was not carried over")
   decays = _decays(config, trained)
-  factors = multipliers(config, trained, num_layers)
+  factors = multipliers(config, trained, num_layers, masks)
   rate = schedule(
     config,
     config.learning_rate if learning_rate is None else learning_rate,
@@ -345,4 +355,10 @@ def _decays(config: OptimizerConfig, trained: Leaves) -> dict[str, bool]:
     raise UserError(
       f"config.optimizer.no_decay={config.no_decay!r} is no regular expression: {error}"
     )
-  return {path: not (no_decay and no_decay.search(path)) for path in trained}
+  decays = {path: not (no_decay and no_decay.search(path)) for path in trained}
+  if no_decay and config.no_decay != OptimizerConfig().no_decay and all(decays.values()):
+    raise UserError(
+      f"config.optimizer.no_decay={config.no_decay!r} matches no trained parameter (all layers "
+      "have one path, such as backbone/layers/mlp/up/kernel)"
+    )
+  return decays

@@ -16,14 +16,18 @@ from llm.core import STACKED, Leaves, Params, UserError, flatten, unflatten, vir
 FrozenMasks = dict[str, list[bool]]
 
 
-def by_layer(tree: Leaves, value: Callable[[str], float]) -> dict[str, float | np.ndarray]:
-  """Path -> leaf becomes path -> value.
+def by_layer(
+  trained: Leaves, value: Callable[[str], float], masks: FrozenMasks | None = None
+) -> dict[str, float | np.ndarray]:
+  """Path -> leaf becomes path -> value, for the trained parts of parameters.
 
-  The value of a stacked leaf is an array that broadcasts over its layers, else a number.
+  The value of a stacked leaf is an array that broadcasts over its layers, else a number. Without
+  masks, every layer is trained.
   """
   result = {}
-  for path, leaf in tree.items():
-    values = [value(virtual_path) for virtual_path in virtual_paths(path, leaf)]
+  for path, leaf in trained.items():
+    layers = np.flatnonzero(~np.array(masks[path])) if masks else None
+    values = [value(virtual_path) for virtual_path in virtual_paths(path, leaf, layers)]
     if STACKED in path:
       shape = (len(values),) + (1,) * (leaf.ndim - 1)
       result[path] = np.array(values, np.float32).reshape(shape)

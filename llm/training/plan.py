@@ -89,6 +89,7 @@ class Plan:
       pace.steps * updates,
       pace.learning_rate,
       pace.warmup * updates,
+      self.frozen_masks,
     )
 
   def _init(self, seed: jax.typing.ArrayLike) -> Params:

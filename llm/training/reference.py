@@ -35,7 +35,7 @@ def attached(experiment: Training, mesh: Mesh, say: Callable) -> Training:
   objective = experiment.objective
   batches = experiment.batches
   predict = predictor(
-    experiment.config, objective, experiment.tokenizer, batches.batch_size, mesh, say
+    experiment.config, objective, experiment.tokenizer, experiment.eval_batch_size, mesh, say
   )
   rows = [objective.with_reference(rows, predict) for rows in batches.rows]
   eval_rows = experiment.eval_rows
