@@ -21,7 +21,7 @@ from etils import epath
 from llm import command, core, sharding
 from llm import config as config_lib
 from llm.checkpoints import locate
-from llm.config import DataConfig, MeshConfig
+from llm.config import Config, DataConfig, MeshConfig
 from llm.core import UserError
 from llm.data import answers, batches, sources
 from llm.inference import writer
@@ -42,6 +42,9 @@ _DATA = {
   "cache": flags.DEFINE_string("config.data.cache", "", "The folder of the cache."),
   "sentences": flags.DEFINE_string("config.data.sentences", "", "split or lines."),
 }
+_REFERENCE = flags.DEFINE_string(
+  "config.transfer.checkpoint", "", "The reference of preferences, where it was moved."
+)
 _BATCH_SIZE = flags.DEFINE_integer(
   "config.training.batch_size", 0, "Examples at a time; 0: as in training.", lower_bound=0
 )
@@ -83,6 +86,13 @@ def _data(saved: DataConfig) -> DataConfig:
   return config_lib.build(DataConfig, dataclasses.asdict(saved) | given, "config.data")
 
 
+def _with_reference(saved: Config) -> Config:
+  transfer = saved.transfer
+  if _REFERENCE.value:
+    transfer = dataclasses.replace(transfer, checkpoint=_REFERENCE.value)
+  return dataclasses.replace(saved, transfer=transfer)
+
+
 def _means(outcomes: dict[str, np.ndarray]) -> dict[str, float]:
   return {name: float(values.mean()) for name, values in outcomes.items()}
 
@@ -119,7 +129,7 @@ def _score_checkpoint(step: epath.Path):
   batch_size = core.round_up(min(batch_size, len(rows)), mesh.size)
   with jax.set_mesh(mesh):
     predict_reference = reference.predictor(
-      saved.config, objective, saved.tokenizer, batch_size, mesh, print
+      _with_reference(saved.config), objective, saved.tokenizer, batch_size, mesh, print
     )
     rows = objective.with_reference(rows, predict_reference)
     bundle = experiment_lib.load(step)

@@ -40,8 +40,9 @@ RULES = (
   (r"mlp/up/bias$", ("tensor",)),
   (r"mlp/down/kernel$", ("tensor", "fsdp")),
   (r"lm/bias$", ("tensor",)),
-  (r"lora_a$", ("fsdp", None)),
-  (r"lora_b$", (None, "tensor")),
+  # Adapters are small. Where they were cut over fsdp and tensor, XLA's partitioner computed wrong
+  # tokens in writing, on a mesh of data, fsdp and tensor (tests/test_grpo.py).
+  (r"lora_[ab]$", (None, None)),
   (r"(pooler|transform)/kernel$", ("fsdp", "tensor")),
   (r"(next_sentence|classifier|span|detection|embedding_project)/kernel$", ("fsdp", None)),
   (r"(out|down|pooler|transform|next_sentence|classifier|span)/bias$", (None,)),

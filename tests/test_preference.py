@@ -11,12 +11,13 @@ import jax
 import numpy as np
 import pytest
 
+from llm.checkpoints import manager
 from llm.config import DataConfig, ModelConfig
 from llm.core import UserError
 from llm.data import sources
 from llm.data import tokenizer as tokenizer_lib
 from llm.objectives import chat, preference
-from llm.training import evaluation, loop
+from llm.training import evaluation, experiment, loop
 from tests.conftest import tiny
 from tests.test_models import model_of, params_of
 
@@ -179,6 +180,14 @@ def test_a_run_prefers_what_was_chosen_and_asks_the_reference_once(tmp_path, cor
   assert first["loss"] == pytest.approx(math.log(2), abs=0.05)
   loop.train(config, tmp_path / "again", say=lambda *_: None)
   assert len(asked) == 1  # training and evaluation rows are the same here, and so are both runs
+  # The base is trained further: what was its step then stays the reference.
+  further = tiny("gpt", f"text:{corpus}", training__steps=3, model__max_length=256)
+  loop.train(further, tmp_path / "base", say=lambda *_: None)
+  longer = dataclasses.replace(config.training, steps=9)
+  loop.train(dataclasses.replace(config, training=longer), tmp_path / "again", say=lambda *_: None)
+  saved = experiment.from_checkpoint(manager.find(tmp_path / "again"))
+  assert saved.config.transfer.checkpoint == str(tmp_path / "base" / "checkpoints" / "2")
+  assert len(asked) == 1
   with pytest.raises(UserError, match="needs a reference: give config.transfer.checkpoint"):
     loop.train(
       config.__class__(

@@ -32,6 +32,15 @@ def foreign(name: str, cache_folder: pathlib.Path) -> pathlib.Path | None:
   return None
 
 
+def exact(name: str, step: epath.Path) -> str:
+  """A name of the very step that `find` gave for a name, whatever its workdir saves later.
+
+  What is fetched, built in or converted keeps its name.
+  """
+  folder = name if storage.is_bucket(name) else os.path.abspath(os.path.expanduser(name))
+  return str(step) if step.is_relative_to(folder) else name
+
+
 def find(
   name: str | pathlib.PurePath, say: Callable[[str], object] = print, cache_folder: str = ""
 ) -> epath.Path:

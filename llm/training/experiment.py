@@ -177,6 +177,7 @@ def prepare(
   model = inherited.completed(config.model, description, tokenizer.vocab_size, objective.labelled)
   if start:
     config = inherited.within_positions(config, model, say)
+    config = inherited.with_start(config, start, saved)
   length = config.training.sequence_length
   consistency.check_task(objective, model, length)
   if models.facts(model).kind != "encoder" and tokenizer.lowercase:

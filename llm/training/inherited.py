@@ -3,7 +3,10 @@
 import dataclasses
 from typing import Callable
 
+from etils import epath
+
 from llm import models
+from llm.checkpoints import locate
 from llm.checkpoints.manager import Description
 from llm.config import Config, ModelConfig
 from llm.models.architecture import init_std_of
@@ -63,6 +66,19 @@ def within_positions(config: Config, model: ModelConfig, say: Callable) -> Confi
   say(f"rows        of {model.max_length} tokens, not {length}: the model has no more positions")
   training = dataclasses.replace(config.training, sequence_length=model.max_length)
   return dataclasses.replace(config, training=training)
+
+
+def with_start(config: Config, start: epath.Path, saved: Description | None) -> Config:
+  """The config with the very step that the run began from, which may also be its reference.
+
+  start: the step that a new run starts from. saved: what a run that goes on was.
+  """
+  if saved:
+    checkpoint = saved.config.transfer.checkpoint
+  else:
+    checkpoint = locate.exact(config.transfer.checkpoint, start)
+  transfer = dataclasses.replace(config.transfer, checkpoint=checkpoint)
+  return dataclasses.replace(config, transfer=transfer)
 
 
 def with_dtype(config: Config, saved: Description) -> Config:
