@@ -79,7 +79,7 @@ class Tokenizer:
 
   @property
   def special_ids(self) -> np.ndarray:
-    """The ids of special pieces and sentinels, in order. Masking neither hides nor inserts them."""
+    """The ids of special pieces and sentinels, in order. Masking inserts none of them."""
     ids = {self.id_of(name) for name in SPECIAL}
     ids.update(self.sentinels)
     ids.discard(-1)

@@ -37,8 +37,8 @@ Predictions = dict[str, np.ndarray]  # what `predict` gives, for all rows of a s
 class Rows(Protocol):
   """The rows of a source, which are planned or encoded once.
 
-  tokens: how many an epoch has. examples: how many labelled examples an epoch has, where several
-  share a row, else how many rows. note: a line about the rows for the header of a run.
+  tokens: how many an epoch has. examples: how many labelled examples an epoch has, where the
+  objective counts batches by them, else how many rows. note: a line about the rows for the header of a run.
   """
 
   @property

@@ -15,7 +15,8 @@ from llm.objectives import base, causal_lm
 ROLES = ("system", "user", "assistant")
 
 # Stands for the end token while a template renders: a private-use character. It is taken out of
-# messages, or a text could end a turn.
+# messages, or a text could end a turn. One that spells out the end token of a tokenizer.json still
+# can, as in transformers.
 END = "\ue000"
 
 TEMPLATE = (

@@ -43,7 +43,7 @@ class Grader:
     self._pipe: Any = None
 
   def grade(self, answers: Sequence[str], records: Sequence[dict]) -> list[Grade]:
-    """The grade of each answer. Raises UserError if every one of them is a fault."""
+    """The grade of each answer; a fault has no value."""
     grades: list[Grade] = []
     hangs = 0
     while len(grades) < len(answers):
