@@ -91,15 +91,15 @@ def report(name, topology, **changes):
 
 
 def test_what_does_not_fit_is_said_and_what_is_advised_fits():
-  changes = {"training__batch_size": 256, "model__num_layers": 4, "model__dropout": 0.0}
-  found = report("pretrain_gpt:small", "v5e:2x2", **changes)
+  changes = {"training__batch_size": 4096, "training__sequence_length": 256, "model__dropout": 0.0}
+  found = report("pretrain_gpt:tiny", "v5e:2x2", **changes)
   assert not found["fits"] and "which has 15.75GiB" in found["reason"]
   assert any("mesh.fsdp=4" in line for line in found["advice"]) and any(
     "remat=full" in line for line in found["advice"]
   )
   changes |= {"mesh__fsdp": 4, "mesh__data": 1}
   changes |= {"model__remat": "full", "model__loss_chunk": 128}
-  found = report("pretrain_gpt:small", "v5e:2x2", **changes)
+  found = report("pretrain_gpt:tiny", "v5e:2x2", **changes)
   assert found["fits"] and found["memory"]["peak"] < 15.75 * 2**30
 
 
