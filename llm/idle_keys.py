@@ -3,7 +3,7 @@
 import re
 from typing import Callable, Collection, NamedTuple
 
-from llm import core
+from llm import core, models
 from llm.config import Config
 
 
@@ -37,7 +37,7 @@ RULES = (
   ),
   Rule(
     r"model\.(local_)?rope_theta",
-    lambda config: config.model.name in ("bert", "electra", "gpt", "t5"),
+    lambda config: bool(config.model.name) and not models.facts(config.model).rotary,
     "the architecture has no rotary positions",
   ),
   Rule(

@@ -73,9 +73,9 @@ def few(texts, tmp_path_factory):
 
 
 def test_any_number_of_workers_gives_the_same(texts, undisturbed, tmp_path):
-  for workers in (2, 4):
-    run(texts, tmp_path / str(workers), f"--workers={workers}")
-    assert shards(tmp_path / str(workers)) == shards(undisturbed)
+  """Two are those of the kills below."""
+  run(texts, tmp_path / "out", "--workers=4")
+  assert shards(tmp_path / "out") == shards(undisturbed)
 
 
 def test_killed_in_each_stage_and_started_again(texts, undisturbed, tmp_path):

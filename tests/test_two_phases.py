@@ -8,7 +8,6 @@ import sys
 
 import numpy as np
 import pytest
-import scipy.stats
 
 from llm.cache import cache_dir
 from llm.data import answers, embedded
@@ -91,65 +90,3 @@ def test_the_quickstart_shows_what_pretraining_buys(tmp_path):
   shown = f"{100 * few['pretrained']:.1f} | {100 * few['scratch']:.1f}"
   assert shown in re.sub(" +", " ", report)
   print(report.split("\n\n")[1])
-
-
-SEEDS = """
-import sys, json, pathlib
-from llm import command
-from llm.checkpoints import manager
-from llm.studies import responses
-from llm.objectives import chat
-from llm.training import experiment
-from llm.training import loop
-work = pathlib.Path(sys.argv[1])
-command.start_cpu()
-command.use_compilation_cache()
-config = responses.tuning_config(
-  str(work / "gpt"), "", sequence_length=256, batch_size=8, epochs=2.0
-)
-before = responses.reply_loss(
-  experiment.load(manager.find(work / "gpt")),
-  chat.TEMPLATE,
-  config.data,
-  8,
-  "embedded:alpaca[validation]",
-  256,
-)
-curves = []
-for seed in range(3):
-  run = work / f"seed{seed}"
-  training = responses.dataclasses.replace(config.training, seed=seed)
-  seeded = responses.dataclasses.replace(config, training=training)
-  loop.train(seeded, run, say=lambda *_: None)
-  curves.append([loss for _, loss in responses.by_epoch(run)])
-print(json.dumps({"before": before.per_token, "curves": curves}))
-"""
-
-
-def test_a_pretrained_gpt_learns_to_reply_an_epoch_at_a_time(tmp_path):
-  """Held-out replies of the Alpaca pairs, three seeds of fine-tuning from one foundation."""
-  python(
-    "-m",
-    "llm.train",
-    "--config=configs/pretrain_gpt.py:tiny",
-    f"--workdir={tmp_path / 'gpt'}",
-    "--config.training.steps=120",
-    "--config.training.batch_size=8",
-    "--config.model.num_layers=2",
-    "--config.tokenizer.vocab_size=2048",
-    "--config.optimizer.learning_rate=3e-3",
-    "--config.model.dropout=0",
-  )
-  found = json.loads(python("-c", SEEDS, str(tmp_path)).splitlines()[-1])
-  curves_3xE = np.array(found["curves"])
-  falls = found["before"] - curves_3xE
-  low, high = scipy.stats.t.interval(0.95, 2, falls[:, -1].mean(), scipy.stats.sem(falls[:, -1]))
-  print(
-    f"before {found['before']:.3f}; after each epoch {curves_3xE.mean(0).round(3)}; "
-    f"fall {falls[:, -1].mean():.3f} [{low:.3f}, {high:.3f}]"
-  )
-  assert (
-    curves_3xE.shape == (3, 2)
-    and (np.diff(np.c_[np.full(3, found["before"]), curves_3xE]) < 0).all()
-  )
-  assert low > 0.3

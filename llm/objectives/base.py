@@ -38,7 +38,8 @@ class Rows(Protocol):
   """The rows of a source, which are planned or encoded once.
 
   tokens: how many an epoch has. examples: how many labelled examples an epoch has, where the
-  objective counts batches by them, else how many rows. note: a line about the rows for the header of a run.
+  objective counts batches by them, else how many rows. note: a line about the rows for the header
+  of a run.
   """
 
   @property

@@ -37,6 +37,7 @@ SETTLED_BY = {
   "training.eval_every": "an epoch",
   "training.save_every": "an epoch",
   "training.sequence_length": "the positions of the checkpoint",
+  "transfer.checkpoint": "its best step, or its newest",
   "training.keep_best": "the objective",
   **{f"model.{name}": "this machine" for name in OF_THE_MACHINE},
 }
