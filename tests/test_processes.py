@@ -110,6 +110,23 @@ def test_two_processes_compute_what_one_does(corpus, tmp_path):
   assert all((expected[path] == found[path]).all() for path in expected)
 
 
+def test_two_processes_transfer_what_one_does(gpt_start, tmp_path):
+  """Parameters that are resized, and layers that stay fresh, lie in parts on both."""
+  corpus = ROOT / "README.md"
+  rules = [
+    f"--config.transfer.checkpoint={gpt_start}",
+    "--config.transfer.adapt=('position/embedding',)",
+    "--config.transfer.skip=('layers/1/',)",
+    "--config.mesh.data=1",
+    "--config.mesh.fsdp=2",
+    "--config.tokenizer.sentinels=20",
+  ]
+  for name, count in (("one", 1), ("two", 2)):
+    assert start(count, corpus, tmp_path / name, 1, *rules, devices=2 // count).wait() == 0
+  expected, found = params(tmp_path / "one"), params(tmp_path / "two")
+  assert all((expected[path] == found[path]).all() for path in expected)
+
+
 def test_four_processes_then_two_on_another_mesh_compute_what_one_does(corpus, tmp_path):
   """Two processes go on from the checkpoint of four, with their parameters split.
 
