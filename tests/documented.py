@@ -7,6 +7,7 @@ import pathlib
 import re
 import shlex
 import sys
+import tempfile
 
 from tests import kills
 
@@ -105,8 +106,21 @@ def run(commands: list[list[str]]):
       sys.exit(f"{command} ended with {status}: {output.read_text()}")
 
 
+def outcomes(commands: list[list[str]]) -> list[tuple[int | None, str]]:
+  """The status of each command, run in a fork too, and what it printed."""
+  results = []
+  for command in commands:
+    with tempfile.NamedTemporaryFile() as output:
+      status = kills.ended(kills.start(command, output.name), seconds=300)
+      results.append((status, pathlib.Path(output.name).read_text()))
+  return results
+
+
 def main():
-  """Reads commands from standard input, as JSON. Prints their statuses; `run` runs them instead."""
+  """Reads commands from standard input, as JSON, and prints their statuses, or as argv says.
+
+  `run`: runs them until one fails. `outcomes`: runs them, and prints how each ended.
+  """
   # Most of what commands import, before the forks.
   from llm.inference import writer  # noqa: F401
   from llm.studies import label_efficiency, responses  # noqa: F401
@@ -114,6 +128,8 @@ def main():
   commands = json.load(sys.stdin)
   if sys.argv[1:] == ["run"]:
     run(commands)
+  elif sys.argv[1:] == ["outcomes"]:
+    print(json.dumps(outcomes(commands)))
   else:
     print(json.dumps(statuses(commands)))
 
