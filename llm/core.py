@@ -4,7 +4,7 @@ Dimension legend, used as suffixes (`tokens_BxT`, `kernel_DxHxK`):
 
   B batch rows          T target or token position   S source (key) position
   M masked slots a row  D model width                H attention heads
-  E embedding width
+  E embedding width     G heads of keys and values R rows of predictions or of answers
   K head width          F feed-forward width         V vocabulary, padded to a multiple of 128
   L layers              C classes                    N examples of a row, or a number of something
                                                        named beside it
@@ -26,6 +26,8 @@ A `Batch` is a dict of fixed-shape arrays of B rows:
   decoder_tokens, decoder_segments, decoder_positions   BxT, where an encoder reads S tokens and a
                                decoder writes the T `targets`; a target and its input have the same
                                segment number
+
+An objective may add arrays of its own.
 """
 
 import warnings

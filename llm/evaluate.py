@@ -27,7 +27,7 @@ from llm.data import answers, batches, sources
 from llm.inference import writer
 from llm.objectives import base
 from llm.runs import metrics
-from llm.training import evaluation, reference
+from llm.training import consistency, evaluation, reference
 from llm.training import experiment as experiment_lib
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -42,6 +42,9 @@ _DATA = {
   "cache": flags.DEFINE_string("config.data.cache", "", "The folder of the cache."),
   "sentences": flags.DEFINE_string("config.data.sentences", "", "split or lines."),
 }
+_LENGTH = flags.DEFINE_integer(
+  "config.training.sequence_length", 0, "Tokens a row; 0: as in training.", lower_bound=0
+)
 _REFERENCE = flags.DEFINE_string(
   "config.transfer.checkpoint", "", "The reference of preferences, where it was moved."
 )
@@ -121,7 +124,8 @@ def _score_checkpoint(step: epath.Path):
       "the checkpoint was trained without evaluation data: give --config.data.eval=SOURCE"
     )
   source = sources.parse_one(data.eval, data)
-  length = training.sequence_length
+  length = _LENGTH.value or training.sequence_length
+  consistency.check_task(objective, saved.config.model, length)
   rows = objective.eval_rows(source, saved.tokenizer, data, saved.config.model, length)
   batch_size = batches.rows_a_batch(examples, 1, [rows], [1.0])
   command.start_cpu()

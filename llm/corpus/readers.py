@@ -181,6 +181,7 @@ def _parquet(piece: Piece) -> Items:
 TEXT_FILES: dict[str, Callable[[Piece], Items]] = {
   ".jsonl": _jsonl,
   ".ndjson": _jsonl,
+  ".json": _jsonl,  # C4's files
   ".txt": _text,
   ".text": _text,
   ".csv": _csv,

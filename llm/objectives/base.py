@@ -121,8 +121,8 @@ class Objective(abc.ABC):
   """What every objective can do. A subclass is a frozen dataclass.
 
   kinds: the kinds of architecture that it trains (models.architecture.Facts).
-  labelled: whether it learns from labelled records, not from running text. text_loss: the metric
-  in nats a token of its running text, which the frequencies of the pieces reach too; "" is none.
+  labelled: whether it learns from labelled records, not from running text. text_loss: the
+  loss, in nats a token, that is compared with what piece frequencies alone reach; "" is none.
   """
 
   kinds: ClassVar[tuple[str, ...]] = ("encoder", "decoder", "encoder_decoder")

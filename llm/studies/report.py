@@ -14,9 +14,9 @@ from llm.runs.log import duration
 from llm.studies import label_curve
 
 CAVEATS = (
-  "Both arms have the same architecture, data, batches and fresh head. On sentiment, learning rate "
-  "and epochs of each arm, and the regularisation of the classical models, were chosen on the "
-  "validation split; questions and replies keep the epoch that is best there. Test splits were "
+  "Both arms have the same architecture, data, batches and fresh head. On sentiment, the learning "
+  "rate of each arm and the regularisation of the classical models were chosen on the validation "
+  "split; questions and replies keep the epoch that is best there. Test splits were "
   "scored once, and no test text is in what was pretrained on. On sentiment and questions, the "
   "weights of scratch start at the standard deviation that suits labels alone, those of the "
   "pretraining at their own. The embeddings of the small BERT start from counts of which pieces "

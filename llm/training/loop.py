@@ -31,7 +31,7 @@ from llm.training import optimizer as optimizer_lib
 from llm.training import state as state_lib
 from llm.training.experiment import Training
 
-# A run that reaches no less than this share of the loss of mere frequencies is said to be dead.
+# A run whose loss is above this share of what piece frequencies alone reach has learned little.
 ALIVE = 0.97
 
 
@@ -151,7 +151,7 @@ class _Run:
     self.progress = Progress.of_run(goal, best, manager.evaluations(self.workdir) if goal else [])
 
   def _lacks_evaluation(self) -> bool:
-    """Whether a signal stopped the run during the evaluation of its first step here."""
+    """Whether a signal stopped the run in the evaluation of the step that it resumes from."""
     return (
       self.experiment.eval_rows is not None
       and self.due(self.first_step, self.config.training.eval_every)
@@ -262,7 +262,7 @@ class _Run:
     return step == self.last_step or every > 0 and step % every == 0
 
   def take_step(self, number: int):
-    """One update with batch `number`."""
+    """One step, with batch `number`."""
     with self.meter.timed("input"):
       batch = next(self.stream)
     first = number == self.first_step

@@ -42,8 +42,8 @@ def train_step(
 ) -> tuple[TrainState, base.Metrics]:
   """The updates of one batch (`objective.updates`). Only the trained parameters have gradients.
 
-  Losses are divided by the weights of the whole global batch, so the result depends neither on the
-  mesh nor on `accum_steps`, the number of parts that the batch is computed in.
+  Losses are divided by the weights of the whole global batch. So the result does not depend on the
+  mesh, nor without dropout on `accum_steps`, the number of parts that the batch is computed in.
   """
   rng = jax.random.fold_in(jax.random.key(seed), state.step)
 
