@@ -255,8 +255,8 @@ class TrainingConfig:
   """Length and rhythm of a run. All counts are global, not per device."""
 
   steps: int = key(0, at_least=0)
-  # Passes over the rows of the first training source, in place of steps. -1: those of config.recipe, or more where the
-  # data are small.
+  # Passes over the rows of the first training source, in place of steps. -1: those of
+  # config.recipe, or more where the data are small.
   epochs: float = key(0.0, at_least=0, at_most=1e9, unset=-1)
   # Examples: rows of text where a model learns to write or to fill in; labelled texts and
   # questions, of which several share a row.
