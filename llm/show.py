@@ -10,8 +10,6 @@ python -m llm.show rollouts   --workdir=DIR [--step=N --rows=N]
 import contextlib
 import dataclasses
 import json
-import os
-import pathlib
 import pydoc
 import sys
 from typing import Sequence
@@ -131,8 +129,8 @@ def show_corpus():
     raise UserError(
       "the folder is missing: python -m llm.show corpus DIR, the --output of llm.prepare"
     )
-  report = pathlib.Path(os.path.expanduser(_CORPUS.value)) / "report.md"
-  if not report.is_file():
+  report = storage.folder(_CORPUS.value) / "report.md"
+  if not report.exists():
     raise UserError(f"{report}: there is no report: {_CORPUS.value} is no corpus that is finished")
   pydoc.pager(report.read_text())
 

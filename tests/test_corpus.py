@@ -34,7 +34,16 @@ from configs import prepare_text, prepare_web, prepare_wikipedia
 from llm.checkpoints import manager
 from llm.config import DataConfig
 from llm.core import UserError
-from llm.corpus import accounts, executors, extraction, inputs, preparation, web, wikipedia
+from llm.corpus import (
+  accounts,
+  executors,
+  extraction,
+  inputs,
+  preparation,
+  stages,
+  web,
+  wikipedia,
+)
 from llm.corpus import config as corpus_config
 from llm.corpus import readers as corpus_readers
 from llm.data import documents, packing, sources
@@ -331,6 +340,62 @@ def test_equal_documents_and_lines_of_several_files(tmp_path):
   prepare(tmp_path / "out2", text_config(["line_duplicates"], input=str(tmp_path / "lines")))
   with_menu = [menu in r["text"] for r in kept(tmp_path / "out2")]
   assert with_menu == [True, False, False, False]
+  lines = [f"In {year} the town had {year} people{mark}" for year in (1911, 1925) for mark in ".!"]
+  write_jsonl(
+    tmp_path / "near" / "a.jsonl", [f"{prose(n)}\n{line}" for n, line in enumerate(lines)]
+  )
+  prepare(tmp_path / "out3", text_config(["line_duplicates"], input=str(tmp_path / "near")))
+  assert all(line in r["text"] for line, r in zip(lines, kept(tmp_path / "out3"), strict=True))
+
+
+def test_a_reply_to_be_preferred_is_found(tmp_path):
+  reply = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
+  messages = [{"role": "assistant", "content": prose(7)}]
+  record = {"text": "Count.", "chosen": reply, "rejected": messages}
+  (tmp_path / "test.jsonl").write_text(json.dumps(record))
+  write_jsonl(tmp_path / "in.jsonl", [f"{prose(1)} {reply}", prose(2), prose(7)])
+  config = text_config(["decontaminate"], input=str(tmp_path / "in.jsonl"))
+  config.decontaminate.against = (f"jsonl:{tmp_path}/test.jsonl",)
+  prepare(tmp_path / "out", config)
+  assert [r["id"] for r in kept(tmp_path / "out")] == ["1"]
+
+
+def test_a_folder_is_read_as_it_says(tmp_path):
+  """Nothing hidden, no .json beside the data, and no link to a folder passed over in silence."""
+  for name in ("a.jsonl", "b.json", ".git/c.jsonl", "sub/d.jsonl"):
+    write_jsonl(tmp_path / "in" / name, [prose(1)])
+  endings = tuple(corpus_readers.TEXT_FILES)
+  names = [piece.path.rsplit("/in/")[1] for piece in inputs.find(str(tmp_path / "in"), endings)]
+  assert names == ["a.jsonl", "sub/d.jsonl"]
+  (named,) = inputs.find(str(tmp_path / "in" / "b.json"), endings)
+  assert len(list(corpus_readers.text_files(named))) == 1
+  (tmp_path / "array.json").write_text(json.dumps([{"text": "a"}]))
+  with pytest.raises(OSError, match="it is a JSON array"):
+    list(corpus_readers.text_files(inputs.find(str(tmp_path / "array.json"), endings)[0]))
+  (tmp_path / "in" / "link").symlink_to(tmp_path / "in" / "sub")
+  with pytest.raises(UserError, match="in/link is a link to a folder"):
+    inputs.find(str(tmp_path / "in"), endings)
+  (tmp_path / "x.parquet.gz").write_bytes(b"")
+  with pytest.raises(UserError, match="Parquet files are not compressed"):
+    inputs.find(str(tmp_path / "x.parquet.gz"), endings)
+
+
+def test_a_stage_begins_when_every_task_before_it_ended_well(tmp_path):
+  """Slurm would start it after the last of several arrays, whatever became of the others."""
+  output = stages.Output(str(tmp_path))
+  plan = [stages.Stage("00-a", [], 3), stages.Stage("01-b", [], 2)]
+  where = executors.Where("slurm", 1, partition="cpu")
+  first, second, report = executors.chained(plan, output, where, lambda: None)
+  assert not first.pipeline and "PYTHONPATH" in first.env_command
+  for completed in (0, 2):
+    begins = second.pipeline[0]
+    with pytest.raises(RuntimeError, match=f"{3 - completed} tasks of .* have not ended well"):
+      begins(None, 0, 2)
+    for rank in range(2):
+      (tmp_path / "logs" / "00-a" / "completions").mkdir(parents=True, exist_ok=True)
+      (tmp_path / "logs" / "00-a" / "completions" / f"{rank:05d}").touch()
+  (tmp_path / "logs" / "00-a" / "completions" / "00002").touch()
+  assert begins(None, 0, 2) is None and report.pipeline[0].tasks == 2
 
 
 def test_a_planted_test_sentence_is_found(tmp_path):
@@ -722,6 +787,12 @@ def test_shards_that_do_not_fit_are_refused(tmp_path):
     documents.load(source, tokenizer_lib.ByteTokenizer(), "none")
   with pytest.raises(UserError, match="where sentences begin"):
     documents.load(source, shards_lib.tokenizer(source), "split")
+  name = tmp_path / "out" / "shards" / "00000.ds.json"
+  whole = name.read_text()
+  name.write_text(json.dumps({**json.loads(whole), "of": 2}))
+  with pytest.raises(UserError, match="1 of its 2 shards are there"):
+    documents.load(source, shards_lib.tokenizer(source), "none")
+  name.write_text(whole)
   shard = tmp_path / "out" / "shards" / "00000.ds"
   shard.write_bytes(shard.read_bytes()[:-2])
   with pytest.raises(UserError, match="bytes, expected"):

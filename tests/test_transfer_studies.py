@@ -300,6 +300,18 @@ MISTAKES = [
 ]
 
 
+def test_a_quick_study_leaves_out_what_it_cannot_do():
+  """It ended in an error about keys that nobody had set."""
+  glue_study, _ = build("glue", from_mnli=("rte", "mrpc"))
+  assert not glue_study.quick().from_mnli
+  labels, base = build(
+    "label_efficiency", middle=("pretrained", "published"), labels=("8x2:2", "16x2:2")
+  )
+  assert labels.quick().middle == ("pretrained",) and labels.quick().labels == labels.labels
+  shapes, _ = build("architectures", epochs=("sentiment=3",))
+  assert shapes.quick().epochs == ("sentiment=1",)
+
+
 @pytest.mark.parametrize("name, changes, message", MISTAKES)
 def test_mistakes_are_one_line(name, changes, message, tmp_path):
   with pytest.raises(UserError) as error:

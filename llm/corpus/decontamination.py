@@ -12,10 +12,9 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 
 from llm.config import DataConfig, key
 from llm.core import UserError
-from llm.data import embedded, sources
+from llm.data import embedded, sources, suspicions
 
 INDEX = "decontamination.npz"
-TEXTS = ("text", "text_pair", "question", "target", "instruction", "input", "output", "prompt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +71,7 @@ def _long_enough(spec: str, least: int) -> Iterator[list[str]]:
   """The words of each text of a source that has at least `least`. Raises UserError on none."""
   empty = True
   for record in sources.parse_one(spec, DataConfig()).records():
-    for text in _texts(record):
+    for text in suspicions.texts_of(record):
       words = embedded.words_of(text).split()
       if len(words) >= least:
         empty = False
@@ -82,16 +81,6 @@ def _long_enough(spec: str, least: int) -> Iterator[list[str]]:
       f"config.decontaminate.against: no text of {spec} has {least} words "
       "(config.decontaminate.least)"
     )
-
-
-def _texts(record: dict[str, Any]) -> Iterator[str]:
-  """All texts of an evaluation record."""
-  for field in TEXTS:
-    if isinstance(record.get(field), str):
-      yield record[field]
-  for message in record.get("messages") or ():
-    if isinstance(message, dict) and isinstance(message.get("content"), str):
-      yield message["content"]
 
 
 def write_index(arrays: dict[str, np.ndarray], folder: DataFolder) -> None:

@@ -12,6 +12,7 @@ from datatrove.data import Document
 from datatrove.io import DataFolder
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup import exact_dedup, minhash, sentence_dedup
+from datatrove.utils.text import TextNormConfig
 
 from llm.config import key
 from llm.corpus.accounts import Samples
@@ -70,9 +71,18 @@ class ExactDuplicates(Barrier):
     return [exact_dedup.ExactDedupFilter(_inside(folder, "found"), self._config(), dropped)]
 
 
+# Lines that differ in case, punctuation, accents or numbers are not equal.
+AS_THEY_ARE = TextNormConfig(
+  lowercase=False,
+  remove_punctuation=False,
+  norm_unicode_diacritics=False,
+  norm_numbers=False,
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class LineDuplicates(Barrier):
-  """Keeps the first of equal lines, in whichever documents they stand."""
+  """Keeps one of equal lines, in whichever documents they stand."""
 
   # A document with fewer words after it is dropped.
   min_doc_words: int = key(50, at_least=0)
@@ -82,6 +92,7 @@ class LineDuplicates(Barrier):
     return sentence_dedup.SentDedupConfig(
       n_sentences=1,
       split_sentences=False,
+      norm_config=AS_THEY_ARE,
       only_dedup_in_index=False,
       min_doc_words=self.min_doc_words,
       min_num_sentences=self.min_num_sentences,

@@ -9,12 +9,14 @@ import functools
 import multiprocessing
 import os
 import resource
+import shlex
 import sys
 import threading
 from typing import Any, Callable, Sequence
 
 import tqdm
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
+from datatrove.io import DataFolder
 from loguru import logger
 
 from llm.core import UserError, first_line
@@ -174,8 +176,27 @@ def chained(
   executors: list[Any] = []
   for stage in (*stages, last):
     before = executors[-1] if executors else None
+    if before is not None:
+      blocks: list[Any] = [_Begins(before.logging_dir, before.tasks), *stage.blocks]
+      stage = dataclasses.replace(stage, blocks=blocks)
     executors.append(_EXECUTORS[where.executor](stage, output, where, before))
   return executors
+
+
+class _Begins:
+  """The first block of a stage. Raises RuntimeError unless every task before it has ended well.
+
+  Slurm takes a large stage as several arrays, of which the next stage waits for the last one.
+  """
+
+  def __init__(self, logs: DataFolder, tasks: int):
+    self.logs = logs
+    self.tasks = tasks
+
+  def __call__(self, data: Any, rank: int, world_size: int) -> None:
+    done = len(self.logs.list_files("completions"))
+    if done < self.tasks:
+      raise RuntimeError(f"{self.tasks - done} tasks of {self.logs.path} have not ended well")
 
 
 class _Last:
@@ -210,7 +231,9 @@ def _environment() -> str:
   """What a job does first: it opens many files, in the environment of this process."""
   path = os.path.join(sys.prefix, "bin", "activate")
   activation = f"; source {path}" if os.path.exists(path) else ""
-  return f"ulimit -n $(ulimit -Hn){activation}"
+  # Where the steps of a user's own are found, as here.
+  modules = f"; export PYTHONPATH={shlex.quote(os.getcwd())}:$PYTHONPATH"
+  return f"ulimit -n $(ulimit -Hn){activation}{modules}"
 
 
 def _ray(stage: Stage, output: Output, where: Where, before: Any) -> RayPipelineExecutor:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import os
 import pathlib
 import re
 from typing import Any, BinaryIO, Iterator, cast
@@ -167,11 +168,12 @@ def _files_of(part: str, endings: tuple[str, ...]) -> dict[str, int]:
       if entry["type"] == "file" or entry.get("islink") and system.isfile(name)
     }
     for folder in (name for name, entry in details.items() if entry["type"] == "directory"):
+      _expect_no_linked_folder(folder)
       inside: Any = system.find(folder, detail=True)
       files |= {
         name: entry
         for name, entry in inside.items()
-        if ending(name) in endings and not name.rsplit("/", 1)[-1].startswith(".")
+        if ending(name) in endings and not _is_left_out(name.removeprefix(folder))
       }
   except (OSError, ValueError) as error:
     raise UserError(f"config.input={part}: {first_line(error)}")
@@ -188,7 +190,22 @@ def _files_of(part: str, endings: tuple[str, ...]) -> dict[str, int]:
         f"config.input={part}: {name} ends in {ending(name)}, expected {' or '.join(endings)}, "
         "compressed (.gz, .bz2, .zst) or not"
       )
+    if ending(name) == ".parquet" and not name.endswith(".parquet"):
+      raise UserError(f"config.input={part}: {name}: Parquet files are not compressed as a whole")
   return {system.unstrip_protocol(name): entry["size"] for name, entry in files.items()}
+
+
+def _is_left_out(path: str) -> bool:
+  """Whether a path in a folder is hidden, or a .json that may say something of the data."""
+  return "/." in path or path.endswith(".json")
+
+
+def _expect_no_linked_folder(folder: str):
+  """Raises UserError on a link to a folder, into which nothing would look."""
+  for place, names, _ in os.walk(folder):
+    for name in names:
+      if os.path.islink(path := os.path.join(place, name)):
+        raise UserError(f"{path} is a link to a folder: name it in config.input too, or remove it")
 
 
 def _system(part: str) -> tuple[fsspec.AbstractFileSystem, str]:

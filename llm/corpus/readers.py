@@ -113,6 +113,8 @@ def _jsonl(piece: Piece) -> Items:
       continue
     if not line.strip():
       continue
+    if number == 0 and line.lstrip().startswith(b"["):
+      raise OSError("it is a JSON array, expected an object a line")
     try:
       record = json.loads(line)
     except (ValueError, RecursionError) as error:

@@ -53,7 +53,7 @@ class Tokenize(PipelineStep):
     with self.output.open(name, "wb") as file:
       written = self._write_tokens(data, tokenizer, file)
     self._write_ends(name, written)
-    self._write_facts(name, written, tokenizer)
+    self._write_facts(name, written, tokenizer, world_size)
     yield from ()
 
   def _write_tokens(self, data: Any, tokenizer: tokenizer_lib.Tokenizer, file: Any) -> _Written:
@@ -87,7 +87,9 @@ class Tokenize(PipelineStep):
       with self.output.open(f"{name}.sentences", "wb") as file:
         file.write(written.sentence_ends.tobytes())
 
-  def _write_facts(self, name: str, written: _Written, tokenizer: tokenizer_lib.Tokenizer):
+  def _write_facts(
+    self, name: str, written: _Written, tokenizer: tokenizer_lib.Tokenizer, count: int
+  ):
     """Writes what is known of the shard. The last file says that the shard is whole."""
     token_bytes = shards.id_type(tokenizer).itemsize
     ends = written.document_ends.tobytes() + written.sentence_ends.tobytes()
@@ -101,6 +103,7 @@ class Tokenize(PipelineStep):
       "token_bytes": token_bytes,
       "sentences": self.sentences,
       "tokenizer": tokenizer.digest(),
+      "of": count,
     }
     with self.output.open(f"{name}.json", "wt") as file:
       json.dump(facts, file)

@@ -6,7 +6,7 @@ from typing import Any
 from datatrove.data import Document
 
 from llm.corpus.extraction import IS_TEXT
-from llm.corpus.inputs import Piece
+from llm.corpus.inputs import Piece, decompressed
 from llm.corpus.readers import Items, Lost
 
 ENDINGS = (".warc", ".wet", ".warc.wet")
@@ -25,14 +25,16 @@ def pages(piece: Piece) -> Items:
   wanted = (WarcRecordType.response, WarcRecordType.conversion)
   count = 0
   is_short = False
-  with piece.open() as file:
+  with piece.open() as stored:
+    file = decompressed(stored, piece.path) if piece.path.endswith(".bz2") else stored
     # Lenient: after a record with a wrong length, reading goes on at the next header.
     for count, record in enumerate(ArchiveIterator(file, parse_http=False, quirks_mode=True), 1):
-      if record.record_type not in wanted:
-        continue
       id = record.record_id or f"{piece.name}:{count}"
       content = record.reader.read(LARGEST + HEADERS)
-      is_short = len(content) < min(record.content_length, LARGEST) or not _url(record)
+      is_short = len(content) < min(record.content_length, LARGEST)
+      if record.record_type not in wanted:
+        continue
+      is_short = is_short or not _url(record)
       yield Lost("wrong_length", id) if is_short else _document(content, record, id)
   if is_short:
     raise EOFError("the file is cut off")

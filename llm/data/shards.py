@@ -44,6 +44,7 @@ class Facts:
   token_bytes: Literal[2, 4]
   sentences: str
   tokenizer: str
+  of: int = 0  # how many shards there are; 0: an earlier version did not say
 
 
 class Tokens:
@@ -110,6 +111,11 @@ def facts(source: Source) -> tuple[Facts, ...]:
   shards = [_facts_of(path, source) for path in paths]
   if not shards:
     raise UserError(f"{source.spec}: no shards (*.ds) in it: give the shards/ of llm.prepare")
+  if shards[0].of and len(shards) != shards[0].of:
+    raise UserError(
+      f"{source.spec}: {len(shards)} of its {shards[0].of} shards are there: copy the others too, "
+      "or make all again with another --output"
+    )
   if len({(shard.tokenizer, shard.token_bytes) for shard in shards}) > 1:
     raise UserError(f"{source.spec}: its shards are of several tokenizers")
   with_tokens = tuple(shard for shard in shards if shard.tokens)

@@ -24,7 +24,7 @@ def said(records: Iterable[dict], spec: str) -> Iterator[dict]:
   empty = True
   warned = False
   for number, record in enumerate(records, 1):
-    texts = _texts(record)
+    texts = texts_of(record)
     empty = empty and bool(texts) and not any(map(str.strip, texts))
     if not warned and (control := next(filter(None, map(_CONTROL.search, texts)), None)):
       where = record.get("_where", f"{spec}: record {number}")
@@ -35,12 +35,13 @@ def said(records: Iterable[dict], spec: str) -> Iterator[dict]:
     raise UserError(f"{spec}: all of its texts are empty")
 
 
-def _texts(record: dict) -> list[str]:
+def texts_of(record: dict) -> list[str]:
   """All texts of a record that a model reads or writes."""
-  values = [record.get(name) for name in TEXTS]
-  messages = record.get("messages")
-  if isinstance(messages, list):
-    values += [message.get("content") for message in messages if isinstance(message, dict)]
+  values = []
+  for name in (*TEXTS, "messages"):
+    value = record.get(name)
+    turns = value if isinstance(value, list) else []
+    values += [value, *(turn.get("content") for turn in turns if isinstance(turn, dict))]
   return [value for value in values if isinstance(value, str)]
 
 

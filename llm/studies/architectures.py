@@ -64,7 +64,7 @@ class Study(frame.Study):
       budget=str(min(1e12, self._budget())),
       rates=self.rates[-1:],
       tuning_rates=self.tuning_rates[:2][-1:],
-      epochs=("sentiment=1", "questions=3", "replies=1"),
+      epochs=tuple(f"{task}={3 if task == 'questions' else 1}" for task in self._epochs()),
       seeds=2,
     )
 

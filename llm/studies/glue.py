@@ -65,7 +65,12 @@ class Study(frame.Study):
   def quick(self) -> "Study":
     small = tuple(name for name in ("cola", "mrpc", "stsb", "rte") if name in self.tasks)
     return dataclasses.replace(
-      self, tasks=small or self.tasks[:1], rates=self.rates[:2], epochs=self.epochs[:1], seeds=2
+      self,
+      tasks=small or self.tasks[:1],
+      rates=self.rates[:2],
+      epochs=self.epochs[:1],
+      seeds=2,
+      from_mnli=(),
     )
 
   def next_runs(self, base: Config, done: Sequence[Result], folder: epath.Path) -> list[Run]:
@@ -120,7 +125,7 @@ class Study(frame.Study):
 
   def _data(self, base: Config, task: str, split: str) -> DataConfig:
     """A split to train on."""
-    fields = glue.TASKS[task].fields if self.fields == "glue" else ""
+    fields = glue.TASKS[task].fields if self.fields == "glue" else base.data.fields
     return dataclasses.replace(base.data, train=self.source(task, split), fields=fields)
 
   def source(self, task: str, split: str) -> str:

@@ -49,12 +49,15 @@ class Study(frame.Study):
 
   def quick(self) -> "Study":
     # Published checkpoints are larger, and take most of the time.
-    own = tuple(text for text in self.checkpoints if "embedded:" not in text)
+    left = tuple(text for text in self.checkpoints if "embedded:" not in text) or self.checkpoints
+    names = {text.partition("=")[0] for text in left}
+    fewer = ("64x6:20", "256x3:6", "1024x2:3")
     return dataclasses.replace(
       self,
-      checkpoints=own or self.checkpoints,
+      checkpoints=left,
+      middle=tuple(name for name in self.middle if name in names),
       middle_steps=min(100, self.middle_steps),
-      labels=("64x6:20", "256x3:6", "1024x2:3"),
+      labels=fewer if self.labels == type(self)().labels else self.labels,
       searched=1,
     )
 

@@ -69,6 +69,8 @@ class Study(frame.Study):
     if not dimensions:
       raise UserError("config.study.keys names no key, e.g. optimizer.learning_rate=log(1e-4,1e-2)")
     names = [dimension.key for dimension in dimensions]
+    if "training.seed" in names:
+      raise UserError("config.study.keys: training.seed is not searched; set config.study.seeds")
     if self.how == "grid":
       combinations = itertools.product(*(d.points(self.points) for d in dimensions))
       return [dict(zip(names, combination)) for combination in combinations]
@@ -86,20 +88,32 @@ class Study(frame.Study):
     ]
 
   def _run(self, base: Config, values: dict[str, Any], number: int, seed: int, rung: int) -> Run:
-    config = _changed(base, {**values, "training.seed": seed})
+    config = _changed(base, {**values, "training.seed": base.training.seed + seed})
+    rounded = {key: _value(config, key) for key in values}
+    self._check_rounded(values, rounded)
     share = self.reduction ** (self.rungs - 1 - rung)
     until = max(1, config.training.steps // share) if self.rungs > 1 else 0
     facts = {
       "trial": number,
       "rung": rung,
       "seed": seed,
-      "values": {key: _value(config, key) for key in values},  # whole numbers are rounded
+      "values": rounded,
       "goal": self._goal(base),
     }
     workdir = f"{number:03}-{seed}"
     name = f"{workdir}-rung{rung}" if self.rungs > 1 else workdir
     cost = (until or 1) * (1.0 if rung == 0 else 1 - 1 / self.reduction)
     return Run(name, config, facts, workdir=workdir, until=until, cost=cost)
+
+  def _check_rounded(self, values: dict[str, Any], rounded: dict[str, Any]):
+    """Raises UserError where a whole number is rounded to what its key does not draw from."""
+    for dimension in map(parse, self.keys):
+      value = rounded[dimension.key]
+      if dimension.choices and value not in dimension.choices or dimension.log and value <= 0:
+        raise UserError(
+          f"config.study.keys: {dimension.key} is a whole number: {values[dimension.key]} becomes "
+          f"{value}; give whole numbers, and a logarithm from 1 on"
+        )
 
   def _goal(self, base: Config) -> str:
     """min:NAME or max:NAME. Raises UserError on another form, or where nothing is evaluated."""
@@ -198,7 +212,9 @@ def _rows(done: Sequence[Result]) -> list[dict[str, Any]]:
         "flops": sum(r.figures.get("flops", 0.0) for r in runs),
         "runs": [r.run.name for r in runs],
       }
-  ranked = sorted(rows.values(), key=lambda row: (-row["rung"], row["order"]))
+  ranked = sorted(
+    rows.values(), key=lambda row: (not np.isfinite(row["order"]), -row["rung"], row["order"])
+  )
   return [{name: value for name, value in row.items() if name != "order"} for row in ranked]
 
 

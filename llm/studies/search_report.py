@@ -13,7 +13,7 @@ from llm.studies.search_space import Dimension
 
 def in_words(goal: str, trials: Sequence[Mapping], matters: Sequence[Mapping]) -> str:
   """The report. The arguments are as in result.json."""
-  best = trials[0]
+  best = trials[0]  # a trial that diverged is the last
   flags = " ".join(f"--config.{key}={value}" for key, value in best["values"].items())
   best_trial = (
     f"**The best is trial {best['trial']} ({_metric(best)} after {best['step']:,} steps):** "
