@@ -14,6 +14,7 @@ import pathlib
 import shutil
 import sys
 import tempfile
+import uuid
 from typing import Callable, Iterator
 
 from llm import reading
@@ -148,7 +149,8 @@ def made_once(folder: pathlib.Path, make: Callable[[pathlib.Path], None]) -> pat
   if folder.exists():
     return folder
   folder.parent.mkdir(parents=True, exist_ok=True)
-  scratch = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
+  scratch = folder.parent / f".making-{uuid.uuid4().hex}"
+  scratch.mkdir()  # others may read it, as the umask says; what tempfile makes, they may not
   try:
     make(scratch)
     try:

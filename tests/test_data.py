@@ -323,3 +323,9 @@ def test_those_that_find_damage_at_once_leave_it_mended(tmp_path, monkeypatch):
     with concurrent.futures.ThreadPoolExecutor(8) as threads:
       assert list(threads.map(use, range(8))) == ["content"] * 8
   assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_what_is_made_may_be_read_by_those_whom_the_umask_allows(tmp_path):
+  made = cache.made_once(tmp_path / "made", lambda folder: (folder / "a").write_text("content"))
+  (tmp_path / "plain").mkdir()
+  assert made.stat().st_mode == (tmp_path / "plain").stat().st_mode
