@@ -114,6 +114,16 @@ def test_a_jump_is_told_from_a_sharp_metric(verdict, tmp_path, monkeypatch):
   assert (tmp_path / "emergence.svg").exists()
 
 
+def test_a_curve_that_begins_above_the_threshold_shows_none():
+  """76, 95 and 99%: its largest step is most of the change, and says nothing of a threshold."""
+  match_SxP = np.tile([0.76, 0.95, 0.99], (3, 1))
+  steps = (0.8, 0.75, 0.85)
+  assert emergence.verdict(steps, steps, match_SxP) == "no threshold here"
+  assert emergence.verdict(steps, steps, match_SxP - [0.7, 0, 0]) == "a jump in both"
+  assert emergence.verdict(steps, steps, match_SxP[:1]) == "one seed"
+  assert emergence.interval_of_mean(np.array([0.9, 1.0, 1.0]))[2] == 1.0
+
+
 def test_the_largest_step_of_a_line_and_of_a_jump():
   line = np.linspace(0, 1, 5)[None]
   np.testing.assert_allclose(emergence.largest_step(line), 0.25)

@@ -131,10 +131,11 @@ def largest_step(values_SxP: np.ndarray) -> np.ndarray:
 
 
 def interval_of_mean(values: np.ndarray) -> tuple[float, float, float]:
-  """(mean, low, high) of seeds: Student's 95% interval, NaN where one seed is left or none."""
+  """(mean, low, high) of shares: Student's 95% interval within [0, 1], NaN where one is left."""
   values = values[np.isfinite(values)]
   mean = float(values.mean()) if len(values) else float("nan")
-  return mean, *metrics.seeds_interval(values[None])
+  low, high = np.clip(metrics.seeds_interval(values[None]), 0, 1)
+  return mean, float(low), float(high)
 
 
 def jump(points: int) -> float:
@@ -142,14 +143,18 @@ def jump(points: int) -> float:
   return (1 + 1 / (points - 1)) / 2
 
 
-def verdict(
-  exact: Sequence[float], loss: Sequence[float], points: int, learned: bool, seeds: int
-) -> str:
-  """What a curve through so many points is. exact, loss: the largest steps, (share, low, high)."""
+def verdict(exact: Sequence[float], loss: Sequence[float], match_SxP: np.ndarray) -> str:
+  """What the curves of exact match of S seeds through P points are.
+
+  exact, loss: the largest steps of exact match and of the loss, (share, low, high).
+  """
+  seeds, points = match_SxP.shape
   if seeds < 2:
     return "one seed"
-  if not learned:
+  if (match_SxP.max(1) >= LEARNED).mean() < 0.5:
     return "not learned"
+  if match_SxP.mean(0).min() >= LEARNED:
+    return "no threshold here"
   if not exact[0] >= jump(points):
     return "no jump"
   if loss[1] >= jump(points):
@@ -163,7 +168,8 @@ def _of_task(curves: Curves) -> dict[str, Any]:
   for number, size in enumerate(curves.sizes):
     row: dict[str, Any] = {"size": size, "parameters": int(curves.parameters[number])}
     for name in METRICS:
-      row[name] = interval_of_mean(curves.by_size(name)[number])
+      values = curves.by_size(name)[number]
+      row[name] = (float(values.mean()), float(values.min()), float(values.max()))
     exact = curves.by_size("exact_match")[number]
     row["seeds"] = len(exact)
     row["learned"] = int((exact >= LEARNED).sum())
@@ -186,12 +192,11 @@ def _view(values: dict[str, np.ndarray]) -> dict[str, Any]:
   """values: by metric, seeds x points."""
   exact = interval_of_mean(largest_step(values["exact_match"]))
   loss = interval_of_mean(largest_step(-values["loss"]))
-  learned = bool((values["exact_match"].max(1) >= LEARNED).mean() >= 0.5)
-  seeds, points = values["loss"].shape
+  points = values["loss"].shape[1]
   return {
     "points": points,
     "jump": jump(points),
     "largest_step_exact_match": exact,
     "largest_step_loss": loss,
-    "verdict": verdict(exact, loss, points, learned, seeds),
+    "verdict": verdict(exact, loss, values["exact_match"]),
   }

@@ -14,6 +14,8 @@ MEANING = {
   "one seed": "one seed tells nothing of others",
   "not learned": "most seeds never reach 50% exact match, so there is no threshold to look at: "
   "nothing is shown",
+  "no threshold here": "every point has 50% exact match on average, so a threshold lies before the "
+  "first one, if anywhere",
   "no jump": "exact match does not jump",
   "a jump in both": "the loss of a token jumps with exact match: the model changes there, "
   "whichever metric one takes",
@@ -31,7 +33,8 @@ def in_words(tasks: Mapping[str, Any]) -> str:
     parts += [f"## {task.replace('_', ' ')}\n", _table(figures["sizes"]) + "\n"]
     parts += [_sentence(name, view) + "\n" for name, view in figures["views"].items()]
   parts.append(
-    "Intervals are Student's over the seeds. A seed has learned a task where its exact match is "
+    "In the tables, the mean of the seeds stands before the lowest and the highest; intervals of "
+    "the largest step are Student's. A seed has learned a task where its exact match is "
     "50% or more. The largest step is the largest change between neighbouring points, of the "
     "change from the worst to the best; lengths of training double from point to point. Every "
     "length is an evaluation of the same run, whose rate is constant after the warm-up. Exact "
@@ -56,7 +59,7 @@ def _table(rows: Sequence[dict]) -> str:
   heads = (
     "size",
     "parameters",
-    "nats a token [95%]",
+    "nats a token [of the seeds]",
     "right tokens",
     "exact match",
     "seeds that learned",
