@@ -105,7 +105,7 @@ def _alone(folder: pathlib.Path) -> Iterator[None]:
 def fault(folder: pathlib.Path) -> str:
   """What is wrong with a folder of the cache; "" where it is as it was made."""
   if not (folder / RECORD).exists():
-    return "an earlier version made it, without a record of its content"
+    return "it has no record of its content"
   try:
     entries = reading.read_json(folder / RECORD, dict[str, tuple[int, int, str]])
   except UserError as error:

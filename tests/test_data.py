@@ -4,6 +4,7 @@ import concurrent.futures
 import random
 import re
 import time
+import types
 import zipfile
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from llm import cache
 from llm.config import DataConfig, TokenizerConfig
 from llm.core import UserError
-from llm.data import documents, embedded, sources, tokenizer, tokenizer_training, wikitext
+from llm.data import documents, embedded, hubs, sources, tokenizer, tokenizer_training, wikitext
 from llm.objectives import base, chat
 
 
@@ -329,3 +330,14 @@ def test_what_is_made_may_be_read_by_those_whom_the_umask_allows(tmp_path):
   made = cache.made_once(tmp_path / "made", lambda folder: (folder / "a").write_text("content"))
   (tmp_path / "plain").mkdir()
   assert made.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_record_of_the_hub_is_named_by_its_number_whatever_its_class(monkeypatch):
+  class Rows(list):
+    features = {"label": types.SimpleNamespace(names=["no", "yes"]), "text": None}
+
+  rows = Rows({"text": "a", "label": label} for label in (1, 0, -1))
+  monkeypatch.setattr(hubs, "_hf_dataset", lambda *_: rows)
+  found = list(hubs.hf_records("org/set", "train", "hf:org/set"))
+  assert [record["label"] for record in found] == ["yes", "no", None]
+  assert [record["_where"] for record in found] == [f"hf:org/set record {n}" for n in range(3)]

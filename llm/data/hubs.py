@@ -93,6 +93,6 @@ def hf_records(name: str, split: str, spec: str) -> Iterator[dict]:
   for number, record in enumerate(data):
     for key, names in class_names.items():
       if isinstance(record[key], int):
-        number = record[key]
-        record[key] = _class_name(names[number], number) if number >= 0 else None
+        label = record[key]
+        record[key] = _class_name(names[label], label) if label >= 0 else None
     yield {**record, "_where": f"{spec} record {number}"}

@@ -57,12 +57,16 @@ def _encoded(bundle: Bundle, text: str) -> list[int]:
   """The ids of [CLS] text [SEP]. Raises UserError if it has no [MASK] or is too long."""
   tokenizer = bundle.tokenizer
   max_length = bundle.config.model.max_length
-  before_mask, *after_masks = tokenizer.encode(text.split("[MASK]"))
+  parts = text.split("[MASK]")
+  before_mask, *after_masks = tokenizer.encode(parts)
   if not after_masks:
     raise UserError("--prompt has no [MASK] to fill")
   ids = [tokenizer.cls, *before_mask]
-  for part, in_text in zip(after_masks, text.split("[MASK]")[1:]):
-    ids += [tokenizer.mask, *(part if in_text[:1].isspace() else _at_once(tokenizer, part))]
+  for part, after_mask in zip(parts[1:], after_masks):
+    ids += [
+      tokenizer.mask,
+      *(after_mask if part[:1].isspace() else _at_once(tokenizer, after_mask)),
+    ]
   ids.append(tokenizer.sep)
   if len(ids) > max_length:
     raise UserError(

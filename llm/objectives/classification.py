@@ -142,12 +142,15 @@ class Objective(base.Labels):
       return self
     if not sources:
       return dataclasses.replace(self, num_classes=self.num_classes or 2)
-    first: dict[str, dict] = {}  # of each label, the first record
+    labels: dict[str, Any] = {}  # as records have them
+    places: dict[str, str] = {}  # where each stands first
     for source in sources:
       for record in source.records():
-        first.setdefault(_label(record, source), record)
-    suspicions.warn_of_numbers({label: _where(record) for label, record in first.items()})
-    classes = _in_order({label: record["label"] for label, record in first.items()})
+        name = _label(record, source)
+        labels.setdefault(name, record["label"])
+        places.setdefault(name, _where(record, source))
+    suspicions.warn_of_numbers(places)
+    classes = _in_order(labels)
     if len(classes) < 2:
       raise UserError(
         f"{sources[0].spec}: only the label {classes[0]!r} occurs; classification needs "
