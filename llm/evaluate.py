@@ -118,7 +118,9 @@ def _score_checkpoint(step: epath.Path):
   objective = saved.objective
   data = _data(saved.config.data)
   training = saved.config.training
-  examples = _BATCH_SIZE.value or training.batch_size
+  # As much at a time as in training, which works through a batch in parts.
+  of_part = max(1, training.batch_size // saved.config.optimizer.grad_accum_steps)
+  examples = _BATCH_SIZE.value or of_part
   if not data.eval:
     raise UserError(
       "the checkpoint was trained without evaluation data: give --config.data.eval=SOURCE"

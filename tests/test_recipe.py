@@ -15,7 +15,7 @@ from sklearn.pipeline import make_pipeline
 
 from benchmarks import recipes
 from llm import config as config_lib
-from llm import core
+from llm import core, models
 from llm.checkpoints import manager
 from llm.config import DataConfig, RecipeConfig
 from llm.core import UserError
@@ -53,7 +53,7 @@ def test_published_shapes_have_published_rates_and_weights(family, size, rate):
   config = published(family, size)
   assert config.optimizer.learning_rate == -1
   assert with_rate(config) == rate
-  assert size == "tiny" or init_std_of(config.model) == 0.02
+  assert size == "tiny" or init_std_of(config.model, models.facts(config.model)) == 0.02
 
 
 def test_rates_follow_width_batch_and_steps():
@@ -80,7 +80,7 @@ def test_narrow_weights_keep_the_size_of_a_vector_as_wide_ones_do():
   config = published("pretrain_bert", "base").model
   gains = []
   for width in (128, 768):
-    std = init_std_of(dataclasses.replace(config, width=width))
+    std = init_std_of(dataclasses.replace(config, width=width), models.facts(config))
     kernel = std * jax.random.normal(jax.random.key(0), (width, width))
     vector = jax.random.normal(jax.random.key(1), (width,))
     gains.append(float(np.linalg.norm(vector @ kernel) / np.linalg.norm(vector)))

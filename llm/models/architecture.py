@@ -43,15 +43,17 @@ def padded_vocab(vocab_size: int) -> int:
   return round_up(vocab_size, 128)
 
 
-def init_std_of(config: ModelConfig) -> float:
+def init_std_of(config: ModelConfig, facts: Facts) -> float:
   """The standard deviation at which weights start, where the config sets none.
 
-  From the width of 768 on it is the 0.02 of BERT and GPT-2. Below, it grows as 1 / sqrt(width), so
-  that a product with a fresh kernel shrinks a vector as much as in BERT-base. At a fixed 0.02, the
-  two products of a fresh attention layer leave 31% of a vector of 768 numbers, and 5% of one of
-  128: narrow models would learn for long from what is embedded alone.
+  It is 1 where kernels are divided by the root of their inputs. Elsewhere, from the width of 768
+  on, it is the 0.02 of BERT and GPT-2. Below, it grows as 1 / sqrt(width), so that a product with a
+  fresh kernel shrinks a vector as much as in BERT-base. At a fixed 0.02, the two products of a
+  fresh attention layer leave 31% of a vector of 768 numbers, and 5% of one of 128: narrow models
+  would learn for long from what is embedded alone.
   """
-  return config.init_std or 0.02 * max(1.0, 768 / config.width) ** 0.5
+  by_width = 1.0 if facts.fan_in_init else 0.02 * max(1.0, 768 / config.width) ** 0.5
+  return config.init_std or by_width
 
 
 def head_width_of(config: ModelConfig) -> int:

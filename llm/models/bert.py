@@ -53,7 +53,7 @@ class Backbone(nn.Module):
     cfg = self.config
     dtype = precision.of(cfg).values
     width = embedding_width_of(cfg)
-    init = normal(init_std_of(cfg))
+    init = normal(init_std_of(cfg, self.facts))
     self.token = Embed(padded_vocab(cfg.vocab_size), width, dtype, init, split="tensor")
     self.position = Embed(cfg.max_length, width, dtype, init)
     self.type = Embed(2, width, dtype, init)

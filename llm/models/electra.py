@@ -60,7 +60,7 @@ class Backbone(bert.Backbone):
       project = Linear(
         (embedding_width_of(cfg), cfg.width),
         precision=precision.of(cfg),
-        kernel_init=normal(init_std_of(cfg)),
+        kernel_init=normal(init_std_of(cfg, self.facts)),
         name="embedding_project",
       )
       x_BxTxD = project(x_BxTxD)

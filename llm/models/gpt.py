@@ -54,12 +54,12 @@ class Backbone(nn.Module):
       padded_vocab(cfg.vocab_size),
       cfg.width,
       dtype,
-      normal(init_std_of(cfg)),
+      normal(init_std_of(cfg, FACTS)),
       split="tensor",
       name="token",
     )(batch["tokens"])
     x_BxTxD += Embed(
-      cfg.max_length, cfg.width, dtype, normal(init_std_of(cfg) / 2), name="position"
+      cfg.max_length, cfg.width, dtype, normal(init_std_of(cfg, FACTS) / 2), name="position"
     )(batch["positions"])[0]
     x_BxTxD, cache = transformer.trunk(self, FACTS, x_BxTxD, batch, train=train, cache=cache)
     return transformer.norm(cfg, FACTS, "final_norm")(x_BxTxD), table_VxD, cache

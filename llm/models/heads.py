@@ -214,7 +214,7 @@ class MaskedLMHead(nn.Module):
     transform = Linear(
       (cfg.width, embedding_width_of(cfg)),
       precision=precision.of(cfg),
-      kernel_init=normal(init_std_of(cfg)),
+      kernel_init=normal(init_std_of(cfg, facts)),
       bias=facts.bias,
       name="transform",
     )
@@ -232,7 +232,7 @@ class DetectionHead(nn.Module):
     self, hidden_BxTxD: jax.Array, batch: Batch, table_VxD: jax.Array, *, train: bool
   ) -> dict[str, jax.Array]:
     cfg, types, facts = self.config, precision.of(self.config), models.facts(self.config)
-    init = normal(init_std_of(cfg))
+    init = normal(init_std_of(cfg, facts))
     transform = Linear(
       (cfg.width, cfg.width), precision=types, kernel_init=init, name="detection_transform"
     )

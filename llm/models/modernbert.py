@@ -67,7 +67,7 @@ class Backbone(nn.Module):
       padded_vocab(cfg.vocab_size),
       cfg.width,
       precision.of(cfg).values,
-      normal(init_std_of(cfg)),
+      normal(init_std_of(cfg, FACTS)),
       split="tensor",
       name="token",
     )(batch["tokens"])

@@ -45,7 +45,6 @@ SIZES = {
     head_width=head_width,
     mlp_dim=mlp_dim,
     max_length=512,
-    init_std=1.0,
     tied=not gated,
     gated=gated,
     dropout=0.0 if gated else 0.1,
@@ -126,7 +125,7 @@ class Stack(nn.Module):
       BUCKETS,
       cfg.num_heads,
       jnp.promote_types(x_BxTxD.dtype, jnp.float32),
-      normal(init_std_of(cfg) * cfg.width**-0.5),
+      normal(init_std_of(cfg, FACTS) * cfg.width**-0.5),
       name="relative",
     )
     return table(buckets_TxS)[0].transpose(2, 0, 1)
@@ -143,10 +142,10 @@ class Backbone(nn.Module):
 
   def setup(self):
     cfg, dtype = self.config, precision.of(self.config).values
-    rows, output_std = padded_vocab(cfg.vocab_size), init_std_of(cfg) * cfg.width**-0.5
+    rows, output_std = padded_vocab(cfg.vocab_size), init_std_of(cfg, FACTS) * cfg.width**-0.5
     activation = "gelu_tanh" if cfg.gated else "relu"
     facts = dataclasses.replace(FACTS, gated=cfg.gated, activation=activation)
-    self.token = Embed(rows, cfg.width, dtype, normal(init_std_of(cfg)), split="tensor")
+    self.token = Embed(rows, cfg.width, dtype, normal(init_std_of(cfg, FACTS)), split="tensor")
     if not cfg.tied:
       self.output = Embed(rows, cfg.width, dtype, normal(output_std), split="tensor")
     self.encoder = Stack(cfg, facts)

@@ -186,13 +186,13 @@ def lora(config: ModelConfig) -> LoRA | None:
 
 def initial(config: ModelConfig, facts: Facts, fan_in: int) -> Callable:
   """Initialiser of a kernel."""
-  return normal(init_std_of(config) * (fan_in**-0.5 if facts.fan_in_init else 1.0))
+  return normal(init_std_of(config, facts) * (fan_in**-0.5 if facts.fan_in_init else 1.0))
 
 
 def residual_init(config: ModelConfig, facts: Facts, fan_in: int) -> Callable:
   """Initialiser of the projections that write to the residual stream."""
   if facts.scaled_residual_init:
-    return normal(init_std_of(config) * (2 * config.num_layers) ** -0.5)
+    return normal(init_std_of(config, facts) * (2 * config.num_layers) ** -0.5)
   return initial(config, facts, fan_in)
 
 

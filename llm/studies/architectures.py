@@ -16,7 +16,7 @@ from etils import epath
 
 from llm import cache, models
 from llm import config as config_lib
-from llm.config import Config, key
+from llm.config import Config, OptimizerConfig, key
 from llm.core import UserError
 from llm.objectives import base as objectives
 from llm.performance import flops
@@ -32,9 +32,11 @@ SENTINELS = 100  # of an encoder-decoder, as T5 has
 @dataclasses.dataclass(frozen=True)
 class Study(frame.Study):
   """models: NAME:LAYERS:OBJECTIVE, in the width of config.run. budget: FLOPs of a pretraining.
-  rates: learning rates of pretraining. tuning_rates: of fine-tuning. epochs: TASK=EPOCHS. seeds:
-  pretrainings of each model, each fine-tuned once on each task. sentiment, questions, replies: the
-  tasks, sources with {split}.
+  rates: learning rates of pretraining; NAME=RATE is for one architecture, which then takes no
+  others. tuning_rates: the same, of fine-tuning. adafactor: architectures that are trained with
+  Adafactor, as T5 was, and not with config.run.optimizer. epochs: TASK=EPOCHS. seeds: pretrainings
+  of each model, each fine-tuned once on each task. sentiment, questions, replies: the tasks,
+  sources with {split}.
   """
 
   title = "Architectures"
@@ -49,8 +51,9 @@ class Study(frame.Study):
     "t5:1:span_corruption",
   )
   budget: str = "2e13"
-  rates: tuple = ("1e-3", "3e-3")
-  tuning_rates: tuple = ("3e-4", "1e-3", "3e-3")
+  rates: tuple = ("1e-3", "3e-3", "t5=2e-2", "t5=4e-2")
+  tuning_rates: tuple = ("3e-4", "1e-3", "3e-3", "t5=3e-3", "t5=1e-2", "t5=3e-2")
+  adafactor: tuple = ("t5",)
   epochs: tuple = ("sentiment=3", "questions=10", "replies=3")
   seeds: int = key(3, at_least=1)
   sentiment: str = "embedded:reviews[{split}]"
@@ -62,8 +65,8 @@ class Study(frame.Study):
       self,
       models=self.models[::2],
       budget=str(min(1e12, self._budget())),
-      rates=self.rates[-1:],
-      tuning_rates=self.tuning_rates[:2][-1:],
+      rates=self._one_each(self.rates, -1),
+      tuning_rates=self._one_each(self.tuning_rates, 1),
       epochs=tuple(f"{task}={3 if task == 'questions' else 1}" for task in self._epochs()),
       seeds=2,
     )
@@ -74,7 +77,9 @@ class Study(frame.Study):
     if not base.data.eval:
       raise UserError("rates are chosen by held-out text: set config.run.data.eval")
     search = [
-      self._pretraining(base, model, rate, 0) for model in self.models for rate in self.rates
+      self._pretraining(base, model, rate, 0)
+      for model in self.models
+      for rate in _rates_of(self.rates, model)
     ]
     files = self._files(folder)
     if not done:
@@ -98,7 +103,7 @@ class Study(frame.Study):
     tuned = [
       self._tuning(starts[model, 0], task, rate, 0, "validation", folder)
       for model, task in pairs
-      for rate in self.tuning_rates
+      for rate in _rates_of(self.tuning_rates, model)
     ]
     if _missing(tuned, done):
       return [*pretrained, *tuned]
@@ -116,12 +121,25 @@ class Study(frame.Study):
     return folder / "data" / cache.digest(self.sentiment, self.questions, self.replies)[:8]
 
   def _check_rates(self):
-    """Raises UserError where a learning rate is no number."""
-    for rate in (*self.rates, *self.tuning_rates):
-      try:
-        float(rate)
-      except ValueError:
-        raise UserError(f"config.study: {rate!r} is no learning rate, e.g. 1e-3")
+    """Raises UserError where a rate is no number, or a model has fewer of them than others."""
+    for name in self.adafactor:
+      models.facts_of(name)
+    for key_name, rates in (("rates", self.rates), ("tuning_rates", self.tuning_rates)):
+      for rate in rates:
+        try:
+          float(rate.rpartition("=")[2])
+        except ValueError:
+          raise UserError(f"config.study.{key_name}: {rate!r} is no learning rate, e.g. 1e-3")
+      counts = {model: len(_rates_of(rates, model)) for model in self.models}
+      if len(set(counts.values())) > 1 or not min(counts.values()):
+        each = ", ".join(f"{model} {count}" for model, count in counts.items())
+        raise UserError(f"config.study.{key_name}: equal search needs as many for each: {each}")
+
+  def _one_each(self, rates: Sequence[str], place: int) -> tuple[str, ...]:
+    """Of the rates of each architecture the one at a place, or the only one."""
+    names = dict.fromkeys(rate.rpartition("=")[0] for rate in rates)
+    of_names = [[rate for rate in rates if rate.rpartition("=")[0] == name] for name in names]
+    return tuple(of_name[place % len(of_name)] for of_name in of_names)
 
   def _budget(self) -> float:
     try:
@@ -166,11 +184,18 @@ class Study(frame.Study):
     steps = max(1, round(self._budget() / flops_a_step(json.dumps(config_lib.thaw(shared)))))
     config = dataclasses.replace(
       shared,
-      optimizer=dataclasses.replace(base.optimizer, learning_rate=float(rate)),
+      optimizer=self._optimizer(base, name, rate),
       training=dataclasses.replace(shared.training, steps=steps, seed=seed),
     )
     facts = {"role": "pretraining", "model": model, "rate": rate, "seed": seed, "split": ""}
     return Run(_name(model, "pretraining", rate, seed), config, facts)
+
+  def _optimizer(self, base: Config, name: str, rate: str) -> OptimizerConfig:
+    """That of config.run, or T5's (Raffel et al. 2020, section 3.1.2) with the same schedule."""
+    optimizer = dataclasses.replace(base.optimizer, learning_rate=float(rate))
+    if name not in self.adafactor:
+      return optimizer
+    return dataclasses.replace(optimizer, name="adafactor", weight_decay=0.0, grad_clip_norm=0.0)
 
   def _tuning(
     self, start: Run, task: str, rate: str, seed: int, split: str, folder: epath.Path
@@ -192,7 +217,7 @@ class Study(frame.Study):
       keep_best="",
       patience=0,
     )
-    optimizer = dataclasses.replace(config.optimizer, learning_rate=float(rate))
+    optimizer = self._optimizer(start.config, start.config.model.name, rate)
     config = dataclasses.replace(config, optimizer=optimizer, training=training)
     name = _name(model, task, rate, seed, split)
     facts = {"role": "fine-tuning", "model": model, "task": task, "rate": rate, "seed": seed}
@@ -240,6 +265,13 @@ def _parts(model: str) -> tuple[str, int, str]:
       f"{', '.join(models.NAMES)}, e.g. bert:2:masked_lm"
     )
   return name, int(layers), objective
+
+
+def _rates_of(rates: Sequence[str], model: str) -> list[str]:
+  """The rates of the architecture of NAME:LAYERS:OBJECTIVE: those with its name, or with none."""
+  name = model.partition(":")[0]
+  of_name = [rate.partition("=")[2] for rate in rates if rate.startswith(f"{name}=")]
+  return of_name or [rate for rate in rates if "=" not in rate]
 
 
 def _name(model: str, task: str, rate: str, seed: int, split: str = "") -> str:

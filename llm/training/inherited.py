@@ -54,7 +54,7 @@ def completed(
     model,
     vocab_size=vocab_size,
     dropout=max(model.dropout, 0.0),
-    init_std=init_std_of(model),
+    init_std=init_std_of(model, models.facts(model)),
   )
 
 
