@@ -17,12 +17,12 @@ from benchmarks import recipes
 from llm import config as config_lib
 from llm import core, models
 from llm.checkpoints import manager
-from llm.config import DataConfig, RecipeConfig
+from llm.config import DataConfig, ModelConfig, RecipeConfig
 from llm.core import UserError
 from llm.data import duplicates, sources
 from llm.models.architecture import init_std_of
 from llm.runs.progress import Progress
-from llm.training import experiment, loop, recipe
+from llm.training import experiment, inherited, loop, recipe
 from tests.conftest import sentences, tiny
 from tests.test_two_phases import python
 
@@ -73,6 +73,17 @@ def test_rates_follow_width_batch_and_steps():
   assert with_rate(deep) == 2.5e-5 and with_rate(shallow) == 1e-4
   high = dataclasses.replace(narrow.recipe, learning_rate=6e-3)
   assert with_rate(dataclasses.replace(narrow, recipe=high)) == recipe.HIGHEST_RATE
+
+
+def test_weights_that_are_left_open_start_as_their_architecture_does():
+  """A T5 whose config said nothing started at BERT's 0.05, not at 1 over the root of its inputs."""
+  shape = dict(num_layers=1, width=128, num_heads=2, mlp_dim=256, max_length=16)
+  starts = {
+    name: inherited.completed(ModelConfig(name=name, **shape), None, 300, False).init_std
+    for name in models.NAMES
+  }
+  by_width = 0.02 * 6**0.5
+  assert starts == {name: 1.0 if name == "t5" else by_width for name in models.NAMES}
 
 
 def test_narrow_weights_keep_the_size_of_a_vector_as_wide_ones_do():

@@ -228,6 +228,25 @@ def test_architectures_get_the_same_flops(model):
   assert flops == pytest.approx(float(study.budget), rel=0.01)
 
 
+def test_each_architecture_is_trained_with_what_suits_it(tmp_path, monkeypatch):
+  """T5 with Adafactor at rates of its own, as many as the others have, from its own start."""
+  monkeypatch.setattr(architecture_tasks, "write_files", lambda *_: None)
+  study, base = build("architectures", models=("t5:2:span_corruption", "gpt:2:causal_lm"))
+  runs = study.next_runs(base, [], tmp_path)
+  trained = [
+    (run.config.model.name, run.config.optimizer.name, run.config.optimizer.learning_rate)
+    for run in runs
+  ]
+  assert trained == [
+    ("t5", "adafactor", 0.02),
+    ("t5", "adafactor", 0.04),
+    ("gpt", "adamw", 0.001),
+    ("gpt", "adamw", 0.003),
+  ]
+  quick = study.quick()
+  assert quick.rates == ("3e-3", "t5=4e-2") and quick.tuning_rates == ("1e-3", "t5=1e-2")
+
+
 def test_architectures_compare_what_was_best_on_validation(trained, tmp_path, monkeypatch):
   """bert is better on sentiment at the second rate, and gpt beside t5 on replies not told apart."""
   configs, figures = trained
@@ -252,7 +271,8 @@ def test_architectures_compare_what_was_best_on_validation(trained, tmp_path, mo
             name = f"{model}-{task}-{rate}-{seed}{split}"
             figures[name] = figures_of(name)
   models = ("bert:2:masked_lm", "gpt:2:causal_lm", "t5:1:span_corruption")
-  study, base = build("architectures", models=models, tuning_rates=("1e-3", "3e-3"))
+  rates = ("1e-3", "3e-3")
+  study, base = build("architectures", models=models, rates=rates, tuning_rates=rates)
   result = frame.run(study, base, tmp_path)
   sentiment = result["tasks"]["sentiment"]
   assert {of["rate"] for of in sentiment.values()} == {"3e-3"}
@@ -297,6 +317,9 @@ MISTAKES = [
   ("architectures", {"budget": "much"}, "must be a number of FLOPs"),
   ("architectures", {"epochs": ("poems=3",)}, "not TASK=EPOCHS"),
   ("architectures", {"rates": ("fast",)}, "'fast' is no learning rate"),
+  ("architectures", {"rates": ("1e-3", "t5=1e-2", "t5=2e-2")}, "equal search needs as many"),
+  ("architectures", {"tuning_rates": ("t5=1e-2",)}, "equal search needs as many"),
+  ("architectures", {"adafactor": ("t6",)}, "config.study.adafactor: 't6' is none of bert"),
 ]
 
 

@@ -122,8 +122,10 @@ class Study(frame.Study):
 
   def _check_rates(self):
     """Raises UserError where a rate is no number, or a model has fewer of them than others."""
-    for name in self.adafactor:
-      models.facts_of(name)
+    if unknown := set(self.adafactor) - set(models.NAMES):
+      raise UserError(
+        f"config.study.adafactor: {min(unknown)!r} is none of {', '.join(models.NAMES)}"
+      )
     for key_name, rates in (("rates", self.rates), ("tuning_rates", self.tuning_rates)):
       for rate in rates:
         try:
