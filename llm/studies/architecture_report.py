@@ -17,8 +17,8 @@ from llm.studies.runs import Result
 
 NOTE = (
   "Every model was pretrained with about the same FLOPs, on the same text with the same pieces, at "
-  "the best of the same learning rates by its own held-out loss, and fine-tuned with the same "
-  "search on the validation split. The test split was scored once for each seed; a seed is a "
+  "the best of as many learning rates by its own held-out loss, and fine-tuned with as many on the "
+  "validation split. The test split was scored once for each seed; a seed is a "
   "pretraining with its fine-tuning, so the intervals, Student's over the seeds, hold both. Losses "
   "of pretraining do not compare. An encoder writes no replies. Questions are answered by a span "
   "of the context (encoder), or in writing (the others); sentiment is a head on the mean of the "

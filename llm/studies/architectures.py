@@ -1,9 +1,9 @@
 """Encoder, decoder and encoder-decoder side by side, each with its own objective of pretraining.
 
-All are pretrained with the same FLOPs on the same text and vocabulary, at a learning rate that is
-chosen among the same ones, and fine-tuned with the same search on three tasks
-(architecture_tasks.py). An encoder-decoder stands at the layers of the others, with more
-parameters, and at half of them, with about as many.
+All are pretrained with the same FLOPs on the same text and vocabulary, each at the best of as many
+learning rates, and fine-tuned with equal search on three tasks (architecture_tasks.py). An
+encoder-decoder stands at the layers of the others, with more parameters, and at half of them, with
+about as many.
 """
 
 import dataclasses
