@@ -334,7 +334,8 @@ MISTAKES = [
   ("architectures", {"rates": ("fast",)}, "'fast' is no learning rate"),
   ("architectures", {"rates": ("1e-3", "t5=1e-2", "t5=2e-2")}, "equal search needs as many"),
   ("architectures", {"tuning_rates": ("t5=1e-2",)}, "equal search needs as many"),
-  ("architectures", {"adafactor": ("t6",)}, "config.study.adafactor: 't6' is none of bert"),
+  ("architectures", {"adafactor": ("t6",)}, "'t6' is no architecture: they are bert"),
+  ("architectures", {"rates": ("1e-3", "T5=1e-2")}, "'T5' is no architecture: they are bert"),
 ]
 
 

@@ -122,9 +122,10 @@ class Study(frame.Study):
 
   def _check_rates(self):
     """Raises UserError where a rate is no number, or a model has fewer of them than others."""
-    if unknown := set(self.adafactor) - set(models.NAMES):
+    of_rates = {rate.partition("=")[0] for rate in (*self.rates, *self.tuning_rates) if "=" in rate}
+    if unknown := {*self.adafactor, *of_rates} - set(models.NAMES):
       raise UserError(
-        f"config.study.adafactor: {min(unknown)!r} is none of {', '.join(models.NAMES)}"
+        f"config.study: {min(unknown)!r} is no architecture: they are {', '.join(models.NAMES)}"
       )
     for key_name, rates in (("rates", self.rates), ("tuning_rates", self.tuning_rates)):
       for rate in rates:
