@@ -52,8 +52,11 @@ def init_std_of(config: ModelConfig, facts: Facts) -> float:
   fresh attention layer leave 31% of a vector of 768 numbers, and 5% of one of 128: narrow models
   would learn for long from what is embedded alone.
   """
-  by_width = 1.0 if facts.fan_in_init else 0.02 * max(1.0, 768 / config.width) ** 0.5
-  return config.init_std or by_width
+  if config.init_std:
+    return config.init_std
+  if facts.fan_in_init:
+    return 1.0
+  return 0.02 * max(1.0, 768 / config.width) ** 0.5
 
 
 def head_width_of(config: ModelConfig) -> int:

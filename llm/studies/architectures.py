@@ -65,8 +65,8 @@ class Study(frame.Study):
       self,
       models=self.models[::2],
       budget=str(min(1e12, self._budget())),
-      rates=self._one_each(self.rates, -1),
-      tuning_rates=self._one_each(self.tuning_rates, 1),
+      rates=_one_each(self.rates, -1),
+      tuning_rates=_one_each(self.tuning_rates, 1),
       epochs=tuple(f"{task}={3 if task == 'questions' else 1}" for task in self._epochs()),
       seeds=2,
     )
@@ -122,7 +122,8 @@ class Study(frame.Study):
 
   def _check_rates(self):
     """Raises UserError where a rate is no number, or a model has fewer of them than others."""
-    of_rates = {rate.partition("=")[0] for rate in (*self.rates, *self.tuning_rates) if "=" in rate}
+    rates = (*self.rates, *self.tuning_rates)
+    of_rates = {rate.rpartition("=")[0] for rate in rates if "=" in rate}
     if unknown := {*self.adafactor, *of_rates} - set(models.NAMES):
       raise UserError(
         f"config.study: {min(unknown)!r} is no architecture: they are {', '.join(models.NAMES)}"
@@ -137,12 +138,6 @@ class Study(frame.Study):
       if len(set(counts.values())) > 1 or not min(counts.values()):
         each = ", ".join(f"{model} {count}" for model, count in counts.items())
         raise UserError(f"config.study.{key_name}: equal search needs as many for each: {each}")
-
-  def _one_each(self, rates: Sequence[str], place: int) -> tuple[str, ...]:
-    """Of the rates of each architecture the one at a place, or the only one."""
-    names = dict.fromkeys(rate.rpartition("=")[0] for rate in rates)
-    of_names = [[rate for rate in rates if rate.rpartition("=")[0] == name] for name in names]
-    return tuple(of_name[place % len(of_name)] for of_name in of_names)
 
   def _budget(self) -> float:
     try:
@@ -187,16 +182,16 @@ class Study(frame.Study):
     steps = max(1, round(self._budget() / flops_a_step(json.dumps(config_lib.thaw(shared)))))
     config = dataclasses.replace(
       shared,
-      optimizer=self._optimizer(base, name, rate),
+      optimizer=self._optimizer(shared, rate),
       training=dataclasses.replace(shared.training, steps=steps, seed=seed),
     )
     facts = {"role": "pretraining", "model": model, "rate": rate, "seed": seed, "split": ""}
     return Run(_name(model, "pretraining", rate, seed), config, facts)
 
-  def _optimizer(self, base: Config, name: str, rate: str) -> OptimizerConfig:
-    """That of config.run, or T5's (Raffel et al. 2020, section 3.1.2) with the same schedule."""
-    optimizer = dataclasses.replace(base.optimizer, learning_rate=float(rate))
-    if name not in self.adafactor:
+  def _optimizer(self, config: Config, rate: str) -> OptimizerConfig:
+    """The config's, or T5's (Raffel et al. 2020, section 3.1.2) with the same schedule."""
+    optimizer = dataclasses.replace(config.optimizer, learning_rate=float(rate))
+    if config.model.name not in self.adafactor:
       return optimizer
     return dataclasses.replace(optimizer, name="adafactor", weight_decay=0.0, grad_clip_norm=0.0)
 
@@ -220,7 +215,7 @@ class Study(frame.Study):
       keep_best="",
       patience=0,
     )
-    optimizer = self._optimizer(start.config, start.config.model.name, rate)
+    optimizer = self._optimizer(start.config, rate)
     config = dataclasses.replace(config, optimizer=optimizer, training=training)
     name = _name(model, task, rate, seed, split)
     facts = {"role": "fine-tuning", "model": model, "task": task, "rate": rate, "seed": seed}
@@ -270,11 +265,24 @@ def _parts(model: str) -> tuple[str, int, str]:
   return name, int(layers), objective
 
 
+def _by_name(rates: Sequence[str]) -> dict[str, list[str]]:
+  """Architecture -> its entries of `rates`; "" has those that name none."""
+  of_names: dict[str, list[str]] = {}
+  for entry in rates:
+    of_names.setdefault(entry.rpartition("=")[0], []).append(entry)
+  return of_names
+
+
 def _rates_of(rates: Sequence[str], model: str) -> list[str]:
   """The rates of the architecture of NAME:LAYERS:OBJECTIVE: those with its name, or with none."""
-  name = model.partition(":")[0]
-  of_name = [rate.partition("=")[2] for rate in rates if rate.startswith(f"{name}=")]
-  return of_name or [rate for rate in rates if "=" not in rate]
+  of_names = _by_name(rates)
+  entries = of_names.get(_parts(model)[0], of_names.get("", []))
+  return [entry.rpartition("=")[2] for entry in entries]
+
+
+def _one_each(rates: Sequence[str], place: int) -> tuple[str, ...]:
+  """Of the entries of each architecture the one at a place, or the only one."""
+  return tuple(entries[place % len(entries)] for entries in _by_name(rates).values())
 
 
 def _name(model: str, task: str, rate: str, seed: int, split: str = "") -> str:
