@@ -1,6 +1,7 @@
 """The studies: runs beside others are runs alone, words follow from numbers, as do intervals."""
 
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -244,6 +245,8 @@ LOSS = Compared("replies to prompts", "nats a token", 5.0, 5.5, -0.5, -0.6, -0.4
     (LOSS, {}, "by -0.50 nats a token [-0.60, -0.40]: pretraining helps"),
     (LOSS, dict(difference=0.5, low=0.4, high=0.6), "pretraining harms"),
     (LOSS, dict(high=0.1), "not told apart"),
+    # It was called not told apart.
+    (ABOVE, dict(low=math.nan, high=math.nan), "by +5.0 points (one draw); the better network"),
   ],
 )
 def test_verdicts_follow_from_the_numbers(compared, change, said):

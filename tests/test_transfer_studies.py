@@ -19,7 +19,6 @@ from llm.studies import (
   few_labels,
   frame,
   glue,
-  label_efficiency,
 )
 from llm.studies.related_tasks import STARTS
 from llm.training import loop
@@ -290,14 +289,6 @@ def test_architectures_compare_what_was_best_on_validation(trained, tmp_path, mo
   assert not any("masked_lm-replies" in name for name in configs)
   start = configs["gpt-2-causal_lm-replies-3e-3-2-test"].transfer.checkpoint
   assert start.endswith("gpt-2-causal_lm-pretraining-3e-3-2")
-
-
-def test_one_draw_says_nothing_of_pretraining():
-  """It was called not told apart, beside a difference of 8 points."""
-  gains = {"pretraining helps": (0.01, 0.02), "harms": (-0.02, -0.01), "not told apart": (-1, 1)}
-  for verdict, (low, high) in gains.items():
-    assert label_efficiency._verdict({"low": low, "high": high}) == verdict
-  assert label_efficiency._verdict({"low": np.nan, "high": np.nan}) == ""
 
 
 def test_questions_keep_their_answer_in_a_short_context():

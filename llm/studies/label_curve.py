@@ -219,6 +219,18 @@ def in_points(mean: float, low: float, high: float) -> str:
   return f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
+def verdict(low: float, high: float, lower: bool = False) -> str:
+  """What the interval of pretrained - scratch says; nothing where one draw has none.
+
+  lower: whether less is better.
+  """
+  if np.isnan(low):
+    return ""
+  if low <= 0 <= high:
+    return "not told apart"
+  return "pretraining helps" if (high < 0) == lower else "pretraining harms"
+
+
 def equivalent_labels(
   accuracies: Sequence[float], curve: Mapping[int, Sequence[float]], draws: int = 2000
 ) -> tuple[float, float, float]:

@@ -9,7 +9,6 @@ labels. Learning rate and epochs of each arm and label count are chosen on the v
 import dataclasses
 from typing import Any, Mapping, Sequence
 
-import numpy as np
 import tabulate
 from etils import epath
 
@@ -215,7 +214,7 @@ def _in_words(rows: list[dict], worth: list[dict], differences: list[dict]) -> s
       f"{point['labels']:,}",
       equal(point),
       label_curve.in_points(gain["mean"], gain["low"], gain["high"]),
-      _verdict(gain),
+      label_curve.verdict(gain["low"], gain["high"]),
     )
     for point, gain in zip(worth, differences)
   ]
@@ -237,15 +236,6 @@ def _in_words(rows: list[dict], worth: list[dict], differences: list[dict]) -> s
       "one random start of scratch, so they say nothing of the chance of either.\n",
     ]
   )
-
-
-def _verdict(gain: Mapping[str, float]) -> str:
-  """What a difference to scratch says; nothing where one draw leaves it without an interval."""
-  if np.isnan(gain["low"]):
-    return ""
-  if gain["low"] > 0:
-    return "pretraining helps"
-  return "harms" if gain["high"] < 0 else "not told apart"
 
 
 def _curve_table(rows: Sequence[Mapping], counts: Sequence[int]) -> str:

@@ -49,9 +49,7 @@ class Compared(NamedTuple):
   @property
   def verdict(self) -> str:
     """Whether the interval tells the arms apart, and which is better."""
-    if not (self.low > 0 or self.high < 0):  # NaN of one draw is neither
-      return "not told apart"
-    return "pretraining helps" if (self.difference < 0) == self.lower else "pretraining harms"
+    return label_curve.verdict(self.low, self.high, self.lower)
 
 
 def worth_sentence(equal: Mapping[str, Any], minutes: float) -> str:
@@ -115,8 +113,10 @@ def verdicts(compared: Sequence[Compared]) -> list[str]:
     unit = "nats a token" if task.lower else "points"
     sentence = (
       f"{task.task.capitalize()}: pretraining changes {task.figure} by "
-      f"{_cell(task, task.difference, '+')} {unit} {_interval(task)}: {task.verdict}"
+      f"{_cell(task, task.difference, '+')} {unit} {_interval(task)}"
     )
+    if task.verdict:
+      sentence += f": {task.verdict}"
     classical = {name: task.others[name] for name in ("tfidf_lr", "nbsvm") if name in task.others}
     if classical:
       best = max(classical, key=lambda name: classical[name])
