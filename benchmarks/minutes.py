@@ -1,11 +1,12 @@
 """What minutes of pretraining buy: the quickstart after several lengths of it.
 
-  for steps in 850 3400 13600 54400; do
+  for steps in 480 1920 7680 30720; do
     python -m llm.quickstart --workdir=minutes/$steps --steps=$steps
   done
-  python -m benchmarks.minutes minutes/* [--output=minutes/curve]
+  python -m benchmarks.minutes minutes/* [--output=minutes/curve] [--tokens_per_second=31000]
 
-On two cores of an AMD EPYC (family 26) these are about 1, 4, 16 and 64 minutes of the BERT.
+On two cores of an AMD EPYC (family 25) these are about 1, 4, 16 and 64 minutes of the BERT. Where
+the runs shared the machine, --tokens_per_second says what it does when nothing else runs.
 """
 
 import argparse
@@ -31,49 +32,69 @@ def tokens(result: dict[str, Any]) -> float:
   return sum(source["tokens"] for source in result["pretraining"]["BERT"]["data"].values())
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
-  """A line a length of pretraining, then scratch and a published checkpoint."""
-  rows = []
+def minutes(result: dict[str, Any], tokens_per_second: float) -> float:
+  """Those of the BERT's pretraining, as measured or, where it is not 0, at a speed."""
+  bert = result["pretraining"]["BERT"]
+  seconds = tokens(result) / tokens_per_second if tokens_per_second else bert["seconds"]
+  return seconds / 60
+
+
+def tables(results: Sequence[dict[str, Any]], tokens_per_second: float) -> str:
+  """A line a length of pretraining: what it reaches, then how far that is from scratch."""
+  lengths = []
   for result in results:
     bert = result["pretraining"]["BERT"]
     passes = bert["data"]["embedded:reviews"]["epochs"]
-    rows.append(
+    lengths.append(
       [
-        f"{bert['seconds'] / 60:.1f}",
+        f"{minutes(result, tokens_per_second):.1f}",
         f"{tokens(result) / 1e6:.1f} M",
         f"{passes:.0f}",
         f"{bert['flops']:.1e}",
-        *(_cell(task, task.pretrained) for task in tasks(result)),
       ]
     )
+  reached = [
+    [*length, *(report.cell(task, task.pretrained) for task in tasks(result))]
+    for length, result in zip(lengths, results)
+  ]
   last = tasks(results[-1])
-  rows.append(["scratch", "", "", "", *(_cell(task, task.scratch) for task in last)])
-  published = [task.others.get("published_bert") for task in last]
-  rows.append(["published", "", "", "", *map(_cell, last, published)])
-  headers = ["minutes", "tokens", "passes over the reviews", "FLOPs", *(t.task for t in last)]
-  return tabulate.tabulate(rows, headers, "github", disable_numparse=True)
+  others = {
+    "scratch": [task.scratch for task in last],
+    "published": [task.others.get("published_bert") for task in last],
+    "TF-IDF + LR": [task.others.get("tfidf_lr") for task in last],
+  }
+  for name, values in others.items():
+    reached.append([name, "", "", "", *map(report.cell, last, values)])
+  gained = [
+    [length[0], *map(report.gain, tasks(result))] for length, result in zip(lengths, results)
+  ]
+  names = [task.task for task in last]
+  headers = ["minutes", "tokens", "passes over the reviews", "FLOPs", *names]
+  return "\n\n".join(
+    [
+      tabulate.tabulate(reached, headers, "github", disable_numparse=True),
+      "Minus scratch:",
+      tabulate.tabulate(gained, ["minutes", *names], "github", disable_numparse=True),
+    ]
+  )
 
 
-def _cell(task: Compared, value: float | None) -> str:
-  return "" if value is None else f"{value:.2f}" if task.lower else f"{100 * value:.1f}"
-
-
-def draw(results: Sequence[dict[str, Any]], path: pathlib.Path):
+def draw(results: Sequence[dict[str, Any]], tokens_per_second: float, path: pathlib.Path):
   """A panel a task: the pretrained network over the minutes, beside scratch."""
   count = len(tasks(results[0]))
   rows = math.ceil(count / 3)
   figure, grid = plt.subplots(rows, 3, figsize=(9, 3 * rows), layout="constrained", squeeze=False)
-  minutes = [result["pretraining"]["BERT"]["seconds"] / 60 for result in results]
+  times = [minutes(result, tokens_per_second) for result in results]
   for number, axis in enumerate(grid.flat[:count]):
     of_task = [tasks(result)[number] for result in results]
     scale = 1 if of_task[0].lower else 100
-    axis.plot(minutes, [scale * task.pretrained for task in of_task], "o-", label="pretrained")
+    axis.plot(times, [scale * task.pretrained for task in of_task], "o-", label="pretrained")
     axis.axhline(scale * of_task[-1].scratch, color="#d1495b", linestyle="--", label="scratch")
     published = of_task[-1].others.get("published_bert")
     if published is not None:
       axis.axhline(scale * published, color="#2a9d5c", linestyle=":", label="published")
     axis.set_xscale("log")
-    axis.set_xticks(minutes, [f"{m:.0f}" for m in minutes], minor=False)
+    axis.set_xticks(times, [f"{time:.0f}" for time in times], minor=False)
     axis.minorticks_off()
     axis.set(title=of_task[0].task, xlabel="minutes of pretraining", ylabel=of_task[0].figure)
   grid[0, 0].legend(frameon=False, fontsize=8)
@@ -86,15 +107,16 @@ def main():
   )
   parser.add_argument("workdirs", nargs="+", type=pathlib.Path)
   parser.add_argument("--output", type=pathlib.Path, help="the picture, without its ending")
+  parser.add_argument("--tokens_per_second", type=float, default=0, help="0: as measured")
   arguments = parser.parse_args()
   results = [json.loads((path / "result.json").read_text()) for path in arguments.workdirs]
   results.sort(key=tokens)
-  print(table(results))
+  speed = arguments.tokens_per_second
+  print(tables(results, speed), end="\n\n")
   for result in results:
-    minutes = result["pretraining"]["BERT"]["seconds"] / 60
-    print(f"- {report.worth_sentence(result['worth'], minutes)}")
+    print(f"- {report.worth_sentence(result['worth'], minutes(result, speed))}")
   if arguments.output:
-    draw(results, arguments.output)
+    draw(results, speed, arguments.output)
 
 
 if __name__ == "__main__":

@@ -242,7 +242,7 @@ LOSS = Compared("replies to prompts", "nats a token", 5.0, 5.5, -0.5, -0.6, -0.4
     (ABOVE, dict(difference=-0.05, low=-0.08, high=-0.02), "harms"),
     (ABOVE, {}, "the better network is 2.0 points above nbsvm"),
     (ABOVE, dict(others={"nbsvm": 0.63, "tfidf_lr": 0.61}), "is 3.0 points below nbsvm"),
-    (LOSS, {}, "by -0.50 nats a token [-0.60, -0.40]: pretraining helps"),
+    (LOSS, {}, "by -0.50 [-0.60, -0.40]: pretraining helps"),
     (LOSS, dict(difference=0.5, low=0.4, high=0.6), "pretraining harms"),
     (LOSS, dict(high=0.1), "not told apart"),
     # It was called not told apart.

@@ -80,12 +80,12 @@ def table(compared: Sequence[Compared], form: str = "github") -> str:
       (
         task.task,
         task.figure,
-        _cell(task, task.pretrained),
-        _cell(task, task.scratch),
-        f"{_cell(task, task.difference, '+')} {_interval(task)}",
-        _cell(task, task.others.get("published_bert")),
-        _cell(task, task.others.get("tfidf_lr")),
-        _cell(task, task.others.get("nbsvm")),
+        cell(task, task.pretrained),
+        cell(task, task.scratch),
+        gain(task),
+        cell(task, task.others.get("published_bert")),
+        cell(task, task.others.get("tfidf_lr")),
+        cell(task, task.others.get("nbsvm")),
         task.verdict,
       )
     )
@@ -94,27 +94,27 @@ def table(compared: Sequence[Compared], form: str = "github") -> str:
   return tabulate.tabulate(lines, headers=headers, tablefmt=form, disable_numparse=True)
 
 
-def _cell(compared: Compared, value: float | None, sign: str = "") -> str:
+def cell(task: Compared, value: float | None, sign: str = "") -> str:
+  """A value of a task as tables show it: percent, or nats; nothing for None."""
   if value is None:
     return ""
-  return f"{value:{sign}.2f}" if compared.lower else f"{100 * value:{sign}.1f}"
+  return f"{value:{sign}.2f}" if task.lower else f"{100 * value:{sign}.1f}"
 
 
-def _interval(compared: Compared) -> str:
-  if math.isnan(compared.low):
-    return "(one draw)"
-  return f"[{_cell(compared, compared.low, '+')}, {_cell(compared, compared.high, '+')}]"
+def gain(task: Compared, unit: str = "") -> str:
+  """The difference of a task with its interval, which one draw has not."""
+  difference = cell(task, task.difference, "+") + unit
+  if math.isnan(task.low):
+    return f"{difference} (one draw)"
+  return f"{difference} [{cell(task, task.low, '+')}, {cell(task, task.high, '+')}]"
 
 
 def verdicts(compared: Sequence[Compared]) -> list[str]:
   """What the table says, a sentence a task, which follows from its numbers."""
   sentences = []
   for task in compared:
-    unit = "nats a token" if task.lower else "points"
-    sentence = (
-      f"{task.task.capitalize()}: pretraining changes {task.figure} by "
-      f"{_cell(task, task.difference, '+')} {unit} {_interval(task)}"
-    )
+    unit = "" if task.lower else " points"  # nats a token are the figure itself
+    sentence = f"{task.task.capitalize()}: pretraining changes {task.figure} by {gain(task, unit)}"
     if task.verdict:
       sentence += f": {task.verdict}"
     classical = {name: task.others[name] for name in ("tfidf_lr", "nbsvm") if name in task.others}
