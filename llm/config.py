@@ -234,8 +234,9 @@ class RecipeConfig:
   batch_tokens: int = key(0, at_least=0)
   # Its steps, which need batch_tokens; 0: the length of the run does not matter.
   steps: int = key(0, at_least=0)
-  # Its epochs. Small data get more.
+  # Its epochs. Small data get more, until they are so many steps (training/recipe.py).
   epochs: float = key(3.0, above=0)
+  least_steps: int = key(1_000, at_least=0)
 
 
 @dataclasses.dataclass(frozen=True)

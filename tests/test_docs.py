@@ -45,30 +45,26 @@ def test_every_command_is_accepted():
   assert not refused, f"{refused}\n{done.stderr}"
 
 
-@pytest.mark.parametrize(
-  "command, says",
-  [
-    (["llm.train", "--config=configs/pretrain_bert.py:huge", "--workdir=W"], "huge"),
-    (["llm.train", "--config=configs/pretrain_bert.py", "--config.model.widht=3"], "widht"),
-    (["llm.train", "--config=configs/pretrain_bert.py", "--config.objective.maks=3"], "maks"),
-    (["llm.train", "--config=configs/pretrain_bert.py", "--config.optimizer.name=x"], "optimizer"),
-    (["llm.generate", "--promt=a"], "promt"),
-    (["llm.convert", "sideways", "--source=a"], "sideways"),
-  ],
-  ids=lambda value: value if isinstance(value, str) else None,
-)
 @pytest.mark.slow
-def test_a_wrong_command_would_be_seen(command, says):
+def test_a_wrong_command_would_be_seen():
+  commands = {
+    "huge": ["llm.train", "--config=configs/pretrain_bert.py:huge", "--workdir=W"],
+    "widht": ["llm.train", "--config=configs/pretrain_bert.py", "--config.model.widht=3"],
+    "maks": ["llm.train", "--config=configs/pretrain_bert.py", "--config.objective.maks=3"],
+    "optimizer": ["llm.train", "--config=configs/pretrain_bert.py", "--config.optimizer.name=x"],
+    "promt": ["llm.generate", "--promt=a"],
+    "sideways": ["llm.convert", "sideways", "--source=a"],
+  }
   done = subprocess.run(
     [sys.executable, "-m", "tests.documented"],
-    input=json.dumps([command]),
+    input=json.dumps(list(commands.values())),
     cwd=ROOT,
     env=ENVIRONMENT,
     capture_output=True,
     text=True,
   )
-  assert json.loads(done.stdout) != [0]
-  assert says in done.stderr
+  assert all(json.loads(done.stdout))
+  assert all(says in done.stderr for says in commands)
 
 
 def anchors(page: pathlib.Path) -> set[str]:
@@ -278,12 +274,14 @@ def test_commands_run_as_they_are_written(workplace):
 
 @pytest.mark.slow
 def test_the_notebook_of_two_phases(tmp_path):
-  """Runs from the first cell to the last, and no output is committed."""
+  """Runs from the first cell to the last, in fewer steps, and no output is committed."""
   import nbclient
   import nbformat
 
   notebook = nbformat.read(ROOT / "examples" / "two_phases.ipynb", as_version=4)
   assert not any(cell.get("outputs") for cell in notebook.cells)
+  for cell in notebook.cells:
+    cell.source = cell.source.replace("training__steps=500", "training__steps=50")
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("PYTHONPATH", str(ROOT))
     patch.setenv("PRETUNE_CACHE", str(CACHE))

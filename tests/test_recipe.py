@@ -128,8 +128,12 @@ def test_a_sweep_goes_on_until_the_best_rate_has_neighbours():
 
 
 def test_small_data_are_seen_more_often():
-  epochs = [recipe.epochs(RecipeConfig(epochs=3.0), steps) for steps in (10_000, 334, 100, 1)]
-  assert epochs == [3, 3, 10, recipe.MOST_EPOCHS]
+  def epochs(**keys):
+    of = RecipeConfig(epochs=3.0, **keys)
+    return [recipe.epochs(of, steps) for steps in (10_000, 334, 100, 1)]
+
+  assert epochs() == [3, 3, 10, recipe.MOST_EPOCHS]
+  assert epochs(least_steps=400) == [3, 3, 4, recipe.MOST_EPOCHS]
 
 
 def test_a_run_that_saves_every_epoch_saves_within_a_long_one():

@@ -14,10 +14,7 @@ from llm.config import Config, RecipeConfig
 TOKENS_POWER = 0.2
 # Narrow models get no higher rate.
 HIGHEST_RATE = 1e-2
-# Small data are gone through until so many steps are taken, but not more often than MOST_EPOCHS.
-# Fine-tuning in fewer steps often fails (Mosbach et al. 2021, section 6; Zhang et al. 2021, section
-# 6).
-LEAST_STEPS = 1_000
+# Small data are not gone through more often.
 MOST_EPOCHS = 20
 # A run that saves at the end of every epoch saves within a longer one too.
 MOST_UNSAVED = 200
@@ -55,8 +52,12 @@ def learning_rate(config: Config) -> float:
 
 
 def epochs(recipe: RecipeConfig, steps_an_epoch: float) -> float:
-  """The epochs of the recipe, or more where they are few steps."""
-  return max(recipe.epochs, min(MOST_EPOCHS, math.ceil(LEAST_STEPS / steps_an_epoch)))
+  """The epochs of the recipe, or more where they are few steps.
+
+  Fine-tuning in few steps often fails (Mosbach et al. 2021, section 6; Zhang et al. 2021, section
+  6).
+  """
+  return max(recipe.epochs, min(MOST_EPOCHS, math.ceil(recipe.least_steps / steps_an_epoch)))
 
 
 def resolved(config: Config, steps_an_epoch: float, goal: str) -> Config:
