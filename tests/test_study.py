@@ -329,7 +329,7 @@ def test_a_small_study_by_the_command(tmp_path):
   command = [sys.executable, "-m", "llm.study", "scaling_law", f"--workdir={tmp_path}/out"]
   command += ["--config.study.sizes=('1x16','1x32','2x32')", "--config.study.seeds=1"]
   command += [
-    "--config.study.tokens=('8e3','16e3')",
+    "--config.study.tokens=('8e3','16e3','32e3')",
     "--config.study.held_out=('2x48:2e4',)",
   ]
   command += ["--config.run.training.batch_size=8", "--config.run.training.eval_batches=2"]
@@ -342,7 +342,7 @@ def test_a_small_study_by_the_command(tmp_path):
   done = subprocess.run(command, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr[-2000:]
   result = json.loads((tmp_path / "out" / "result.json").read_text())
-  assert len(result["runs"]) == 7 and len(result["held_out"]) == 1
+  assert len(result["runs"]) == 10 and len(result["held_out"]) == 1
   assert "alpha" in result["fits"]["approach_3"]
   whole = [part.replace("/out", "/whole") for part in command]
   subprocess.run(whole, check=True, capture_output=True)
