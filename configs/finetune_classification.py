@@ -28,7 +28,7 @@ def get_config(task: str = "") -> Any:
   # for it (docs/recipes.md). Nothing is copied of the checkpoint's head.
   config.objective.pooling = "mean"
   config.transfer.skip = (r"^(head|generator)/",)
-  config.recipe.update(learning_rate=3e-5, width_power=2.0, epochs=3.0)
+  config.recipe.update(learning_rate=3e-5, width_power=2.0, epochs=3.0, least_steps=400)
   config.training.update(
     epochs=-1.0,
     batch_size=32,
