@@ -21,7 +21,7 @@ from tests.test_huggingface import GOLDEN, NAMES, _batch
 pytestmark = pytest.mark.parity
 
 CACHE = cache_dir()  # the user's own: taken before conftest gives the tests another
-PASSAGES = 20
+PASSAGES = 50
 
 DIFFICULT = [
   "",
@@ -327,7 +327,7 @@ def _perplexity(logits, ids) -> float:
 
 
 def test_fine_tuning_the_real_bert_reaches_what_torch_reaches(minilm):
-  """Our mean of two draws is in the interval of torch's over five, and above NBSVM's.
+  """Our mean of four draws is in the interval of torch's over five, and above NBSVM's.
 
   Each draw has 256 review sentences. Torch's side was run once by the same script:
   golden/fine_tuning.json. Ours runs in a separate process, without the compiler flags of the tests.
@@ -344,8 +344,9 @@ def test_fine_tuning_the_real_bert_reaches_what_torch_reaches(minilm):
   found = json.loads(done.stdout.splitlines()[-1])
   torchs = json.loads((GOLDEN / "fine_tuning.json").read_text())
   print(found, torchs)
-  # Two draws say little of how much draws differ, so torch's five do.
-  spread = np.std(torchs, ddof=1) * (1 / len(found["ours"]) + 1 / len(torchs)) ** 0.5
-  # The 95% interval of a difference of such means (t of 4).
-  assert np.mean(found["ours"]) > np.mean(torchs) - 2.78 * spread
+  spread = (
+    np.var(found["ours"], ddof=1) / len(found["ours"]) + np.var(torchs, ddof=1) / len(torchs)
+  ) ** 0.5
+  # The 95% interval of a difference of such means (t of 7).
+  assert np.mean(found["ours"]) > np.mean(torchs) - 2.36 * spread
   assert np.mean(found["ours"]) > np.mean(found["nbsvm"]) + 0.05
