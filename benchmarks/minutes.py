@@ -32,14 +32,20 @@ def tokens(result: dict[str, Any]) -> float:
   return sum(source["tokens"] for source in result["pretraining"]["BERT"]["data"].values())
 
 
-def minutes(result: dict[str, Any], tokens_per_second: float) -> float:
-  """Those of the BERT's pretraining, as measured or, where it is not 0, at a speed."""
-  bert = result["pretraining"]["BERT"]
-  seconds = tokens(result) / tokens_per_second if tokens_per_second else bert["seconds"]
-  return seconds / 60
+def minutes(result: dict[str, Any]) -> float:
+  """Those of the BERT's pretraining."""
+  return result["pretraining"]["BERT"]["seconds"] / 60
 
 
-def tables(results: Sequence[dict[str, Any]], tokens_per_second: float) -> str:
+def read(workdir: pathlib.Path, tokens_per_second: float) -> dict[str, Any]:
+  """The result of a quickstart. tokens_per_second: of its pretraining; 0: as measured."""
+  result = json.loads((workdir / "result.json").read_text())
+  if tokens_per_second:
+    result["pretraining"]["BERT"]["seconds"] = tokens(result) / tokens_per_second
+  return result
+
+
+def tables(results: Sequence[dict[str, Any]]) -> str:
   """A line a length of pretraining: what it reaches, then how far that is from scratch."""
   lengths = []
   for result in results:
@@ -47,7 +53,7 @@ def tables(results: Sequence[dict[str, Any]], tokens_per_second: float) -> str:
     passes = bert["data"]["embedded:reviews"]["epochs"]
     lengths.append(
       [
-        f"{minutes(result, tokens_per_second):.1f}",
+        f"{minutes(result):.1f}",
         f"{tokens(result) / 1e6:.1f} M",
         f"{passes:.0f}",
         f"{bert['flops']:.1e}",
@@ -79,12 +85,12 @@ def tables(results: Sequence[dict[str, Any]], tokens_per_second: float) -> str:
   )
 
 
-def draw(results: Sequence[dict[str, Any]], tokens_per_second: float, path: pathlib.Path):
+def draw(results: Sequence[dict[str, Any]], path: pathlib.Path):
   """A panel a task: the pretrained network over the minutes, beside scratch."""
   count = len(tasks(results[0]))
   rows = math.ceil(count / 3)
   figure, grid = plt.subplots(rows, 3, figsize=(9, 3 * rows), layout="constrained", squeeze=False)
-  times = [minutes(result, tokens_per_second) for result in results]
+  times = [minutes(result) for result in results]
   for number, axis in enumerate(grid.flat[:count]):
     of_task = [tasks(result)[number] for result in results]
     scale = 1 if of_task[0].lower else 100
@@ -109,14 +115,13 @@ def main():
   parser.add_argument("--output", type=pathlib.Path, help="the picture, without its ending")
   parser.add_argument("--tokens_per_second", type=float, default=0, help="0: as measured")
   arguments = parser.parse_args()
-  results = [json.loads((path / "result.json").read_text()) for path in arguments.workdirs]
+  results = [read(workdir, arguments.tokens_per_second) for workdir in arguments.workdirs]
   results.sort(key=tokens)
-  speed = arguments.tokens_per_second
-  print(tables(results, speed), end="\n\n")
+  print(tables(results), end="\n\n")
   for result in results:
-    print(f"- {report.worth_sentence(result['worth'], minutes(result, speed))}")
+    print(f"- {report.worth_sentence(result['worth'], minutes(result))}")
   if arguments.output:
-    draw(results, speed, arguments.output)
+    draw(results, arguments.output)
 
 
 if __name__ == "__main__":
