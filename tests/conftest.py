@@ -10,6 +10,11 @@ import importlib.metadata
 import os
 import sys
 
+# pytest-xdist: one core a worker. Threads of two workers would wait for each other (torch's spin).
+if hasattr(os, "sched_setaffinity") and (worker := os.environ.get("PYTEST_XDIST_WORKER")):
+  cores = sorted(os.sched_getaffinity(0))
+  os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
 # Most of the time goes into compiling small programs. tests/test_numerics.py has what users have.
 FAST_COMPILE = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones know no such flag
@@ -23,6 +28,8 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+# Where a program was written is of no use here, and takes a tenth of the time.
+jax.config.update("jax_traceback_in_locations_limit", 0)
 
 from llm import command
 from llm import config as config_lib

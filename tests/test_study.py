@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 import zlib
 
 import numpy as np
@@ -337,6 +338,7 @@ def test_a_small_study_by_the_command(tmp_path):
   killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
   while len(list(tmp_path.glob("out/runs/*/result.json"))) < 2:
     assert killed.poll() is None
+    time.sleep(0.1)
   killed.kill()
   killed.wait()
   done = subprocess.run(command, capture_output=True, text=True)
