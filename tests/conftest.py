@@ -57,6 +57,11 @@ def sentences(seed: int, count: int) -> list[str]:
   ]
 
 
+def pytest_collection_modifyitems(items):
+  """The files with the longest tests come first, so that no worker is left alone with one."""
+  items.sort(key=lambda item: item.path.name not in ("test_two_phases.py", "test_parity.py"))
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
   """A text file of 60 documents of 2 to 9 sentences."""
